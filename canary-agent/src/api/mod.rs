@@ -1,0 +1,2 @@
+//! The control socket's routes.
+pub mod model;

@@ -1,0 +1,238 @@
+//! What goes over the socket: the JSON bodies of requests and answers.
+//!
+//! Names are the contract (other programs read them); shares are fractions of 1.
+
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// `GET /v1/status`, `status --json`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct Status {
+    /// The agent itself.
+    pub agent: AgentStatus,
+    /// Interfaces that the program should be attached to.
+    pub interfaces: Vec<InterfaceStatus>,
+    /// Services in the order of the configuration.
+    pub services: Vec<ServiceStatus>,
+    /// Packets passed and dropped by reason, all CPUs and interfaces.
+    pub reasons: Vec<ReasonCount>,
+    /// Capacity and use of the maps.
+    pub maps: Vec<MapStatus>,
+    /// What an operator should know, each a sentence.
+    pub alerts: Vec<String>,
+}
+
+/// The agent's own part of [`Status`].
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct AgentStatus {
+    /// Version of the build.
+    pub version: String,
+    /// Version of the map layouts.
+    pub abi_version: u32,
+    /// Process id.
+    pub pid: u32,
+    /// Seconds since it started.
+    pub uptime_seconds: f64,
+    /// Number of the last change to the live state.
+    pub revision: u64,
+}
+
+/// One interface of [`Status`].
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct InterfaceStatus {
+    /// Its name.
+    pub name: String,
+    /// Its index; absent while it does not exist.
+    pub ifindex: Option<u32>,
+    /// `native`, `generic`, or absent while not attached.
+    pub mode: Option<String>,
+    /// Why it is not attached, or a warning.
+    pub message: Option<String>,
+}
+
+/// One service of [`Status`].
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct ServiceStatus {
+    /// Its name.
+    pub name: String,
+    /// Its addresses.
+    pub vips: Vec<String>,
+    /// Its ports, as `tcp/443`.
+    pub ports: Vec<String>,
+    /// `nat` or `dsr`.
+    pub forward: String,
+    /// `connection`, `client` or `subnet`.
+    pub stickiness: String,
+    /// Name of the control version.
+    pub control: String,
+    /// Number of buckets.
+    pub buckets: u32,
+    /// Buckets whose connections are looked up after a move.
+    pub tracked_buckets: u32,
+    /// Versions, control first.
+    pub versions: Vec<VersionStatus>,
+}
+
+/// One version of [`ServiceStatus`].
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct VersionStatus {
+    /// Its name.
+    pub name: String,
+    /// The share that was asked for, a fraction of 1.
+    pub asked: f64,
+    /// The same as it was written, `5%`.
+    pub asked_text: String,
+    /// The share of buckets it owns, a fraction of 1.
+    pub in_force: f64,
+    /// The number of buckets it owns.
+    pub buckets: u32,
+    /// New connections counted since the maps were made.
+    pub connections: u64,
+    /// Its share of the service's new connections over the last seconds; absent without any.
+    pub measured: Option<f64>,
+    /// Its backends in the order of the configuration.
+    pub backends: Vec<BackendStatus>,
+}
+
+/// One backend of [`VersionStatus`].
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct BackendStatus {
+    /// Address and port.
+    #[schema(value_type = String)]
+    pub addr: SocketAddr,
+    /// Its weight.
+    pub weight: u32,
+    /// `up`, `no-next-hop`, …
+    pub state: String,
+    /// Why it is not `up`.
+    pub message: Option<String>,
+    /// Buckets that steer new connections to it.
+    pub buckets: u32,
+    /// Packets sent to it.
+    pub packets: u64,
+    /// Bytes of those.
+    pub bytes: u64,
+    /// New connections steered to it.
+    pub connections: u64,
+}
+
+/// Packets counted under one reason.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct ReasonCount {
+    /// The reason's name.
+    pub reason: String,
+    /// `pass` or `drop`.
+    pub verdict: String,
+    /// Packets.
+    pub packets: u64,
+}
+
+/// One map's capacity and use.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct MapStatus {
+    /// The map's name.
+    pub name: String,
+    /// Elements it can hold.
+    pub capacity: u64,
+    /// Elements in use, where that is known.
+    pub used: Option<u64>,
+    /// Bytes of kernel memory.
+    pub memory_bytes: u64,
+}
+
+/// `PUT /v1/services/{name}/split`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SplitRequest {
+    /// Shares as `5%` or `64/65536` by version; versions left out keep theirs.
+    pub split: std::collections::BTreeMap<String, String>,
+    /// Kept in the audit trail.
+    pub reason: Option<String>,
+    /// Only say what would happen.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// The answer to a split change, asked for or carried out.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct ChangeReport {
+    /// Whether it was carried out (not a dry run).
+    pub applied: bool,
+    /// Number of the change; that of the last one where nothing changed.
+    pub revision: u64,
+    /// The service.
+    pub service: String,
+    /// Versions with their shares after the change, control first.
+    pub versions: Vec<ShareChange>,
+    /// Buckets whose owner changes.
+    pub buckets_moved: u32,
+    /// Backends that gain or lose buckets.
+    pub backends_touched: Vec<String>,
+    /// About how many open connections the moved buckets hold; absent where no
+    /// entry is kept for them.
+    pub connections_held: Option<u64>,
+    /// Microseconds from the request's arrival until the table was in force.
+    pub took_us: u64,
+}
+
+/// One version's part of a [`ChangeReport`].
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct ShareChange {
+    /// Its name.
+    pub name: String,
+    /// Asked share as written.
+    pub asked: String,
+    /// Share of buckets before, a fraction of 1.
+    pub before: f64,
+    /// Share of buckets after, a fraction of 1.
+    pub in_force: f64,
+}
+
+/// `GET /v1/services/{name}/explain?from=ADDRESS[:PORT]&to=ADDRESS:PORT&protocol=tcp`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct Explain {
+    /// The service.
+    pub service: String,
+    /// The client, as asked.
+    pub from: String,
+    /// Address and port of the service that was assumed.
+    pub to: String,
+    /// `tcp` or `udp`.
+    pub protocol: String,
+    /// The first audience of a route that holds the client.
+    pub audience: Option<String>,
+    /// Its bucket; absent where the port matters and was not given.
+    pub bucket: Option<u32>,
+    /// The version that owns the bucket.
+    pub version: Option<String>,
+    /// Where a new connection goes.
+    pub backend: Option<String>,
+    /// Whether the bucket has moved within the drain time.
+    pub tracked: bool,
+    /// Where connections older than the move go.
+    pub previous: Option<String>,
+    /// The same in sentences.
+    pub why: Vec<String>,
+}
+
+/// Every error over the socket, and every error with `--json`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct ErrorBody {
+    /// What went wrong.
+    pub error: ErrorDetail,
+}
+
+/// The inside of [`ErrorBody`].
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct ErrorDetail {
+    /// A word for programs: `unknown_service`, `bad_share`, `not_permitted` …
+    pub code: String,
+    /// The thing and the reason.
+    pub message: String,
+    /// The next step, where there is one.
+    pub help: Option<String>,
+    /// The exit code that the command ends with.
+    pub exit_code: u8,
+}

@@ -1,0 +1,232 @@
+//! The validated configuration: what the rest of the agent works with.
+//!
+//! Values here are consistent: names are unique, references resolve, families
+//! meet. Only [`super::load`] makes them.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    ops::RangeInclusive,
+    path::PathBuf,
+    time::Duration,
+};
+
+use canary_ebpf_common::share::Share;
+
+/// Everything that the configuration files say.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// `[agent]`.
+    pub agent: Agent,
+    /// `[[service]]`, in the order of the files.
+    pub services: Vec<Service>,
+}
+
+/// `[agent]`: where the agent works and what it may use.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Agent {
+    /// Interfaces that the program is attached to.
+    pub interfaces: Vec<String>,
+    /// How it is attached.
+    pub xdp_mode: XdpMode,
+    /// Directory of `state.db`.
+    pub state_dir: PathBuf,
+    /// Path of the control socket.
+    pub socket: PathBuf,
+    /// Directory of the pins.
+    pub bpffs: PathBuf,
+    /// Address of the TCP listener; `None` for `"off"`.
+    pub listen: Option<SocketAddr>,
+    /// Whether the agent puts the VIPs on an interface.
+    pub manage_vips: bool,
+    /// Who may change things besides root and the agent's own uid.
+    pub operators: Operators,
+    /// Source ports for translated flows.
+    pub nat_ports: RangeInclusive<u16>,
+    /// Sizes of the maps.
+    pub capacity: Capacity,
+}
+
+/// `agent.xdp_mode`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum XdpMode {
+    /// Native, else generic with a warning.
+    Auto,
+    /// In the driver, or not at all.
+    Native,
+    /// In the network stack.
+    Generic,
+}
+
+/// `agent.operators = { uids = [...], gids = [...] }`; names are resolved when read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Operators {
+    /// User ids.
+    pub uids: Vec<u32>,
+    /// Group ids.
+    pub gids: Vec<u32>,
+}
+
+/// `[agent.capacity]`: what the maps are made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capacity {
+    /// Services.
+    pub services: u32,
+    /// Addresses × ports of all services, for each family.
+    pub vips: u32,
+    /// Live backends of all services; twice as many records are made, so that
+    /// replaced ones have room to drain.
+    pub backends: u32,
+    /// Buckets of all services, in pages of 4,096.
+    pub buckets: u32,
+    /// Flow entries for each family (a translated flow takes two).
+    pub flows: u32,
+}
+
+/// `[[service]]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Service {
+    /// Its name.
+    pub name: String,
+    /// Its addresses.
+    pub vips: Vec<IpAddr>,
+    /// Its ports.
+    pub ports: Vec<Port>,
+    /// How packets reach the backends.
+    pub forward: Forward,
+    /// Source addresses for `nat`; empty: that of the interface towards the backend.
+    pub nat_source: Vec<IpAddr>,
+    /// What is hashed into a bucket.
+    pub stickiness: Stickiness,
+    /// Index of the control version in `versions`.
+    pub control: usize,
+    /// What a split change does to open connections.
+    pub existing: Existing,
+    /// How long after its last move a bucket is tracked; `None` for `"never"` ending.
+    pub drain: Option<Duration>,
+    /// Silence after which a UDP flow is a new one.
+    pub udp_idle: Duration,
+    /// What a version without a usable backend gets.
+    pub fallback: Fallback,
+    /// Initial split by version name, control left out.
+    pub split: BTreeMap<String, Share>,
+    /// How backends are checked.
+    pub health: Health,
+    /// Number of buckets: a power of two from 4,096 to 1,048,576.
+    pub buckets: u32,
+    /// Keys of the bucket hash: from `hash_key`, else derived from the name, so
+    /// that all hosts with the same configuration agree.
+    pub hash_key: [u64; 2],
+    /// Its versions, control among them, in the order of the file.
+    pub versions: Vec<Version>,
+}
+
+/// A port of a service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Port {
+    /// TCP or UDP.
+    pub protocol: Protocol,
+    /// 1 to 65,535.
+    pub port: u16,
+}
+
+/// A transport protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Protocol {
+    /// RFC 9293.
+    Tcp,
+    /// RFC 768.
+    Udp,
+}
+
+/// `service.forward`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Forward {
+    /// Addresses and ports are rewritten; both directions cross the balancer.
+    Nat,
+    /// Only the MAC address is rewritten.
+    Dsr,
+}
+
+/// `service.stickiness`, with `prefix` for `subnet`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stickiness {
+    /// Source and destination address and port, protocol.
+    Connection,
+    /// Source address.
+    Client,
+    /// The source's prefix, lengths in bits.
+    Subnet {
+        /// 0 to 32.
+        v4: u8,
+        /// 0 to 128.
+        v6: u8,
+    },
+}
+
+/// `service.existing`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Existing {
+    /// Open connections stay where they are.
+    Pin,
+    /// Open connections move with their bucket.
+    Move,
+}
+
+/// `service.fallback`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fallback {
+    /// Control's backends take the version's buckets.
+    Control,
+    /// The version's connections get nothing.
+    None,
+}
+
+/// `service.health`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// Every backend counts as healthy.
+    None,
+    /// A connection is opened and closed.
+    Tcp(Timing),
+    /// A request must be answered with an expected status.
+    Http {
+        /// Request target.
+        path: String,
+        /// Acceptable status codes.
+        expect: Vec<u16>,
+        /// When and how often.
+        timing: Timing,
+    },
+}
+
+/// When a backend is checked and how often it must pass or fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timing {
+    /// From one check to the next.
+    pub interval: Duration,
+    /// After which a check has failed.
+    pub timeout: Duration,
+    /// Passes in a row that bring a backend up.
+    pub rise: u32,
+    /// Failures in a row that take it down.
+    pub fall: u32,
+}
+
+/// `[service.versions.NAME]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Version {
+    /// Its name.
+    pub name: String,
+    /// Its backends, at least one.
+    pub backends: Vec<Backend>,
+}
+
+/// One of `service.versions.NAME.backends`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Backend {
+    /// Address and port.
+    pub addr: SocketAddr,
+    /// Share of the version's buckets relative to the others'; 0: no new connections.
+    pub weight: u32,
+}

@@ -1,0 +1,127 @@
+//! The one loop that owns the state, and the handle by which others reach it.
+
+use tokio::sync::{mpsc, oneshot};
+
+use crate::api::model::{ChangeReport, Explain, SplitRequest, Status};
+
+/// Who asks, as the kernel says (`SO_PEERCRED`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Effective user id.
+    pub uid: u32,
+    /// Effective group id.
+    pub gid: u32,
+    /// Process id; absent where the kernel does not tell.
+    pub pid: Option<i32>,
+}
+
+/// What `explain` is asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExplainQuery {
+    /// The client, `ADDRESS` or `ADDRESS:PORT`.
+    pub from: String,
+    /// `ADDRESS:PORT` of the service; its first of the client's family when left out.
+    pub to: Option<String>,
+    /// `tcp` or `udp`; the service's first port when left out.
+    pub protocol: Option<String>,
+}
+
+/// A request that the loop answers.
+#[derive(Debug)]
+pub enum Request {
+    /// The whole status.
+    Status {
+        /// Where the answer goes.
+        reply: oneshot::Sender<Status>,
+    },
+    /// Sets a split.
+    Split {
+        /// The service's name.
+        service: String,
+        /// What is asked.
+        request: SplitRequest,
+        /// Who asks.
+        peer: Peer,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<ChangeReport, Refusal>>,
+    },
+    /// Says where a client's connections go.
+    Explain {
+        /// The service's name.
+        service: String,
+        /// What is asked.
+        query: ExplainQuery,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<Explain, Refusal>>,
+    },
+}
+
+/// A request that was not carried out; nothing has changed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct Refusal {
+    /// A word for programs, such as `unknown_service`.
+    pub code: &'static str,
+    /// The thing and the reason.
+    pub message: String,
+    /// The next step.
+    pub help: Option<String>,
+    /// The exit code that a command ends with.
+    pub exit_code: u8,
+}
+
+/// The way to the loop. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Handle {
+    requests: mpsc::Sender<Request>,
+}
+
+impl Handle {
+    /// A handle and the end of the channel that the loop reads.
+    pub fn channel(depth: usize) -> (Self, mpsc::Receiver<Request>) {
+        let (requests, receiver) = mpsc::channel(depth);
+        (Self { requests }, receiver)
+    }
+
+    /// The status of everything.
+    ///
+    /// # Errors
+    /// [`Refusal`] `stopping` when the loop has ended.
+    pub async fn status(&self) -> Result<Status, Refusal> {
+        self.ask(|reply| Request::Status { reply }).await
+    }
+
+    /// Sets a split, or says what setting it would do.
+    ///
+    /// # Errors
+    /// What the loop refuses: an unknown service or version, shares that are
+    /// none or too many, state that can't be stored.
+    pub async fn split(
+        &self,
+        service: String,
+        request: SplitRequest,
+        peer: Peer,
+    ) -> Result<ChangeReport, Refusal> {
+        self.ask(|reply| Request::Split { service, request, peer, reply }).await?
+    }
+
+    /// Says where a client's connections go, and why.
+    ///
+    /// # Errors
+    /// An unknown service, or a client or destination that is no address of it.
+    pub async fn explain(&self, service: String, query: ExplainQuery) -> Result<Explain, Refusal> {
+        self.ask(|reply| Request::Explain { service, query, reply }).await?
+    }
+
+    async fn ask<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T, Refusal> {
+        let stopping = || Refusal {
+            code: "stopping",
+            message: "the agent is stopping".to_owned(),
+            help: None,
+            exit_code: 5,
+        };
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(request(reply)).await.map_err(|_| stopping())?;
+        answer.await.map_err(|_| stopping())
+    }
+}

@@ -1,0 +1,91 @@
+//! Model + state → desired data plane, as a pure function.
+//!
+//! Must not know of the kernel, the clock, the disk or the network.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use canary_ebpf_common::{
+    abi::{self, LedgerEntry},
+    entry::{BackendIndex, Entry},
+};
+
+use crate::config::model::{Port, Protocol};
+
+/// All that the kernel side should hold. `datapath` brings it about, writing
+/// only what differs, in an order in which no packet meets half a change.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct DataPlane {
+    /// Services, by ascending id.
+    pub services: Vec<ServicePlan>,
+    /// Backend records by index, ascending; index 0 is never among them.
+    pub backends: Vec<(BackendIndex, BackendPlan)>,
+    /// Elements of `NAT_SOURCES`.
+    pub nat_sources: Vec<IpAddr>,
+}
+
+/// One service's records and table.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ServicePlan {
+    /// Its name.
+    pub name: String,
+    /// Its names of versions by slot.
+    pub versions: Vec<String>,
+    /// Slot of the control version.
+    pub control: u8,
+    /// The record that stands under each of its addresses and ports.
+    pub record: abi::Service,
+    /// Its addresses.
+    pub vips: Vec<IpAddr>,
+    /// Its ports.
+    pub ports: Vec<Port>,
+    /// Forwarding table: one entry a bucket. Shared, so that `datapath` passes
+    /// over a service whose table is the very one it wrote last.
+    pub entries: Arc<Vec<Entry>>,
+    /// Ledger: one entry a bucket.
+    pub ledger: Arc<Vec<LedgerEntry>>,
+}
+
+/// One backend's record before it has map form.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BackendPlan {
+    /// Address and port.
+    pub addr: SocketAddr,
+    /// Id of its service.
+    pub service: u16,
+    /// Slot of its version.
+    pub version: u8,
+    /// How to reach it; `None` while no next hop is known.
+    pub next_hop: Option<NextHop>,
+    /// Its first address in `nat_sources`.
+    pub nat_first: u16,
+    /// How many of them it uses.
+    pub nat_count: u8,
+    /// Fails its checks.
+    pub down: bool,
+    /// Takes no packets at all.
+    pub maint: bool,
+}
+
+/// Where frames for an address go, as the host's routes and neighbours say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct NextHop {
+    /// Outgoing interface.
+    pub ifindex: u32,
+    /// That interface's MAC address.
+    pub source_mac: [u8; 6],
+    /// The neighbour's MAC address.
+    pub destination_mac: [u8; 6],
+    /// The source address that the host would use.
+    pub source: IpAddr,
+}
+
+/// The IP protocol number of a transport.
+pub const fn protocol_number(protocol: Protocol) -> u8 {
+    match protocol {
+        Protocol::Tcp => abi::IPPROTO_TCP,
+        Protocol::Udp => abi::IPPROTO_UDP,
+    }
+}

@@ -1,0 +1,370 @@
+//! Map keys and values: the contract between the loaded program and the agent.
+//!
+//! Integers only, `repr(C)`, padding spelled out, sizes asserted below. A field
+//! that ends in `_be` is in network byte order. Whatever changes here changes
+//! [`ABI_VERSION`] too: an agent never reinterprets maps of another version.
+
+/// Version of every layout in this module and of the meaning of its flags.
+pub const ABI_VERSION: u32 = 1;
+
+/// Buckets in one page of the forwarding table, and of the ledger.
+pub const PAGE_BUCKETS: u32 = 4096;
+/// Backend records, index 0 (none) included; entries hold 15 bits.
+pub const BACKEND_INDICES: u32 = 1 << 15;
+/// Versions in one service, control included.
+pub const MAX_VERSIONS: usize = 16;
+/// Longest name of a service, in bytes.
+pub const SERVICE_NAME_BYTES: usize = 64;
+/// Longest name of a version, in bytes.
+pub const VERSION_NAME_BYTES: usize = 32;
+
+/// IP protocol number of TCP (RFC 9293).
+pub const IPPROTO_TCP: u8 = 6;
+/// IP protocol number of UDP (RFC 768).
+pub const IPPROTO_UDP: u8 = 17;
+
+/// Key of `VIPS_V4`: a virtual IPv4 address and port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct VipKeyV4 {
+    /// The address.
+    pub addr_be: u32,
+    /// The port.
+    pub port_be: u16,
+    /// TCP or UDP.
+    pub protocol: u8,
+    /// Zero.
+    pub pad: u8,
+}
+
+/// Key of `VIPS_V6`: a virtual IPv6 address and port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct VipKeyV6 {
+    /// The address.
+    pub addr_be: [u32; 4],
+    /// The port.
+    pub port_be: u16,
+    /// TCP or UDP.
+    pub protocol: u8,
+    /// Zero.
+    pub pad: u8,
+}
+
+/// How packets reach a backend: the low bits of [`Service::flags`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum ForwardMode {
+    /// Source and destination rewritten; both directions cross the balancer.
+    Nat = 0,
+    /// Only the MAC addresses change.
+    Dsr = 1,
+    /// Wrapped in IP.
+    Ipip = 2,
+    /// Wrapped in UDP.
+    Gue = 3,
+}
+
+impl ForwardMode {
+    /// The bits of [`Service::flags`] that hold the mode.
+    pub const MASK: u32 = 0x7;
+}
+
+/// [`Service::flags`]: the bucket is a hash of the whole connection, not of the source alone.
+pub const SERVICE_HASH_CONNECTION: u32 = 1 << 3;
+
+/// Value of `VIPS_V4` and `VIPS_V6`: all that steering needs to know of a
+/// service. The same record stands under each of its addresses and ports.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Service {
+    /// First page of its forwarding table.
+    pub first_page: u32,
+    /// Number of buckets less one; the number is a power of two.
+    pub bucket_mask: u32,
+    /// [`ForwardMode`] and `SERVICE_*` bits.
+    pub flags: u32,
+    /// Index into `SERVICE_INFO`.
+    pub id: u32,
+    /// Keys of the bucket hash.
+    pub hash_key: [u64; 2],
+    /// Which bits of an IPv4 source are hashed.
+    pub mask_v4_be: u32,
+    /// Milliseconds of silence after which a UDP flow counts as a new one.
+    pub udp_idle_ms: u32,
+    /// Which bits of an IPv6 source are hashed, as two big-endian halves in host registers'
+    /// loading order (the first eight address bytes, then the last).
+    pub mask_v6: [u64; 2],
+}
+
+/// [`Backend::flags`]: the next hop is known; packets can be sent.
+pub const BACKEND_USABLE: u32 = 1 << 0;
+/// [`Backend::flags`]: the address is IPv6.
+pub const BACKEND_V6: u32 = 1 << 1;
+/// [`Backend::flags`]: takes no packets at all, not even of open connections.
+pub const BACKEND_MAINT: u32 = 1 << 2;
+/// [`Backend::flags`]: fails its checks; half-open entries for it may be replaced.
+pub const BACKEND_DOWN: u32 = 1 << 3;
+
+/// Element of `BACKENDS`: one server and how to reach it. One cache line.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C, align(8))]
+pub struct Backend {
+    /// Next hop's MAC address, then the outgoing interface's: the first twelve
+    /// bytes of the Ethernet header.
+    pub eth: [u8; 12],
+    /// Outgoing interface.
+    pub ifindex: u32,
+    /// The server's address; IPv4 in the first word, the rest zero.
+    pub addr_be: [u32; 4],
+    /// Source of what the balancer makes for this backend when it needs only
+    /// one (the outer header of a tunnel).
+    pub source_be: [u32; 4],
+    /// The server's port.
+    pub port_be: u16,
+    /// Slot of its version in the service.
+    pub version: u8,
+    /// How many of `NAT_SOURCES` it uses.
+    pub nat_count: u8,
+    /// First of its addresses in `NAT_SOURCES`.
+    pub nat_first: u16,
+    /// `SERVICE_INFO` index of its service.
+    pub service: u16,
+    /// `BACKEND_*` bits.
+    pub flags: u32,
+    /// Zero.
+    pub pad: u32,
+}
+
+/// Key of `FLOWS_V4`: the five-tuple of a packet as it arrives.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct FlowKeyV4 {
+    /// Source address.
+    pub src_be: u32,
+    /// Destination address.
+    pub dst_be: u32,
+    /// Source port.
+    pub src_port_be: u16,
+    /// Destination port.
+    pub dst_port_be: u16,
+    /// TCP or UDP.
+    pub protocol: u32,
+}
+
+/// Key of `FLOWS_V6`: the five-tuple of a packet as it arrives.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct FlowKeyV6 {
+    /// Source address.
+    pub src_be: [u32; 4],
+    /// Destination address.
+    pub dst_be: [u32; 4],
+    /// Source port.
+    pub src_port_be: u16,
+    /// Destination port.
+    pub dst_port_be: u16,
+    /// TCP or UDP.
+    pub protocol: u32,
+}
+
+/// [`Flow::state`]: what the entry is and how far its connection has come.
+pub mod flow_state {
+    /// The direction backend → client of a translated flow; other entries are client → backend.
+    pub const REVERSE: u32 = 1 << 0;
+    /// Only the SYN has been seen: no packet within 64 KiB after it.
+    pub const PROVISIONAL: u32 = 1 << 1;
+    /// A FIN or RST of the client was seen and nothing since.
+    pub const CLOSING: u32 = 1 << 2;
+    /// A UDP flow.
+    pub const UDP: u32 = 1 << 3;
+    /// A FIN or RST of the server was seen (translated flows only).
+    pub const SERVER_CLOSING: u32 = 1 << 4;
+    /// The entry translates addresses: it must outlive its bucket's drain.
+    pub const NAT: u32 = 1 << 5;
+}
+
+/// Value of `FLOWS_V4` and `FLOWS_V6`: where one direction of a flow goes.
+///
+/// A forward entry (client → VIP) names a backend and, when it translates, the
+/// addresses and ports the packet gets. A reverse entry (backend → translated
+/// source) names the client and the way back that the client's last packet
+/// came by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C, align(8))]
+pub struct Flow {
+    /// When the last packet came, nanoseconds of `CLOCK_MONOTONIC` (coarse).
+    pub last_ns: u64,
+    /// [`flow_state`] bits.
+    pub state: u32,
+    /// Sequence number of the SYN, host order.
+    pub syn_seq: u32,
+    /// The packet's new source address.
+    pub src_be: [u32; 4],
+    /// The packet's new destination address.
+    pub dst_be: [u32; 4],
+    /// The packet's new source port.
+    pub src_port_be: u16,
+    /// The packet's new destination port.
+    pub dst_port_be: u16,
+    /// Backend that the flow belongs to.
+    pub backend: u16,
+    /// `SERVICE_INFO` index of its service.
+    pub service: u16,
+    /// Reverse entries: destination and source MAC address towards the client.
+    pub eth: [u8; 12],
+    /// Reverse entries: interface towards the client.
+    pub ifindex: u32,
+}
+
+/// Element of `BACKEND_COUNTERS` (per CPU), by backend index.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct BackendCounters {
+    /// Packets sent to the backend.
+    pub packets: u64,
+    /// Bytes of those packets, from the Ethernet header on, as they arrived.
+    pub bytes: u64,
+    /// Connections: SYNs steered for the first time as far as is known, new
+    /// UDP flows where flows are kept.
+    pub connections: u64,
+    /// Packets from the backend (translated flows only).
+    pub returned_packets: u64,
+    /// Bytes of those.
+    pub returned_bytes: u64,
+}
+
+/// Element of `SERVICE_INFO`: the directory of what is in the maps, so that
+/// they can be understood without the agent that wrote them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct ServiceInfo {
+    /// Its name, padded with zeros; all zero for a free slot.
+    pub name: [u8; SERVICE_NAME_BYTES],
+    /// Names of its versions by slot, padded with zeros.
+    pub versions: [[u8; VERSION_NAME_BYTES]; MAX_VERSIONS],
+    /// First page of its table and ledger.
+    pub first_page: u32,
+    /// Number of buckets.
+    pub buckets: u32,
+    /// Slot of the control version.
+    pub control: u32,
+    /// Zero.
+    pub pad: u32,
+}
+
+/// Element of `META`: what the pinned maps are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Meta {
+    /// [`ABI_VERSION`] of who made the maps.
+    pub abi_version: u32,
+    /// Zero.
+    pub pad: u32,
+}
+
+/// One bucket of the ledger: who owns it and when it last moved.
+///
+/// Bits 0–7 the owner's version slot, 8–63 milliseconds of `CLOCK_BOOTTIME` of
+/// the last move, 0 for never.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct LedgerEntry(pub u64);
+
+impl LedgerEntry {
+    /// `owner` since `moved_ms` of `CLOCK_BOOTTIME`; 0 for a bucket that never moved.
+    pub const fn new(owner: u8, moved_ms: u64) -> Self {
+        Self(owner as u64 | moved_ms << 8)
+    }
+
+    /// The owner's version slot.
+    pub const fn owner(self) -> u8 {
+        self.0 as u8
+    }
+
+    /// Milliseconds of `CLOCK_BOOTTIME` of the last move; 0 for never.
+    pub const fn moved_ms(self) -> u64 {
+        self.0 >> 8
+    }
+}
+
+macro_rules! reasons {
+    ($($(#[doc = $doc:literal])+ $variant:ident = $value:literal, $name:literal, $verdict:ident;)+) => {
+        /// Why a packet was passed to the host or dropped: index into `REASONS`.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(u32)]
+        pub enum Reason {
+            $($(#[doc = $doc])+ $variant = $value,)+
+        }
+
+        impl Reason {
+            /// Every reason, in the order of its number.
+            pub const ALL: &'static [Reason] = &[$(Reason::$variant),+];
+
+            /// The word used in metrics, `status` and the documents.
+            pub const fn name(self) -> &'static str {
+                match self { $(Reason::$variant => $name,)+ }
+            }
+
+            /// Whether such a packet is dropped or passed.
+            pub const fn verdict(self) -> ReasonVerdict {
+                match self { $(Reason::$variant => ReasonVerdict::$verdict,)+ }
+            }
+
+            /// What it means, in a sentence.
+            pub const fn explanation(self) -> &'static str {
+                match self { $(Reason::$variant => concat!($($doc),+),)+ }
+            }
+        }
+    };
+}
+
+/// What becomes of a packet that is counted under a [`Reason`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ReasonVerdict {
+    /// Goes to the host's network stack untouched.
+    Pass,
+    /// Goes nowhere.
+    Drop,
+}
+
+reasons! {
+    /// Not IPv4 or IPv6, or not TCP or UDP.
+    PassOther = 0, "pass_other", Pass;
+    /// TCP or UDP, but to no service's address and port.
+    PassNoService = 1, "pass_no_service", Pass;
+    /// A fragment: its ports are unknown.
+    PassFragment = 2, "pass_fragment", Pass;
+    /// A header is cut short or its length is impossible.
+    DropMalformed = 3, "drop_malformed", Drop;
+    /// The bucket's backend has no usable next hop, is in maintenance, or there is none.
+    DropNoBackend = 4, "drop_no_backend", Drop;
+    /// The flow table is full (translated services).
+    DropFlowTableFull = 5, "drop_flow_table_full", Drop;
+    /// No free source port towards the backend (translated services).
+    DropNoPort = 6, "drop_no_port", Drop;
+    /// Belongs to no known flow and opens none (translated services).
+    DropNoFlow = 7, "drop_no_flow", Drop;
+    /// TTL or hop limit ran out where the packet is routed.
+    DropTtlExpired = 8, "drop_ttl_expired", Drop;
+    /// The frame could not be handed to the outgoing interface.
+    DropNoInterface = 9, "drop_no_interface", Drop;
+}
+
+/// Elements of `REASONS`: room for those to come, so that it need not be made anew for each.
+pub const REASON_SLOTS: u32 = 64;
+
+const _: () = {
+    assert!(size_of::<VipKeyV4>() == 8);
+    assert!(size_of::<VipKeyV6>() == 20);
+    assert!(size_of::<Service>() == 56);
+    assert!(size_of::<Backend>() == 64);
+    assert!(size_of::<FlowKeyV4>() == 16);
+    assert!(size_of::<FlowKeyV6>() == 40);
+    assert!(size_of::<Flow>() == 72);
+    assert!(size_of::<BackendCounters>() == 40);
+    assert!(size_of::<ServiceInfo>() == 64 + 512 + 16);
+    assert!(size_of::<Meta>() == 8);
+    assert!(size_of::<LedgerEntry>() == 8);
+    assert!(Reason::ALL.len() <= REASON_SLOTS as usize);
+};

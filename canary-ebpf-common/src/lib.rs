@@ -1,0 +1,18 @@
+//! What the XDP programs and the agent share, as pure code.
+//!
+//! Owns the ABI (map keys and values), the bucket hash, the forwarding-table
+//! entry, incremental checksums, the steering decision and, with the feature
+//! `user`, shares and the table compiler. Must not know of aya, of the kernel's
+//! helpers, of clocks or of the network: everything it needs is an argument.
+#![cfg_attr(not(any(test, feature = "user")), no_std)]
+
+pub mod abi;
+pub mod checksum;
+pub mod entry;
+pub mod hash;
+pub mod steer;
+
+#[cfg(feature = "user")]
+pub mod compile;
+#[cfg(feature = "user")]
+pub mod share;
