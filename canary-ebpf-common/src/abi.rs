@@ -23,6 +23,10 @@ pub const IPPROTO_TCP: u8 = 6;
 /// IP protocol number of UDP (RFC 768).
 pub const IPPROTO_UDP: u8 = 17;
 
+/// An address of either family: its bytes in order, as two words in the host's
+/// loading order; an IPv4 address fills the first four bytes, the rest is zero.
+pub type Address = [u64; 2];
+
 /// Key of `VIPS_V4`: a virtual IPv4 address and port.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(C)]
@@ -42,13 +46,13 @@ pub struct VipKeyV4 {
 #[repr(C)]
 pub struct VipKeyV6 {
     /// The address.
-    pub addr_be: [u32; 4],
+    pub addr: Address,
     /// The port.
     pub port_be: u16,
     /// TCP or UDP.
-    pub protocol: u8,
+    pub protocol: u16,
     /// Zero.
-    pub pad: u8,
+    pub pad: u32,
 }
 
 /// How packets reach a backend: the low bits of [`Service::flags`].
@@ -92,9 +96,8 @@ pub struct Service {
     pub mask_v4_be: u32,
     /// Milliseconds of silence after which a UDP flow counts as a new one.
     pub udp_idle_ms: u32,
-    /// Which bits of an IPv6 source are hashed, as two big-endian halves in host registers'
-    /// loading order (the first eight address bytes, then the last).
-    pub mask_v6: [u64; 2],
+    /// Which bits of an IPv6 source are hashed.
+    pub mask_v6: Address,
 }
 
 /// [`Backend::flags`]: the next hop is known; packets can be sent.
@@ -111,15 +114,15 @@ pub const BACKEND_DOWN: u32 = 1 << 3;
 #[repr(C, align(8))]
 pub struct Backend {
     /// Next hop's MAC address, then the outgoing interface's: the first twelve
-    /// bytes of the Ethernet header.
-    pub eth: [u8; 12],
+    /// bytes of the Ethernet header, in words as they lie in memory.
+    pub eth: [u32; 3],
     /// Outgoing interface.
     pub ifindex: u32,
-    /// The server's address; IPv4 in the first word, the rest zero.
-    pub addr_be: [u32; 4],
+    /// The server's address.
+    pub addr: Address,
     /// Source of what the balancer makes for this backend when it needs only
     /// one (the outer header of a tunnel).
-    pub source_be: [u32; 4],
+    pub source: Address,
     /// The server's port.
     pub port_be: u16,
     /// Slot of its version in the service.
@@ -157,9 +160,9 @@ pub struct FlowKeyV4 {
 #[repr(C)]
 pub struct FlowKeyV6 {
     /// Source address.
-    pub src_be: [u32; 4],
+    pub src: Address,
     /// Destination address.
-    pub dst_be: [u32; 4],
+    pub dst: Address,
     /// Source port.
     pub src_port_be: u16,
     /// Destination port.
@@ -200,9 +203,9 @@ pub struct Flow {
     /// Sequence number of the SYN, host order.
     pub syn_seq: u32,
     /// The packet's new source address.
-    pub src_be: [u32; 4],
+    pub src: Address,
     /// The packet's new destination address.
-    pub dst_be: [u32; 4],
+    pub dst: Address,
     /// The packet's new source port.
     pub src_port_be: u16,
     /// The packet's new destination port.
@@ -211,9 +214,10 @@ pub struct Flow {
     pub backend: u16,
     /// `SERVICE_INFO` index of its service.
     pub service: u16,
-    /// Reverse entries: destination and source MAC address towards the client.
-    pub eth: [u8; 12],
-    /// Reverse entries: interface towards the client.
+    /// Translated flows: destination and source MAC address towards the client, the first
+    /// twelve bytes of the Ethernet header in words as they lie in memory.
+    pub eth: [u32; 3],
+    /// Translated flows: interface towards the client.
     pub ifindex: u32,
 }
 
@@ -249,8 +253,8 @@ pub struct ServiceInfo {
     pub buckets: u32,
     /// Slot of the control version.
     pub control: u32,
-    /// Zero.
-    pub pad: u32,
+    /// 4 or 6: a service with addresses of both families has a table for each.
+    pub family: u32,
 }
 
 /// Element of `META`: what the pinned maps are.
@@ -343,8 +347,8 @@ reasons! {
     DropFlowTableFull = 5, "drop_flow_table_full", Drop;
     /// No free source port towards the backend (translated services).
     DropNoPort = 6, "drop_no_port", Drop;
-    /// Belongs to no known flow and opens none (translated services).
-    DropNoFlow = 7, "drop_no_flow", Drop;
+    /// Belongs to no known flow and opens none (translated services): the host answers with a reset.
+    PassNoFlow = 7, "pass_no_flow", Pass;
     /// TTL or hop limit ran out where the packet is routed.
     DropTtlExpired = 8, "drop_ttl_expired", Drop;
     /// The frame could not be handed to the outgoing interface.
@@ -356,7 +360,7 @@ pub const REASON_SLOTS: u32 = 64;
 
 const _: () = {
     assert!(size_of::<VipKeyV4>() == 8);
-    assert!(size_of::<VipKeyV6>() == 20);
+    assert!(size_of::<VipKeyV6>() == 24);
     assert!(size_of::<Service>() == 56);
     assert!(size_of::<Backend>() == 64);
     assert!(size_of::<FlowKeyV4>() == 16);

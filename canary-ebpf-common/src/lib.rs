@@ -10,6 +10,8 @@ pub mod abi;
 pub mod checksum;
 pub mod entry;
 pub mod hash;
+pub mod headers;
+pub mod nat;
 pub mod steer;
 
 #[cfg(feature = "user")]

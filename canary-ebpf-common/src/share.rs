@@ -47,7 +47,10 @@ impl fmt::Display for ShareError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NoPercentSign(text) => {
-                write!(f, "`{text}` has no unit: write `{text}%` for percent, or buckets as `64/65536`")
+                write!(
+                    f,
+                    "`{text}` has no unit: write `{text}%` for percent, or buckets as `64/65536`"
+                )
             }
             Self::AboveWhole(text) => write!(f, "`{text}` is more than 100%"),
             Self::Negative(text) => write!(f, "`{text}` is below 0%"),
@@ -207,7 +210,8 @@ impl fmt::Display for Share {
         match self.form {
             Form::Buckets => write!(f, "{}/{}", self.numerator, self.denominator),
             Form::Percent => {
-                let (integer, rest) = (self.numerator / 1_000_000_000, self.numerator % 1_000_000_000);
+                let (integer, rest) =
+                    (self.numerator / 1_000_000_000, self.numerator % 1_000_000_000);
                 if rest == 0 {
                     write!(f, "{integer}%")
                 } else {

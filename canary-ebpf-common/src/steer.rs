@@ -1,1 +1,302 @@
-//! steer
+//! The steering decision: which backend a packet of a service goes to.
+//!
+//! The same code runs in the loaded program, in `explain` and in the tests.
+//! Most packets take the first line of [`steer`]: an untracked bucket's entry
+//! is the answer, and nothing is read or written besides.
+//!
+//! Tracking follows Mendelson et al., *Load balancing with JET* (CoNEXT 2021);
+//! the guards against spoofed SYNs follow the reasoning of RFC 5961.
+
+use crate::{
+    abi::{BACKEND_DOWN, BACKEND_MAINT, Flow, IPPROTO_TCP, Service, flow_state as state},
+    entry::{BackendIndex, Entry},
+};
+
+/// TCP FIN (RFC 9293, 3.1).
+pub const TCP_FIN: u8 = 0x01;
+/// TCP SYN.
+pub const TCP_SYN: u8 = 0x02;
+/// TCP RST.
+pub const TCP_RST: u8 = 0x04;
+/// TCP ACK.
+pub const TCP_ACK: u8 = 0x10;
+
+/// How far behind a SYN a packet may be that confirms its flow, in bytes.
+const CONFIRM_WINDOW: u32 = 64 << 10;
+
+/// What steering needs to know of a packet's transport header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// TCP or UDP.
+    pub protocol: u8,
+    /// TCP flags; 0 for UDP.
+    pub tcp_flags: u8,
+    /// TCP sequence number, host order; 0 for UDP.
+    pub seq: u32,
+}
+
+impl Segment {
+    /// Whether the segment opens a TCP connection: SYN without ACK, FIN or RST.
+    #[inline(always)]
+    pub const fn opens(self) -> bool {
+        self.tcp_flags & (TCP_SYN | TCP_ACK | TCP_FIN | TCP_RST) == TCP_SYN
+    }
+
+    #[inline(always)]
+    const fn closes(self) -> bool {
+        self.tcp_flags & (TCP_FIN | TCP_RST) != 0
+    }
+
+    /// Whether the segment comes shortly after the SYN numbered `syn_seq`.
+    #[inline(always)]
+    const fn follows(self, syn_seq: u32) -> bool {
+        self.seq.wrapping_sub(syn_seq).wrapping_sub(1) < CONFIRM_WINDOW
+    }
+}
+
+/// What became of an insertion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Inserted {
+    /// The entry is there.
+    Stored,
+    /// Another one was there first.
+    Exists,
+    /// The table is full.
+    Full,
+}
+
+/// The flow table and what else a decision may look at.
+///
+/// # Safety
+/// A non-null pointer that `lookup` returns must be valid for reads and writes
+/// of a [`Flow`] until the decision has been made. Others may read and write
+/// the same entry meanwhile: each field is loaded and stored at once.
+pub unsafe trait Flows<K> {
+    /// The entry of `key`, or null.
+    fn lookup(&self, key: &K) -> *mut Flow;
+    /// Stores `flow` unless `key` has an entry.
+    fn insert(&self, key: &K, flow: &Flow) -> Inserted;
+    /// Removes the entry of `key`, if there is one.
+    fn remove(&self, key: &K);
+    /// The `BACKEND_*` flags of a backend.
+    fn backend_flags(&self, backend: BackendIndex) -> u32;
+    /// Nanoseconds of a monotonic clock; a few milliseconds of coarseness do not matter.
+    fn now_ns(&self) -> u64;
+}
+
+/// Where a packet goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Steering {
+    /// The backend.
+    pub backend: BackendIndex,
+    /// Whether the packet opens a connection, as far as is known.
+    pub opens: bool,
+}
+
+/// Steers a packet of a service that does not translate addresses.
+#[inline(always)]
+pub fn steer<K, F: Flows<K>>(
+    flows: &F,
+    service: &Service,
+    entry: Entry,
+    key: &K,
+    segment: Segment,
+) -> Steering {
+    if !entry.tracked() {
+        return Steering { backend: entry.current(), opens: segment.opens() };
+    }
+    let steering = if segment.protocol == IPPROTO_TCP {
+        steer_tcp(flows, service, entry, key, segment)
+    } else {
+        steer_udp(flows, service, entry, key)
+    };
+    if flows.backend_flags(steering.backend) & BACKEND_MAINT != 0 {
+        return Steering { backend: entry.current(), ..steering };
+    }
+    steering
+}
+
+#[inline(always)]
+fn steer_tcp<K, F: Flows<K>>(
+    flows: &F,
+    service: &Service,
+    entry: Entry,
+    key: &K,
+    segment: Segment,
+) -> Steering {
+    let (current, previous) = (entry.current(), entry.previous());
+    let now = flows.now_ns();
+    let mut flow = flows.lookup(key);
+    if flow.is_null() && segment.opens() {
+        let new = tracked_flow(service, current, state::PROVISIONAL, segment.seq, now);
+        match flows.insert(key, &new) {
+            Inserted::Stored => return Steering { backend: current, opens: true },
+            Inserted::Full => return Steering { backend: previous, opens: true },
+            Inserted::Exists => flow = flows.lookup(key),
+        }
+    }
+    if flow.is_null() {
+        return Steering { backend: previous, opens: false };
+    }
+    // SAFETY: not null, so valid for this decision by the contract of `Flows`.
+    let flow = unsafe { &mut *flow };
+    let was = flow.state;
+    let backend = BackendIndex::new(flow.backend);
+    if segment.opens() {
+        let down = flows.backend_flags(backend) & BACKEND_DOWN != 0;
+        let provisional = was & state::PROVISIONAL != 0;
+        let same = flow.syn_seq == segment.seq;
+        let replace =
+            (down && provisional) || (!same && (provisional || down || was & state::CLOSING != 0));
+        flow.last_ns = now;
+        if !replace {
+            return Steering { backend, opens: false };
+        }
+        flow.backend = current.get();
+        flow.syn_seq = segment.seq;
+        flow.state = state::PROVISIONAL;
+        return Steering { backend: current, opens: true };
+    }
+    if was & state::PROVISIONAL != 0 && !segment.follows(flow.syn_seq) {
+        return Steering { backend: previous, opens: false };
+    }
+    let becomes = if segment.closes() { state::CLOSING } else { 0 };
+    if was != becomes {
+        flow.state = becomes;
+    }
+    flow.last_ns = now;
+    Steering { backend, opens: false }
+}
+
+#[inline(always)]
+fn steer_udp<K, F: Flows<K>>(flows: &F, service: &Service, entry: Entry, key: &K) -> Steering {
+    let target = if entry.learning() { entry.previous() } else { entry.current() };
+    let now = flows.now_ns();
+    let mut flow = flows.lookup(key);
+    if flow.is_null() {
+        let new = tracked_flow(service, target, state::UDP, 0, now);
+        match flows.insert(key, &new) {
+            Inserted::Stored => return Steering { backend: target, opens: true },
+            Inserted::Full => return Steering { backend: entry.previous(), opens: true },
+            Inserted::Exists => flow = flows.lookup(key),
+        }
+        if flow.is_null() {
+            return Steering { backend: target, opens: true };
+        }
+    }
+    // SAFETY: not null, so valid for this decision by the contract of `Flows`.
+    let flow = unsafe { &mut *flow };
+    let silent_ns = now.saturating_sub(flow.last_ns);
+    flow.last_ns = now;
+    if silent_ns <= u64::from(service.udp_idle_ms) * 1_000_000 {
+        return Steering { backend: BackendIndex::new(flow.backend), opens: false };
+    }
+    flow.backend = target.get();
+    Steering { backend: target, opens: true }
+}
+
+#[inline(always)]
+fn tracked_flow(service: &Service, backend: BackendIndex, state: u32, seq: u32, now: u64) -> Flow {
+    // SAFETY: a reference to a constant. The volatile read hides from the compiler that the
+    // fields below are zero: it would set them by a call to a loop over bytes.
+    let zero = unsafe { core::ptr::read_volatile(&0_u64) };
+    let word = zero as u32;
+    Flow {
+        last_ns: now,
+        state,
+        syn_seq: seq,
+        src: [zero; 2],
+        dst: [zero; 2],
+        src_port_be: zero as u16,
+        dst_port_be: zero as u16,
+        backend: backend.get(),
+        service: service.id as u16,
+        eth: [word; 3],
+        ifindex: word,
+    }
+}
+
+#[cfg(any(test, feature = "user"))]
+pub mod model {
+    //! A flow table in user space, for tests and `explain`.
+
+    use std::{
+        cell::{Cell, RefCell, UnsafeCell},
+        collections::HashMap,
+        hash::Hash,
+    };
+
+    use super::{BackendIndex, Flow, Flows, Inserted};
+
+    /// A flow table over a `HashMap`, with a clock that is set by hand.
+    #[derive(Debug, Default)]
+    pub struct ModelFlows<K> {
+        entries: RefCell<HashMap<K, Box<UnsafeCell<Flow>>>>,
+        /// Entries that it can hold.
+        pub capacity: Cell<usize>,
+        /// What `now_ns` answers.
+        pub clock_ns: Cell<u64>,
+        /// Flags of backends; others have none.
+        pub flags: RefCell<HashMap<BackendIndex, u32>>,
+    }
+
+    impl<K: Copy + Eq + Hash> ModelFlows<K> {
+        /// An empty table for `capacity` entries.
+        pub fn new(capacity: usize) -> Self {
+            Self {
+                entries: RefCell::new(HashMap::new()),
+                capacity: Cell::new(capacity),
+                clock_ns: Cell::new(1),
+                flags: RefCell::new(HashMap::new()),
+            }
+        }
+
+        /// Number of entries.
+        pub fn len(&self) -> usize {
+            self.entries.borrow().len()
+        }
+
+        /// Whether there is no entry.
+        pub fn is_empty(&self) -> bool {
+            self.len() == 0
+        }
+
+        /// A copy of the entry of `key`.
+        pub fn get(&self, key: &K) -> Option<Flow> {
+            // SAFETY: single-threaded (`RefCell`), and no decision is under way here.
+            self.entries.borrow().get(key).map(|flow| unsafe { *flow.get() })
+        }
+    }
+
+    // SAFETY: boxed entries do not move when the map grows, and `&self` methods
+    // that drop one are not called between a lookup and the end of its decision.
+    unsafe impl<K: Copy + Eq + Hash> Flows<K> for ModelFlows<K> {
+        fn lookup(&self, key: &K) -> *mut Flow {
+            self.entries.borrow().get(key).map_or(std::ptr::null_mut(), |flow| flow.get())
+        }
+
+        fn insert(&self, key: &K, flow: &Flow) -> Inserted {
+            let mut entries = self.entries.borrow_mut();
+            if entries.contains_key(key) {
+                return Inserted::Exists;
+            }
+            if entries.len() >= self.capacity.get() {
+                return Inserted::Full;
+            }
+            entries.insert(*key, Box::new(UnsafeCell::new(*flow)));
+            Inserted::Stored
+        }
+
+        fn remove(&self, key: &K) {
+            self.entries.borrow_mut().remove(key);
+        }
+
+        fn backend_flags(&self, backend: BackendIndex) -> u32 {
+            self.flags.borrow().get(&backend).copied().unwrap_or(0)
+        }
+
+        fn now_ns(&self) -> u64 {
+            self.clock_ns.get()
+        }
+    }
+}

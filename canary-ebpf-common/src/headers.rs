@@ -1,0 +1,133 @@
+//! Views of packet headers: the layouts, and the one way to get at them.
+
+use crate::abi::Address;
+
+/// A frame's bytes, from the Ethernet header on.
+///
+/// # Safety
+/// A pointer that `at` returns must be valid for reads and writes of a `T`
+/// until the frame is resized or sent. It is aligned for `T` only if the IP
+/// header is aligned to eight bytes or the target loads and stores unaligned
+/// words as they are, as the kernels of x86-64 and aarch64 let BPF programs do.
+pub unsafe trait Frame {
+    /// A `T` that starts `offset` bytes into the frame, unless it ends sooner.
+    fn at<T>(&self, offset: usize) -> Option<*mut T>;
+    /// Length of the frame in bytes.
+    fn len_bytes(&self) -> usize;
+}
+
+/// Length of an untagged Ethernet header in bytes.
+pub const ETH_BYTES: usize = 14;
+/// EtherType of IPv4, as it is loaded.
+pub const ETHERTYPE_IPV4_BE: u16 = 0x0800_u16.to_be();
+/// EtherType of IPv6, as it is loaded.
+pub const ETHERTYPE_IPV6_BE: u16 = 0x86dd_u16.to_be();
+
+/// Ethernet header.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Eth {
+    /// Destination, then source.
+    pub addresses: [u8; 12],
+    /// EtherType.
+    pub ethertype_be: u16,
+}
+
+/// IPv4 header without options (RFC 791, 3.1).
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Ipv4 {
+    /// Version and header length in 32-bit words.
+    pub version_ihl: u8,
+    /// DSCP and ECN.
+    pub tos: u8,
+    /// Length of header and payload in bytes.
+    pub total_length_be: u16,
+    /// Identification.
+    pub id_be: u16,
+    /// Flags and fragment offset.
+    pub fragment_be: u16,
+    /// TTL and protocol, which the checksum covers as one word.
+    pub ttl_protocol: [u8; 2],
+    /// Header checksum.
+    pub checksum: u16,
+    /// Source address.
+    pub src_be: u32,
+    /// Destination address.
+    pub dst_be: u32,
+}
+
+impl Ipv4 {
+    /// More-fragments flag and offset: not zero in any fragment.
+    pub const FRAGMENT_MASK_BE: u16 = 0x3fff_u16.to_be();
+}
+
+/// IPv6 header (RFC 8200, 3).
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Ipv6 {
+    /// Version, traffic class and flow label.
+    pub version_class_flow_be: u32,
+    /// Length of what follows this header in bytes.
+    pub payload_length_be: u16,
+    /// Next header.
+    pub next_header: u8,
+    /// Hop limit.
+    pub hop_limit: u8,
+    /// Source address.
+    pub src: Address,
+    /// Destination address.
+    pub dst: Address,
+}
+
+/// Ports, which TCP and UDP have in common.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Ports {
+    /// Source port.
+    pub src_be: u16,
+    /// Destination port.
+    pub dst_be: u16,
+}
+
+/// UDP header (RFC 768).
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Udp {
+    /// Ports.
+    pub ports: Ports,
+    /// Length of header and payload in bytes.
+    pub length_be: u16,
+    /// Checksum; 0 for none (IPv4).
+    pub checksum: u16,
+}
+
+/// TCP header without options (RFC 9293, 3.1).
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Tcp {
+    /// Ports.
+    pub ports: Ports,
+    /// Sequence number.
+    pub seq_be: u32,
+    /// Acknowledgement number.
+    pub ack_be: u32,
+    /// Header length in 32-bit words (high half) and reserved bits.
+    pub data_offset: u8,
+    /// Flags.
+    pub flags: u8,
+    /// Window.
+    pub window_be: u16,
+    /// Checksum.
+    pub checksum: u16,
+    /// Urgent pointer.
+    pub urgent_be: u16,
+}
+
+const _: () = {
+    assert!(size_of::<Eth>() == ETH_BYTES);
+    assert!(size_of::<Ipv4>() == 20);
+    assert!(size_of::<Ipv6>() == 40);
+    assert!(size_of::<Udp>() == 8);
+    assert!(size_of::<Tcp>() == 20);
+};

@@ -1,0 +1,245 @@
+//! Translated flows: two entries each, one for either direction.
+//!
+//! A forward entry stands under the client's tuple, a reverse entry under the
+//! tuple that the backend's answers carry. The reverse entry is stored first:
+//! it is what claims the source port.
+
+use crate::{
+    abi::{
+        Address, BACKEND_DOWN, BACKEND_MAINT, Backend, Flow, FlowKeyV4, FlowKeyV6, IPPROTO_TCP,
+        Reason, Service, flow_state as state,
+    },
+    entry::BackendIndex,
+    steer::{Flows, Inserted, Segment, TCP_FIN, TCP_RST},
+};
+
+/// Source ports that are tried for a new flow before it is refused.
+pub const PORT_ATTEMPTS: u32 = 16;
+
+/// A five-tuple of either family.
+pub trait TupleKey: Copy {
+    /// The tuple of a packet; an IPv4 address lies in the first four bytes.
+    fn tuple(src: Address, dst: Address, src_port_be: u16, dst_port_be: u16, protocol: u8) -> Self;
+}
+
+impl TupleKey for FlowKeyV4 {
+    #[inline(always)]
+    fn tuple(src: Address, dst: Address, src_port_be: u16, dst_port_be: u16, protocol: u8) -> Self {
+        Self {
+            src_be: src[0] as u32,
+            dst_be: dst[0] as u32,
+            src_port_be,
+            dst_port_be,
+            protocol: protocol as u32,
+        }
+    }
+}
+
+impl TupleKey for FlowKeyV6 {
+    #[inline(always)]
+    fn tuple(src: Address, dst: Address, src_port_be: u16, dst_port_be: u16, protocol: u8) -> Self {
+        Self {
+            src: [src[0], src[1]],
+            dst: [dst[0], dst[1]],
+            src_port_be,
+            dst_port_be,
+            protocol: protocol as u32,
+        }
+    }
+}
+
+/// The key under which the other direction of a translated flow stands.
+#[inline(always)]
+pub fn opposite<K: TupleKey>(flow: &Flow, protocol: u8) -> K {
+    K::tuple(flow.dst, flow.src, flow.dst_port_be, flow.src_port_be, protocol)
+}
+
+/// What to do with a client's packet of a translated service.
+#[derive(Clone, Copy, Debug)]
+pub enum Step {
+    /// Translate as this entry says.
+    Follow(*mut Flow),
+    /// Open a flow to the bucket's current backend; an entry that stood under
+    /// the tuple has been taken away.
+    Open,
+    /// Belongs to no flow and opens none.
+    NoFlow,
+}
+
+/// Looks a client's packet up and brings its entry up to date.
+#[inline(always)]
+pub fn step<K: TupleKey, F: Flows<K>>(
+    flows: &F,
+    service: &Service,
+    key: &K,
+    segment: Segment,
+) -> Step {
+    let pointer = flows.lookup(key);
+    let tcp = segment.protocol == IPPROTO_TCP;
+    if pointer.is_null() {
+        return if tcp && !segment.opens() { Step::NoFlow } else { Step::Open };
+    }
+    // SAFETY: not null, so valid for this decision by the contract of `Flows`.
+    let flow = unsafe { &mut *pointer };
+    let now = flows.now_ns();
+    let was = flow.state;
+    if tcp && !segment.opens() {
+        let mut becomes = was & !(state::CLOSING | state::PROVISIONAL);
+        if segment.tcp_flags & (TCP_FIN | TCP_RST) != 0 {
+            becomes |= state::CLOSING;
+        }
+        if was != becomes {
+            flow.state = becomes;
+        }
+        flow.last_ns = now;
+        return Step::Follow(pointer);
+    }
+    let backend = BackendIndex::new(flow.backend);
+    let flags = flows.backend_flags(backend);
+    let renew = if tcp {
+        // A SYN on a tuple that has a flow: a retransmission, or the tuple is used again.
+        let over = state::PROVISIONAL | state::CLOSING;
+        flags & BACKEND_MAINT != 0
+            || (flags & BACKEND_DOWN != 0 && was & state::PROVISIONAL != 0)
+            || (flow.syn_seq != segment.seq && (was & over != 0 || flags & BACKEND_DOWN != 0))
+    } else {
+        flags & BACKEND_MAINT != 0
+            || udp_silent_ns(flows, flow, now) > u64::from(service.udp_idle_ms) * 1_000_000
+    };
+    if !renew {
+        flow.last_ns = now;
+        return Step::Follow(pointer);
+    }
+    let reverse: K = opposite(flow, segment.protocol);
+    flows.remove(&reverse);
+    flows.remove(key);
+    Step::Open
+}
+
+/// For how long neither direction of a UDP flow has had a packet.
+#[inline(always)]
+fn udp_silent_ns<K: TupleKey, F: Flows<K>>(flows: &F, flow: &Flow, now: u64) -> u64 {
+    let forward = now.saturating_sub(flow.last_ns);
+    if forward <= 1_000_000_000 {
+        return 0;
+    }
+    let key: K = opposite(flow, crate::abi::IPPROTO_UDP);
+    let reverse = flows.lookup(&key);
+    if reverse.is_null() {
+        return forward;
+    }
+    // SAFETY: not null, so valid for this decision by the contract of `Flows`.
+    let reverse = now.saturating_sub(unsafe { (*reverse).last_ns });
+    if reverse < forward { reverse } else { forward }
+}
+
+/// Marks a backend's packet on its reverse entry.
+#[inline(always)]
+pub fn returned(flow: &mut Flow, segment: Segment, now: u64) {
+    if segment.tcp_flags & (TCP_FIN | TCP_RST) != 0 && flow.state & state::SERVER_CLOSING == 0 {
+        flow.state |= state::SERVER_CLOSING;
+    }
+    flow.last_ns = now;
+}
+
+/// The range of source ports for translated flows, host order.
+#[derive(Clone, Copy, Debug)]
+pub struct PortRange {
+    /// The first one.
+    pub first: u16,
+    /// How many there are.
+    pub count: u16,
+}
+
+/// A client's side of a new flow.
+#[derive(Clone, Copy, Debug)]
+pub struct Client {
+    /// The client's address.
+    pub addr: Address,
+    /// The virtual address.
+    pub vip: Address,
+    /// The client's port.
+    pub port_be: u16,
+    /// The service's port.
+    pub vip_port_be: u16,
+    /// Destination and source MAC address of frames to the client, as in [`Flow::eth`].
+    pub eth: [u32; 3],
+    /// Interface towards the client.
+    pub ifindex: u32,
+}
+
+/// Claims a source port and stores both entries of a new flow.
+///
+/// `hash` is the packet's hash: the port that is tried first follows from it.
+/// Returns the forward entry, which may be another CPU's for the same flow.
+#[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "always inlined; each is a different thing")]
+pub fn open<K: TupleKey, F: Flows<K>>(
+    flows: &F,
+    service: &Service,
+    index: BackendIndex,
+    backend: &Backend,
+    source: Address,
+    ports: PortRange,
+    client: &Client,
+    key: &K,
+    segment: Segment,
+    hash: u64,
+) -> Result<*mut Flow, Reason> {
+    let opened = if segment.protocol == IPPROTO_TCP {
+        state::NAT | state::PROVISIONAL
+    } else {
+        state::NAT | state::UDP
+    };
+    let mut flow = Flow {
+        last_ns: flows.now_ns(),
+        state: opened | state::REVERSE,
+        syn_seq: segment.seq,
+        src: client.vip,
+        dst: client.addr,
+        src_port_be: client.vip_port_be,
+        dst_port_be: client.port_be,
+        backend: index.get(),
+        service: service.id as u16,
+        eth: client.eth,
+        ifindex: client.ifindex,
+    };
+    let mut claimed = 0;
+    let mut candidate = (hash >> 32) as u32;
+    let mut attempt = 0;
+    while attempt < PORT_ATTEMPTS {
+        // A product's high half instead of a remainder: even, and no division by the range.
+        let offset = (((candidate & 0xffff) * ports.count as u32) >> 16) as u16;
+        let port_be = ports.first.wrapping_add(offset).to_be();
+        let answer = K::tuple(backend.addr, source, backend.port_be, port_be, segment.protocol);
+        match flows.insert(&answer, &flow) {
+            Inserted::Stored => {
+                claimed = port_be;
+                break;
+            }
+            Inserted::Full => return Err(Reason::DropFlowTableFull),
+            Inserted::Exists => {}
+        }
+        candidate = candidate.wrapping_mul(0x9e37_79b1).wrapping_add(0x7f4a_7c15) ^ candidate >> 16;
+        attempt += 1;
+    }
+    if claimed == 0 {
+        return Err(Reason::DropNoPort);
+    }
+    let answer = K::tuple(backend.addr, source, backend.port_be, claimed, segment.protocol);
+    // From here on it is the forward entry.
+    flow.state = opened;
+    flow.src = source;
+    flow.dst = backend.addr;
+    flow.src_port_be = claimed;
+    flow.dst_port_be = backend.port_be;
+    let stored = flows.insert(key, &flow);
+    if stored != Inserted::Stored {
+        flows.remove(&answer);
+    }
+    let forward = flows.lookup(key);
+    if stored == Inserted::Full || forward.is_null() {
+        return Err(Reason::DropFlowTableFull);
+    }
+    Ok(forward)
+}
