@@ -1,0 +1,202 @@
+//! The way out: counters, MAC addresses, interface, and rewritten ports.
+
+use aya_ebpf::bindings::xdp_action;
+use canary_ebpf_common::{
+    abi::{Address, BACKEND_MAINT, BACKEND_USABLE, Backend, Flow, IPPROTO_TCP, Reason, Service},
+    checksum::Delta,
+    entry::BackendIndex,
+    headers::{Frame as _, Tcp, Udp},
+    nat,
+    steer::Segment,
+};
+
+use crate::{maps, packet::Packet};
+
+/// The transport header: where it is and what it says.
+#[derive(Clone, Copy)]
+pub(crate) struct Transport {
+    pub(crate) src_port_be: u16,
+    pub(crate) dst_port_be: u16,
+    pub(crate) segment: Segment,
+    offset: usize,
+}
+
+impl Transport {
+    /// Ports of the TCP or UDP header at `offset`, with the fields of TCP that steering needs.
+    #[inline(always)]
+    pub(crate) fn read(packet: &Packet, offset: usize, protocol: u8) -> Option<Self> {
+        if protocol == IPPROTO_TCP {
+            let tcp: *mut Tcp = packet.at(offset)?;
+            // SAFETY: `at` checked the bounds.
+            let tcp = unsafe { &*tcp };
+            return Some(Self {
+                src_port_be: tcp.ports.src_be,
+                dst_port_be: tcp.ports.dst_be,
+                segment: Segment { protocol, tcp_flags: tcp.flags, seq: u32::from_be(tcp.seq_be) },
+                offset,
+            });
+        }
+        let udp: *mut Udp = packet.at(offset)?;
+        // SAFETY: `at` checked the bounds.
+        let udp = unsafe { &*udp };
+        Some(Self {
+            src_port_be: udp.ports.src_be,
+            dst_port_be: udp.ports.dst_be,
+            segment: Segment { protocol, tcp_flags: 0, seq: 0 },
+            offset,
+        })
+    }
+
+    /// Whether the header and what it says of its length fit into `room` bytes.
+    #[inline(always)]
+    pub(crate) fn fits(&self, packet: &Packet, room: usize) -> bool {
+        if self.segment.protocol == IPPROTO_TCP {
+            let Some(tcp) = packet.at::<Tcp>(self.offset) else { return false };
+            // SAFETY: `at` checked the bounds.
+            let header = usize::from(unsafe { (*tcp).data_offset } >> 4) * 4;
+            return header >= size_of::<Tcp>() && header <= room;
+        }
+        let Some(udp) = packet.at::<Udp>(self.offset) else { return false };
+        // SAFETY: `at` checked the bounds.
+        let length = usize::from(u16::from_be(unsafe { (*udp).length_be }));
+        length >= size_of::<Udp>() && length <= room
+    }
+
+    /// Gives the header its new ports and brings its checksum up to date, `addresses`
+    /// being the change in the pseudo-header.
+    #[inline(always)]
+    pub(crate) fn rewrite(&self, packet: &Packet, flow: &Flow, addresses: Delta) -> Option<()> {
+        let delta = addresses
+            .replace_half(self.src_port_be, flow.src_port_be)
+            .replace_half(self.dst_port_be, flow.dst_port_be);
+        if self.segment.protocol == IPPROTO_TCP {
+            let tcp: *mut Tcp = packet.at(self.offset)?;
+            // SAFETY: `at` checked the bounds.
+            let tcp = unsafe { &mut *tcp };
+            tcp.ports.src_be = flow.src_port_be;
+            tcp.ports.dst_be = flow.dst_port_be;
+            tcp.checksum = delta.apply(tcp.checksum);
+            return Some(());
+        }
+        let udp: *mut Udp = packet.at(self.offset)?;
+        // SAFETY: `at` checked the bounds.
+        let udp = unsafe { &mut *udp };
+        udp.ports.src_be = flow.src_port_be;
+        udp.ports.dst_be = flow.dst_port_be;
+        // RFC 768: zero says that there is no checksum, so a sum of zero is sent as ones.
+        if udp.checksum != 0 {
+            let sum = delta.apply(udp.checksum);
+            udp.checksum = if sum == 0 { 0xffff } else { sum };
+        }
+        Some(())
+    }
+}
+
+/// The record of a backend that packets may be sent to.
+#[inline(always)]
+pub(crate) fn usable(index: BackendIndex) -> Result<&'static Backend, Reason> {
+    let backend = maps::backend(index).ok_or(Reason::DropNoBackend)?;
+    if backend.flags & (BACKEND_USABLE | BACKEND_MAINT) != BACKEND_USABLE {
+        return Err(Reason::DropNoBackend);
+    }
+    Ok(backend)
+}
+
+/// Counts a packet to a backend.
+#[inline(always)]
+pub(crate) fn count_sent(packet: &Packet, index: BackendIndex, opens: bool) {
+    if let Some(counters) = maps::counters(index) {
+        counters.packets += 1;
+        counters.bytes += packet.len_bytes() as u64;
+        counters.connections += u64::from(opens);
+    }
+}
+
+/// Counts a packet from a backend.
+#[inline(always)]
+pub(crate) fn count_returned(packet: &Packet, flow: &Flow) {
+    if let Some(counters) = maps::counters(BackendIndex::new(flow.backend)) {
+        counters.returned_packets += 1;
+        counters.returned_bytes += packet.len_bytes() as u64;
+    }
+}
+
+/// The MAC addresses of the frame, destination first, as in [`Flow::eth`].
+#[inline(always)]
+fn eth(packet: &Packet) -> Option<&mut [u32; 3]> {
+    // SAFETY: `at` checked the bounds.
+    packet.at::<[u32; 3]>(0).map(|p| unsafe { &mut *p })
+}
+
+/// The MAC addresses of an answer to the frame: its source first.
+#[inline(always)]
+pub(crate) fn way_back(packet: &Packet) -> Option<[u32; 3]> {
+    let [a, b, c] = *eth(packet)?;
+    // Six bytes of twelve change places; words are little-endian on this target.
+    Some([b >> 16 | c << 16, c >> 16 | a << 16, a >> 16 | b << 16])
+}
+
+/// Sends the frame to `addresses` (destination, then source) by `ifindex`.
+#[inline(always)]
+pub(crate) fn send(packet: &Packet, addresses: &[u32; 3], ifindex: u32) -> Result<u32, Reason> {
+    let frame = eth(packet).ok_or(Reason::DropMalformed)?;
+    frame[0] = addresses[0];
+    frame[1] = addresses[1];
+    frame[2] = addresses[2];
+    if ifindex == packet.ifindex {
+        return Ok(xdp_action::XDP_TX);
+    }
+    maps::redirect(ifindex)
+}
+
+/// The source address for a new flow to `backend`, chosen by the packet's hash.
+#[inline(always)]
+pub(crate) fn nat_source(backend: &Backend, hash: u64) -> Result<Address, Reason> {
+    let nth = ((hash >> 48) * u64::from(backend.nat_count)) >> 16;
+    maps::nat_source(u32::from(backend.nat_first) + nth as u32)
+        .map(|a| [a[0], a[1]])
+        .ok_or(Reason::DropNoBackend)
+}
+
+/// Keeps the way back to the client as its last packet came.
+#[inline(always)]
+pub(crate) fn follow_client<K: nat::TupleKey, F: canary_ebpf_common::steer::Flows<K>>(
+    packet: &Packet,
+    flows: &F,
+    flow: &mut Flow,
+    protocol: u8,
+) -> Option<()> {
+    let way_back = way_back(packet)?;
+    let differs = (flow.ifindex ^ packet.ifindex)
+        | (flow.eth[0] ^ way_back[0])
+        | (flow.eth[1] ^ way_back[1])
+        | (flow.eth[2] ^ way_back[2]);
+    if differs == 0 {
+        return Some(());
+    }
+    flow.ifindex = packet.ifindex;
+    flow.eth = way_back;
+    let reverse = flows.lookup(&nat::opposite::<K>(flow, protocol));
+    if !reverse.is_null() {
+        // SAFETY: not null, so valid by the contract of `Flows`.
+        unsafe {
+            (*reverse).ifindex = packet.ifindex;
+            (*reverse).eth = way_back;
+        }
+    }
+    Some(())
+}
+
+/// Whether a packet to `port_be` may be a backend's answer on a translated flow.
+#[inline(always)]
+pub(crate) fn may_be_returned(port_be: u16) -> bool {
+    let ports = maps::nat_ports();
+    u16::from_be(port_be).wrapping_sub(ports.first) < ports.count
+}
+
+/// Whether a service translates.
+#[inline(always)]
+pub(crate) const fn translates(service: &Service) -> bool {
+    use canary_ebpf_common::abi::ForwardMode;
+    service.flags & ForwardMode::MASK == ForwardMode::Nat as u32
+}

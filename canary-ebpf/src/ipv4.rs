@@ -1,0 +1,187 @@
+//! IPv4: from the header to a decision, and the header's rewriting.
+
+use canary_ebpf_common::{
+    abi::{Flow, FlowKeyV4, IPPROTO_TCP, IPPROTO_UDP, Reason, Service, VipKeyV4, flow_state},
+    checksum::Delta,
+    entry::{BackendIndex, Entry},
+    hash::{bucket, hash_v4},
+    headers::{ETH_BYTES, Frame as _, Ipv4},
+    nat::{self, Client, Step, TupleKey as _},
+    steer::{Flows as _, steer},
+};
+
+use crate::{
+    forward::{self, Transport},
+    maps::{self, FlowsV4},
+    packet::Packet,
+};
+
+#[inline(always)]
+pub(crate) fn ingress(packet: &Packet) -> Result<u32, Reason> {
+    let ip: *mut Ipv4 = packet.at(ETH_BYTES).ok_or(Reason::PassOther)?;
+    // SAFETY: `at` checked the bounds.
+    let ip = unsafe { &mut *ip };
+    let protocol = ip.ttl_protocol[1];
+    if ip.version_ihl >> 4 != 4 || (protocol != IPPROTO_TCP && protocol != IPPROTO_UDP) {
+        return Err(Reason::PassOther);
+    }
+    if ip.fragment_be & Ipv4::FRAGMENT_MASK_BE != 0 {
+        return Err(Reason::PassFragment);
+    }
+    let header_bytes = usize::from(ip.version_ihl & 0xf) * 4;
+    let transport =
+        Transport::read(packet, ETH_BYTES + header_bytes, protocol).ok_or(Reason::PassOther)?;
+    if forward::may_be_returned(transport.dst_port_be)
+        && let Some(action) = returned(packet, ip, &transport)
+    {
+        return action;
+    }
+    let vip = VipKeyV4 { addr_be: ip.dst_be, port_be: transport.dst_port_be, protocol, pad: 0 };
+    let service = maps::service_v4(&vip).ok_or(Reason::PassNoService)?;
+
+    let total_bytes = usize::from(u16::from_be(ip.total_length_be));
+    if header_bytes < size_of::<Ipv4>()
+        || total_bytes < header_bytes
+        || ETH_BYTES + total_bytes > packet.len_bytes()
+        || !transport.fits(packet, total_bytes - header_bytes)
+    {
+        return Err(Reason::DropMalformed);
+    }
+    let key = FlowKeyV4 {
+        src_be: ip.src_be,
+        dst_be: ip.dst_be,
+        src_port_be: transport.src_port_be,
+        dst_port_be: transport.dst_port_be,
+        protocol: u32::from(protocol),
+    };
+    if forward::translates(service) {
+        return translate(packet, ip, &transport, service, &key);
+    }
+    let (_, entry) = bucket_entry(service, ip, &transport)?;
+    let steering = steer(&FlowsV4, service, entry, &key, transport.segment);
+    let backend = forward::usable(steering.backend)?;
+    forward::count_sent(packet, steering.backend, steering.opens);
+    forward::send(packet, &backend.eth, backend.ifindex)
+}
+
+/// The packet's hash, and the entry of the bucket that it falls into.
+#[inline(always)]
+fn bucket_entry(
+    service: &Service,
+    ip: &Ipv4,
+    transport: &Transport,
+) -> Result<(u64, Entry), Reason> {
+    let hash = hash_v4(
+        service,
+        ip.src_be,
+        ip.dst_be,
+        transport.src_port_be,
+        transport.dst_port_be,
+        transport.segment.protocol,
+    );
+    let entry = maps::entry(service, bucket(service, hash)).ok_or(Reason::DropNoBackend)?;
+    Ok((hash, entry))
+}
+
+/// Carries a client's packet of a translated service to its backend.
+#[inline(always)]
+fn translate(
+    packet: &Packet,
+    ip: &mut Ipv4,
+    transport: &Transport,
+    service: &Service,
+    key: &FlowKeyV4,
+) -> Result<u32, Reason> {
+    let (flow, opens) = match nat::step(&FlowsV4, service, key, transport.segment) {
+        Step::NoFlow => return Err(Reason::PassNoFlow),
+        Step::Follow(flow) => (flow, false),
+        Step::Open => {
+            let (hash, entry) = bucket_entry(service, ip, transport)?;
+            let backend = forward::usable(entry.current())?;
+            let client = Client {
+                addr: [u64::from(ip.src_be), 0],
+                vip: [u64::from(ip.dst_be), 0],
+                port_be: transport.src_port_be,
+                vip_port_be: transport.dst_port_be,
+                eth: forward::way_back(packet).ok_or(Reason::DropMalformed)?,
+                ifindex: packet.ifindex,
+            };
+            let source = forward::nat_source(backend, hash)?;
+            let flow = nat::open(
+                &FlowsV4,
+                service,
+                entry.current(),
+                backend,
+                source,
+                maps::nat_ports(),
+                &client,
+                key,
+                transport.segment,
+                hash,
+            )?;
+            (flow, true)
+        }
+    };
+    // SAFETY: `step` and `open` return valid entries.
+    let flow = unsafe { &mut *flow };
+    if !opens {
+        forward::follow_client::<FlowKeyV4, _>(packet, &FlowsV4, flow, transport.segment.protocol)
+            .ok_or(Reason::DropMalformed)?;
+    }
+    let index = BackendIndex::new(flow.backend);
+    let backend = forward::usable(index)?;
+    rewrite(packet, ip, transport, flow)?;
+    forward::count_sent(packet, index, opens);
+    forward::send(packet, &backend.eth, backend.ifindex)
+}
+
+/// Carries a backend's packet of a translated flow to the client; `None` if it belongs to none.
+#[inline(always)]
+fn returned(packet: &Packet, ip: &mut Ipv4, transport: &Transport) -> Option<Result<u32, Reason>> {
+    let segment = transport.segment;
+    let key = FlowKeyV4::tuple(
+        [u64::from(ip.src_be), 0],
+        [u64::from(ip.dst_be), 0],
+        transport.src_port_be,
+        transport.dst_port_be,
+        segment.protocol,
+    );
+    let flow = FlowsV4.lookup(&key);
+    if flow.is_null() {
+        return None;
+    }
+    // SAFETY: not null, so valid by the contract of `Flows`.
+    let flow = unsafe { &mut *flow };
+    if flow.state & flow_state::REVERSE == 0 {
+        return None;
+    }
+    nat::returned(flow, segment, FlowsV4.now_ns());
+    if let Err(reason) = rewrite(packet, ip, transport, flow) {
+        return Some(Err(reason));
+    }
+    forward::count_returned(packet, flow);
+    Some(forward::send(packet, &flow.eth, flow.ifindex))
+}
+
+/// Gives the packet the addresses and ports of `flow` and takes one from its TTL.
+#[inline(always)]
+fn rewrite(
+    packet: &Packet,
+    ip: &mut Ipv4,
+    transport: &Transport,
+    flow: &Flow,
+) -> Result<(), Reason> {
+    if ip.ttl_protocol[0] <= 1 {
+        return Err(Reason::DropTtlExpired);
+    }
+    let (src_be, dst_be) = (flow.src[0] as u32, flow.dst[0] as u32);
+    let addresses = Delta::ZERO.replace(ip.src_be, src_be).replace(ip.dst_be, dst_be);
+    transport.rewrite(packet, flow, addresses).ok_or(Reason::DropMalformed)?;
+    let before = u16::from_ne_bytes(ip.ttl_protocol);
+    ip.ttl_protocol[0] -= 1;
+    let after = u16::from_ne_bytes(ip.ttl_protocol);
+    ip.src_be = src_be;
+    ip.dst_be = dst_be;
+    ip.checksum = addresses.replace_half(before, after).apply(ip.checksum);
+    Ok(())
+}
