@@ -113,7 +113,10 @@ impl Handle {
         self.ask(|reply| Request::Explain { service, query, reply }).await?
     }
 
-    async fn ask<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T, Refusal> {
+    async fn ask<T>(
+        &self,
+        request: impl FnOnce(oneshot::Sender<T>) -> Request,
+    ) -> Result<T, Refusal> {
         let stopping = || Refusal {
             code: "stopping",
             message: "the agent is stopping".to_owned(),

@@ -1,1 +1,554 @@
-//! datapath
+//! Desired data plane → maps, links, pins.
+//!
+//! The only place that knows aya. Whatever is asked of it is brought about by
+//! writing what differs, in an order in which no packet meets half a change.
+//! It decides nothing: what should be in the maps comes from [`crate::plan`].
+
+mod apply;
+mod attach;
+pub mod flows;
+mod mapping;
+mod pins;
+mod pod;
+mod reader;
+
+use std::{
+    collections::HashSet,
+    fs, io,
+    ops::RangeInclusive,
+    path::{Path, PathBuf},
+    sync::atomic::Ordering,
+};
+
+use aya::{
+    Ebpf, EbpfError, EbpfLoader,
+    maps::{Array, Map, MapError},
+    programs::{ProgramError, Xdp},
+};
+use canary_ebpf_common::{
+    abi::{self, ABI_VERSION, Backend, LedgerEntry, PAGE_BUCKETS},
+    entry::{BackendIndex, Entry},
+    hash,
+};
+
+pub use self::{
+    apply::Applied,
+    attach::{Attached, AttachedMode},
+    reader::Reader,
+};
+use self::{apply::Maps, flows::FlowTable, mapping::Mapping, pins::Pins};
+use crate::{
+    config::model::{Capacity, XdpMode},
+    plan::{DataPlane, Family},
+};
+
+/// The programs, as the build made them.
+static INGRESS: &[u8] = aya::include_bytes_aligned!(env!("CANARY_EBPF_INGRESS"));
+
+/// What the data plane is made for.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Directory of the pins, on a BPF file system.
+    pub bpffs: PathBuf,
+    /// Sizes of the maps.
+    pub capacity: Capacity,
+    /// Source ports for translated flows; `None` where no service translates.
+    pub nat_ports: Option<RangeInclusive<u16>>,
+    /// How the program is attached.
+    pub xdp_mode: XdpMode,
+    /// Whether another XDP program on an interface gives way.
+    pub replace: bool,
+}
+
+/// Why the data plane could not be brought about.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The pins' directory can't be used.
+    #[error(
+        "{path} can't hold pins: {reason}; mount a BPF file system (`mount -t bpf bpf /sys/fs/bpf`) \
+         and set `agent.bpffs` to a directory in it", path = path.display()
+    )]
+    Bpffs {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// The pinned maps are not what this build would make.
+    #[error(
+        "the maps pinned at {path} are not this release's: {what}; traffic goes on by the program that is \
+         attached. `canary-agent detach` removes them, and steering stops until the next start",
+        path = path.display()
+    )]
+    ForeignPins {
+        /// Directory of the maps.
+        path: PathBuf,
+        /// What differs.
+        what: String,
+    },
+    /// The configuration asks for another size than the pinned map has.
+    #[error(
+        "map {map} is pinned with room for {pinned} and the configuration asks for {configured}: set \
+         `agent.capacity` back, or run `canary-agent detach` before the next start (steering stops meanwhile)"
+    )]
+    CapacityChanged {
+        /// The map.
+        map: &'static str,
+        /// Elements that it has.
+        pinned: u32,
+        /// Elements that the configuration asks for.
+        configured: u32,
+    },
+    /// The interface is not there.
+    #[error("interface {interface} does not exist")]
+    NoInterface {
+        /// Its name.
+        interface: String,
+    },
+    /// Somebody else's program is on the interface.
+    #[error(
+        "interface {interface} has another XDP program on it: {name} (id {id}); `canary-agent run --replace` \
+         takes its place"
+    )]
+    OtherProgram {
+        /// The interface.
+        interface: String,
+        /// The program's id.
+        id: u32,
+        /// The program's name.
+        name: String,
+    },
+    /// The program could not be attached.
+    #[error("attaching to {interface} failed: {reason}")]
+    Attach {
+        /// The interface.
+        interface: String,
+        /// Why.
+        reason: String,
+    },
+    /// The plan names something that the maps have no room for.
+    #[error("{what} {index} is beyond the maps' capacity")]
+    OutOfRange {
+        /// Kind of thing.
+        what: &'static str,
+        /// Its number.
+        index: u32,
+    },
+    /// The kernel may not be asked.
+    #[error("loading BPF programs needs root or CAP_BPF and CAP_NET_ADMIN: {0}")]
+    NotPermitted(String),
+    /// Loading failed.
+    #[error("loading the XDP program failed: {}", causes(.0))]
+    Load(#[source] Box<EbpfError>),
+    /// The kernel refused the program.
+    #[error("the kernel refused the XDP program (6.1 or newer is needed): {}", causes(.0))]
+    Program(#[source] Box<ProgramError>),
+    /// A map could not be read or written.
+    #[error("a BPF map could not be used: {}", causes(.0))]
+    Map(#[source] Box<MapError>),
+    /// Anything that the system refused.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+}
+
+impl Error {
+    /// Whether the caller lacks the rights.
+    pub fn not_permitted(&self) -> bool {
+        matches!(self, Self::NotPermitted(_))
+    }
+}
+
+impl From<EbpfError> for Error {
+    fn from(error: EbpfError) -> Self {
+        match not_permitted(&error) {
+            true => Self::NotPermitted(causes(&error)),
+            false => Self::Load(Box::new(error)),
+        }
+    }
+}
+
+impl From<ProgramError> for Error {
+    fn from(error: ProgramError) -> Self {
+        match not_permitted(&error) {
+            true => Self::NotPermitted(causes(&error)),
+            false => Self::Program(Box::new(error)),
+        }
+    }
+}
+
+impl From<MapError> for Error {
+    fn from(error: MapError) -> Self {
+        match not_permitted(&error) {
+            true => Self::NotPermitted(causes(&error)),
+            false => Self::Map(Box::new(error)),
+        }
+    }
+}
+
+/// Whether an error goes back to EPERM or EACCES.
+fn not_permitted(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(io) = error.downcast_ref::<io::Error>()
+            && io.kind() == io::ErrorKind::PermissionDenied
+        {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
+/// An error's causes in one line, without those that repeat what was said.
+fn causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        if !text.contains(&next) {
+            text.push_str(": ");
+            text.push_str(&next);
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// What the pinned maps of an earlier agent hold.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Adopted {
+    /// Services, by ascending id.
+    pub services: Vec<AdoptedService>,
+    /// Backend records that are in use, by ascending index.
+    pub backends: Vec<(BackendIndex, Backend)>,
+}
+
+/// One service of [`Adopted`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdoptedService {
+    /// Index into `SERVICE_INFO`.
+    pub id: u16,
+    /// Its name.
+    pub name: String,
+    /// Its family.
+    pub family: Family,
+    /// Names of its versions by slot; empty for a free slot.
+    pub versions: Vec<String>,
+    /// Slot of the control version.
+    pub control: u8,
+    /// First page of its table and ledger.
+    pub first_page: u32,
+    /// Number of buckets.
+    pub buckets: u32,
+    /// Its forwarding table.
+    pub entries: Vec<Entry>,
+    /// Its ledger.
+    pub ledger: Vec<LedgerEntry>,
+}
+
+/// The loaded program and its maps.
+pub struct Datapath {
+    options: Options,
+    pins: Pins,
+    ebpf: Ebpf,
+    maps: Maps,
+    flows_v4: FlowTable<pod::FlowKeyV4>,
+    flows_v6: FlowTable<pod::FlowKeyV6>,
+    reader: Reader,
+    applied: Option<DataPlane>,
+}
+
+impl Datapath {
+    /// Loads the program over the pinned maps of an earlier agent, or over new ones.
+    ///
+    /// Nothing is attached yet, and the tables stay as they are until the first
+    /// [`apply`](Self::apply).
+    ///
+    /// # Errors
+    /// When the BPF file system can't be used, the pins are of another release or
+    /// size, the kernel refuses the program, or the rights are missing.
+    pub fn open(options: Options) -> Result<(Self, Adopted), Error> {
+        let pins = Pins::new(&options.bpffs);
+        pins.prepare()?;
+        let layouts = pins::layouts(&options);
+        let adopt = pins.adoptable(&layouts)?;
+        let paths: Vec<_> = layouts.iter().map(|l| (l.name, pins.map(l.name), l.entries)).collect();
+        let (first, count) = options.nat_ports.as_ref().map_or((0_u16, 0_u16), |r| {
+            (*r.start(), r.end().saturating_sub(*r.start()).saturating_add(1))
+        });
+        let mut loader = EbpfLoader::new();
+        for (name, path, entries) in &paths {
+            loader.map_max_entries(name, *entries).map_pin_path(name, path);
+        }
+        loader.override_global("NAT_PORT_FIRST", &first, true).override_global(
+            "NAT_PORT_COUNT",
+            &count,
+            true,
+        );
+        let mut ebpf = loader.load(INGRESS)?;
+        xdp(&mut ebpf)?.load()?;
+        let maps = take_maps(&mut ebpf, &options)?;
+        let adopted = if adopt { read(&maps)? } else { Adopted::default() };
+        let mut meta: Array<_, pod::Meta> = take(&mut ebpf, "META")?.try_into()?;
+        meta.set(0, pod::Meta(abi::Meta { abi_version: ABI_VERSION, pad: 0 }), 0)?;
+        let flow_table = |name| aya::maps::MapData::from_pin(pins.map(name));
+        let reader = Reader::open(&pins, &layouts)?;
+        let datapath = Self {
+            flows_v4: FlowTable::new(flow_table("FLOWS_V4")?)?,
+            flows_v6: FlowTable::new(flow_table("FLOWS_V6")?)?,
+            options,
+            pins,
+            ebpf,
+            maps,
+            reader,
+            applied: None,
+        };
+        Ok((datapath, adopted))
+    }
+
+    /// Attaches the program to an interface, or takes the place of an earlier
+    /// agent's program there without a packet passing in between.
+    ///
+    /// # Errors
+    /// When the interface is missing, another program is on it, or the driver refuses.
+    pub fn attach(&mut self, interface: &str) -> Result<Attached, Error> {
+        let program = xdp(&mut self.ebpf)?;
+        let Options { xdp_mode, replace, .. } = self.options;
+        let attached = attach::attach(program, &self.pins, interface, xdp_mode, replace)?;
+        self.maps.allow_out(attached.ifindex)?;
+        self.pin_program()?;
+        Ok(attached)
+    }
+
+    /// Takes the program off an interface that it is not wanted on any more.
+    ///
+    /// # Errors
+    /// When the link's pin can't be removed.
+    pub fn detach_interface(&mut self, interface: &str) -> Result<(), Error> {
+        match fs::remove_file(self.pins.link(interface)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Names of interfaces whose links are pinned.
+    ///
+    /// # Errors
+    /// When the directory of the links can't be read.
+    pub fn attached_interfaces(&self) -> Result<Vec<String>, Error> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(self.pins.links())? {
+            names.push(entry?.file_name().to_string_lossy().into_owned());
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    /// Keeps the program that runs under its pin, in place of an earlier one.
+    fn pin_program(&mut self) -> Result<(), Error> {
+        let path = self.pins.program();
+        let program = xdp(&mut self.ebpf)?;
+        if path.exists() {
+            let pinned = aya::programs::ProgramInfo::from_pin(&path).map(|p| p.id()).ok();
+            if pinned == Some(program.info()?.id()) {
+                return Ok(());
+            }
+            fs::remove_file(&path)?;
+        }
+        program.pin(&path).map_err(|e| Error::Bpffs { path, reason: e.to_string() })
+    }
+
+    /// Brings the maps to what is desired. Call it with the whole plan: what is
+    /// not in it is taken away.
+    ///
+    /// # Errors
+    /// When the plan exceeds the maps, or the kernel refuses a write. Calling it
+    /// again with a plan that fits repairs what was left half done.
+    pub fn apply(&mut self, desired: &DataPlane) -> Result<Applied, Error> {
+        let before = self.applied.take();
+        let applied = self.maps.apply(before.as_ref(), desired)?;
+        self.applied = Some(desired.clone());
+        self.reader.set_used(vec![
+            ("SERVICE_INFO", desired.services.len() as u64),
+            ("BACKENDS", desired.backends.len() as u64),
+            ("TABLE", pages(desired)),
+            ("LEDGER", pages(desired)),
+        ]);
+        if applied.untracked > 0 || !desired.sweep.backends.is_empty() {
+            self.sweep()?;
+        }
+        Ok(applied)
+    }
+
+    /// Lets expired flow entries go, and those of buckets that are not tracked any more.
+    ///
+    /// # Errors
+    /// When the kernel refuses to walk a flow table.
+    pub fn sweep(&mut self) -> Result<flows::Swept, Error> {
+        let now_ns = monotonic_ns()?;
+        let services: Vec<_> = match &self.applied {
+            Some(plane) => plane.services.iter().map(|s| s.record).collect(),
+            None => return Ok(flows::Swept::default()),
+        };
+        let gone: HashSet<u16> = match &self.applied {
+            Some(plane) => plane.sweep.backends.iter().map(|b| b.get()).collect(),
+            None => HashSet::new(),
+        };
+        let service = |id: u16| services.iter().find(|s| s.id == u32::from(id));
+        let udp_idle_ns = |id: u16| service(id).map_or(0, |s| u64::from(s.udp_idle_ms) * 1_000_000);
+        let maps = &self.maps;
+        let v4 = flows::sweep(&mut self.flows_v4, now_ns, &gone, udp_idle_ns, |key, flow| {
+            let pod::FlowKeyV4(k) = *key;
+            service(flow.service).is_none_or(|s| {
+                let h = hash::hash_v4(
+                    s,
+                    k.src_be,
+                    k.dst_be,
+                    k.src_port_be,
+                    k.dst_port_be,
+                    k.protocol as u8,
+                );
+                !maps.tracked(s, hash::bucket(s, h))
+            })
+        })?;
+        let v6 = flows::sweep(&mut self.flows_v6, now_ns, &gone, udp_idle_ns, |key, flow| {
+            let pod::FlowKeyV6(k) = *key;
+            service(flow.service).is_none_or(|s| {
+                let h =
+                    hash::hash_v6(s, k.src, k.dst, k.src_port_be, k.dst_port_be, k.protocol as u8);
+                !maps.tracked(s, hash::bucket(s, h))
+            })
+        })?;
+        self.reader.set_used(vec![("FLOWS_V4", v4.kept), ("FLOWS_V6", v6.kept)]);
+        Ok(flows::Swept { kept: v4.kept + v6.kept, removed: v4.removed + v6.removed })
+    }
+
+    /// A way to read counters from any thread.
+    pub fn reader(&self) -> Reader {
+        self.reader.clone()
+    }
+
+    /// The loaded program, to run it on packets of one's own.
+    ///
+    /// # Errors
+    /// When the object holds no program of that name and type.
+    pub fn program(&mut self) -> Result<&mut Xdp, Error> {
+        xdp(&mut self.ebpf)
+    }
+}
+
+/// Takes the program off all interfaces and removes all pins below `bpffs`.
+/// Returns how many pins were removed; 0 where there were none.
+///
+/// # Errors
+/// When a pin can't be removed.
+pub fn detach(bpffs: &Path) -> io::Result<usize> {
+    pins::remove_all(bpffs)
+}
+
+/// Nanoseconds of `CLOCK_MONOTONIC`, which the program stamps flows with.
+fn monotonic_ns() -> Result<u64, Error> {
+    let now =
+        nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map_err(io::Error::from)?;
+    Ok(now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
+}
+
+/// Bytes of kernel memory of a pinned map, as its descriptor's `fdinfo` says.
+fn memory_bytes(pin: &Path) -> u64 {
+    use std::os::fd::{AsFd as _, AsRawFd as _};
+    let read = || -> Option<u64> {
+        let map = aya::maps::MapData::from_pin(pin).ok()?;
+        let fd = map.fd().as_fd().as_raw_fd();
+        let text = fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?;
+        text.lines().find_map(|l| l.strip_prefix("memlock:"))?.trim().parse().ok()
+    };
+    read().unwrap_or(0)
+}
+
+fn pages(plane: &DataPlane) -> u64 {
+    plane.services.iter().map(|s| u64::from((s.record.bucket_mask + 1) / PAGE_BUCKETS)).sum()
+}
+
+fn xdp(ebpf: &mut Ebpf) -> Result<&mut Xdp, Error> {
+    let program = ebpf.program_mut("ingress").ok_or_else(|| {
+        io::Error::new(io::ErrorKind::NotFound, "the object holds no program `ingress`")
+    })?;
+    Ok(program.try_into()?)
+}
+
+fn take(ebpf: &mut Ebpf, name: &str) -> Result<Map, Error> {
+    ebpf.take_map(name).ok_or_else(|| {
+        Error::Io(io::Error::new(
+            io::ErrorKind::NotFound,
+            format!("the object holds no map {name}"),
+        ))
+    })
+}
+
+fn take_maps(ebpf: &mut Ebpf, options: &Options) -> Result<Maps, Error> {
+    let layouts = pins::layouts(options);
+    let mut mapped = |name: &str, value_bytes: usize| -> Result<Mapping, Error> {
+        use std::os::fd::AsFd as _;
+        let entries = layouts.iter().find(|l| l.name == name).map_or(0, |l| l.entries as usize);
+        let Map::Array(data) = take(ebpf, name)? else {
+            return Err(
+                io::Error::new(io::ErrorKind::InvalidData, format!("{name} is no array")).into()
+            );
+        };
+        Ok(Mapping::new(data.fd().as_fd(), entries * value_bytes).map_err(io::Error::from)?)
+    };
+    let page = PAGE_BUCKETS as usize;
+    Ok(Maps {
+        table: mapped("TABLE", 4 * page)?,
+        ledger: mapped("LEDGER", 8 * page)?,
+        backends: mapped("BACKENDS", size_of::<Backend>())?,
+        info: take(ebpf, "SERVICE_INFO")?.try_into()?,
+        vips_v4: take(ebpf, "VIPS_V4")?.try_into()?,
+        vips_v6: take(ebpf, "VIPS_V6")?.try_into()?,
+        nat_sources: take(ebpf, "NAT_SOURCES")?.try_into()?,
+        counters: take(ebpf, "BACKEND_COUNTERS")?.try_into()?,
+        tx_ports: take(ebpf, "TX_PORTS")?.try_into()?,
+    })
+}
+
+/// What the maps hold.
+fn read(maps: &Maps) -> Result<Adopted, Error> {
+    let mut adopted = Adopted::default();
+    for id in 0..maps.info.len() {
+        let pod::ServiceInfo(info) = maps.info.get(&id, 0)?;
+        if info.name[0] == 0 {
+            continue;
+        }
+        let start = (info.first_page * PAGE_BUCKETS) as usize;
+        let range = start..start + info.buckets as usize;
+        let (Some(entries), Some(ledger)) =
+            (maps.table.words32().get(range.clone()), maps.ledger.words64().get(range))
+        else {
+            return Err(Error::OutOfRange { what: "table page", index: info.first_page });
+        };
+        adopted.services.push(AdoptedService {
+            id: id as u16,
+            name: unpadded(&info.name),
+            family: if info.family == 6 { Family::V6 } else { Family::V4 },
+            versions: info.versions.iter().map(|v| unpadded(v)).collect(),
+            control: info.control as u8,
+            first_page: info.first_page,
+            buckets: info.buckets,
+            entries: entries.iter().map(|w| Entry(w.load(Ordering::Relaxed))).collect(),
+            ledger: ledger.iter().map(|w| LedgerEntry(w.load(Ordering::Relaxed))).collect(),
+        });
+    }
+    for index in (1..maps.backend_indices()).map(BackendIndex::new) {
+        if let Some(record) = maps.backend(index)
+            && record.port_be != 0
+        {
+            adopted.backends.push((index, record));
+        }
+    }
+    Ok(adopted)
+}
+
+fn unpadded(name: &[u8]) -> String {
+    let end = name.iter().position(|b| *b == 0).unwrap_or(name.len());
+    String::from_utf8_lossy(&name[..end]).into_owned()
+}

@@ -14,16 +14,36 @@ use canary_ebpf_common::{
 
 use crate::config::model::{Port, Protocol};
 
+/// An address family: each has tables, VIPs and backends of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+/// Flow entries that nobody may look at again.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Sweep {
+    /// By table id, buckets that are no longer tracked.
+    pub buckets: Vec<(u16, Vec<u32>)>,
+    /// Indices whose records are gone: all entries that name them.
+    pub backends: Vec<BackendIndex>,
+}
+
 /// All that the kernel side should hold. `datapath` brings it about, writing
 /// only what differs, in an order in which no packet meets half a change.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct DataPlane {
     /// Services, by ascending id.
-    pub services: Vec<ServicePlan>,
+    pub services: Vec<Arc<ServicePlan>>,
     /// Backend records by index, ascending; index 0 is never among them.
     pub backends: Vec<(BackendIndex, BackendPlan)>,
     /// Elements of `NAT_SOURCES`.
     pub nat_sources: Vec<IpAddr>,
+    /// What flow entries must go.
+    pub sweep: Sweep,
 }
 
 /// One service's records and table.
@@ -31,6 +51,8 @@ pub struct DataPlane {
 pub struct ServicePlan {
     /// Its name.
     pub name: String,
+    /// Its family.
+    pub family: Family,
     /// Its names of versions by slot.
     pub versions: Vec<String>,
     /// Slot of the control version.

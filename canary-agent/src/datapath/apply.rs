@@ -1,0 +1,360 @@
+//! Bringing the maps to what is desired, in an order in which no packet meets
+//! half a change.
+
+use std::{
+    collections::{HashMap as StdMap, HashSet},
+    io,
+    net::IpAddr,
+    sync::{Arc, atomic::Ordering},
+};
+
+use aya::{
+    Pod,
+    maps::{Array, HashMap, MapData, PerCpuArray, PerCpuValues, xdp::DevMapHash},
+    util::nr_cpus,
+};
+use canary_ebpf_common::{
+    abi::{self, PAGE_BUCKETS},
+    entry::{BackendIndex, Entry},
+};
+
+use super::{
+    Error,
+    mapping::{Mapping, store32, store64},
+    pod,
+};
+use crate::plan::{BackendPlan, DataPlane, Family, ServicePlan, protocol_number};
+
+/// What an `apply` changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// Entries of forwarding tables.
+    pub entries: usize,
+    /// Backend records.
+    pub backends: usize,
+    /// Buckets whose tracking ended.
+    pub untracked: usize,
+}
+
+/// The maps that the loop writes.
+pub(super) struct Maps {
+    pub(super) info: Array<MapData, pod::ServiceInfo>,
+    pub(super) vips_v4: HashMap<MapData, pod::VipKeyV4, pod::Service>,
+    pub(super) vips_v6: HashMap<MapData, pod::VipKeyV6, pod::Service>,
+    pub(super) table: Mapping,
+    pub(super) ledger: Mapping,
+    pub(super) backends: Mapping,
+    pub(super) nat_sources: Array<MapData, abi::Address>,
+    pub(super) counters: PerCpuArray<MapData, pod::BackendCounters>,
+    pub(super) tx_ports: DevMapHash<MapData>,
+}
+
+/// 64-bit words of a backend record.
+const RECORD_WORDS: usize = size_of::<abi::Backend>() / 8;
+
+impl Maps {
+    /// The record at `index`, if the map holds so many.
+    pub(super) fn backend(&self, index: BackendIndex) -> Option<abi::Backend> {
+        let start = usize::from(index.get()) * RECORD_WORDS;
+        let words = self.backends.words64().get(start..start + RECORD_WORDS)?;
+        let mut bytes = [0_u64; RECORD_WORDS];
+        for (to, from) in bytes.iter_mut().zip(words) {
+            *to = from.load(Ordering::Relaxed);
+        }
+        // SAFETY: same size, and every bit pattern is a `Backend`: integers only.
+        Some(unsafe { std::mem::transmute::<[u64; RECORD_WORDS], abi::Backend>(bytes) })
+    }
+
+    /// Stores a record word by word; the MAC address of the next hop and half of our own
+    /// change in one store.
+    fn store_backend(&self, index: BackendIndex, record: &abi::Backend) -> Result<bool, Error> {
+        let start = usize::from(index.get()) * RECORD_WORDS;
+        let words = self
+            .backends
+            .words64()
+            .get(start..start + RECORD_WORDS)
+            .ok_or(Error::OutOfRange { what: "backend", index: index.get().into() })?;
+        // SAFETY: same size, and padding is spelled out: no byte is uninitialised.
+        let new = unsafe { std::mem::transmute::<abi::Backend, [u64; RECORD_WORDS]>(*record) };
+        Ok(store64(words, new.into_iter()) > 0)
+    }
+
+    /// Number of records that the map holds.
+    pub(super) fn backend_indices(&self) -> u16 {
+        let records = self.backends.words64().len() / RECORD_WORDS;
+        records.min(abi::BACKEND_INDICES as usize) as u16
+    }
+
+    /// Where a service's entries lie in `TABLE`, in words.
+    fn range(&self, service: &ServicePlan) -> Result<std::ops::Range<usize>, Error> {
+        let start = (service.record.first_page * PAGE_BUCKETS) as usize;
+        let end = start + service.record.bucket_mask as usize + 1;
+        if end > self.table.words32().len() || service.entries.len() != end - start {
+            return Err(Error::OutOfRange { what: "table page", index: service.record.first_page });
+        }
+        Ok(start..end)
+    }
+
+    /// Whether the table has `bucket` of a service tracked.
+    pub(super) fn tracked(&self, service: &abi::Service, bucket: u32) -> bool {
+        let word = service.first_page as usize * PAGE_BUCKETS as usize + bucket as usize;
+        self.table.words32().get(word).is_some_and(|w| Entry(w.load(Ordering::Relaxed)).tracked())
+    }
+
+    /// Brings the maps from `before` (what was applied last, if anything) to `desired`.
+    pub(super) fn apply(
+        &mut self,
+        before: Option<&DataPlane>,
+        desired: &DataPlane,
+    ) -> Result<Applied, Error> {
+        let DataPlane { services, backends, nat_sources, sweep: _ } = desired;
+        let mut applied = Applied::default();
+        if before.is_none_or(|b| b.nat_sources != *nat_sources) {
+            for (i, source) in nat_sources.iter().enumerate() {
+                self.nat_sources.set(i as u32, address(*source), 0)?;
+            }
+        }
+        applied.backends += self.store_backends(before, backends)?;
+        let old: StdMap<_, _> =
+            before.iter().flat_map(|b| &b.services).map(|s| (s.record.id, s)).collect();
+        for service in services {
+            let old = old.get(&service.record.id);
+            if old.is_none_or(|o| !Arc::ptr_eq(o, service)) {
+                self.store_table(old.map(|o| &***o), service, &mut applied)?;
+            }
+        }
+        self.store_vips(before, services)?;
+        // Records that nothing names any more.
+        let named: HashSet<_> = backends.iter().map(|(index, _)| *index).collect();
+        let gone: Vec<_> = match before {
+            Some(b) => b.backends.iter().map(|(i, _)| *i).filter(|i| !named.contains(i)).collect(),
+            None => (1..self.backend_indices())
+                .map(BackendIndex::new)
+                .filter(|i| !named.contains(i))
+                .collect(),
+        };
+        for index in gone {
+            applied.backends += usize::from(self.store_backend(index, &abi::Backend::default())?);
+        }
+        let ids: HashSet<_> = services.iter().map(|s| s.record.id).collect();
+        for old in before.iter().flat_map(|b| &b.services) {
+            if !ids.contains(&old.record.id) {
+                self.info.set(old.record.id, pod::ServiceInfo(EMPTY_INFO), 0)?;
+            }
+        }
+        Ok(applied)
+    }
+
+    fn store_backends(
+        &mut self,
+        before: Option<&DataPlane>,
+        backends: &[(BackendIndex, BackendPlan)],
+    ) -> Result<usize, Error> {
+        let old: StdMap<_, _> = before.iter().flat_map(|b| b.backends.iter().copied()).collect();
+        let mut stored = 0;
+        for (index, plan) in backends {
+            if old.get(index) == Some(plan) {
+                continue;
+            }
+            let record = record(plan);
+            let present = self
+                .backend(*index)
+                .ok_or(Error::OutOfRange { what: "backend", index: index.get().into() })?;
+            let same_server = (present.addr, present.port_be, present.service, present.version)
+                == (record.addr, record.port_be, record.service, record.version);
+            if !same_server {
+                self.reset_counters(*index)?;
+            }
+            if let Some(hop) = plan.next_hop {
+                self.allow_out(hop.ifindex)?;
+            }
+            stored += usize::from(self.store_backend(*index, &record)?);
+        }
+        Ok(stored)
+    }
+
+    /// A new server starts counting at zero.
+    fn reset_counters(&mut self, index: BackendIndex) -> Result<(), Error> {
+        let cpus = nr_cpus().map_err(|(_, e)| Error::Io(e))?;
+        let zero = vec![pod::BackendCounters(abi::BackendCounters::default()); cpus];
+        let values = PerCpuValues::try_from(zero)?;
+        Ok(self.counters.set(index.get().into(), values, 0)?)
+    }
+
+    /// Lets frames leave by an interface.
+    pub(super) fn allow_out(&mut self, ifindex: u32) -> Result<(), Error> {
+        if self.tx_ports.get(ifindex, 0).is_err() {
+            self.tx_ports.insert(ifindex, ifindex, None, 0).map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
+
+    fn store_table(
+        &mut self,
+        old: Option<&ServicePlan>,
+        service: &ServicePlan,
+        applied: &mut Applied,
+    ) -> Result<(), Error> {
+        let range = self.range(service)?;
+        if old.is_none_or(|o| !Arc::ptr_eq(&o.entries, &service.entries)) {
+            let words = &self.table.words32()[range.clone()];
+            applied.untracked += words
+                .iter()
+                .zip(service.entries.iter())
+                .filter(|(w, e)| Entry(w.load(Ordering::Relaxed)).tracked() && !e.tracked())
+                .count();
+            // The ledger first: an agent that is killed in between finds moves that
+            // have not happened yet, and makes them again, never moves without a time.
+            store64(&self.ledger.words64()[range.clone()], service.ledger.iter().map(|l| l.0));
+            applied.entries += store32(words, service.entries.iter().map(|e| e.0));
+        } else if old.is_none_or(|o| !Arc::ptr_eq(&o.ledger, &service.ledger)) {
+            store64(&self.ledger.words64()[range], service.ledger.iter().map(|l| l.0));
+        }
+        if old.is_none_or(|o| info(o) != info(service)) {
+            self.info.set(service.record.id, pod::ServiceInfo(info(service)), 0)?;
+        }
+        Ok(())
+    }
+
+    /// New and changed addresses first, then those that go.
+    fn store_vips(
+        &mut self,
+        before: Option<&DataPlane>,
+        services: &[Arc<ServicePlan>],
+    ) -> Result<(), Error> {
+        let wanted = vips(services);
+        let old = before.map(|b| vips(&b.services));
+        for (key, record) in &wanted {
+            if old.as_ref().and_then(|o| o.get(key)) == Some(record) {
+                continue;
+            }
+            match key {
+                VipKey::V4(key) => {
+                    self.vips_v4.insert(pod::VipKeyV4(*key), pod::Service(*record), 0)?
+                }
+                VipKey::V6(key) => {
+                    self.vips_v6.insert(pod::VipKeyV6(*key), pod::Service(*record), 0)?
+                }
+            }
+        }
+        let stale_v4: Vec<_> =
+            keys(&self.vips_v4).filter(|k| !wanted.contains_key(&VipKey::V4(k.0))).collect();
+        for key in stale_v4 {
+            self.vips_v4.remove(&key)?;
+        }
+        let stale_v6: Vec<_> =
+            keys(&self.vips_v6).filter(|k| !wanted.contains_key(&VipKey::V6(k.0))).collect();
+        for key in stale_v6 {
+            self.vips_v6.remove(&key)?;
+        }
+        Ok(())
+    }
+}
+
+fn keys<K: Pod, V: Pod>(map: &HashMap<MapData, K, V>) -> impl Iterator<Item = K> {
+    map.keys().flatten()
+}
+
+/// A key of either family's map of addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum VipKey {
+    V4(abi::VipKeyV4),
+    V6(abi::VipKeyV6),
+}
+
+fn vips(services: &[Arc<ServicePlan>]) -> StdMap<VipKey, abi::Service> {
+    let mut all = StdMap::new();
+    for service in services {
+        for vip in &service.vips {
+            for port in &service.ports {
+                let (protocol, port_be) = (protocol_number(port.protocol), port.port.to_be());
+                let key = match vip {
+                    IpAddr::V4(_) => VipKey::V4(abi::VipKeyV4 {
+                        addr_be: address(*vip)[0] as u32,
+                        port_be,
+                        protocol,
+                        pad: 0,
+                    }),
+                    IpAddr::V6(_) => VipKey::V6(abi::VipKeyV6 {
+                        addr: address(*vip),
+                        port_be,
+                        protocol: protocol.into(),
+                        pad: 0,
+                    }),
+                };
+                all.insert(key, service.record);
+            }
+        }
+    }
+    all
+}
+
+/// An address as map keys and values hold it.
+pub(super) fn address(addr: IpAddr) -> abi::Address {
+    let mut bytes = [0; 16];
+    match addr {
+        IpAddr::V4(v4) => bytes[..4].copy_from_slice(&v4.octets()),
+        IpAddr::V6(v6) => bytes = v6.octets(),
+    }
+    let (halves, _) = bytes.as_chunks::<8>();
+    [halves[0], halves[1]].map(u64::from_ne_bytes)
+}
+
+/// A backend's record in map form.
+fn record(plan: &BackendPlan) -> abi::Backend {
+    let BackendPlan { addr, service, version, next_hop, nat_first, nat_count, down, maint } = *plan;
+    let mut eth = [0; 3];
+    let mut flags = 0;
+    let mut set = |bit: u32, on: bool| flags |= if on { bit } else { 0 };
+    set(abi::BACKEND_USABLE, next_hop.is_some());
+    set(abi::BACKEND_V6, addr.is_ipv6());
+    set(abi::BACKEND_MAINT, maint);
+    set(abi::BACKEND_DOWN, down);
+    if let Some(hop) = next_hop {
+        let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (hop.destination_mac, hop.source_mac);
+        eth = [[a, b, c, d], [e, f, g, h], [i, j, k, l]].map(u32::from_ne_bytes);
+    }
+    abi::Backend {
+        eth,
+        ifindex: next_hop.map_or(0, |hop| hop.ifindex),
+        addr: address(addr.ip()),
+        source: next_hop.map_or([0; 2], |hop| address(hop.source)),
+        port_be: addr.port().to_be(),
+        version,
+        nat_count,
+        nat_first,
+        service,
+        flags,
+        pad: 0,
+    }
+}
+
+const EMPTY_INFO: abi::ServiceInfo = abi::ServiceInfo {
+    name: [0; abi::SERVICE_NAME_BYTES],
+    versions: [[0; abi::VERSION_NAME_BYTES]; abi::MAX_VERSIONS],
+    first_page: 0,
+    buckets: 0,
+    control: 0,
+    family: 0,
+};
+
+fn info(service: &ServicePlan) -> abi::ServiceInfo {
+    let mut info = EMPTY_INFO;
+    padded(&mut info.name, &service.name);
+    for (slot, name) in info.versions.iter_mut().zip(&service.versions) {
+        padded(slot, name);
+    }
+    info.first_page = service.record.first_page;
+    info.buckets = service.record.bucket_mask + 1;
+    info.control = service.control.into();
+    info.family = match service.family {
+        Family::V4 => 4,
+        Family::V6 => 6,
+    };
+    info
+}
+
+fn padded(to: &mut [u8], name: &str) {
+    let length = name.len().min(to.len());
+    to[..length].copy_from_slice(&name.as_bytes()[..length]);
+}

@@ -1,0 +1,261 @@
+//! The flow tables from outside: walking them in batches, and letting expired
+//! entries go.
+
+use std::{
+    collections::HashSet,
+    io,
+    mem::MaybeUninit,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+};
+
+use aya::{
+    Pod,
+    maps::{HashMap, Map, MapData},
+};
+use canary_ebpf_common::{
+    abi::{Flow, FlowKeyV4, FlowKeyV6, IPPROTO_TCP, flow_state as state},
+    nat::opposite,
+};
+
+use super::pod;
+
+/// Silence after which half-open flows go, nanoseconds.
+pub const HALF_OPEN_NS: u64 = 10_000_000_000;
+/// Silence after which closing flows go, nanoseconds (`nf_conntrack`'s time-wait).
+pub const CLOSING_NS: u64 = 120_000_000_000;
+/// Silence after which established translated flows go, nanoseconds (`nf_conntrack`'s five days).
+pub const ESTABLISHED_NS: u64 = 432_000_000_000_000;
+
+/// Entries that one system call reads.
+const BATCH: usize = 4096;
+
+/// `BPF_MAP_LOOKUP_BATCH` (linux/bpf.h; kernel 5.6, commit cb4d03ab499d).
+const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
+
+/// The part of `union bpf_attr` that batch commands use.
+#[repr(C)]
+#[derive(Default)]
+struct BatchAttr {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map_fd: u32,
+    elem_flags: u64,
+    flags: u64,
+}
+
+/// Calls `each` with every entry of a hash map. Entries that come or go
+/// meanwhile may be missed.
+fn walk<K: Pod, V: Pod>(map: BorrowedFd<'_>, mut each: impl FnMut(K, V)) -> io::Result<()> {
+    let mut keys = vec![MaybeUninit::<K>::uninit(); BATCH];
+    let mut values = vec![MaybeUninit::<V>::uninit(); BATCH];
+    let mut token = 0_u32;
+    let mut next = 0_u32;
+    let mut first = true;
+    loop {
+        let mut attr = BatchAttr {
+            in_batch: if first { 0 } else { &raw const token as u64 },
+            out_batch: &raw mut next as u64,
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: BATCH as u32,
+            map_fd: map.as_raw_fd() as u32,
+            ..BatchAttr::default()
+        };
+        // SAFETY: every pointer in `attr` is to memory of the size that the command
+        // writes at most (`count` elements), alive during the call.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                BPF_MAP_LOOKUP_BATCH,
+                &raw mut attr,
+                size_of::<BatchAttr>(),
+            )
+        };
+        let end = if result == 0 {
+            false
+        } else {
+            let error = io::Error::last_os_error();
+            match error.raw_os_error() {
+                Some(libc::ENOENT) => true,
+                Some(libc::EINTR) => continue,
+                _ => return Err(error),
+            }
+        };
+        for i in 0..attr.count as usize {
+            // SAFETY: the kernel has written `count` keys and values, and both are Pod.
+            each(unsafe { keys[i].assume_init() }, unsafe { values[i].assume_init() });
+        }
+        if end {
+            return Ok(());
+        }
+        token = next;
+        first = false;
+    }
+}
+
+/// What a sweep found and did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// Entries that stay.
+    pub kept: u64,
+    /// Entries that were removed.
+    pub removed: u64,
+}
+
+/// Whether an entry with this state is over after `silent_ns` of silence;
+/// `udp_idle_ns` is its service's.
+pub fn expired(flow_state: u32, silent_ns: u64, udp_idle_ns: u64) -> bool {
+    let limit = if flow_state & state::UDP != 0 {
+        udp_idle_ns
+    } else if flow_state & state::PROVISIONAL != 0 {
+        HALF_OPEN_NS
+    } else if flow_state & (state::CLOSING | state::SERVER_CLOSING) != 0 {
+        CLOSING_NS
+    } else if flow_state & state::NAT != 0 {
+        ESTABLISHED_NS
+    } else {
+        // A tracked connection lives as long as its bucket is tracked.
+        return false;
+    };
+    silent_ns > limit
+}
+
+/// Lets expired entries of one flow table go, and those of backends that are
+/// `gone`, and those that do not translate and of which `unwanted` says so.
+pub(super) fn sweep<K>(
+    table: &mut FlowTable<K>,
+    now_ns: u64,
+    gone: &HashSet<u16>,
+    udp_idle_ns: impl Fn(u16) -> u64,
+    unwanted: impl Fn(&K, &Flow) -> bool,
+) -> io::Result<Swept>
+where
+    K: Pod + FlowKey,
+{
+    let mut swept = Swept::default();
+    let mut candidates: Vec<(K, Flow)> = Vec::new();
+    let FlowTable { map, fd } = table;
+    walk(fd.as_fd(), |key: K, pod::Flow(flow)| {
+        let over =
+            expired(flow.state, now_ns.saturating_sub(flow.last_ns), udp_idle_ns(flow.service));
+        let over = over || gone.contains(&flow.backend);
+        if over || (flow.state & state::NAT == 0 && unwanted(&key, &flow)) {
+            candidates.push((key, flow));
+        } else {
+            swept.kept += 1;
+        }
+    })?;
+    for (key, flow) in candidates {
+        if flow.state & state::NAT != 0
+            && !gone.contains(&flow.backend)
+            && !both_over(map, &key, now_ns, &udp_idle_ns)
+        {
+            swept.kept += 1;
+            continue;
+        }
+        // It may have gone by itself.
+        if map.remove(&key).is_ok() {
+            swept.removed += 1;
+        }
+    }
+    Ok(swept)
+}
+
+/// Whether both directions of a translated flow are over, as they are now.
+fn both_over<K: Pod + FlowKey>(
+    map: &HashMap<MapData, K, pod::Flow>,
+    key: &K,
+    now_ns: u64,
+    udp_idle_ns: impl Fn(u16) -> u64,
+) -> bool {
+    let Ok(pod::Flow(flow)) = map.get(key, 0) else { return true };
+    let over = |f: &Flow, closing: u32| {
+        expired(f.state | closing, now_ns.saturating_sub(f.last_ns), udp_idle_ns(f.service))
+    };
+    let Ok(pod::Flow(other)) = map.get(&key.opposite(&flow), 0) else {
+        // Its other half is gone or never came: what is left is of no use.
+        return over(&flow, state::PROVISIONAL)
+            || now_ns.saturating_sub(flow.last_ns) > HALF_OPEN_NS;
+    };
+    // A reset or FIN of either side counts for both directions; half-open is what
+    // the client's side says.
+    let closing = (flow.state | other.state) & (state::CLOSING | state::SERVER_CLOSING);
+    let forward = if flow.state & state::REVERSE == 0 { flow.state } else { other.state };
+    let strip = |f: &Flow| Flow {
+        state: (f.state & !state::PROVISIONAL) | (forward & state::PROVISIONAL),
+        ..*f
+    };
+    over(&strip(&flow), closing) && over(&strip(&other), closing)
+}
+
+/// A flow key of either family that can find the other direction's.
+pub(super) trait FlowKey: Sized {
+    /// The key of `flow`'s other direction.
+    fn opposite(&self, flow: &Flow) -> Self;
+}
+
+impl FlowKey for pod::FlowKeyV4 {
+    fn opposite(&self, flow: &Flow) -> Self {
+        Self(opposite::<FlowKeyV4>(flow, protocol(self.0.protocol)))
+    }
+}
+
+impl FlowKey for pod::FlowKeyV6 {
+    fn opposite(&self, flow: &Flow) -> Self {
+        Self(opposite::<FlowKeyV6>(flow, protocol(self.0.protocol)))
+    }
+}
+
+fn protocol(word: u32) -> u8 {
+    u8::try_from(word).unwrap_or(IPPROTO_TCP)
+}
+
+/// One family's flow table.
+#[derive(Debug)]
+pub(super) struct FlowTable<K> {
+    map: HashMap<MapData, K, pod::Flow>,
+    /// The same map: aya has no batch operations and keeps its own descriptor to itself.
+    fd: OwnedFd,
+}
+
+impl<K: Pod> FlowTable<K> {
+    /// The table in `data`, a hash map.
+    pub(super) fn new(data: MapData) -> Result<Self, super::Error> {
+        let fd = data.fd().as_fd().try_clone_to_owned()?;
+        Ok(Self { map: Map::HashMap(data).try_into()?, fd })
+    }
+
+    /// Number of entries.
+    pub(super) fn count(&self) -> io::Result<u64> {
+        let mut count = 0;
+        walk(self.fd.as_fd(), |_: K, _: pod::Flow| count += 1)?;
+        Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_state_has_its_own_patience() {
+        const S: u64 = 1_000_000_000;
+        for (name, flow_state, silent_ns, over) in [
+            ("half-open", state::PROVISIONAL, 11 * S, true),
+            ("half-open, young", state::PROVISIONAL, 9 * S, false),
+            ("closing", state::CLOSING, 121 * S, true),
+            ("closing, young", state::CLOSING, 119 * S, false),
+            ("closed by the server", state::NAT | state::SERVER_CLOSING, 121 * S, true),
+            ("UDP", state::UDP, 31 * S, true),
+            ("UDP, young", state::UDP, 29 * S, false),
+            ("tracked and idle for years", 0, u64::MAX, false),
+            ("translated and idle for a day", state::NAT, 86_400 * S, false),
+            ("translated and idle for six days", state::NAT, 518_400 * S, true),
+        ] {
+            assert_eq!(expired(flow_state, silent_ns, 30 * S), over, "{name}");
+        }
+    }
+}

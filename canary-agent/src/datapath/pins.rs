@@ -1,0 +1,249 @@
+//! Where programs, links and maps are pinned, and what stands there already.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use aya::maps::{Array, Map, MapData, MapInfo, MapType};
+use canary_ebpf_common::abi::{self, PAGE_BUCKETS};
+use nix::{
+    mount::{MsFlags, mount},
+    sys::statfs::statfs,
+};
+
+use super::{Error, Options, pod};
+
+/// The default mount point of the BPF file system.
+const BPFFS: &str = "/sys/fs/bpf";
+/// `f_type` of a BPF file system (`BPF_FS_MAGIC`, linux/magic.h).
+const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+
+/// Paths below `agent.bpffs`.
+#[derive(Clone, Debug)]
+pub(super) struct Pins {
+    root: PathBuf,
+}
+
+/// A map as this build makes it.
+pub(super) struct Layout {
+    /// Name of the map and of its pin.
+    pub(super) name: &'static str,
+    kind: MapType,
+    key_bytes: usize,
+    value_bytes: usize,
+    flags: u32,
+    /// Elements.
+    pub(super) entries: u32,
+}
+
+const MMAPABLE: u32 = 1 << 10;
+
+/// Every map that is pinned, in the sizes that `options` ask for.
+pub(super) fn layouts(options: &Options) -> Vec<Layout> {
+    let c = &options.capacity;
+    let pages = c.buckets / PAGE_BUCKETS;
+    let page = PAGE_BUCKETS as usize;
+    let layout = |name, kind, key_bytes, value_bytes, flags, entries| Layout {
+        name,
+        kind,
+        key_bytes,
+        value_bytes,
+        flags,
+        entries,
+    };
+    // Each service can have a table for either family; index 0 of the backends is none;
+    // replaced backends drain beside as many new ones.
+    let services = c.services * 2;
+    let backends = (c.backends * 2 + 1).min(abi::BACKEND_INDICES);
+    vec![
+        layout("META", MapType::Array, 4, size_of::<abi::Meta>(), 0, 1),
+        layout("SERVICE_INFO", MapType::Array, 4, size_of::<abi::ServiceInfo>(), 0, services),
+        layout("LEDGER", MapType::Array, 4, 8 * page, MMAPABLE, pages),
+        layout(
+            "VIPS_V4",
+            MapType::Hash,
+            size_of::<abi::VipKeyV4>(),
+            size_of::<abi::Service>(),
+            0,
+            c.vips,
+        ),
+        layout(
+            "VIPS_V6",
+            MapType::Hash,
+            size_of::<abi::VipKeyV6>(),
+            size_of::<abi::Service>(),
+            0,
+            c.vips,
+        ),
+        layout("TABLE", MapType::Array, 4, 4 * page, MMAPABLE, pages),
+        layout("BACKENDS", MapType::Array, 4, size_of::<abi::Backend>(), MMAPABLE, backends),
+        layout("NAT_SOURCES", MapType::Array, 4, 16, 0, NAT_SOURCES),
+        layout(
+            "FLOWS_V4",
+            MapType::Hash,
+            size_of::<abi::FlowKeyV4>(),
+            size_of::<abi::Flow>(),
+            0,
+            c.flows,
+        ),
+        layout(
+            "FLOWS_V6",
+            MapType::Hash,
+            size_of::<abi::FlowKeyV6>(),
+            size_of::<abi::Flow>(),
+            0,
+            c.flows,
+        ),
+        layout(
+            "BACKEND_COUNTERS",
+            MapType::PerCpuArray,
+            4,
+            size_of::<abi::BackendCounters>(),
+            0,
+            backends,
+        ),
+        layout("REASONS", MapType::PerCpuArray, 4, 8, 0, abi::REASON_SLOTS),
+        // The kernel sets BPF_F_RDONLY_PROG on device maps by itself.
+        layout("TX_PORTS", MapType::DevMapHash, 4, 8, RDONLY_PROG, TX_PORTS),
+    ]
+}
+
+/// Elements of `NAT_SOURCES`.
+pub(super) const NAT_SOURCES: u32 = 4096;
+/// Elements of `TX_PORTS`.
+const TX_PORTS: u32 = 1024;
+const RDONLY_PROG: u32 = 1 << 7;
+
+impl Pins {
+    pub(super) fn new(root: &Path) -> Self {
+        Self { root: root.to_owned() }
+    }
+
+    pub(super) fn program(&self) -> PathBuf {
+        self.root.join("ingress")
+    }
+
+    pub(super) fn links(&self) -> PathBuf {
+        self.root.join("links")
+    }
+
+    pub(super) fn link(&self, interface: &str) -> PathBuf {
+        self.links().join(interface)
+    }
+
+    pub(super) fn maps(&self) -> PathBuf {
+        self.root.join("maps")
+    }
+
+    pub(super) fn map(&self, name: &str) -> PathBuf {
+        self.maps().join(name)
+    }
+
+    /// Makes the directories, mounting the BPF file system in its usual place where it is missing.
+    pub(super) fn prepare(&self) -> Result<(), Error> {
+        let unusable = |reason: String| Error::Bpffs { path: self.root.clone(), reason };
+        let existing = self
+            .root
+            .ancestors()
+            .find(|p| p.exists())
+            .ok_or_else(|| unusable("no part of the path exists".to_owned()))?;
+        if !on_bpffs(existing).map_err(|e| unusable(e.to_string()))? {
+            if !self.root.starts_with(BPFFS) {
+                return Err(unusable("it is not on a BPF file system".to_owned()));
+            }
+            mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), None::<&str>)
+                .map_err(|e| unusable(format!("mounting {BPFFS} failed: {e}")))?;
+        }
+        for directory in [self.root.clone(), self.links(), self.maps()] {
+            fs::create_dir_all(&directory)
+                .map_err(|e| unusable(format!("making {} failed: {e}", directory.display())))?;
+        }
+        Ok(())
+    }
+
+    /// Whether maps of an earlier agent stand here.
+    ///
+    /// # Errors
+    /// When they are not what this build would make: they are never reinterpreted.
+    pub(super) fn adoptable(&self, layouts: &[Layout]) -> Result<bool, Error> {
+        let present: Vec<_> = layouts.iter().filter(|l| self.map(l.name).exists()).collect();
+        if present.is_empty() {
+            return Ok(false);
+        }
+        let differs = |what: String| Error::ForeignPins { path: self.maps(), what };
+        for layout in &present {
+            let path = self.map(layout.name);
+            let info = MapInfo::from_pin(&path)
+                .map_err(|e| differs(format!("{} can't be opened: {e}", layout.name)))?;
+            let found = (
+                info.map_type().ok(),
+                info.key_size() as usize,
+                info.value_size() as usize,
+                info.map_flags(),
+            );
+            let wanted = (Some(layout.kind), layout.key_bytes, layout.value_bytes, layout.flags);
+            if found != wanted {
+                return Err(differs(format!(
+                    "{} has type, key size, value size and flags {found:?}, this build's has {wanted:?}",
+                    layout.name
+                )));
+            }
+            if info.max_entries() != layout.entries {
+                return Err(Error::CapacityChanged {
+                    map: layout.name,
+                    pinned: info.max_entries(),
+                    configured: layout.entries,
+                });
+            }
+        }
+        let Some(meta) = present.iter().find(|l| l.name == "META") else {
+            return Err(differs("META is missing".to_owned()));
+        };
+        let data = MapData::from_pin(self.map(meta.name))?;
+        let meta: Array<_, pod::Meta> = Map::Array(data).try_into()?;
+        let version = meta.get(&0, 0)?.0.abi_version;
+        // 0: the agent that made them was stopped before it had written anything.
+        if version != abi::ABI_VERSION && version != 0 {
+            return Err(differs(format!(
+                "their layout is version {version}, this build's is {}",
+                abi::ABI_VERSION
+            )));
+        }
+        Ok(version != 0)
+    }
+}
+
+/// Whether `path` lies on a BPF file system.
+fn on_bpffs(path: &Path) -> io::Result<bool> {
+    let kind = statfs(path)?.filesystem_type();
+    Ok(kind.0 as i64 == BPF_FS_MAGIC)
+}
+
+/// Removes every pin below `root`, links first, and then the directories.
+///
+/// # Errors
+/// When a pin can't be removed; those before it are gone.
+pub(super) fn remove_all(root: &Path) -> io::Result<usize> {
+    let pins = Pins::new(root);
+    let mut removed = 0;
+    for directory in [pins.links(), pins.maps(), root.to_owned()] {
+        let entries = match fs::read_dir(&directory) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+            Err(e) => return Err(e),
+        };
+        for entry in entries {
+            let entry = entry?;
+            if !entry.file_type()?.is_dir() {
+                fs::remove_file(entry.path())?;
+                removed += 1;
+            }
+        }
+        match fs::remove_dir(&directory) {
+            Err(e) if e.kind() != io::ErrorKind::DirectoryNotEmpty => return Err(e),
+            _ => {}
+        }
+    }
+    Ok(removed)
+}

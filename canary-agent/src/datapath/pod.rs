@@ -1,0 +1,30 @@
+//! Which of the ABI's types may be copied to and from map memory as bytes.
+
+use aya::Pod;
+use canary_ebpf_common::abi;
+
+/// A map key or value as aya sees it.
+macro_rules! pod {
+    ($($wrapper:ident($inner:ty);)+) => {$(
+        /// The ABI type of the same name.
+        #[derive(Clone, Copy, Debug, PartialEq)]
+        #[repr(transparent)]
+        pub(super) struct $wrapper(pub(super) $inner);
+
+        // SAFETY: integers only, `repr(C)`, with all padding spelled out, as the
+        // ABI module asserts: every bit pattern is a value, and no byte is uninitialised.
+        unsafe impl Pod for $wrapper {}
+    )+};
+}
+
+pod! {
+    VipKeyV4(abi::VipKeyV4);
+    VipKeyV6(abi::VipKeyV6);
+    Service(abi::Service);
+    ServiceInfo(abi::ServiceInfo);
+    Meta(abi::Meta);
+    BackendCounters(abi::BackendCounters);
+    FlowKeyV4(abi::FlowKeyV4);
+    FlowKeyV6(abi::FlowKeyV6);
+    Flow(abi::Flow);
+}

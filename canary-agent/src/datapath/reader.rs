@@ -1,0 +1,125 @@
+//! Reading what the program counts, from any thread.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use aya::maps::{Map, MapData, PerCpuArray};
+use canary_ebpf_common::{
+    abi::{BackendCounters, Reason},
+    entry::BackendIndex,
+};
+
+use super::{
+    Error,
+    flows::FlowTable,
+    pins::{Layout, Pins},
+    pod,
+};
+use crate::api::model::MapStatus;
+
+/// Counters and sizes. Cheap to clone; reading never disturbs the loop.
+#[derive(Clone)]
+pub struct Reader {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    backends: PerCpuArray<MapData, pod::BackendCounters>,
+    reasons: PerCpuArray<MapData, u64>,
+    flows_v4: FlowTable<pod::FlowKeyV4>,
+    flows_v6: FlowTable<pod::FlowKeyV6>,
+    sizes: Vec<MapStatus>,
+    /// Entries in use that the loop keeps count of, by map name.
+    used: Mutex<Vec<(&'static str, u64)>>,
+}
+
+impl Reader {
+    pub(super) fn open(pins: &Pins, layouts: &[Layout]) -> Result<Self, Error> {
+        let map = |name: &str| MapData::from_pin(pins.map(name));
+        let mut sizes = Vec::new();
+        for layout in layouts {
+            let memory_bytes = super::memory_bytes(&pins.map(layout.name));
+            sizes.push(MapStatus {
+                name: layout.name.to_owned(),
+                capacity: u64::from(layout.entries),
+                used: None,
+                memory_bytes,
+            });
+        }
+        Ok(Self {
+            inner: Arc::new(Inner {
+                backends: Map::PerCpuArray(map("BACKEND_COUNTERS")?).try_into()?,
+                reasons: Map::PerCpuArray(map("REASONS")?).try_into()?,
+                flows_v4: FlowTable::new(map("FLOWS_V4")?)?,
+                flows_v6: FlowTable::new(map("FLOWS_V6")?)?,
+                sizes,
+                used: Mutex::default(),
+            }),
+        })
+    }
+
+    /// Counters of `backends`, summed over CPUs, in their order; zeros for an index out of range.
+    pub fn backend_counters(&self, backends: &[BackendIndex]) -> Vec<BackendCounters> {
+        backends
+            .iter()
+            .map(|index| {
+                let Ok(values) = self.inner.backends.get(&u32::from(index.get()), 0) else {
+                    return BackendCounters::default();
+                };
+                values.iter().fold(BackendCounters::default(), |sum, pod::BackendCounters(one)| {
+                    let BackendCounters {
+                        packets,
+                        bytes,
+                        connections,
+                        returned_packets,
+                        returned_bytes,
+                    } = one;
+                    BackendCounters {
+                        packets: sum.packets + packets,
+                        bytes: sum.bytes + bytes,
+                        connections: sum.connections + connections,
+                        returned_packets: sum.returned_packets + returned_packets,
+                        returned_bytes: sum.returned_bytes + returned_bytes,
+                    }
+                })
+            })
+            .collect()
+    }
+
+    /// Packets by reason, in the order of [`Reason::ALL`].
+    pub fn reasons(&self) -> Vec<u64> {
+        Reason::ALL
+            .iter()
+            .map(|reason| {
+                self.inner.reasons.get(&(*reason as u32), 0).map_or(0, |values| values.iter().sum())
+            })
+            .collect()
+    }
+
+    /// Size and use of every map.
+    pub fn maps(&self) -> Vec<MapStatus> {
+        let used = self.inner.used.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut maps = self.inner.sizes.clone();
+        for map in &mut maps {
+            map.used = used.iter().find(|(name, _)| *name == map.name).map(|(_, used)| *used);
+        }
+        maps
+    }
+
+    /// Number of flow entries of both families, by walking them.
+    ///
+    /// # Errors
+    /// When the kernel refuses to walk the map.
+    pub fn flow_entries(&self) -> std::io::Result<[u64; 2]> {
+        Ok([self.inner.flows_v4.count()?, self.inner.flows_v6.count()?])
+    }
+
+    pub(super) fn set_used(&self, used: Vec<(&'static str, u64)>) {
+        let mut kept = self.inner.used.lock().unwrap_or_else(PoisonError::into_inner);
+        for (name, count) in used {
+            match kept.iter_mut().find(|(n, _)| *n == name) {
+                Some(slot) => slot.1 = count,
+                None => kept.push((name, count)),
+            }
+        }
+    }
+}
