@@ -1,1 +1,3 @@
-//! x
+//! What the tests are made of: the loaded program, namespaces, servers, clients.
+
+pub mod loaded;
