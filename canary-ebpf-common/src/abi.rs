@@ -27,32 +27,48 @@ pub const IPPROTO_UDP: u8 = 17;
 /// loading order; an IPv4 address fills the first four bytes, the rest is zero.
 pub type Address = [u64; 2];
 
-/// Key of `VIPS_V4`: a virtual IPv4 address and port.
+/// What a packet is looked up by besides an IPv6 address: for IPv4 the address is in it.
+///
+/// Bits 0–31 IPv4 address, 32–47 port, both in network order, 48–55 protocol,
+/// 56 always set: 0 marks an empty slot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-#[repr(C)]
-pub struct VipKeyV4 {
-    /// The address.
-    pub addr_be: u32,
-    /// The port.
-    pub port_be: u16,
-    /// TCP or UDP.
-    pub protocol: u8,
-    /// Zero.
-    pub pad: u8,
+#[repr(transparent)]
+pub struct VipKey(pub u64);
+
+impl VipKey {
+    /// The key of an IPv4 address and port.
+    #[inline(always)]
+    pub const fn v4(addr_be: u32, port_be: u16, protocol: u8) -> Self {
+        Self(addr_be as u64 | (port_be as u64) << 32 | (protocol as u64) << 48 | 1 << 56)
+    }
+
+    /// The key of a port at an IPv6 address.
+    #[inline(always)]
+    pub const fn v6(port_be: u16, protocol: u8) -> Self {
+        Self::v4(0, port_be, protocol)
+    }
 }
 
-/// Key of `VIPS_V6`: a virtual IPv6 address and port.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+/// Element of `VIPS_V4`: one cache line.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
-pub struct VipKeyV6 {
+pub struct VipSlotV4 {
+    /// Whose slot it is; 0 for nobody's.
+    pub key: VipKey,
+    /// The service there.
+    pub service: Service,
+}
+
+/// Element of `VIPS_V6`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct VipSlotV6 {
+    /// Whose slot it is; 0 for nobody's.
+    pub key: VipKey,
+    /// The service there.
+    pub service: Service,
     /// The address.
     pub addr: Address,
-    /// The port.
-    pub port_be: u16,
-    /// TCP or UDP.
-    pub protocol: u16,
-    /// Zero.
-    pub pad: u32,
 }
 
 /// How packets reach a backend: the low bits of [`Service::flags`].
@@ -359,8 +375,8 @@ reasons! {
 pub const REASON_SLOTS: u32 = 64;
 
 const _: () = {
-    assert!(size_of::<VipKeyV4>() == 8);
-    assert!(size_of::<VipKeyV6>() == 24);
+    assert!(size_of::<VipSlotV4>() == 64);
+    assert!(size_of::<VipSlotV6>() == 80);
     assert!(size_of::<Service>() == 56);
     assert!(size_of::<Backend>() == 64);
     assert!(size_of::<FlowKeyV4>() == 16);

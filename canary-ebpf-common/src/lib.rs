@@ -13,6 +13,7 @@ pub mod hash;
 pub mod headers;
 pub mod nat;
 pub mod steer;
+pub mod vips;
 
 #[cfg(feature = "user")]
 pub mod compile;

@@ -1,7 +1,7 @@
 //! IPv4: from the header to a decision, and the header's rewriting.
 
 use canary_ebpf_common::{
-    abi::{Flow, FlowKeyV4, IPPROTO_TCP, IPPROTO_UDP, Reason, Service, VipKeyV4, flow_state},
+    abi::{Flow, FlowKeyV4, IPPROTO_TCP, IPPROTO_UDP, Reason, Service, VipKey, flow_state},
     checksum::Delta,
     entry::{BackendIndex, Entry},
     hash::{bucket, hash_v4},
@@ -36,8 +36,8 @@ pub(crate) fn ingress(packet: &Packet) -> Result<u32, Reason> {
     {
         return action;
     }
-    let vip = VipKeyV4 { addr_be: ip.dst_be, port_be: transport.dst_port_be, protocol, pad: 0 };
-    let service = maps::service_v4(&vip).ok_or(Reason::PassNoService)?;
+    let vip = VipKey::v4(ip.dst_be, transport.dst_port_be, protocol);
+    let service = maps::service_v4(vip).ok_or(Reason::PassNoService)?;
 
     let total_bytes = usize::from(u16::from_be(ip.total_length_be));
     if header_bytes < size_of::<Ipv4>()

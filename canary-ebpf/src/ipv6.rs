@@ -1,7 +1,7 @@
 //! IPv6: from the header to a decision, and the header's rewriting.
 
 use canary_ebpf_common::{
-    abi::{Flow, FlowKeyV6, IPPROTO_TCP, IPPROTO_UDP, Reason, Service, VipKeyV6, flow_state},
+    abi::{Flow, FlowKeyV6, IPPROTO_TCP, IPPROTO_UDP, Reason, Service, VipKey, flow_state},
     checksum::Delta,
     entry::{BackendIndex, Entry},
     hash::{bucket, hash_v6},
@@ -34,13 +34,8 @@ pub(crate) fn ingress(packet: &Packet) -> Result<u32, Reason> {
     {
         return action;
     }
-    let vip = VipKeyV6 {
-        addr: dst,
-        port_be: transport.dst_port_be,
-        protocol: u16::from(protocol),
-        pad: 0,
-    };
-    let service = maps::service_v6(&vip).ok_or(Reason::PassNoService)?;
+    let vip = VipKey::v6(transport.dst_port_be, protocol);
+    let service = maps::service_v6(dst, vip).ok_or(Reason::PassNoService)?;
 
     let payload_bytes = usize::from(u16::from_be(ip.payload_length_be));
     if ETH_BYTES + size_of::<Ipv6>() + payload_bytes > packet.len_bytes()

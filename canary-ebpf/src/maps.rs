@@ -12,11 +12,12 @@ use aya_ebpf::{
 use canary_ebpf_common::{
     abi::{
         Address, Backend, BackendCounters, Flow, FlowKeyV4, FlowKeyV6, Meta, PAGE_BUCKETS,
-        REASON_SLOTS, Reason, ReasonVerdict, Service, ServiceInfo, VipKeyV4, VipKeyV6,
+        REASON_SLOTS, Reason, ReasonVerdict, Service, ServiceInfo, VipKey, VipSlotV4, VipSlotV6,
     },
     entry::{BackendIndex, Entry},
     nat::PortRange,
     steer::{Flows, Inserted},
+    vips::slots,
 };
 
 /// What the pinned maps are.
@@ -31,10 +32,10 @@ static LEDGER: Array<[u64; PAGE_BUCKETS as usize]> = Array::with_max_entries(1, 
 
 /// Services by IPv4 address and port.
 #[map]
-static VIPS_V4: HashMap<VipKeyV4, Service> = HashMap::with_max_entries(1, 0);
+static VIPS_V4: Array<VipSlotV4> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 /// Services by IPv6 address and port.
 #[map]
-static VIPS_V6: HashMap<VipKeyV6, Service> = HashMap::with_max_entries(1, 0);
+static VIPS_V6: Array<VipSlotV6> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 /// Forwarding tables in pages; the agent stores entries through a mapping.
 #[map]
 static TABLE: Array<[u32; PAGE_BUCKETS as usize]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
@@ -60,6 +61,9 @@ static REASONS: PerCpuArray<u64> = PerCpuArray::with_max_entries(REASON_SLOTS, 0
 #[map]
 static TX_PORTS: DevMapHash = DevMapHash::with_max_entries(1, 0);
 
+/// Slots of `VIPS_V4` and of `VIPS_V6`, less one.
+#[unsafe(no_mangle)]
+static VIP_MASK: u32 = 0;
 /// First source port for translated flows.
 #[unsafe(no_mangle)]
 static NAT_PORT_FIRST: u16 = 0;
@@ -96,16 +100,36 @@ pub(crate) fn count(reason: Reason) -> u32 {
 
 /// The service at an IPv4 address and port.
 #[inline(always)]
-pub(crate) fn service_v4(key: &VipKeyV4) -> Option<&'static Service> {
-    // SAFETY: an element lives until the next grace period, which this program delays.
-    unsafe { VIPS_V4.get_ptr(key).map(|p| &*p) }
+pub(crate) fn service_v4(key: VipKey) -> Option<&'static Service> {
+    let [first, second] = slots([0; 2], key, vip_mask());
+    let slot = VIPS_V4.get(first)?;
+    if slot.key == key {
+        return Some(&slot.service);
+    }
+    let slot = VIPS_V4.get(second)?;
+    if slot.key == key { Some(&slot.service) } else { None }
 }
 
-/// The service at an IPv6 address and port.
+/// The service at a port of an IPv6 address.
 #[inline(always)]
-pub(crate) fn service_v6(key: &VipKeyV6) -> Option<&'static Service> {
-    // SAFETY: as in `service_v4`.
-    unsafe { VIPS_V6.get_ptr(key).map(|p| &*p) }
+pub(crate) fn service_v6(addr: Address, key: VipKey) -> Option<&'static Service> {
+    let [first, second] = slots(addr, key, vip_mask());
+    let matches = |slot: &VipSlotV6| {
+        (slot.key.0 ^ key.0) | (slot.addr[0] ^ addr[0]) | (slot.addr[1] ^ addr[1]) == 0
+    };
+    let slot = VIPS_V6.get(first)?;
+    if matches(slot) {
+        return Some(&slot.service);
+    }
+    let slot = VIPS_V6.get(second)?;
+    if matches(slot) { Some(&slot.service) } else { None }
+}
+
+/// Slots of `VIPS_V4` and of `VIPS_V6`, less one.
+#[inline(always)]
+fn vip_mask() -> u32 {
+    // SAFETY: an initialised static; volatile as in `nat_ports`.
+    unsafe { core::ptr::read_volatile(&raw const VIP_MASK) }
 }
 
 /// The entry of a service's bucket.

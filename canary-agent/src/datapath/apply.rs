@@ -9,8 +9,7 @@ use std::{
 };
 
 use aya::{
-    Pod,
-    maps::{Array, HashMap, MapData, PerCpuArray, PerCpuValues, xdp::DevMapHash},
+    maps::{Array, MapData, PerCpuArray, PerCpuValues, xdp::DevMapHash},
     util::nr_cpus,
 };
 use canary_ebpf_common::{
@@ -22,8 +21,9 @@ use super::{
     Error,
     mapping::{Mapping, store32, store64},
     pod,
+    vips::{VipTable, vips},
 };
-use crate::plan::{BackendPlan, DataPlane, Family, ServicePlan, protocol_number};
+use crate::plan::{BackendPlan, DataPlane, Family, ServicePlan};
 
 /// What an `apply` changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,8 +39,8 @@ pub struct Applied {
 /// The maps that the loop writes.
 pub(super) struct Maps {
     pub(super) info: Array<MapData, pod::ServiceInfo>,
-    pub(super) vips_v4: HashMap<MapData, pod::VipKeyV4, pod::Service>,
-    pub(super) vips_v6: HashMap<MapData, pod::VipKeyV6, pod::Service>,
+    pub(super) vips_v4: VipTable,
+    pub(super) vips_v6: VipTable,
     pub(super) table: Mapping,
     pub(super) ledger: Mapping,
     pub(super) backends: Mapping,
@@ -123,7 +123,15 @@ impl Maps {
                 self.store_table(old.map(|o| &***o), service, &mut applied)?;
             }
         }
-        self.store_vips(before, services)?;
+        let unchanged = before.is_some_and(|b| {
+            b.services.len() == services.len()
+                && b.services.iter().zip(services).all(|(old, new)| same_address(old, new))
+        });
+        if !unchanged {
+            let [v4, v6] = vips(services.iter().map(|s| &**s));
+            self.vips_v4.store(&v4)?;
+            self.vips_v6.store(&v6)?;
+        }
         // Records that nothing names any more.
         let named: HashSet<_> = backends.iter().map(|(index, _)| *index).collect();
         let gone: Vec<_> = match before {
@@ -215,78 +223,6 @@ impl Maps {
         }
         Ok(())
     }
-
-    /// New and changed addresses first, then those that go.
-    fn store_vips(
-        &mut self,
-        before: Option<&DataPlane>,
-        services: &[Arc<ServicePlan>],
-    ) -> Result<(), Error> {
-        let wanted = vips(services);
-        let old = before.map(|b| vips(&b.services));
-        for (key, record) in &wanted {
-            if old.as_ref().and_then(|o| o.get(key)) == Some(record) {
-                continue;
-            }
-            match key {
-                VipKey::V4(key) => {
-                    self.vips_v4.insert(pod::VipKeyV4(*key), pod::Service(*record), 0)?
-                }
-                VipKey::V6(key) => {
-                    self.vips_v6.insert(pod::VipKeyV6(*key), pod::Service(*record), 0)?
-                }
-            }
-        }
-        let stale_v4: Vec<_> =
-            keys(&self.vips_v4).filter(|k| !wanted.contains_key(&VipKey::V4(k.0))).collect();
-        for key in stale_v4 {
-            self.vips_v4.remove(&key)?;
-        }
-        let stale_v6: Vec<_> =
-            keys(&self.vips_v6).filter(|k| !wanted.contains_key(&VipKey::V6(k.0))).collect();
-        for key in stale_v6 {
-            self.vips_v6.remove(&key)?;
-        }
-        Ok(())
-    }
-}
-
-fn keys<K: Pod, V: Pod>(map: &HashMap<MapData, K, V>) -> impl Iterator<Item = K> {
-    map.keys().flatten()
-}
-
-/// A key of either family's map of addresses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum VipKey {
-    V4(abi::VipKeyV4),
-    V6(abi::VipKeyV6),
-}
-
-fn vips(services: &[Arc<ServicePlan>]) -> StdMap<VipKey, abi::Service> {
-    let mut all = StdMap::new();
-    for service in services {
-        for vip in &service.vips {
-            for port in &service.ports {
-                let (protocol, port_be) = (protocol_number(port.protocol), port.port.to_be());
-                let key = match vip {
-                    IpAddr::V4(_) => VipKey::V4(abi::VipKeyV4 {
-                        addr_be: address(*vip)[0] as u32,
-                        port_be,
-                        protocol,
-                        pad: 0,
-                    }),
-                    IpAddr::V6(_) => VipKey::V6(abi::VipKeyV6 {
-                        addr: address(*vip),
-                        port_be,
-                        protocol: protocol.into(),
-                        pad: 0,
-                    }),
-                };
-                all.insert(key, service.record);
-            }
-        }
-    }
-    all
 }
 
 /// An address as map keys and values hold it.
@@ -298,6 +234,12 @@ pub(super) fn address(addr: IpAddr) -> abi::Address {
     }
     let (halves, _) = bytes.as_chunks::<8>();
     [halves[0], halves[1]].map(u64::from_ne_bytes)
+}
+
+/// Whether the same packets find the same record.
+fn same_address(old: &Arc<ServicePlan>, new: &Arc<ServicePlan>) -> bool {
+    Arc::ptr_eq(old, new)
+        || (old.vips == new.vips && old.ports == new.ports && old.record == new.record)
 }
 
 /// A backend's record in map form.

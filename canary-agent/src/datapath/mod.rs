@@ -11,6 +11,7 @@ mod mapping;
 mod pins;
 mod pod;
 mod reader;
+mod vips;
 
 use std::{
     collections::HashSet,
@@ -36,7 +37,13 @@ pub use self::{
     attach::{Attached, AttachedMode},
     reader::Reader,
 };
-use self::{apply::Maps, flows::FlowTable, mapping::Mapping, pins::Pins};
+use self::{
+    apply::{Maps, address},
+    flows::FlowTable,
+    mapping::Mapping,
+    pins::Pins,
+    vips::VipTable,
+};
 use crate::{
     config::model::{Capacity, XdpMode},
     plan::{DataPlane, Family},
@@ -134,6 +141,9 @@ pub enum Error {
         /// Its number.
         index: u32,
     },
+    /// An address found no slot.
+    #[error("the table of virtual addresses is full: raise `agent.capacity.vips`")]
+    VipsFull,
     /// The kernel may not be asked.
     #[error("loading BPF programs needs root or CAP_BPF and CAP_NET_ADMIN: {0}")]
     NotPermitted(String),
@@ -276,15 +286,15 @@ impl Datapath {
         let (first, count) = options.nat_ports.as_ref().map_or((0_u16, 0_u16), |r| {
             (*r.start(), r.end().saturating_sub(*r.start()).saturating_add(1))
         });
+        let vip_mask = pins::vip_slots(options.capacity.vips) - 1;
         let mut loader = EbpfLoader::new();
         for (name, path, entries) in &paths {
             loader.map_max_entries(name, *entries).map_pin_path(name, path);
         }
-        loader.override_global("NAT_PORT_FIRST", &first, true).override_global(
-            "NAT_PORT_COUNT",
-            &count,
-            true,
-        );
+        loader
+            .override_global("VIP_MASK", &vip_mask, true)
+            .override_global("NAT_PORT_FIRST", &first, true)
+            .override_global("NAT_PORT_COUNT", &count, true);
         let mut ebpf = loader.load(INGRESS)?;
         xdp(&mut ebpf)?.load()?;
         let maps = take_maps(&mut ebpf, &options)?;
@@ -502,9 +512,9 @@ fn take_maps(ebpf: &mut Ebpf, options: &Options) -> Result<Maps, Error> {
         table: mapped("TABLE", 4 * page)?,
         ledger: mapped("LEDGER", 8 * page)?,
         backends: mapped("BACKENDS", size_of::<Backend>())?,
+        vips_v4: VipTable::v4(mapped("VIPS_V4", size_of::<abi::VipSlotV4>())?),
+        vips_v6: VipTable::v6(mapped("VIPS_V6", size_of::<abi::VipSlotV6>())?),
         info: take(ebpf, "SERVICE_INFO")?.try_into()?,
-        vips_v4: take(ebpf, "VIPS_V4")?.try_into()?,
-        vips_v6: take(ebpf, "VIPS_V6")?.try_into()?,
         nat_sources: take(ebpf, "NAT_SOURCES")?.try_into()?,
         counters: take(ebpf, "BACKEND_COUNTERS")?.try_into()?,
         tx_ports: take(ebpf, "TX_PORTS")?.try_into()?,

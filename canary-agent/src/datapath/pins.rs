@@ -43,6 +43,7 @@ const MMAPABLE: u32 = 1 << 10;
 pub(super) fn layouts(options: &Options) -> Vec<Layout> {
     let c = &options.capacity;
     let pages = c.buckets / PAGE_BUCKETS;
+    let vip_slots = vip_slots(c.vips);
     let page = PAGE_BUCKETS as usize;
     let layout = |name, kind, key_bytes, value_bytes, flags, entries| Layout {
         name,
@@ -60,22 +61,8 @@ pub(super) fn layouts(options: &Options) -> Vec<Layout> {
         layout("META", MapType::Array, 4, size_of::<abi::Meta>(), 0, 1),
         layout("SERVICE_INFO", MapType::Array, 4, size_of::<abi::ServiceInfo>(), 0, services),
         layout("LEDGER", MapType::Array, 4, 8 * page, MMAPABLE, pages),
-        layout(
-            "VIPS_V4",
-            MapType::Hash,
-            size_of::<abi::VipKeyV4>(),
-            size_of::<abi::Service>(),
-            0,
-            c.vips,
-        ),
-        layout(
-            "VIPS_V6",
-            MapType::Hash,
-            size_of::<abi::VipKeyV6>(),
-            size_of::<abi::Service>(),
-            0,
-            c.vips,
-        ),
+        layout("VIPS_V4", MapType::Array, 4, size_of::<abi::VipSlotV4>(), MMAPABLE, vip_slots),
+        layout("VIPS_V6", MapType::Array, 4, size_of::<abi::VipSlotV6>(), MMAPABLE, vip_slots),
         layout("TABLE", MapType::Array, 4, 4 * page, MMAPABLE, pages),
         layout("BACKENDS", MapType::Array, 4, size_of::<abi::Backend>(), MMAPABLE, backends),
         layout("NAT_SOURCES", MapType::Array, 4, 16, 0, NAT_SOURCES),
@@ -108,6 +95,16 @@ pub(super) fn layouts(options: &Options) -> Vec<Layout> {
         layout("TX_PORTS", MapType::DevMapHash, 4, 8, RDONLY_PROG, TX_PORTS),
     ]
 }
+
+/// Slots of `VIPS_V4` and of `VIPS_V6`: a quarter full at most, so that every
+/// address finds one of its two slots.
+pub(super) const fn vip_slots(vips: u32) -> u32 {
+    let slots = vips.saturating_mul(4).next_power_of_two();
+    if slots < MAX_VIP_SLOTS { slots } else { MAX_VIP_SLOTS }
+}
+
+/// As many as [`canary_ebpf_common::vips::slots`] can tell apart.
+const MAX_VIP_SLOTS: u32 = 1 << 20;
 
 /// Elements of `NAT_SOURCES`.
 pub(super) const NAT_SOURCES: u32 = 4096;

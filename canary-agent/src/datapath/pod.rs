@@ -18,9 +18,6 @@ macro_rules! pod {
 }
 
 pod! {
-    VipKeyV4(abi::VipKeyV4);
-    VipKeyV6(abi::VipKeyV6);
-    Service(abi::Service);
     ServiceInfo(abi::ServiceInfo);
     Meta(abi::Meta);
     BackendCounters(abi::BackendCounters);

@@ -39,12 +39,8 @@ pub(super) struct Care {
 impl Care {
     /// Replaces the set of needed neighbours. New ones are due at once.
     pub(super) fn want<T>(&mut self, wanted: &HashMap<NeighbourKey, T>, now: Instant) {
-        let gone: Vec<_> = self
-            .entries
-            .keys()
-            .filter(|key| !wanted.contains_key(key))
-            .copied()
-            .collect();
+        let gone: Vec<_> =
+            self.entries.keys().filter(|key| !wanted.contains_key(key)).copied().collect();
         for key in gone {
             if let Some(entry) = self.entries.remove(&key) {
                 self.schedule.remove(&(entry.due, key));
@@ -52,13 +48,7 @@ impl Care {
         }
         for &key in wanted.keys() {
             if !self.entries.contains_key(&key) {
-                self.set(
-                    key,
-                    Entry {
-                        due: now,
-                        attempts: 0,
-                    },
-                );
+                self.set(key, Entry { due: now, attempts: 0 });
             }
         }
     }
@@ -82,30 +72,12 @@ impl Care {
         match (before, after) {
             // Lost a moment ago: ask at once, before anybody hears of it.
             (Standing::Good | Standing::Aged | Standing::Fixed, Standing::Missing) => {
-                self.set(
-                    key,
-                    Entry {
-                        due: now,
-                        attempts: 0,
-                    },
-                );
+                self.set(key, Entry { due: now, attempts: 0 });
             }
             (_, Standing::Good | Standing::Fixed) => {
-                self.set(
-                    key,
-                    Entry {
-                        due: now + rest(key),
-                        attempts: 0,
-                    },
-                );
+                self.set(key, Entry { due: now + rest(key), attempts: 0 });
             }
-            (Standing::Missing, Standing::Aged) => self.set(
-                key,
-                Entry {
-                    attempts: 0,
-                    ..entry
-                },
-            ),
+            (Standing::Missing, Standing::Aged) => self.set(key, Entry { attempts: 0, ..entry }),
             (_, Standing::Aged | Standing::Missing) => {}
         }
     }
@@ -125,35 +97,15 @@ impl Care {
             let attempts = self.entries.get(&key).map_or(0, |entry| entry.attempts);
             match tables.standing(key) {
                 Standing::Fixed | Standing::Good => {
-                    self.set(
-                        key,
-                        Entry {
-                            due: now + rest(key),
-                            attempts: 0,
-                        },
-                    );
+                    self.set(key, Entry { due: now + rest(key), attempts: 0 });
                 }
                 Standing::Aged => {
-                    self.set(
-                        key,
-                        Entry {
-                            due: now + rest(key),
-                            attempts: 0,
-                        },
-                    );
+                    self.set(key, Entry { due: now + rest(key), attempts: 0 });
                     taken.push(key);
                 }
                 Standing::Missing => {
-                    let pause = RETRY_FIRST
-                        .saturating_mul(1 << attempts.min(8))
-                        .min(RETRY_MAX);
-                    self.set(
-                        key,
-                        Entry {
-                            due: now + pause,
-                            attempts: attempts.saturating_add(1),
-                        },
-                    );
+                    let pause = RETRY_FIRST.saturating_mul(1 << attempts.min(8)).min(RETRY_MAX);
+                    self.set(key, Entry { due: now + pause, attempts: attempts.saturating_add(1) });
                     taken.push(key);
                 }
             }
@@ -193,20 +145,11 @@ mod tests {
     use crate::resolve::wire::{Message, Neighbour};
 
     fn key(n: u32) -> NeighbourKey {
-        NeighbourKey {
-            ifindex: 1,
-            address: IpAddr::V4(Ipv4Addr::from(0x0a00_0000 + n)),
-        }
+        NeighbourKey { ifindex: 1, address: IpAddr::V4(Ipv4Addr::from(0x0a00_0000 + n)) }
     }
 
     fn state(tables: &mut Tables, key: NeighbourKey, state: NeighbourState) {
-        tables.apply(Message::Neighbour(
-            key,
-            Neighbour {
-                state,
-                mac: Some([1; 6]),
-            },
-        ));
+        tables.apply(Message::Neighbour(key, Neighbour { state, mac: Some([1; 6]) }));
     }
 
     #[test]
@@ -225,38 +168,23 @@ mod tests {
         let now = start + Duration::from_secs(20);
         state(&mut tables, key(1), NeighbourState::Reachable);
         care.noticed(key(1), Standing::Missing, Standing::Good, now);
-        assert!(
-            care.next()
-                .is_some_and(|due| due >= now + KEEPALIVE - SPREAD)
-        );
+        assert!(care.next().is_some_and(|due| due >= now + KEEPALIVE - SPREAD));
         tables.apply(Message::NeighbourGone(key(1)));
         care.noticed(key(1), Standing::Good, Standing::Missing, now);
-        assert_eq!(
-            care.take(now, 9, &tables),
-            [key(1)],
-            "asked for again at once"
-        );
+        assert_eq!(care.take(now, 9, &tables), [key(1)], "asked for again at once");
     }
 
     #[test]
     fn only_aged_neighbours_are_used_to_keep_them() {
         let (mut care, mut tables, start) = (Care::default(), Tables::default(), Instant::now());
-        let states = [
-            NeighbourState::Stale,
-            NeighbourState::Reachable,
-            NeighbourState::Permanent,
-        ];
+        let states = [NeighbourState::Stale, NeighbourState::Reachable, NeighbourState::Permanent];
         for (n, known) in (1..).zip(states) {
             state(&mut tables, key(n), known);
         }
         care.want(&(1..=3).map(|n| (key(n), ())).collect(), start);
         assert_eq!(care.take(start, 9, &tables), [key(1)]);
         assert_eq!(
-            care.take(
-                start + KEEPALIVE - SPREAD - Duration::from_millis(1),
-                9,
-                &tables
-            ),
+            care.take(start + KEEPALIVE - SPREAD - Duration::from_millis(1), 9, &tables),
             []
         );
         assert_eq!(care.take(start + KEEPALIVE, 9, &tables), [key(1)]);

@@ -84,57 +84,32 @@ fn unicast(destination: IpAddr, message: &RouteMessage) -> Result<Route, Unresol
         IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
     };
     Ok(Route {
-        neighbour: NeighbourKey {
-            ifindex,
-            address: gateway.unwrap_or(destination),
-        },
+        neighbour: NeighbourKey { ifindex, address: gateway.unwrap_or(destination) },
         source: source.unwrap_or(none),
     })
 }
 
 /// The next hop of a route, or why there is none at present.
 pub(super) fn next_hop(route: &Route, tables: &Tables) -> Result<NextHop, Unresolved> {
-    let Route {
-        neighbour: key,
-        source,
-    } = *route;
-    let NeighbourKey {
-        ifindex,
-        address: neighbour,
-    } = key;
-    let link = tables
-        .link(ifindex)
-        .ok_or(Unresolved::InterfaceGone { ifindex })?;
+    let Route { neighbour: key, source } = *route;
+    let NeighbourKey { ifindex, address: neighbour } = key;
+    let link = tables.link(ifindex).ok_or(Unresolved::InterfaceGone { ifindex })?;
     let interface = || link.name.clone();
     let Some(source_mac) = link.mac else {
-        return Err(Unresolved::NotEthernet {
-            interface: interface(),
-        });
+        return Err(Unresolved::NotEthernet { interface: interface() });
     };
     if !(link.up && link.running) {
-        return Err(Unresolved::InterfaceDown {
-            interface: interface(),
-        });
+        return Err(Unresolved::InterfaceDown { interface: interface() });
     }
     match (tables.mac(key), tables.trouble(key)) {
-        (Some(destination_mac), _) => Ok(NextHop {
-            ifindex,
-            source_mac,
-            destination_mac,
-            source,
-        }),
-        (None, None) => Err(Unresolved::Resolving {
-            neighbour,
-            interface: interface(),
-        }),
-        (None, Some(Trouble::Silent)) => Err(Unresolved::Silent {
-            neighbour,
-            interface: interface(),
-        }),
-        (None, Some(Trouble::TableFull)) => Err(Unresolved::TableFull {
-            neighbour,
-            interface: interface(),
-        }),
+        (Some(destination_mac), _) => Ok(NextHop { ifindex, source_mac, destination_mac, source }),
+        (None, None) => Err(Unresolved::Resolving { neighbour, interface: interface() }),
+        (None, Some(Trouble::Silent)) => {
+            Err(Unresolved::Silent { neighbour, interface: interface() })
+        }
+        (None, Some(Trouble::TableFull)) => {
+            Err(Unresolved::TableFull { neighbour, interface: interface() })
+        }
     }
 }
 
@@ -194,31 +169,16 @@ mod tests {
     #[test]
     fn the_gateway_is_the_neighbour_and_else_the_destination() {
         let found = route(DESTINATION, answer(RouteType::Unicast, through_gateway())).unwrap();
-        assert_eq!(
-            found.neighbour,
-            NeighbourKey {
-                ifindex: 3,
-                address: GATEWAY.into()
-            }
-        );
+        assert_eq!(found.neighbour, NeighbourKey { ifindex: 3, address: GATEWAY.into() });
         assert_eq!(found.source, IpAddr::V4(SOURCE));
 
         let on_link = answer(RouteType::Unicast, vec![RouteAttribute::Oif(3)]);
         let found = route(DESTINATION, on_link).unwrap();
-        assert_eq!(
-            found.neighbour,
-            NeighbourKey {
-                ifindex: 3,
-                address: DESTINATION
-            }
-        );
+        assert_eq!(found.neighbour, NeighbourKey { ifindex: 3, address: DESTINATION });
         assert!(found.source.is_unspecified() && found.source.is_ipv4());
 
         let v6: Ipv6Addr = "fe80::1".parse().unwrap();
-        let via = vec![
-            RouteAttribute::Oif(3),
-            RouteAttribute::Via(RouteVia::Inet6(v6)),
-        ];
+        let via = vec![RouteAttribute::Oif(3), RouteAttribute::Via(RouteVia::Inet6(v6))];
         let found = route(DESTINATION, answer(RouteType::Unicast, via)).unwrap();
         assert_eq!(found.neighbour.address, IpAddr::V6(v6));
     }
@@ -232,31 +192,16 @@ mod tests {
             (Err(Errno::EINVAL), Unresolved::Blackhole),
             (Err(Errno::ENOMEM), Unresolved::Lookup(Errno::ENOMEM)),
             (Ok(None), Unresolved::Lookup(Errno::EBADMSG)),
-            (
-                answer(RouteType::Local, vec![RouteAttribute::Oif(1)]),
-                Unresolved::Local,
-            ),
-            (
-                answer(RouteType::BlackHole, vec![RouteAttribute::Oif(1)]),
-                Unresolved::Blackhole,
-            ),
-            (
-                answer(RouteType::Unreachable, vec![]),
-                Unresolved::Unreachable,
-            ),
+            (answer(RouteType::Local, vec![RouteAttribute::Oif(1)]), Unresolved::Local),
+            (answer(RouteType::BlackHole, vec![RouteAttribute::Oif(1)]), Unresolved::Blackhole),
+            (answer(RouteType::Unreachable, vec![]), Unresolved::Unreachable),
             (answer(RouteType::Prohibit, vec![]), Unresolved::Prohibited),
-            (
-                answer(RouteType::Broadcast, through_gateway()),
-                Unresolved::NotUnicast,
-            ),
+            (answer(RouteType::Broadcast, through_gateway()), Unresolved::NotUnicast),
             (answer(RouteType::Unicast, vec![]), Unresolved::NoRoute),
             (
                 answer(
                     RouteType::Unicast,
-                    vec![
-                        RouteAttribute::Oif(3),
-                        RouteAttribute::EncapType(RouteLwEnCapType::Mpls),
-                    ],
+                    vec![RouteAttribute::Oif(3), RouteAttribute::EncapType(RouteLwEnCapType::Mpls)],
                 ),
                 Unresolved::Encapsulated,
             ),
@@ -264,18 +209,9 @@ mod tests {
         for (answer, expected) in cases {
             assert_eq!(route(DESTINATION, answer), Err(expected));
         }
-        assert_eq!(
-            not_routable("fe80::1".parse().unwrap()),
-            Some(Unresolved::LinkLocal)
-        );
-        assert_eq!(
-            not_routable("224.0.0.1".parse().unwrap()),
-            Some(Unresolved::NotUnicast)
-        );
-        assert_eq!(
-            not_routable("::".parse().unwrap()),
-            Some(Unresolved::NotUnicast)
-        );
+        assert_eq!(not_routable("fe80::1".parse().unwrap()), Some(Unresolved::LinkLocal));
+        assert_eq!(not_routable("224.0.0.1".parse().unwrap()), Some(Unresolved::NotUnicast));
+        assert_eq!(not_routable("::".parse().unwrap()), Some(Unresolved::NotUnicast));
         assert_eq!(not_routable(DESTINATION), None);
     }
 
@@ -288,47 +224,19 @@ mod tests {
 
         expect(&tables, Unresolved::InterfaceGone { ifindex: 3 });
         tables.apply(link(true, true, None));
-        expect(
-            &tables,
-            Unresolved::NotEthernet {
-                interface: interface.clone(),
-            },
-        );
+        expect(&tables, Unresolved::NotEthernet { interface: interface.clone() });
         tables.apply(link(true, false, Some([2; 6])));
-        expect(
-            &tables,
-            Unresolved::InterfaceDown {
-                interface: interface.clone(),
-            },
-        );
+        expect(&tables, Unresolved::InterfaceDown { interface: interface.clone() });
         assert_eq!(needed(&route, &tables), None);
         tables.apply(link(true, true, Some([2; 6])));
-        expect(
-            &tables,
-            Unresolved::Resolving {
-                neighbour,
-                interface: interface.clone(),
-            },
-        );
+        expect(&tables, Unresolved::Resolving { neighbour, interface: interface.clone() });
         assert_eq!(needed(&route, &tables), Some(route.neighbour));
         assert!(tables.note_full(route.neighbour));
-        expect(
-            &tables,
-            Unresolved::TableFull {
-                neighbour,
-                interface: interface.clone(),
-            },
-        );
+        expect(&tables, Unresolved::TableFull { neighbour, interface: interface.clone() });
 
         let known = |state, mac| Message::Neighbour(route.neighbour, Neighbour { state, mac });
         tables.apply(known(NeighbourState::Failed, None));
-        expect(
-            &tables,
-            Unresolved::Silent {
-                neighbour,
-                interface,
-            },
-        );
+        expect(&tables, Unresolved::Silent { neighbour, interface });
         tables.apply(known(NeighbourState::Stale, Some([4; 6])));
         assert_eq!(
             next_hop(&route, &tables),

@@ -203,10 +203,7 @@ impl Resolver {
     /// # Panics
     /// Outside a tokio runtime.
     pub fn start() -> Result<Self, ResolveError> {
-        let failed = |source| ResolveError {
-            action: "follow routes and neighbours",
-            source,
-        };
+        let failed = |source| ResolveError { action: "follow routes and neighbours", source };
         // The listener first: no change falls between reading a table and hearing of it.
         let monitor = netlink::Monitor::open().map_err(failed)?;
         let requests = netlink::Requests::open().map_err(failed)?;
@@ -225,11 +222,7 @@ impl Resolver {
             .ok();
         let task = task::Task::new(monitor, requests, wanted, publish, suspected, verifier);
         tokio::spawn(task.run());
-        Ok(Self {
-            wants,
-            suspects,
-            updates,
-        })
+        Ok(Self { wants, suspects, updates })
     }
 
     /// Replaces the destinations.

@@ -86,11 +86,7 @@ impl Requests {
         let mut socket = open()?;
         socket.socket_mut().bind_auto()?;
         socket.socket_ref().set_cap_ack(true)?;
-        Ok(Self {
-            socket,
-            sequence: 0,
-            buffer: BytesMut::new(),
-        })
+        Ok(Self { socket, sequence: 0, buffer: BytesMut::new() })
     }
 
     /// Sends all requests, many in a datagram, and gives their answers in the same order.
@@ -152,10 +148,7 @@ impl Requests {
     async fn send(&mut self, datagram: &[u8]) -> io::Result<()> {
         // What an abandoned exchange left behind is of no use to anyone.
         self.buffer.clear();
-        self.socket
-            .send_to(datagram, &SocketAddr::new(0, 0))
-            .await
-            .map(drop)
+        self.socket.send_to(datagram, &SocketAddr::new(0, 0)).await.map(drop)
     }
 
     async fn collect(
@@ -233,10 +226,7 @@ impl Monitor {
         for group in GROUPS {
             socket.socket_mut().add_membership(group as u32)?;
         }
-        Ok(Self {
-            socket,
-            buffer: BytesMut::new(),
-        })
+        Ok(Self { socket, buffer: BytesMut::new() })
     }
 
     /// Waits for changes. Nothing is lost when the future is dropped.
@@ -290,9 +280,7 @@ fn next_frame(buffer: &mut BytesMut) -> Option<BytesMut> {
 
 fn answer(kind: u16, payload: &[u8]) -> io::Result<Answer> {
     if kind == NLMSG_ERROR {
-        let code = payload
-            .first_chunk()
-            .map(|bytes| i32::from_ne_bytes(*bytes));
+        let code = payload.first_chunk().map(|bytes| i32::from_ne_bytes(*bytes));
         return match code {
             Some(0) => Ok(Ok(None)),
             Some(code) => Ok(Err(Errno::from_raw(code.wrapping_neg()))),
@@ -306,14 +294,9 @@ fn answer(kind: u16, payload: &[u8]) -> io::Result<Answer> {
 }
 
 async fn within<T>(work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
-    tokio::time::timeout(ANSWER_TIMEOUT, work)
-        .await
-        .unwrap_or_else(|_| {
-            Err(io::Error::new(
-                io::ErrorKind::TimedOut,
-                "the kernel did not answer",
-            ))
-        })
+    tokio::time::timeout(ANSWER_TIMEOUT, work).await.unwrap_or_else(|_| {
+        Err(io::Error::new(io::ErrorKind::TimedOut, "the kernel did not answer"))
+    })
 }
 
 #[cfg(test)]
@@ -338,10 +321,7 @@ mod tests {
         assert_eq!(answer(NLMSG_ERROR, &0_i32.to_ne_bytes()).unwrap(), Ok(None));
         let refusal = answer(NLMSG_ERROR, &(-libc::ENETUNREACH).to_ne_bytes()).unwrap();
         assert_eq!(refusal, Err(Errno::ENETUNREACH));
-        assert_eq!(
-            answer(NLMSG_ERROR, &i32::MIN.to_ne_bytes()).unwrap(),
-            Err(Errno::UnknownErrno)
-        );
+        assert_eq!(answer(NLMSG_ERROR, &i32::MIN.to_ne_bytes()).unwrap(), Err(Errno::UnknownErrno));
         assert!(answer(NLMSG_ERROR, &[0, 0]).is_err());
     }
 }

@@ -131,17 +131,10 @@ impl FromStr for PortSet {
         let port = |text: &str| {
             text.trim()
                 .parse::<u16>()
-                .map_err(|reason| ParsePortsError::Number {
-                    text: text.trim().to_owned(),
-                    reason,
-                })
+                .map_err(|reason| ParsePortsError::Number { text: text.trim().to_owned(), reason })
         };
         let mut set = Self::default();
-        for item in text
-            .split([',', '\n'])
-            .map(str::trim)
-            .filter(|item| !item.is_empty())
-        {
+        for item in text.split([',', '\n']).map(str::trim).filter(|item| !item.is_empty()) {
             let range = match item.split_once('-') {
                 Some((first, last)) => port(first)?..=port(last)?,
                 None => port(item)?..=port(item)?,
@@ -201,9 +194,8 @@ fn read() -> Result<PortSet, PortsError> {
     // The kernel gives the list to the first read only, cut to that read's length;
     // `fs::read_to_string` may begin with a read of 32 bytes.
     let mut list = vec![0; LIST_LEN_MAX];
-    let length = File::open(PATH)
-        .and_then(|mut file| file.read(&mut list))
-        .map_err(PortsError::Read)?;
+    let length =
+        File::open(PATH).and_then(|mut file| file.read(&mut list)).map_err(PortsError::Read)?;
     Ok(String::from_utf8_lossy(list.get(..length).unwrap_or_default()).parse::<PortSet>()?)
 }
 
@@ -235,10 +227,7 @@ mod tests {
             assert_eq!(set(text).to_string(), text);
         }
         assert_eq!(set("9-9, 7-8\n").to_string(), "7-9");
-        assert_eq!(
-            "5-1".parse::<PortSet>(),
-            Err(ParsePortsError::Backwards("5-1".to_owned()))
-        );
+        assert_eq!("5-1".parse::<PortSet>(), Err(ParsePortsError::Backwards("5-1".to_owned())));
         for text in ["65536", "-1", "a", "1-", "1-2-3"] {
             assert!(
                 matches!(text.parse::<PortSet>(), Err(ParsePortsError::Number { .. })),
@@ -249,10 +238,7 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_what_reserving_adds() {
-        assert_eq!(
-            set("100-199,300").missing(&(150..=350)),
-            [200..=299, 301..=350]
-        );
+        assert_eq!(set("100-199,300").missing(&(150..=350)), [200..=299, 301..=350]);
         assert_eq!(set("100-199").missing(&(100..=199)), []);
         assert_eq!(set("").missing(&(0..=u16::MAX)), [0..=u16::MAX]);
     }

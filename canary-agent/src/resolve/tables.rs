@@ -45,11 +45,7 @@ impl Stale {
                         prefixes.push(prefix);
                     }
                 }
-                if prefixes.len() > PREFIXES_MAX {
-                    Self::All
-                } else {
-                    Self::Within(prefixes)
-                }
+                if prefixes.len() > PREFIXES_MAX { Self::All } else { Self::Within(prefixes) }
             }
         };
     }
@@ -60,10 +56,7 @@ impl Stale {
             Self::Nothing => false,
             // Not one by one: a router's host may hear of thousands of routes a second.
             Self::Within(prefixes) => prefixes.iter().any(|prefix| {
-                destinations
-                    .range(prefix.network()..=prefix.broadcast())
-                    .next()
-                    .is_some()
+                destinations.range(prefix.network()..=prefix.broadcast()).next().is_some()
             }),
             Self::All => !destinations.is_empty(),
         }
@@ -124,10 +117,7 @@ pub(super) struct Tables {
 impl Tables {
     /// Tables out of complete dumps; what was learnt about silent neighbours is kept.
     pub(super) fn rebuilt(&self, dumps: impl IntoIterator<Item = Message>) -> Self {
-        let mut tables = Self {
-            troubles: self.troubles.clone(),
-            ..Self::default()
-        };
+        let mut tables = Self { troubles: self.troubles.clone(), ..Self::default() };
         for message in dumps {
             tables.apply(message);
         }
@@ -149,11 +139,7 @@ impl Tables {
                 } else {
                     Stale::All
                 };
-                Effect {
-                    published: true,
-                    stale,
-                    neighbour: None,
-                }
+                Effect { published: true, stale, neighbour: None }
             }
             Message::LinkGone(ifindex) => {
                 if self.links.remove(&ifindex).is_none() {
@@ -162,11 +148,7 @@ impl Tables {
                 self.neighbours.retain(|key, _| key.ifindex != ifindex);
                 self.troubles.retain(|key, _| key.ifindex != ifindex);
                 self.addresses.retain(|key, _| key.ifindex != ifindex);
-                Effect {
-                    published: true,
-                    stale: Stale::All,
-                    neighbour: None,
-                }
+                Effect { published: true, stale: Stale::All, neighbour: None }
             }
             Message::Neighbour(key, neighbour) => self.set_neighbour(key, Some(neighbour)),
             Message::NeighbourGone(key) => self.set_neighbour(key, None),
@@ -181,15 +163,9 @@ impl Tables {
             Message::Route(route) => {
                 let stale = wire::route_prefix(&route)
                     .map_or(Stale::All, |prefix| Stale::Within(vec![prefix]));
-                Effect {
-                    stale,
-                    ..Effect::default()
-                }
+                Effect { stale, ..Effect::default() }
             }
-            Message::RoutingPolicy => Effect {
-                stale: Stale::All,
-                ..Effect::default()
-            },
+            Message::RoutingPolicy => Effect { stale: Stale::All, ..Effect::default() },
             Message::Other => Effect::default(),
         }
     }
@@ -197,11 +173,7 @@ impl Tables {
     fn address_effect(changed: bool) -> Effect {
         // Any address may be the source that the host would use, for any destination.
         let stale = if changed { Stale::All } else { Stale::Nothing };
-        Effect {
-            published: changed,
-            stale,
-            neighbour: None,
-        }
+        Effect { published: changed, stale, neighbour: None }
     }
 
     fn set_neighbour(&mut self, key: NeighbourKey, after: Option<Neighbour>) -> Effect {
@@ -218,11 +190,7 @@ impl Tables {
         }
         let published =
             mac_before != self.mac(key) || trouble_before != self.troubles.get(&key).copied();
-        Effect {
-            published,
-            stale: Stale::Nothing,
-            neighbour: Some((key, standing_before)),
-        }
+        Effect { published, stale: Stale::Nothing, neighbour: Some((key, standing_before)) }
     }
 
     /// Notes that the kernel has no room for a neighbour. True when that is news.
@@ -244,11 +212,7 @@ impl Tables {
     /// A neighbour's MAC address, if it can be used.
     pub(super) fn mac(&self, key: NeighbourKey) -> Option<[u8; 6]> {
         let neighbour = self.neighbours.get(&key)?;
-        if self.standing(key) == Standing::Missing {
-            None
-        } else {
-            neighbour.mac
-        }
+        if self.standing(key) == Standing::Missing { None } else { neighbour.mac }
     }
 
     /// How far a neighbour can be relied on.
@@ -271,14 +235,7 @@ impl Tables {
     pub(super) fn links_named(&self, names: &BTreeSet<String>) -> BTreeMap<String, Option<Link>> {
         let mut links: BTreeMap<_, _> = names.iter().map(|name| (name.clone(), None)).collect();
         for record in self.links.values() {
-            let LinkRecord {
-                ifindex,
-                name,
-                up,
-                running,
-                mac,
-                mtu,
-            } = record;
+            let LinkRecord { ifindex, name, up, running, mac, mtu } = record;
             if let Some(link) = links.get_mut(name) {
                 *link = Some(Link {
                     ifindex: *ifindex,
@@ -303,10 +260,7 @@ impl Tables {
 
     /// The addresses of this host and the interfaces that have them.
     pub(super) fn host_addresses(&self) -> BTreeSet<(IpAddr, u32)> {
-        self.addresses
-            .keys()
-            .map(|key| (key.address, key.ifindex))
-            .collect()
+        self.addresses.keys().map(|key| (key.address, key.ifindex)).collect()
     }
 }
 
@@ -315,10 +269,7 @@ mod tests {
     use super::*;
 
     fn key() -> NeighbourKey {
-        NeighbourKey {
-            ifindex: 3,
-            address: "10.0.0.2".parse().unwrap(),
-        }
+        NeighbourKey { ifindex: 3, address: "10.0.0.2".parse().unwrap() }
     }
 
     fn neighbour(state: NeighbourState, mac: Option<[u8; 6]>) -> Message {
@@ -339,24 +290,12 @@ mod tests {
     #[test]
     fn ageing_is_not_news_and_a_new_mac_is() {
         let mut tables = Tables::default();
-        assert!(
-            tables
-                .apply(neighbour(NeighbourState::Reachable, Some([1; 6])))
-                .published
-        );
-        for state in [
-            NeighbourState::Stale,
-            NeighbourState::Delay,
-            NeighbourState::Probe,
-        ] {
+        assert!(tables.apply(neighbour(NeighbourState::Reachable, Some([1; 6]))).published);
+        for state in [NeighbourState::Stale, NeighbourState::Delay, NeighbourState::Probe] {
             assert!(!tables.apply(neighbour(state, Some([1; 6]))).published);
             assert_eq!(tables.mac(key()), Some([1; 6]));
         }
-        assert!(
-            tables
-                .apply(neighbour(NeighbourState::Reachable, Some([9; 6])))
-                .published
-        );
+        assert!(tables.apply(neighbour(NeighbourState::Reachable, Some([9; 6]))).published);
         assert_eq!(tables.mac(key()), Some([9; 6]));
     }
 
@@ -365,27 +304,12 @@ mod tests {
         let mut tables = Tables::default();
         tables.apply(neighbour(NeighbourState::Reachable, Some([1; 6])));
         // A failed entry may keep the address that no longer answers.
-        assert!(
-            tables
-                .apply(neighbour(NeighbourState::Failed, Some([1; 6])))
-                .published
-        );
-        assert_eq!(
-            (tables.mac(key()), tables.trouble(key())),
-            (None, Some(Trouble::Silent))
-        );
-        assert!(
-            !tables
-                .apply(neighbour(NeighbourState::Incomplete, None))
-                .published
-        );
+        assert!(tables.apply(neighbour(NeighbourState::Failed, Some([1; 6]))).published);
+        assert_eq!((tables.mac(key()), tables.trouble(key())), (None, Some(Trouble::Silent)));
+        assert!(!tables.apply(neighbour(NeighbourState::Incomplete, None)).published);
         assert!(!tables.apply(Message::NeighbourGone(key())).published);
         assert_eq!(tables.trouble(key()), Some(Trouble::Silent));
-        assert!(
-            tables
-                .apply(neighbour(NeighbourState::Reachable, Some([1; 6])))
-                .published
-        );
+        assert!(tables.apply(neighbour(NeighbourState::Reachable, Some([1; 6]))).published);
         assert_eq!(tables.trouble(key()), None);
     }
 
@@ -395,10 +319,7 @@ mod tests {
         let names = BTreeSet::from(["eth0".to_owned(), "eth1".to_owned()]);
         assert_eq!(tables.apply(link(true, "eth0")).stale, Stale::All);
         assert_eq!(tables.apply(link(true, "eth0")), Effect::default());
-        assert_eq!(
-            tables.links_named(&names)["eth0"].map(|link| link.ifindex),
-            Some(3)
-        );
+        assert_eq!(tables.links_named(&names)["eth0"].map(|link| link.ifindex), Some(3));
         let renamed = tables.apply(link(true, "eth1"));
         assert_eq!((renamed.published, renamed.stale), (true, Stale::Nothing));
         assert_eq!(tables.links_named(&names)["eth0"], None);
@@ -413,11 +334,8 @@ mod tests {
     #[test]
     fn an_address_that_is_merely_renewed_is_not_news() {
         let mut tables = Tables::default();
-        let key = AddressKey {
-            address: "2001:db8::1".parse().unwrap(),
-            ifindex: 3,
-            prefix_len: 64,
-        };
+        let key =
+            AddressKey { address: "2001:db8::1".parse().unwrap(), ifindex: 3, prefix_len: 64 };
         let address = |flags| Message::Address(key, AddressRecord { flags, protocol: 0 });
         assert!(tables.apply(address(0x40)).published);
         assert!(tables.apply(address(0)).published, "no longer tentative");
@@ -429,11 +347,7 @@ mod tests {
     #[test]
     fn a_tentative_link_local_address_is_none_yet() {
         let mut tables = Tables::default();
-        let key = AddressKey {
-            address: "fe80::1".parse().unwrap(),
-            ifindex: 3,
-            prefix_len: 64,
-        };
+        let key = AddressKey { address: "fe80::1".parse().unwrap(), ifindex: 3, prefix_len: 64 };
         for (flags, settled) in [(0x40, false), (0x80, true), (0x48, false)] {
             tables.apply(Message::Address(key, AddressRecord { flags, protocol: 0 }));
             assert_eq!(tables.has_link_local(3), settled);

@@ -149,10 +149,7 @@ impl Task {
             _ => due,
         });
         let verify = (!self.rounds.is_empty()).then_some(self.verify_at);
-        [self.settle_at, self.routes_at, turn, verify]
-            .into_iter()
-            .flatten()
-            .min()
+        [self.settle_at, self.routes_at, turn, verify].into_iter().flatten().min()
     }
 
     /// A burst is settled a fixed time after its first change, however long it goes on.
@@ -186,8 +183,7 @@ impl Task {
         let effect = self.tables.apply(message);
         let published = match effect.neighbour {
             Some((key, before)) if self.care.wants(key) => {
-                self.care
-                    .noticed(key, before, self.tables.standing(key), now);
+                self.care.noticed(key, before, self.tables.standing(key), now);
                 effect.published
             }
             // Nobody's next hop.
@@ -205,11 +201,7 @@ impl Task {
 
     async fn work(&mut self) -> io::Result<()> {
         let now = Instant::now();
-        if [self.settle_at, self.routes_at]
-            .into_iter()
-            .flatten()
-            .any(|at| at <= now)
-        {
+        if [self.settle_at, self.routes_at].into_iter().flatten().any(|at| at <= now) {
             (self.settle_at, self.routes_at) = (None, None);
             self.settle().await?;
         }
@@ -262,8 +254,7 @@ impl Task {
         let now = Instant::now();
         for route in self.routes.values().flatten() {
             let key = route.neighbour;
-            self.care
-                .noticed(key, before.standing(key), self.tables.standing(key), now);
+            self.care.noticed(key, before.standing(key), self.tables.standing(key), now);
         }
         self.stale = Stale::All;
         self.resync = false;
@@ -272,36 +263,28 @@ impl Task {
 
     async fn look_up_routes(&mut self) -> io::Result<()> {
         let wanted = Arc::clone(&self.wanted.destinations);
-        self.routes
-            .retain(|destination, _| wanted.contains(destination));
+        self.routes.retain(|destination, _| wanted.contains(destination));
         let start = Instant::now();
         // Destinations that have no answer yet do not wait.
         let again = start >= self.routes_from;
         if !again && self.stale != Stale::Nothing {
             self.routes_at = Some(self.routes_from);
         }
-        let stale = if again {
-            std::mem::take(&mut self.stale)
-        } else {
-            Stale::Nothing
-        };
+        let stale = if again { std::mem::take(&mut self.stale) } else { Stale::Nothing };
         let destinations: Vec<_> = wanted
             .iter()
             .copied()
             .filter(|&address| stale.covers(address) || !self.routes.contains_key(&address))
             .collect();
-        let (fixed, asked): (Vec<_>, Vec<_>) = destinations
-            .into_iter()
-            .partition(|&address| choose::not_routable(address).is_some());
+        let (fixed, asked): (Vec<_>, Vec<_>) =
+            destinations.into_iter().partition(|&address| choose::not_routable(address).is_some());
         for destination in fixed {
             if let Some(reason) = choose::not_routable(destination) {
                 self.routes.insert(destination, Err(reason));
             }
         }
-        let lookups = asked
-            .iter()
-            .map(|&address| (Mode::Get, wire::route_lookup(address)))
-            .collect();
+        let lookups =
+            asked.iter().map(|&address| (Mode::Get, wire::route_lookup(address))).collect();
         let answers = match self.requests.exchange(lookups).await {
             Ok(answers) => answers,
             Err(error) => {
@@ -310,8 +293,7 @@ impl Task {
             }
         };
         for (destination, answer) in asked.into_iter().zip(answers) {
-            self.routes
-                .insert(destination, choose::route(destination, answer));
+            self.routes.insert(destination, choose::route(destination, answer));
         }
         let end = Instant::now();
         self.routes_from = end + ((end - start) * 4).min(ROUTE_PAUSE_MAX);
@@ -321,18 +303,14 @@ impl Task {
     async fn use_neighbours(&mut self, now: Instant) -> io::Result<()> {
         let keys = self.care.take(now, self.turn_left, &self.tables);
         self.turn_left = self.turn_left.saturating_sub(keys.len());
-        let (keys, sent_to): (Vec<_>, Vec<_>) = keys
-            .into_iter()
-            .partition(|&key| choose::askable(key, &self.tables));
+        let (keys, sent_to): (Vec<_>, Vec<_>) =
+            keys.into_iter().partition(|&key| choose::askable(key, &self.tables));
         for key in sent_to {
             if let Err(error) = self.send_to(key) {
                 tracing::debug!(?key, %error, "cannot send to a neighbour");
             }
         }
-        let uses = keys
-            .iter()
-            .map(|&key| (Mode::Create, wire::neighbour_use(key)))
-            .collect();
+        let uses = keys.iter().map(|&key| (Mode::Create, wire::neighbour_use(key))).collect();
         let answers = self.requests.exchange(uses).await?;
         for (key, answer) in keys.into_iter().zip(answers) {
             match answer {
@@ -363,22 +341,12 @@ impl Task {
                 self.discard.insert(socket)
             }
         };
-        let scope = if address.is_unicast_link_local() {
-            key.ifindex
-        } else {
-            0
-        };
-        socket
-            .send_to(&[], SocketAddrV6::new(address, DISCARD_PORT, 0, scope))
-            .map(drop)
+        let scope = if address.is_unicast_link_local() { key.ifindex } else { 0 };
+        socket.send_to(&[], SocketAddrV6::new(address, DISCARD_PORT, 0, scope)).map(drop)
     }
 
     fn verify_some(&mut self) {
-        let share = self
-            .rounds
-            .len()
-            .div_ceil(VERIFY_TICKS_A_ROUND)
-            .min(VERIFY_IN_A_TICK_MAX);
+        let share = self.rounds.len().div_ceil(VERIFY_TICKS_A_ROUND).min(VERIFY_IN_A_TICK_MAX);
         for _ in 0..share {
             if let Some((key, source)) = self.rounds.pop_front() {
                 self.verify(key, source);
@@ -402,16 +370,8 @@ impl Task {
         else {
             return;
         };
-        let NeighbourKey {
-            ifindex,
-            address: neighbour,
-        } = key;
-        let question = Question {
-            ifindex,
-            neighbour,
-            source,
-            source_mac,
-        };
+        let NeighbourKey { ifindex, address: neighbour } = key;
+        let question = Question { ifindex, neighbour, source, source_mac };
         if let Err(error) = verifier.ask(&question) {
             tracing::debug!(?question, %error, "cannot ask a neighbour");
         }

@@ -83,11 +83,7 @@ impl Verifier {
                 size_of::<libc::sockaddr_ll>() as libc::socklen_t,
             )
         };
-        if sent < 0 {
-            Err(io::Error::last_os_error())
-        } else {
-            Ok(())
-        }
+        if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 }
 
@@ -141,11 +137,8 @@ fn solicitation(neighbour: Ipv6Addr, source: Ipv6Addr, source_mac: [u8; 6]) -> V
     message[24..26].copy_from_slice(&[1, 1]);
     message[26..].copy_from_slice(&source_mac);
     // RFC 8200, section 8.1: the pseudo-header is both addresses, length and next header.
-    let sum = checksum(&[
-        &header[8..],
-        &[0, 0, 0, SOLICITATION_LEN as u8, 0, 0, 0, ICMPV6],
-        message,
-    ]);
+    let sum =
+        checksum(&[&header[8..], &[0, 0, 0, SOLICITATION_LEN as u8, 0, 0, 0, ICMPV6], message]);
     message[2..4].copy_from_slice(&sum.to_be_bytes());
     packet
 }
@@ -179,9 +172,8 @@ mod tests {
     fn arp_asks_everybody_in_our_name() {
         let (ether_type, to, packet) = frame(&question("10.0.0.2", "10.0.0.1")).unwrap();
         assert_eq!((ether_type, to), (0x0806, BROADCAST));
-        let expected = [
-            0, 1, 8, 0, 6, 4, 0, 1, 2, 0, 0, 0, 0, 1, 10, 0, 0, 1, 0, 0, 0, 0, 0, 0, 10, 0, 0, 2,
-        ];
+        let expected =
+            [0, 1, 8, 0, 6, 4, 0, 1, 2, 0, 0, 0, 0, 1, 10, 0, 0, 1, 0, 0, 0, 0, 0, 0, 10, 0, 0, 2];
         assert_eq!(packet, expected);
         assert_eq!(frame(&question("fe80::1", "10.0.0.1")), None);
         assert_eq!(frame(&question("fe80::1", "::")), None);
@@ -191,17 +183,11 @@ mod tests {
     fn a_solicitation_goes_to_the_group_and_sums_to_nothing() {
         let (ether_type, to, packet) =
             frame(&question("2001:db8::a:b0c:d0e", "2001:db8::1")).unwrap();
-        assert_eq!(
-            (ether_type, to),
-            (0x86dd, [0x33, 0x33, 0xff, 0x0c, 0x0d, 0x0e])
-        );
+        assert_eq!((ether_type, to), (0x86dd, [0x33, 0x33, 0xff, 0x0c, 0x0d, 0x0e]));
         assert_eq!(packet.len(), IPV6_LEN + SOLICITATION_LEN);
         assert_eq!(packet[7], 255, "receivers check the hop limit");
         let pseudo = [0, 0, 0, SOLICITATION_LEN as u8, 0, 0, 0, ICMPV6];
         assert_eq!(checksum(&[&packet[8..40], &pseudo, &packet[40..]]), 0);
-        assert_eq!(
-            packet[24..40],
-            "ff02::1:ff0c:d0e".parse::<Ipv6Addr>().unwrap().octets()
-        );
+        assert_eq!(packet[24..40], "ff02::1:ff0c:d0e".parse::<Ipv6Addr>().unwrap().octets());
     }
 }

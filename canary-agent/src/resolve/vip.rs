@@ -153,10 +153,7 @@ fn plan(vips: &BTreeSet<IpAddr>, interfaces: &[u32], present: &[Present]) -> Pla
             continue;
         };
         wanted.insert((vip, ifindex));
-        if present
-            .iter()
-            .any(|one| one.address == vip && one.ifindex == ifindex)
-        {
+        if present.iter().any(|one| one.address == vip && one.ifindex == ifindex) {
             plan.kept.push((vip, ifindex));
         } else {
             plan.add.push((vip, ifindex));
@@ -205,13 +202,8 @@ impl VipManager {
             .filter_map(|name| names.iter().find(|(_, other)| other == name))
             .map(|(ifindex, _)| *ifindex)
             .collect();
-        let Plan {
-            add,
-            remove,
-            kept,
-            foreign,
-            homeless,
-        } = plan(&vips.into_iter().collect(), &there, &present);
+        let Plan { add, remove, kept, foreign, homeless } =
+            plan(&vips.into_iter().collect(), &there, &present);
 
         let placed = |(address, ifindex): (IpAddr, u32)| Placed {
             address,
@@ -222,12 +214,12 @@ impl VipManager {
             foreign: foreign.into_iter().map(placed).collect(),
             ..VipReport::default()
         };
-        report
-            .errors
-            .extend(homeless.into_iter().map(|address| VipError::NoInterface {
+        report.errors.extend(
+            homeless.into_iter().map(|address| VipError::NoInterface {
                 address,
                 interfaces: interfaces.join(", "),
-            }));
+            }),
+        );
         // Added before removed: a VIP that moves to another interface is never away.
         let additions = add
             .iter()
@@ -240,16 +232,10 @@ impl VipManager {
                 Ok(_) => report.added.push(Placed { address, interface }),
                 // Someone was quicker.
                 Err(Errno::EEXIST) => report.foreign.push(Placed { address, interface }),
-                Err(errno) => report.errors.push(VipError::Add {
-                    address,
-                    interface,
-                    errno,
-                }),
+                Err(errno) => report.errors.push(VipError::Add { address, interface, errno }),
             }
         }
-        self.remove(remove, &names, &mut report)
-            .await
-            .map_err(failed)?;
+        self.remove(remove, &names, &mut report).await.map_err(failed)?;
         Ok(report)
     }
 
@@ -262,9 +248,7 @@ impl VipManager {
         let mut present = self.present().await.map_err(failed)?;
         present.retain(|one| one.ours && interfaces.contains(&name_of(&names, one.ifindex)));
         let mut report = VipReport::default();
-        self.remove(present, &names, &mut report)
-            .await
-            .map_err(failed)?;
+        self.remove(present, &names, &mut report).await.map_err(failed)?;
         Ok(report)
     }
 
@@ -274,29 +258,17 @@ impl VipManager {
         names: &[(u32, String)],
         report: &mut VipReport,
     ) -> io::Result<()> {
-        let removals = addresses
-            .iter()
-            .map(|present| (Mode::Change, gone_address(present)))
-            .collect();
+        let removals =
+            addresses.iter().map(|present| (Mode::Change, gone_address(present))).collect();
         let answers = self.requests.exchange(removals).await?;
-        for (
-            Present {
-                address, ifindex, ..
-            },
-            answer,
-        ) in addresses.into_iter().zip(answers)
-        {
+        for (Present { address, ifindex, .. }, answer) in addresses.into_iter().zip(answers) {
             let interface = name_of(names, ifindex);
             match answer {
                 // Gone with its interface, or removed by hand.
                 Ok(_) | Err(Errno::EADDRNOTAVAIL | Errno::ENODEV) => {
                     report.removed.push(Placed { address, interface });
                 }
-                Err(errno) => report.errors.push(VipError::Remove {
-                    address,
-                    interface,
-                    errno,
-                }),
+                Err(errno) => report.errors.push(VipError::Remove { address, interface, errno }),
             }
         }
         Ok(())
@@ -337,10 +309,7 @@ impl std::fmt::Debug for VipManager {
 }
 
 fn failed(source: io::Error) -> ResolveError {
-    ResolveError {
-        action: "manage VIPs",
-        source,
-    }
+    ResolveError { action: "manage VIPs", source }
 }
 
 fn name_of(names: &[(u32, String)], ifindex: u32) -> String {
@@ -356,20 +325,13 @@ fn address_message(address: IpAddr, prefix_len: u8, ifindex: u32) -> AddressMess
     message.header.prefix_len = prefix_len;
     message.header.scope = AddressScope::Universe;
     message.header.index = ifindex;
-    message.attributes = vec![
-        AddressAttribute::Local(address),
-        AddressAttribute::Address(address),
-    ];
+    message.attributes = vec![AddressAttribute::Local(address), AddressAttribute::Address(address)];
     message
 }
 
 fn new_address(address: IpAddr, ifindex: u32) -> RouteNetlinkMessage {
     let mut message = address_message(address, wire::family_of(address).1, ifindex);
-    message
-        .attributes
-        .push(AddressAttribute::Protocol(AddressProtocol::Other(
-            ADDRESS_PROTOCOL,
-        )));
+    message.attributes.push(AddressAttribute::Protocol(AddressProtocol::Other(ADDRESS_PROTOCOL)));
     if address.is_ipv6() {
         // Usable at once; and deprecated, so that the host does not take it for the source of
         // its own connections (RFC 6724, rule 3), probes of backends among them.
@@ -378,20 +340,13 @@ fn new_address(address: IpAddr, ifindex: u32) -> RouteNetlinkMessage {
         let mut lifetimes = CacheInfo::default();
         lifetimes.ifa_valid = LIFETIME_INFINITE;
         lifetimes.ifa_preferred = 0;
-        message
-            .attributes
-            .push(AddressAttribute::CacheInfo(lifetimes));
+        message.attributes.push(AddressAttribute::CacheInfo(lifetimes));
     }
     RouteNetlinkMessage::NewAddress(message)
 }
 
 fn gone_address(present: &Present) -> RouteNetlinkMessage {
-    let Present {
-        address,
-        prefix_len,
-        ifindex,
-        ours: _,
-    } = *present;
+    let Present { address, prefix_len, ifindex, ours: _ } = *present;
     RouteNetlinkMessage::DelAddress(address_message(address, prefix_len, ifindex))
 }
 
@@ -405,12 +360,7 @@ mod tests {
 
     fn on(ifindex: u32, net: &str, ours: bool) -> Present {
         let (address, prefix_len) = net.split_once('/').unwrap();
-        Present {
-            address: ip(address),
-            prefix_len: prefix_len.parse().unwrap(),
-            ifindex,
-            ours,
-        }
+        Present { address: ip(address), prefix_len: prefix_len.parse().unwrap(), ifindex, ours }
     }
 
     #[test]
@@ -470,10 +420,7 @@ mod tests {
             errno: Errno::EACCES,
         };
         let text = error.to_string();
-        assert!(
-            text.contains("2001:db8::1") && text.contains("eth0"),
-            "{text}"
-        );
+        assert!(text.contains("2001:db8::1") && text.contains("eth0"), "{text}");
         assert!(text.contains("disable_ipv6"), "{text}");
     }
 }

@@ -86,14 +86,12 @@ pub(super) enum Message {
 pub(super) fn decode(kind: u16, payload: &[u8]) -> Result<Message, DecodeError> {
     match kind {
         libc::RTM_NEWLINK | libc::RTM_DELLINK => link(kind == libc::RTM_DELLINK, payload),
-        libc::RTM_NEWNEIGH | libc::RTM_DELNEIGH => Ok(neighbour(
-            kind == libc::RTM_DELNEIGH,
-            &NeighbourMessage::parse(payload)?,
-        )),
-        libc::RTM_NEWADDR | libc::RTM_DELADDR => Ok(address(
-            kind == libc::RTM_DELADDR,
-            &AddressMessage::parse(payload)?,
-        )),
+        libc::RTM_NEWNEIGH | libc::RTM_DELNEIGH => {
+            Ok(neighbour(kind == libc::RTM_DELNEIGH, &NeighbourMessage::parse(payload)?))
+        }
+        libc::RTM_NEWADDR | libc::RTM_DELADDR => {
+            Ok(address(kind == libc::RTM_DELADDR, &AddressMessage::parse(payload)?))
+        }
         libc::RTM_NEWROUTE | libc::RTM_DELROUTE => {
             Ok(Message::Route(Box::new(RouteMessage::parse(payload)?)))
         }
@@ -162,20 +160,11 @@ fn neighbour(gone: bool, message: &NeighbourMessage) -> Message {
     let Some(address) = address else {
         return Message::Other;
     };
-    let key = NeighbourKey {
-        ifindex: header.ifindex,
-        address,
-    };
+    let key = NeighbourKey { ifindex: header.ifindex, address };
     if gone {
         Message::NeighbourGone(key)
     } else {
-        Message::Neighbour(
-            key,
-            Neighbour {
-                state: header.state,
-                mac,
-            },
-        )
+        Message::Neighbour(key, Neighbour { state: header.state, mac })
     }
 }
 
@@ -196,11 +185,7 @@ fn address(gone: bool, message: &AddressMessage) -> Message {
     let Some(address) = local.or(address) else {
         return Message::Other;
     };
-    let key = AddressKey {
-        address,
-        ifindex: header.index,
-        prefix_len: header.prefix_len,
-    };
+    let key = AddressKey { address, ifindex: header.index, prefix_len: header.prefix_len };
     if gone {
         Message::AddressGone(key)
     } else {
@@ -210,13 +195,10 @@ fn address(gone: bool, message: &AddressMessage) -> Message {
 
 /// The prefix that a route is for.
 pub(super) fn route_prefix(message: &RouteMessage) -> Option<IpNet> {
-    let address = message
-        .attributes
-        .iter()
-        .find_map(|attribute| match attribute {
-            RouteAttribute::Destination(address) => route_ip(address),
-            _ => None,
-        });
+    let address = message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(address) => route_ip(address),
+        _ => None,
+    });
     let address = address.or(match message.header.address_family {
         AddressFamily::Inet => Some(IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
         AddressFamily::Inet6 => Some(IpAddr::V6(Ipv6Addr::UNSPECIFIED)),
@@ -245,13 +227,9 @@ pub(super) const fn family_of(address: IpAddr) -> (AddressFamily, u8) {
 /// Asks which way the kernel would send a packet for `destination`.
 pub(super) fn route_lookup(destination: IpAddr) -> RouteNetlinkMessage {
     let mut message = RouteMessage::default();
-    (
-        message.header.address_family,
-        message.header.destination_prefix_length,
-    ) = family_of(destination);
-    message
-        .attributes
-        .push(RouteAttribute::Destination(destination.into()));
+    (message.header.address_family, message.header.destination_prefix_length) =
+        family_of(destination);
+    message.attributes.push(RouteAttribute::Destination(destination.into()));
     RouteNetlinkMessage::GetRoute(message)
 }
 
@@ -262,9 +240,7 @@ pub(super) fn neighbour_use(key: NeighbourKey) -> RouteNetlinkMessage {
     message.header.ifindex = key.ifindex;
     message.header.state = NeighbourState::None;
     message.header.flags = NeighbourFlags::Use;
-    message
-        .attributes
-        .push(NeighbourAttribute::Destination(key.address.into()));
+    message.attributes.push(NeighbourAttribute::Destination(key.address.into()));
     RouteNetlinkMessage::NewNeighbour(message)
 }
 
@@ -314,24 +290,18 @@ mod tests {
         let mut message = LinkMessage::default();
         message.header.interface_family = AddressFamily::Bridge;
         message.header.index = 7;
-        assert_eq!(
-            decode(libc::RTM_DELLINK, &emitted(&message)).unwrap(),
-            Message::Other
-        );
+        assert_eq!(decode(libc::RTM_DELLINK, &emitted(&message)).unwrap(), Message::Other);
         message.header.interface_family = AddressFamily::Unspec;
-        assert_eq!(
-            decode(libc::RTM_DELLINK, &emitted(&message)).unwrap(),
-            Message::LinkGone(7)
-        );
+        assert_eq!(decode(libc::RTM_DELLINK, &emitted(&message)).unwrap(), Message::LinkGone(7));
     }
 
     #[test]
     fn truncated_messages_are_errors_not_panics() {
         let mut neighbour = NeighbourMessage::default();
         neighbour.header.family = AddressFamily::Inet;
-        neighbour.attributes.push(NeighbourAttribute::Destination(
-            IpAddr::V4(Ipv4Addr::LOCALHOST).into(),
-        ));
+        neighbour
+            .attributes
+            .push(NeighbourAttribute::Destination(IpAddr::V4(Ipv4Addr::LOCALHOST).into()));
         let RouteNetlinkMessage::GetRoute(route) = route_lookup(Ipv6Addr::LOCALHOST.into()) else {
             unreachable!("route_lookup makes a GetRoute")
         };
@@ -358,13 +328,8 @@ mod tests {
         let mut message = AddressMessage::default();
         let (ours, theirs): (IpAddr, IpAddr) =
             ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
-        message.attributes = vec![
-            AddressAttribute::Address(theirs),
-            AddressAttribute::Local(ours),
-        ];
-        let Message::Address(key, _) = address(false, &message) else {
-            panic!("an address")
-        };
+        message.attributes = vec![AddressAttribute::Address(theirs), AddressAttribute::Local(ours)];
+        let Message::Address(key, _) = address(false, &message) else { panic!("an address") };
         assert_eq!(key.address, ours);
     }
 }

@@ -84,10 +84,7 @@ fn next_hops_behind_a_gateway_are_the_gateways() {
         .await;
         for address in all {
             let hop = resolved(&updates.borrow(), address).unwrap();
-            assert_eq!(
-                (hop.ifindex, hop.destination_mac),
-                (index_of("c0"), PEER_MAC)
-            );
+            assert_eq!((hop.ifindex, hop.destination_mac), (index_of("c0"), PEER_MAC));
             assert_eq!(hop.source.is_ipv4(), ip_addr(address).is_ipv4());
         }
     });
@@ -170,15 +167,10 @@ fn a_peer_whose_link_goes_down_is_unresolved_until_it_is_up() {
         })
         .await;
         eprintln!("measured: lost carrier noticed: {took:?}");
-        assert!(
-            took < FOLLOWED * 2,
-            "the kernel alone may take a second: {took:?}"
-        );
+        assert!(took < FOLLOWED * 2, "the kernel alone may take a second: {took:?}");
         until(&mut updates, "the reason", |update| {
             hop(update, "10.0.1.2")
-                == Some(Err(Unresolved::InterfaceDown {
-                    interface: "c0".to_owned(),
-                }))
+                == Some(Err(Unresolved::InterfaceDown { interface: "c0".to_owned() }))
         })
         .await;
         peer.ip("link set p0 up");
@@ -195,10 +187,7 @@ fn a_neighbour_that_does_not_answer_is_named_and_found_when_it_comes() {
         resolver.set_destinations([ip_addr("10.0.1.77")]);
         let mut updates = resolver.updates();
         let (neighbour, interface) = (ip_addr("10.0.1.77"), "c0".to_owned());
-        let silent = Unresolved::Silent {
-            neighbour,
-            interface,
-        };
+        let silent = Unresolved::Silent { neighbour, interface };
         let took = until(&mut updates, "silence", |update| {
             hop(update, "10.0.1.77") == Some(Err(silent.clone()))
         })
@@ -219,22 +208,14 @@ fn a_flush_makes_no_gap_and_permanent_entries_stay_so() {
         let resolver = Resolver::start().unwrap();
         resolver.set_destinations(["10.0.1.2", "10.0.1.3"].map(ip_addr));
         let mut updates = resolver.updates();
-        until(
-            &mut updates,
-            "the permanent one",
-            mac_is("10.0.1.3", NEW_MAC),
-        )
-        .await;
+        until(&mut updates, "the permanent one", mac_is("10.0.1.3", NEW_MAC)).await;
         until(&mut updates, "the peer", mac_is("10.0.1.2", PEER_MAC)).await;
 
         // Asked for again before anybody hears that it was gone.
         ip("neigh flush dev c0");
         ip("neigh replace 10.0.1.3 lladdr 02:00:00:00:00:98 dev c0 nud permanent");
         until(&mut updates, "the changed one", |update| {
-            assert!(
-                resolved(update, "10.0.1.2").is_some(),
-                "never without a next hop"
-            );
+            assert!(resolved(update, "10.0.1.2").is_some(), "never without a next hop");
             resolved(update, "10.0.1.3").is_some_and(|hop| hop.destination_mac[5] == 0x98)
         })
         .await;
@@ -344,12 +325,7 @@ fn addresses_without_a_next_hop_say_why() {
             ("192.0.2.1", Unresolved::Blackhole),
             ("192.0.2.2", Unresolved::Unreachable),
             ("192.0.2.3", Unresolved::Prohibited),
-            (
-                "192.0.2.4",
-                Unresolved::NotEthernet {
-                    interface: "lo".to_owned(),
-                },
-            ),
+            ("192.0.2.4", Unresolved::NotEthernet { interface: "lo".to_owned() }),
             ("2001:db8:9::1", Unresolved::Blackhole),
             ("2001:db8:9::2", Unresolved::Unreachable),
             ("2001:db8:9::3", Unresolved::Prohibited),
@@ -360,10 +336,7 @@ fn addresses_without_a_next_hop_say_why() {
         let resolver = Resolver::start().unwrap();
         resolver.set_destinations(expected.keys().copied());
         let mut updates = resolver.updates();
-        until(&mut updates, "all answered", |update| {
-            update.hops.len() == expected.len()
-        })
-        .await;
+        until(&mut updates, "all answered", |update| update.hops.len() == expected.len()).await;
         for (address, hop) in updates.borrow().hops.iter() {
             assert_eq!(Some(hop), expected.get(address), "{address}");
         }
@@ -382,9 +355,8 @@ fn two_thousand_behind_one_gateway_and_silence_when_nothing_changes() {
     isolated(|| async {
         let _peer = one_link();
         ip("route add 172.16.0.0/16 via 10.0.1.2");
-        let all: Vec<IpAddr> = (0..2_000_u32)
-            .map(|n| IpAddr::V4((0xac10_0000 + n).into()))
-            .collect();
+        let all: Vec<IpAddr> =
+            (0..2_000_u32).map(|n| IpAddr::V4((0xac10_0000 + n).into())).collect();
         let resolver = Resolver::start().unwrap();
         let mut updates = resolver.updates();
         resolver.set_destinations(all.iter().copied());
@@ -395,18 +367,11 @@ fn two_thousand_behind_one_gateway_and_silence_when_nothing_changes() {
         eprintln!("measured: 2,000 destinations behind one gateway: {took:?}");
         assert!(took < Duration::from_secs(2), "{took:?}");
         let neighbours = ip_output("-4 neigh show dev c0");
-        assert_eq!(
-            neighbours.lines().count(),
-            1,
-            "the gateway only:\n{neighbours}"
-        );
+        assert_eq!(neighbours.lines().count(), 1, "the gateway only:\n{neighbours}");
 
         // IPv6's own addresses come to rest a little after their link.
         until(&mut updates, "our link-local address", |update| {
-            update
-                .addresses
-                .iter()
-                .any(|(address, _)| address.to_string().starts_with("fe80"))
+            update.addresses.iter().any(|(address, _)| address.to_string().starts_with("fe80"))
         })
         .await;
         // Nothing that matters: the same set, an ageing neighbour, a route elsewhere.
@@ -417,13 +382,9 @@ fn two_thousand_behind_one_gateway_and_silence_when_nothing_changes() {
         assert!(quiet.is_err(), "an update without a change");
 
         ip("route add 172.16.7.0/24 via 10.0.1.3");
-        let took = until(
-            &mut updates,
-            "a part of them by another gateway",
-            |update| {
-                resolved(update, "172.16.7.1").is_none() && resolved(update, "172.16.6.1").is_some()
-            },
-        )
+        let took = until(&mut updates, "a part of them by another gateway", |update| {
+            resolved(update, "172.16.7.1").is_none() && resolved(update, "172.16.6.1").is_some()
+        })
         .await;
         assert!(took < FOLLOWED, "{took:?}");
         resolver.set_destinations([]);
@@ -449,12 +410,7 @@ fn what_was_lost_in_a_storm_is_read_again() {
         ip_batch(&batch);
         ip("route replace 192.0.2.0/24 via 10.0.1.3");
         ip("neigh add 10.0.1.3 lladdr 02:00:00:00:00:99 dev c0 nud permanent");
-        let took = until(
-            &mut updates,
-            "the last change",
-            mac_is("192.0.2.7", NEW_MAC),
-        )
-        .await;
+        let took = until(&mut updates, "the last change", mac_is("192.0.2.7", NEW_MAC)).await;
         eprintln!("measured: the last of 30,000 changes followed: {took:?}");
         assert!(took < FOLLOWED, "{took:?}");
     });

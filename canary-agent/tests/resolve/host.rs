@@ -27,10 +27,7 @@ fn interfaces() -> [String; 2] {
 fn on(interface: &str, addresses: &[&str]) -> Vec<Placed> {
     addresses
         .iter()
-        .map(|address| Placed {
-            address: ip_addr(address),
-            interface: interface.to_owned(),
-        })
+        .map(|address| Placed { address: ip_addr(address), interface: interface.to_owned() })
         .collect()
 }
 
@@ -47,17 +44,8 @@ fn addresses_of(interface: &str) -> String {
 fn vips_are_added_kept_after_a_restart_and_removed() {
     isolated(|| async {
         let _peers = two_links();
-        let wanted = [
-            "203.0.113.1",
-            "2001:db8:77::1",
-            "10.0.2.80",
-            "2001:db8:2::80",
-        ];
-        let report = VipManager::open()
-            .unwrap()
-            .apply(vips(&wanted), &interfaces())
-            .await
-            .unwrap();
+        let wanted = ["203.0.113.1", "2001:db8:77::1", "10.0.2.80", "2001:db8:2::80"];
+        let report = VipManager::open().unwrap().apply(vips(&wanted), &interfaces()).await.unwrap();
         assert_eq!(report.errors, []);
         let (first, second) = (
             on("c0", &["203.0.113.1", "2001:db8:77::1"]),
@@ -76,30 +64,14 @@ fn vips_are_added_kept_after_a_restart_and_removed() {
         let mut manager = VipManager::open().unwrap();
         let again = manager.apply(vips(&wanted), &interfaces()).await.unwrap();
         assert_eq!(all(again.kept.clone()), everywhere);
-        assert_eq!(
-            VipReport {
-                kept: vec![],
-                ..again
-            },
-            VipReport::default()
-        );
+        assert_eq!(VipReport { kept: vec![], ..again }, VipReport::default());
 
-        let fewer = manager
-            .apply(vips(&wanted[..1]), &interfaces())
-            .await
-            .unwrap();
+        let fewer = manager.apply(vips(&wanted[..1]), &interfaces()).await.unwrap();
         assert_eq!(fewer.removed.len(), 3);
         assert!(!addresses_of("c1").contains("2001:db8:2::80"));
-        let none = VipManager::open()
-            .unwrap()
-            .remove_all(&interfaces())
-            .await
-            .unwrap();
+        let none = VipManager::open().unwrap().remove_all(&interfaces()).await.unwrap();
         assert_eq!(none.removed, on("c0", &["203.0.113.1"]));
-        assert!(
-            addresses_of("c0").contains("10.0.1.1/24"),
-            "what was there stays"
-        );
+        assert!(addresses_of("c0").contains("10.0.1.1/24"), "what was there stays");
         assert!(addresses_of("c0").contains("2001:db8:1::1/64"));
     });
 }
@@ -115,13 +87,7 @@ fn addresses_of_others_are_left_alone() {
         let wanted = vips(&["203.0.113.1", "203.0.113.2", "2001:db8:77::1"]);
         let report = manager.apply(wanted, &interfaces()).await.unwrap();
         assert_eq!(report.foreign.len(), 3);
-        assert_eq!(
-            VipReport {
-                foreign: vec![],
-                ..report
-            },
-            VipReport::default()
-        );
+        assert_eq!(VipReport { foreign: vec![], ..report }, VipReport::default());
         let nothing = manager.apply([], &interfaces()).await.unwrap();
         assert_eq!(nothing, VipReport::default());
         let nothing = manager.remove_all(&interfaces()).await.unwrap();
@@ -147,15 +113,10 @@ fn an_ipv6_vip_can_be_used_at_once_and_is_nobodys_source() {
             // A tentative address can't be bound.
             TcpListener::bind((ip_addr(vip), 443)).unwrap();
         }
-        for (destination, source) in [
-            ("[2001:db8:1::2]:9", "2001:db8:1::1"),
-            ("10.0.1.2:9", "10.0.1.1"),
-        ] {
-            let any = if source.contains(':') {
-                "[::]:0"
-            } else {
-                "0.0.0.0:0"
-            };
+        for (destination, source) in
+            [("[2001:db8:1::2]:9", "2001:db8:1::1"), ("10.0.1.2:9", "10.0.1.1")]
+        {
+            let any = if source.contains(':') { "[::]:0" } else { "0.0.0.0:0" };
             let socket = UdpSocket::bind(any).unwrap();
             socket.connect(destination).unwrap();
             assert_eq!(socket.local_addr().unwrap().ip(), ip_addr(source));
@@ -172,26 +133,14 @@ fn one_address_that_fails_does_not_stop_the_others() {
         let wanted = ["203.0.113.1", "2001:db8:77::1", "2001:db8:2::80"];
         let report = manager.apply(vips(&wanted), &interfaces()).await.unwrap();
         assert_eq!(report.added.len(), 2);
-        let [error] = report.errors.as_slice() else {
-            panic!("one error: {report:?}")
-        };
+        let [error] = report.errors.as_slice() else { panic!("one error: {report:?}") };
         let text = error.to_string();
-        assert!(
-            text.contains("2001:db8:77::1") && text.contains("c0"),
-            "{text}"
-        );
+        assert!(text.contains("2001:db8:77::1") && text.contains("c0"), "{text}");
 
         let missing = ["c7".to_owned()];
         let report = manager.apply(vips(&wanted[..1]), &missing).await.unwrap();
-        assert!(
-            matches!(report.errors[..], [VipError::NoInterface { .. }]),
-            "{report:?}"
-        );
-        assert_eq!(
-            report.removed.len(),
-            2,
-            "on interfaces that are no longer configured"
-        );
+        assert!(matches!(report.errors[..], [VipError::NoInterface { .. }]), "{report:?}");
+        assert_eq!(report.removed.len(), 2, "on interfaces that are no longer configured");
     });
 }
 

@@ -55,9 +55,7 @@ pub(crate) async fn until(
     condition: impl FnMut(&Update) -> bool,
 ) -> Duration {
     let start = Instant::now();
-    let met = tokio::time::timeout(WAIT_MAX, async {
-        updates.wait_for(condition).await.is_ok()
-    });
+    let met = tokio::time::timeout(WAIT_MAX, async { updates.wait_for(condition).await.is_ok() });
     match met.await {
         Ok(true) => start.elapsed(),
         Ok(false) => panic!("the resolver ended while waiting for {what}"),
@@ -79,11 +77,7 @@ pub(crate) fn ip_output(arguments: &str) -> String {
         .args(arguments.split_whitespace())
         .output()
         .expect("iproute2 is installed");
-    assert!(
-        output.status.success(),
-        "ip {arguments}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
@@ -94,12 +88,7 @@ pub(crate) fn ip_batch(lines: &str) {
         .stdin(Stdio::piped())
         .spawn()
         .expect("iproute2 is installed");
-    child
-        .stdin
-        .take()
-        .expect("a pipe")
-        .write_all(lines.as_bytes())
-        .expect("ip reads");
+    child.stdin.take().expect("a pipe").write_all(lines.as_bytes()).expect("ip reads");
     assert!(child.wait().expect("ip ends").success(), "ip -batch");
 }
 
@@ -122,19 +111,13 @@ impl Peer {
             nix::sched::unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace");
             ip("link set lo up");
             let (process, thread) = (std::process::id(), nix::unistd::gettid());
-            started
-                .send(format!("/proc/{process}/task/{thread}/ns/net"))
-                .expect("a listener");
+            started.send(format!("/proc/{process}/task/{thread}/ns/net")).expect("a listener");
             for job in todo {
                 job();
             }
         });
         let path = path.recv().expect("the peer starts");
-        Self {
-            path,
-            jobs: Some(jobs),
-            thread: Some(thread),
-        }
+        Self { path, jobs: Some(jobs), thread: Some(thread) }
     }
 
     /// Links `ours` in the calling thread's namespace with `theirs` here, and gives both an
@@ -146,14 +129,10 @@ impl Peer {
         ));
         ip(&format!("link set {theirs} netns {}", self.path));
         self.ip(&format!("address add 10.0.{net}.2/24 brd + dev {theirs}"));
-        self.ip(&format!(
-            "address add 2001:db8:{net}::2/64 dev {theirs} nodad"
-        ));
+        self.ip(&format!("address add 2001:db8:{net}::2/64 dev {theirs} nodad"));
         self.ip(&format!("link set {theirs} up"));
         ip(&format!("address add 10.0.{net}.1/24 brd + dev {ours}"));
-        ip(&format!(
-            "address add 2001:db8:{net}::1/64 dev {ours} nodad"
-        ));
+        ip(&format!("address add 2001:db8:{net}::1/64 dev {ours} nodad"));
         ip(&format!("link set {ours} up"));
     }
 
@@ -167,11 +146,7 @@ impl Peer {
     pub(crate) fn datagram_to(&self, address: &str) {
         let address = ip_addr(address);
         self.run(move || {
-            let any = if address.is_ipv4() {
-                "0.0.0.0:0"
-            } else {
-                "[::]:0"
-            };
+            let any = if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
             let socket = UdpSocket::bind(any).expect("a socket");
             socket.send_to(b"x", (address, 9)).expect("sent");
         });
@@ -183,11 +158,7 @@ impl Peer {
             job();
             finish.send(()).expect("a listener");
         });
-        self.jobs
-            .as_ref()
-            .expect("a live peer")
-            .send(job)
-            .expect("a live peer");
+        self.jobs.as_ref().expect("a live peer").send(job).expect("a live peer");
         done.recv().expect("the job succeeds");
     }
 }

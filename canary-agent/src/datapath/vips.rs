@@ -1,0 +1,148 @@
+//! The tables of virtual addresses, in map memory.
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use canary_ebpf_common::{
+    abi::{self, Address, VipKey},
+    vips::Placement,
+};
+
+use super::{Error, address, mapping::Mapping};
+use crate::plan::{ServicePlan, protocol_number};
+
+/// Words of a service's record.
+const SERVICE_WORDS: usize = size_of::<abi::Service>() / 8;
+
+/// One family's table.
+#[derive(Debug)]
+pub(super) struct VipTable {
+    mapping: Mapping,
+    slot_words: usize,
+    placement: Placement,
+}
+
+/// What a slot holds.
+pub(super) type Vips = HashMap<(Address, VipKey), abi::Service>;
+
+impl VipTable {
+    /// The table of IPv4 in `mapping`, with whatever stands there.
+    pub(super) fn v4(mapping: Mapping) -> Self {
+        Self::found(mapping, size_of::<abi::VipSlotV4>() / 8)
+    }
+
+    /// The table of IPv6 in `mapping`, with whatever stands there.
+    pub(super) fn v6(mapping: Mapping) -> Self {
+        Self::found(mapping, size_of::<abi::VipSlotV6>() / 8)
+    }
+
+    fn found(mapping: Mapping, slot_words: usize) -> Self {
+        let slots = mapping.words64().len() / slot_words;
+        let mut placement = Placement::new((slots as u32).saturating_sub(1));
+        for (slot, words) in mapping.words64().chunks_exact(slot_words).enumerate() {
+            let key = VipKey(words[0].load(Ordering::Relaxed));
+            if key != VipKey::default() {
+                placement.found(slot as u32, (slot_address(words), key));
+            }
+        }
+        Self { mapping, slot_words, placement }
+    }
+
+    /// Makes the table hold `wanted` and nothing else: first what is new or
+    /// changed, then away with the rest.
+    pub(super) fn store(&mut self, wanted: &Vips) -> Result<(), Error> {
+        for (key, service) in wanted {
+            if let Some(slot) = self.placement.slot(*key) {
+                self.write_service(slot, service);
+                continue;
+            }
+            let moves = self.placement.insert(*key).map_err(|_| Error::VipsFull)?;
+            for step in moves {
+                // Somebody who makes room takes along what the old slot says.
+                let record = wanted.get(&step.key).copied().or_else(|| self.read(step.key));
+                self.write(step.slot, step.key, &record.unwrap_or_default());
+            }
+        }
+        let gone: Vec<_> = self.placement.keys().filter(|k| !wanted.contains_key(k)).collect();
+        for key in gone {
+            if let Some(slot) = self.placement.remove(key) {
+                self.slot(slot)[0].store(0, Ordering::Release);
+            }
+        }
+        Ok(())
+    }
+
+    fn slot(&self, slot: u32) -> &[AtomicU64] {
+        let start = slot as usize * self.slot_words;
+        &self.mapping.words64()[start..start + self.slot_words]
+    }
+
+    /// The record that stands under a key anywhere in the table.
+    fn read(&self, key: (Address, VipKey)) -> Option<abi::Service> {
+        let words = self
+            .mapping
+            .words64()
+            .chunks_exact(self.slot_words)
+            .find(|w| w[0].load(Ordering::Relaxed) == key.1.0 && slot_address(w) == key.0)?;
+        let record: [u64; SERVICE_WORDS] =
+            std::array::from_fn(|i| words[1 + i].load(Ordering::Relaxed));
+        // SAFETY: same size, and every bit pattern is a `Service`: integers only.
+        Some(unsafe { std::mem::transmute::<[u64; SERVICE_WORDS], abi::Service>(record) })
+    }
+
+    /// Gives a slot to a key: nobody's while it is written, so that no packet
+    /// meets one key with another's record.
+    fn write(&self, slot: u32, key: (Address, VipKey), service: &abi::Service) {
+        let words = self.slot(slot);
+        words[0].store(0, Ordering::Release);
+        for (word, value) in words[1 + SERVICE_WORDS..].iter().zip(key.0) {
+            word.store(value, Ordering::Release);
+        }
+        self.write_service(slot, service);
+        words[0].store(key.1.0, Ordering::Release);
+    }
+
+    fn write_service(&self, slot: u32, service: &abi::Service) {
+        // SAFETY: same size, and padding is spelled out: no byte is uninitialised.
+        let record = unsafe { std::mem::transmute::<abi::Service, [u64; SERVICE_WORDS]>(*service) };
+        for (word, value) in self.slot(slot)[1..].iter().zip(record) {
+            if word.load(Ordering::Relaxed) != value {
+                word.store(value, Ordering::Release);
+            }
+        }
+    }
+}
+
+/// The address in a slot: zero for IPv4, where it is part of the key.
+fn slot_address(words: &[AtomicU64]) -> Address {
+    match words.get(1 + SERVICE_WORDS..) {
+        Some([a, b]) => [a.load(Ordering::Relaxed), b.load(Ordering::Relaxed)],
+        _ => [0; 2],
+    }
+}
+
+/// Addresses and ports of `services` by family, IPv4 first, as the tables hold them.
+pub(super) fn vips<'a>(services: impl Iterator<Item = &'a ServicePlan>) -> [Vips; 2] {
+    let [mut v4, mut v6] = [Vips::new(), Vips::new()];
+    for service in services {
+        for vip in &service.vips {
+            for port in &service.ports {
+                let (protocol, port_be) = (protocol_number(port.protocol), port.port.to_be());
+                let addr = address(*vip);
+                match vip {
+                    IpAddr::V4(_) => {
+                        let key = VipKey::v4(addr[0] as u32, port_be, protocol);
+                        v4.insert(([0; 2], key), service.record);
+                    }
+                    IpAddr::V6(_) => {
+                        v6.insert((addr, VipKey::v6(port_be, protocol)), service.record);
+                    }
+                }
+            }
+        }
+    }
+    [v4, v6]
+}
