@@ -1,3 +1,186 @@
 //! Text → validated model, with every error's place.
+//!
+//! [`load`] reads the main file and `conf.d/*.toml` beside it, and gives a
+//! [`Config`] in which names are unique, references resolve and families meet,
+//! or every reason why there is none. `docs/configuration.md` describes the
+//! keys; it changes together with this module.
+//!
+//! The way of a file: `source` reads it, the `toml` crate parses it into a
+//! document with spans, `agent`, `service`, `versions` and `health` walk that with
+//! the combinators of `walk` and the texts of `scalar`, `across` compares
+//! services, and `sink` collects what they find into [`Diagnostic`]s.
+//!
+//! Must not know the data plane, nor the host beyond files and accounts:
+//! whether an interface exists or an address answers is `doctor`'s question.
+
+use std::path::{Path, PathBuf};
+
+use toml::de::DeTable;
+
+mod accounts;
+mod across;
+mod agent;
+mod diagnostic;
+mod health;
 pub mod model;
+mod scalar;
+mod service;
+mod sink;
+mod source;
+mod unsupported;
+mod versions;
+mod walk;
+
+pub use accounts::{Accounts, HostAccounts, NoAccounts};
+pub use diagnostic::{Diagnostic, Excerpt, Place, Related, Severity, render};
 pub use model::Config;
+
+use sink::Sink;
+use source::{Sources, Span};
+use walk::{Fields, Node};
+
+/// Files up to this size are read on after a syntax error; a larger one that is
+/// no TOML at all would make millions of errors.
+const RECOVER_BYTES: usize = 256 << 10;
+/// Most syntax errors that are kept of one file.
+const MAX_SYNTAX_ERRORS: usize = 100;
+
+/// A configuration that may be used.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Loaded {
+    /// What it says.
+    pub config: Config,
+    /// What is strange about it.
+    pub warnings: Vec<Diagnostic>,
+    /// The files it was read from, the main one first.
+    pub files: Vec<PathBuf>,
+}
+
+/// Reads the configuration whose main file is `path`.
+///
+/// `conf.d/*.toml` beside it follow in the order of their names; hidden files
+/// are left out. The services of all files count together; the keys of
+/// `[agent]` may be spread over files, but each is set once.
+///
+/// # Errors
+/// Everything that is wrong with all the files, and warnings, ordered by place.
+pub fn load(path: &Path) -> Result<Loaded, Vec<Diagnostic>> {
+    let mut sink = Sink::default();
+    let sources = Sources::read(path, &mut sink);
+    build(&sources, sink, &HostAccounts)
+}
+
+/// Reads one file's `text` as the whole configuration, without touching the
+/// disk; `name` stands for its path. Names of users and groups are unknown.
+///
+/// ```
+/// use canary_agent::config::{Severity, load_str};
+///
+/// let text = r#"
+///     [agent]
+///     interfaces = ["eth0"]
+///     xdp_mod = "auto"
+/// "#;
+/// let errors = load_str("agent.toml", text).unwrap_err();
+/// let error = errors.iter().find(|e| e.severity == Severity::Error).unwrap();
+/// assert_eq!((error.place.line, error.place.column), (4, 5));
+/// assert_eq!(error.help.as_deref(), Some("did you mean `xdp_mode`?"));
+/// ```
+///
+/// # Errors
+/// As [`load`].
+pub fn load_str(name: &str, text: &str) -> Result<Loaded, Vec<Diagnostic>> {
+    load_bytes(&[(Path::new(name), text.as_bytes())], &NoAccounts)
+}
+
+/// Reads `files` (path and content, the main file first) without touching the disk.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_bytes(
+    files: &[(&Path, &[u8])],
+    accounts: &dyn Accounts,
+) -> Result<Loaded, Vec<Diagnostic>> {
+    let mut sink = Sink::default();
+    let mut sources = Sources::default();
+    for (path, bytes) in files {
+        sources.add(path, bytes.to_vec(), &mut sink);
+    }
+    build(&sources, sink, accounts)
+}
+
+fn build(
+    sources: &Sources,
+    mut sink: Sink,
+    accounts: &dyn Accounts,
+) -> Result<Loaded, Vec<Diagnostic>> {
+    let documents: Vec<(usize, DeTable<'_>)> = sources
+        .texts()
+        .filter_map(|(file, text)| Some((file, parse(file, text, &mut sink)?)))
+        .collect();
+    let main = Span::whole(0);
+
+    let mut agents: Vec<Node<'_>> = Vec::new();
+    let mut services = Vec::new();
+    let mut no_service = true;
+    for (file, document) in &documents {
+        let mut root = Fields::new("", Span::whole(*file));
+        root.add(*file, document);
+        agents.extend(root.take_all("agent"));
+        for node in root.take_all("service") {
+            no_service = false;
+            if node.is_table() {
+                sink.error(node.span, "services are a list, not one table")
+                    .help("write `[[service]]`, with two brackets on each side");
+            }
+            for item in node.items() {
+                services.extend(service::read(&item, &mut sink));
+            }
+        }
+        root.finish(&mut sink);
+    }
+    let agent = agent::read(&agents, main, accounts, &mut sink);
+    if no_service {
+        sink.absent_anywhere(
+            Severity::Warning,
+            main,
+            "there is no service: every packet passes to the host",
+        );
+    }
+    across::check(&agent, &services, &mut sink);
+
+    let failed = sink.failed();
+    let diagnostics = sink.finish(sources);
+    if failed {
+        return Err(diagnostics);
+    }
+    Ok(Loaded {
+        config: Config {
+            agent: agent.agent,
+            services: services.into_iter().map(|placed| placed.service).collect(),
+        },
+        warnings: diagnostics,
+        files: sources.paths().map(Path::to_owned).collect(),
+    })
+}
+
+/// The document, or as much of it as a syntax error leaves.
+fn parse<'t>(file: usize, text: &'t str, sink: &mut Sink) -> Option<DeTable<'t>> {
+    let (document, errors) = if text.len() <= RECOVER_BYTES {
+        let (document, errors) = DeTable::parse_recoverable(text);
+        (Some(document), errors)
+    } else {
+        match DeTable::parse(text) {
+            Ok(document) => (Some(document), Vec::new()),
+            Err(error) => (None, vec![error]),
+        }
+    };
+    for error in errors.into_iter().take(MAX_SYNTAX_ERRORS) {
+        let range = error.span().unwrap_or(0..0);
+        let finding = sink.syntax(Span::new(file, range), error.message());
+        if document.is_none() {
+            finding.help("the rest of so large a file is not checked before this is mended");
+        }
+    }
+    document.map(toml::Spanned::into_inner)
+}

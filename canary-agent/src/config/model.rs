@@ -218,7 +218,8 @@ pub struct Timing {
 pub struct Version {
     /// Its name.
     pub name: String,
-    /// Its backends, at least one.
+    /// Its backends, at least one. Control has one for each family of the VIPs; another
+    /// version may lack a family if the service falls back to control.
     pub backends: Vec<Backend>,
 }
 

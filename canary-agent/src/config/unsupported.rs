@@ -1,0 +1,34 @@
+//! What the configuration format has and this release does not do.
+//!
+//! Such keys and values are refused: to accept and ignore them would promise
+//! something. A release that brings one deletes its line here.
+
+/// Keys, with the tables that they are in.
+const KEYS: &[&str] = &[
+    "audience",
+    "rollout",
+    "gate",
+    "service.route",
+    "service.quic",
+    "service.slow_start",
+    "service.mss",
+    "service.health.via",
+];
+
+/// Values of `service.forward`.
+const FORWARDS: &[&str] = &["ipip", "gue"];
+
+/// Whether `path` is a key of a later release.
+pub(super) fn is_key(path: &str) -> bool {
+    KEYS.contains(&path)
+}
+
+/// Whether `value` is a way to forward of a later release.
+pub(super) fn is_forward(value: &str) -> bool {
+    FORWARDS.contains(&value)
+}
+
+/// The error for `what`.
+pub(super) fn message(what: &str) -> String {
+    format!("`{what}` is not supported by this release")
+}

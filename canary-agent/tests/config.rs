@@ -1,0 +1,10 @@
+//! The configuration from outside: what texts and files become.
+
+mod config {
+    mod cases;
+    mod documents;
+    mod files;
+    mod meaning;
+    mod properties;
+    mod support;
+}

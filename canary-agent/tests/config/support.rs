@@ -1,0 +1,92 @@
+//! What the other modules share.
+
+use std::path::Path;
+
+use canary_agent::config::{Accounts, Diagnostic, Loaded, load_str, render};
+
+pub(crate) const MAIN: &str = "agent.toml";
+pub(crate) const AGENT: &str = "[agent]\ninterfaces = [\"eth0\"]\n";
+pub(crate) const SERVICE: &str = "[[service]]\nname = \"other\"\nvip = \"192.0.2.99\"\nports = \"tcp/9\"\n\
+                       versions.stable.backends = \"10.9.9.9:9\"\n";
+
+/// What the contract's example says of agent, services and versions.
+pub(crate) const EXAMPLE: &str = r#"
+[agent]
+interfaces = ["eth0", "eth1"]     # the program is attached to each; with `nat` those towards the backends too
+xdp_mode   = "auto"
+
+[[service]]
+name       = "shop"
+vip        = ["203.0.113.10", "2001:db8::10"]
+ports      = ["tcp/443", "udp/443"]
+forward    = "nat"
+nat_source = ["10.0.0.1"]
+stickiness = "client"
+prefix     = { v4 = 24, v6 = 56 }
+control    = "stable"
+existing   = "pin"
+drain      = "30m"
+udp_idle   = "30s"
+fallback   = "control"
+split      = { v2 = "5%" }
+health     = { type = "tcp", interval = "2s", timeout = "1s", rise = 2, fall = 3 }
+
+[service.versions.stable]
+backends = ["10.0.1.1:8443", { addr = "10.0.1.2:8443", weight = 2 }, "[2001:db8:1::1]:8443"]
+
+[service.versions.v2]
+backends = ["10.0.2.1:8443"]
+"#;
+
+/// A host with the users and groups that the cases name.
+pub(crate) struct Host;
+
+impl Accounts for Host {
+    fn uid(&self, name: &str) -> Option<u32> {
+        (name == "alice").then_some(1000)
+    }
+
+    fn gid(&self, name: &str) -> Option<u32> {
+        (name == "ops").then_some(2000)
+    }
+}
+
+/// Loads `text`, which must be good.
+pub(crate) fn good(text: &str) -> Loaded {
+    load_str(MAIN, text).unwrap_or_else(|errors| panic!("{}", render(&errors)))
+}
+
+/// Every place must lie in a file that was read: its line exists, its column
+/// is in the line or just behind it.
+pub(crate) fn check_places(files: &[(&Path, &[u8])], diagnostics: &[Diagnostic]) {
+    for diagnostic in diagnostics {
+        let places = diagnostic.related.iter().map(|related| &related.place);
+        for place in places.chain([&diagnostic.place]) {
+            let (_, bytes) = files
+                .iter()
+                .find(|(name, _)| *name == Path::new(&place.file))
+                .unwrap_or_else(|| panic!("{diagnostic:?} is in no file"));
+            let text = String::from_utf8_lossy(bytes);
+            let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+            let line = text
+                .split('\n')
+                .nth(place.line as usize - 1)
+                .unwrap_or_else(|| panic!("{diagnostic:?} is behind the last line"));
+            let line = line.strip_suffix('\r').unwrap_or(line);
+            assert!(
+                (1..=line.chars().count() + 1).contains(&(place.column as usize)),
+                "{diagnostic:?} is behind its line"
+            );
+            let Some(excerpt) = &place.excerpt else {
+                continue;
+            };
+            assert!(excerpt.offset as usize <= excerpt.text.chars().count());
+            assert!(excerpt.width >= 1 && excerpt.width <= 120);
+        }
+    }
+    // It must be possible to show and to send it.
+    assert!(render(diagnostics).lines().count() >= diagnostics.len());
+    let json = serde_json::to_string(diagnostics).expect("serialisable");
+    let back: Vec<Diagnostic> = serde_json::from_str(&json).expect("reads back");
+    assert_eq!(back, diagnostics);
+}
