@@ -1,2 +1,75 @@
-//! x
-fn main() {}
+//! Set-up, demo and tests of canary-xdp: `cargo xtask COMMAND`.
+//!
+//! Compiled before anything else, so it depends on little, and on no other
+//! crate of the workspace.
+
+mod progress;
+mod setup;
+mod supervise;
+
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::{Context as _, Result};
+use clap::{Parser, Subcommand};
+
+/// Set-up, demo and tests of canary-xdp.
+#[derive(Debug, Parser)]
+#[command(bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Finds or installs what the kernel side, the tests and the demo need.
+    Setup {
+        /// Only this way to a compiler for the BPF target.
+        #[arg(long, value_enum)]
+        with: Option<setup::Method>,
+    },
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match supervise::install().and_then(|()| dispatch(arguments.task)) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            error
+                .downcast_ref::<supervise::Interrupted>()
+                .map_or(ExitCode::FAILURE, |interrupted| {
+                    ExitCode::from(interrupted.exit_code())
+                })
+        }
+    }
+}
+
+fn dispatch(task: Task) -> Result<ExitCode> {
+    let workspace = workspace()?;
+    match task {
+        Task::Setup { with } => {
+            let toolchain = setup::run(&workspace, with)?;
+            println!(
+                "setup: ready ({}: {}, linker {})",
+                toolchain.method,
+                toolchain.rustc_version,
+                toolchain.linker.display()
+            );
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+/// The folder that holds this crate's.
+fn workspace() -> Result<PathBuf> {
+    let manifest = std::env::var_os("CARGO_MANIFEST_DIR")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
+    manifest
+        .parent()
+        .map(Path::to_path_buf)
+        .context("the workspace's folder is not known")
+}
