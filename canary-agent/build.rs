@@ -60,11 +60,7 @@ fn run() -> Result<(), String> {
         let to = out.join(program);
         println!("cargo::rerun-if-changed={}", from.display());
         fs::copy(&from, &to).map_err(|error| format!("{}: {error}", from.display()))?;
-        println!(
-            "cargo::rustc-env=CANARY_EBPF_{}={}",
-            program.to_uppercase(),
-            to.display()
-        );
+        println!("cargo::rustc-env=CANARY_EBPF_{}={}", program.to_uppercase(), to.display());
     }
     Ok(())
 }
@@ -81,10 +77,7 @@ fn build(out: &Path) -> Result<PathBuf, String> {
         "canary-ebpf-common/Cargo.toml",
         "canary-ebpf-common/src",
     ] {
-        println!(
-            "cargo::rerun-if-changed={}",
-            workspace.join(source).display()
-        );
+        println!("cargo::rerun-if-changed={}", workspace.join(source).display());
     }
     let description = workspace.join("target").join("ebpf-toolchain.json");
     println!("cargo::rerun-if-changed={}", description.display());
@@ -96,10 +89,7 @@ fn build(out: &Path) -> Result<PathBuf, String> {
     let output = command
         .current_dir(workspace)
         .envs(&toolchain.env)
-        .env(
-            "CARGO_ENCODED_RUSTFLAGS",
-            flags(&toolchain, workspace)?.join("\x1f"),
-        )
+        .env("CARGO_ENCODED_RUSTFLAGS", flags(&toolchain, workspace)?.join("\x1f"))
         // A wrapper of the user's knows this workspace's compiler, not this one.
         .env("RUSTC_WRAPPER", "")
         .env("CARGO_TERM_COLOR", "never")
@@ -140,10 +130,7 @@ fn toolchain(path: &Path) -> Result<Toolchain, String> {
         )));
     }
     let rustc = toolchain.env.get("RUSTC").map(PathBuf::from);
-    for tool in [&toolchain.cargo, &toolchain.linker]
-        .into_iter()
-        .chain(rustc.as_ref())
-    {
+    for tool in [&toolchain.cargo, &toolchain.linker].into_iter().chain(rustc.as_ref()) {
         if !tool.is_file() {
             return Err(stale(&format!("{} is gone", tool.display())));
         }
@@ -167,9 +154,7 @@ fn flags(toolchain: &Toolchain, workspace: &Path) -> Result<Vec<String>, String>
         // Names of the kernel's register layouts in aya-ebpf.
         arch @ ("x86_64" | "aarch64") => arch.to_owned(),
         other => {
-            return Err(format!(
-                "{other} hosts are not supported: x86_64 and aarch64 are"
-            ));
+            return Err(format!("{other} hosts are not supported: x86_64 and aarch64 are"));
         }
     };
     let mut flags = vec![
@@ -194,13 +179,8 @@ fn flags(toolchain: &Toolchain, workspace: &Path) -> Result<Vec<String>, String>
 /// Takes away what the outer cargo and rustup have set for their own compiler;
 /// registries, proxies, the job server and `CARGO_HOME` stay.
 fn clean_env(command: &mut Command) {
-    const KEEP: [&str; 5] = [
-        "CARGO_HOME",
-        "CARGO_HTTP_",
-        "CARGO_MAKEFLAGS",
-        "CARGO_NET_",
-        "CARGO_REGISTR",
-    ];
+    const KEEP: [&str; 5] =
+        ["CARGO_HOME", "CARGO_HTTP_", "CARGO_MAKEFLAGS", "CARGO_NET_", "CARGO_REGISTR"];
     const CARGO_SETS: [&str; 8] = [
         "DEBUG",
         "HOST",

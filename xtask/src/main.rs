@@ -41,9 +41,7 @@ fn main() -> ExitCode {
             eprintln!("xtask: {error:#}");
             error
                 .downcast_ref::<supervise::Interrupted>()
-                .map_or(ExitCode::FAILURE, |interrupted| {
-                    ExitCode::from(interrupted.exit_code())
-                })
+                .map_or(ExitCode::FAILURE, |interrupted| ExitCode::from(interrupted.exit_code()))
         }
     }
 }
@@ -68,8 +66,5 @@ fn dispatch(task: Task) -> Result<ExitCode> {
 fn workspace() -> Result<PathBuf> {
     let manifest = std::env::var_os("CARGO_MANIFEST_DIR")
         .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
-    manifest
-        .parent()
-        .map(Path::to_path_buf)
-        .context("the workspace's folder is not known")
+    manifest.parent().map(Path::to_path_buf).context("the workspace's folder is not known")
 }

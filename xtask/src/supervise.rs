@@ -118,10 +118,8 @@ impl Group {
         // SAFETY: pthread_sigmask is async-signal-safe and allocates nothing.
         unsafe { command.pre_exec(|| taken().thread_unblock().map_err(Into::into)) };
         let mut groups = GROUPS.lock().unwrap_or_else(PoisonError::into_inner);
-        let child = command
-            .process_group(0)
-            .spawn()
-            .with_context(|| format!("starting {program}"))?;
+        let child =
+            command.process_group(0).spawn().with_context(|| format!("starting {program}"))?;
         let id = i32::try_from(child.id()).context("process id out of range")?;
         groups.push(id);
         drop(groups);
@@ -143,10 +141,7 @@ impl Drop for Group {
     fn drop(&mut self) {
         // What the child left behind in its group ends with it.
         let _ = killpg(Pid::from_raw(self.id), Signal::SIGKILL);
-        GROUPS
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .retain(|id| *id != self.id);
+        GROUPS.lock().unwrap_or_else(PoisonError::into_inner).retain(|id| *id != self.id);
         let _ = self.child.wait();
     }
 }
@@ -184,10 +179,7 @@ pub(crate) fn run_lines(
     command: &mut Command,
     mut on_line: impl FnMut(Option<&str>),
 ) -> Result<ExitStatus> {
-    let command = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
+    let command = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut group = Group::spawn(command)?;
     let (sender, lines) = mpsc::channel::<String>();
     if let Some(stdout) = group.child.stdout.take() {
@@ -210,10 +202,7 @@ pub(crate) fn run_lines(
 fn forward(output: impl std::io::Read + Send + 'static, lines: mpsc::Sender<String>) {
     thread::spawn(move || {
         for line in BufReader::new(output).split(b'\n').map_while(Result::ok) {
-            if lines
-                .send(String::from_utf8_lossy(&line).into_owned())
-                .is_err()
-            {
+            if lines.send(String::from_utf8_lossy(&line).into_owned()).is_err() {
                 return;
             }
         }

@@ -37,12 +37,7 @@ fn names(services: &[Placed], sink: &mut Sink) {
 
 /// Addresses × ports of one family.
 fn vip_keys(placed: &Placed, v4: bool) -> u64 {
-    let vips = placed
-        .vips
-        .items
-        .iter()
-        .filter(|vip| vip.value.is_ipv4() == v4)
-        .count();
+    let vips = placed.vips.items.iter().filter(|vip| vip.value.is_ipv4() == v4).count();
     (vips as u64).saturating_mul(placed.ports.items.len() as u64)
 }
 
@@ -78,9 +73,7 @@ fn overlaps(services: &[Placed], sink: &mut Sink) {
             }
             for (other, first, ports) in shared {
                 let name = |index: usize| {
-                    services
-                        .get(index)
-                        .map_or("", |placed| placed.service.name.as_str())
+                    services.get(index).map_or("", |placed| placed.service.name.as_str())
                 };
                 sink.error(
                     vip.span,
@@ -111,13 +104,7 @@ struct Need<'n> {
 fn capacity(agent: &agent::Placed, services: &[Placed], sink: &mut Sink) {
     let capacity = &agent.agent.capacity;
     let tables = |placed: &Placed| {
-        let used = |v4| {
-            placed
-                .vips
-                .items
-                .iter()
-                .any(|vip| vip.value.is_ipv4() == v4)
-        };
+        let used = |v4| placed.vips.items.iter().any(|vip| vip.value.is_ipv4() == v4);
         u64::from(used(true)) + u64::from(used(false))
     };
     let backends = |placed: &Placed| -> u64 {
@@ -162,14 +149,7 @@ fn capacity(agent: &agent::Placed, services: &[Placed], sink: &mut Sink) {
             of: &buckets,
         },
     ];
-    for Need {
-        key,
-        unit,
-        capacity,
-        limit,
-        of,
-    } in needs
-    {
+    for Need { key, unit, capacity, limit, of } in needs {
         let mut total: u64 = 0;
         let mut first_beyond = None;
         for placed in services {
@@ -196,9 +176,7 @@ fn capacity(agent: &agent::Placed, services: &[Placed], sink: &mut Sink) {
             finding.also(first_beyond, "the first service beyond it is here");
         }
         if total <= u64::from(limit) {
-            finding.help(format!(
-                "set `{key} = {total}` or more in `[agent.capacity]`"
-            ));
+            finding.help(format!("set `{key} = {total}` or more in `[agent.capacity]`"));
         } else {
             finding.help(format!("this release has room for {limit} at most"));
         }

@@ -32,13 +32,8 @@ pub(super) const MAX_BUCKETS: u32 = MAX_SERVICES * 2 * 65_536;
 pub(super) const MAX_FLOWS: u32 = 4_000_000;
 
 /// What suits a small host.
-const DEFAULT_CAPACITY: Capacity = Capacity {
-    services: 256,
-    vips: 1024,
-    backends: 1024,
-    buckets: 1 << 20,
-    flows: 131_072,
-};
+const DEFAULT_CAPACITY: Capacity =
+    Capacity { services: 256, vips: 1024, backends: 1024, buckets: 1 << 20, flows: 131_072 };
 
 /// Buckets are given out in pages.
 const PAGE: u32 = canary_ebpf_common::abi::PAGE_BUCKETS;
@@ -71,8 +66,7 @@ pub(super) fn read(
     for part in parts {
         whole &= part.is_table();
         if part.is_list() {
-            sink.error(part.span, "`agent` is one table, not a list")
-                .help("write `[agent]`");
+            sink.error(part.span, "`agent` is one table, not a list").help("write `[agent]`");
         } else {
             fields.merge(part, sink);
         }
@@ -82,11 +76,7 @@ pub(super) fn read(
     let xdp_mode = fields.take("xdp_mode", sink).and_then(|node| {
         node.choice(
             sink,
-            &[
-                ("auto", XdpMode::Auto),
-                ("native", XdpMode::Native),
-                ("generic", XdpMode::Generic),
-            ],
+            &[("auto", XdpMode::Auto), ("native", XdpMode::Native), ("generic", XdpMode::Generic)],
         )
     });
     let state_dir = path(&mut fields, "state_dir", "/var/lib/canary", sink);
@@ -96,9 +86,7 @@ pub(super) fn read(
         Some(node) => node.parse(sink, listen).flatten(),
         None => Some(SocketAddr::from(([127, 0, 0, 1], 9109))),
     };
-    let manage_vips = fields
-        .take("manage_vips", sink)
-        .and_then(|node| node.boolean(sink));
+    let manage_vips = fields.take("manage_vips", sink).and_then(|node| node.boolean(sink));
     let nat_ports = match fields.take("nat_ports", sink) {
         Some(node) => node.parse(sink, nat_ports),
         None => None,
@@ -115,7 +103,7 @@ pub(super) fn read(
             socket,
             bpffs,
             listen,
-            manage_vips: manage_vips.unwrap_or(false),
+            manage_vips: manage_vips.unwrap_or(true),
             operators,
             nat_ports: nat_ports.unwrap_or(FIRST_NAT_PORT..=32_767),
             capacity,
@@ -131,10 +119,9 @@ fn interfaces(fields: &mut Fields<'_>, whole: bool, sink: &mut Sink) -> Vec<Stri
         if !whole {
             return Vec::new();
         }
-        sink.absent_anywhere(Severity::Error, span, "no interface is given")
-            .help(
-                "name those that the traffic comes in on: `interfaces = [\"eth0\"]` in `[agent]`",
-            );
+        sink.absent_anywhere(Severity::Error, span, "no interface is given").help(
+            "name those that the traffic comes in on: `interfaces = [\"eth0\"]` in `[agent]`",
+        );
         return Vec::new();
     };
     let list = node.list(sink, |item, sink| item.parse(sink, scalar::interface));
@@ -146,10 +133,7 @@ fn interfaces(fields: &mut Fields<'_>, whole: bool, sink: &mut Sink) -> Vec<Stri
         items: list
             .items
             .iter()
-            .map(|item| At {
-                value: item.value.as_str(),
-                span: item.span,
-            })
+            .map(|item| At { value: item.value.as_str(), span: item.span })
             .collect(),
         complete: list.complete,
     };
@@ -184,15 +168,10 @@ fn socket(fields: &mut Fields<'_>, sink: &mut Sink) -> PathBuf {
 /// An absolute path: what a relative one means depends on where a daemon is started.
 fn absolute(key: &str, text: &str) -> Result<PathBuf, Problem> {
     if text.contains('\0') {
-        return Err(Problem::new(format!(
-            "`{key}` has a zero byte, which no path can have"
-        )));
+        return Err(Problem::new(format!("`{key}` has a zero byte, which no path can have")));
     }
     if !text.starts_with('/') {
-        return Err(Problem::new(format!(
-            "`{key}` must be an absolute path, not {}",
-            quote(text)
-        )));
+        return Err(Problem::new(format!("`{key}` must be an absolute path, not {}", quote(text))));
     }
     Ok(PathBuf::from(text))
 }
@@ -266,13 +245,8 @@ fn account(item: &Node<'_>, what: &str, lookup: Lookup<'_>, sink: &mut Sink) -> 
     };
     let found = lookup(name);
     if found.is_none() {
-        sink.error(
-            item.span,
-            format!("there is no {what} {} on this host", quote(name)),
-        )
-        .help(format!(
-            "create the {what} first, or write its number without quotes"
-        ));
+        sink.error(item.span, format!("there is no {what} {} on this host", quote(name)))
+            .help(format!("create the {what} first, or write its number without quotes"));
     }
     found
 }
@@ -294,14 +268,8 @@ fn capacity(fields: &mut Fields<'_>, sink: &mut Sink) -> (Capacity, BTreeMap<&'s
             return most;
         };
         if key == "buckets" && value % PAGE != 0 {
-            sink.error(
-                node.span,
-                format!("`buckets` must be a multiple of {PAGE}, not {value}"),
-            )
-            .help(format!(
-                "the next is {}",
-                value.next_multiple_of(PAGE).min(MAX_BUCKETS)
-            ));
+            sink.error(node.span, format!("`buckets` must be a multiple of {PAGE}, not {value}"))
+                .help(format!("the next is {}", value.next_multiple_of(PAGE).min(MAX_BUCKETS)));
             return most;
         }
         value

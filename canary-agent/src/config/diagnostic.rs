@@ -87,13 +87,7 @@ pub struct Excerpt {
 pub fn render(diagnostics: &[Diagnostic]) -> String {
     let mut out = String::new();
     for diagnostic in diagnostics {
-        let Diagnostic {
-            severity,
-            message,
-            place,
-            help,
-            related,
-        } = diagnostic;
+        let Diagnostic { severity, message, place, help, related } = diagnostic;
         let gutter = related
             .iter()
             .map(|r| r.place.line)
@@ -114,12 +108,7 @@ pub fn render(diagnostics: &[Diagnostic]) -> String {
         }
         out.push('\n');
     }
-    let count = |severity| {
-        diagnostics
-            .iter()
-            .filter(|d| d.severity == severity)
-            .count()
-    };
+    let count = |severity| diagnostics.iter().filter(|d| d.severity == severity).count();
     let words = |count: usize, word: &str| match count {
         1 => format!("1 {word}"),
         n => format!("{n} {word}s"),
@@ -133,30 +122,15 @@ pub fn render(diagnostics: &[Diagnostic]) -> String {
             let _ = writeln!(out, "{}", words(warnings, "warning"));
         }
         (errors, warnings) => {
-            let _ = writeln!(
-                out,
-                "{}, {}",
-                words(errors, "error"),
-                words(warnings, "warning")
-            );
+            let _ = writeln!(out, "{}, {}", words(errors, "error"), words(warnings, "warning"));
         }
     }
     out
 }
 
 fn render_place(out: &mut String, gutter: usize, place: &Place, mark: char) {
-    let Place {
-        file,
-        line,
-        column,
-        excerpt,
-    } = place;
-    let Some(Excerpt {
-        text,
-        offset,
-        width,
-    }) = excerpt
-    else {
+    let Place { file, line, column, excerpt } = place;
+    let Some(Excerpt { text, offset, width }) = excerpt else {
         let _ = writeln!(out, "{:gutter$}--> {file}", "");
         return;
     };
@@ -164,13 +138,7 @@ fn render_place(out: &mut String, gutter: usize, place: &Place, mark: char) {
     let _ = writeln!(out, "{:gutter$} |", "");
     let _ = writeln!(out, "{line:gutter$} | {text}");
     let marks: String = std::iter::repeat_n(mark, *width as usize).collect();
-    let _ = writeln!(
-        out,
-        "{:gutter$} | {:offset$}{marks}",
-        "",
-        "",
-        offset = *offset as usize
-    );
+    let _ = writeln!(out, "{:gutter$} | {:offset$}{marks}", "", "", offset = *offset as usize);
 }
 
 /// Makes `text` fit for one line of a terminal: control characters escaped, and
@@ -206,11 +174,7 @@ mod tests {
             file: "agent.toml".to_owned(),
             line,
             column,
-            excerpt: Some(Excerpt {
-                text: text.to_owned(),
-                offset,
-                width,
-            }),
+            excerpt: Some(Excerpt { text: text.to_owned(), offset, width }),
         }
     }
 
@@ -251,12 +215,7 @@ error: two services are called `shop`
         let diagnostic = Diagnostic {
             severity: Severity::Error,
             message: "can't be read".to_owned(),
-            place: Place {
-                file: "missing.toml".to_owned(),
-                line: 1,
-                column: 1,
-                excerpt: None,
-            },
+            place: Place { file: "missing.toml".to_owned(), line: 1, column: 1, excerpt: None },
             help: None,
             related: Vec::new(),
         };
@@ -278,18 +237,12 @@ error: two services are called `shop`
         assert_eq!(json["file"], "agent.toml");
         assert_eq!(json["line"], 2);
         assert_eq!(json["column"], 3);
-        assert_eq!(
-            serde_json::from_value::<Diagnostic>(json).expect("reads back"),
-            diagnostic
-        );
+        assert_eq!(serde_json::from_value::<Diagnostic>(json).expect("reads back"), diagnostic);
     }
 
     #[test]
     fn nothing_that_steers_a_terminal_is_shown() {
-        assert_eq!(
-            printable("a\u{1b}[31m\u{202e}b", 40),
-            "a\\u{1b}[31m\\u{202e}b"
-        );
+        assert_eq!(printable("a\u{1b}[31m\u{202e}b", 40), "a\\u{1b}[31m\\u{202e}b");
         assert_eq!(printable("abcdef", 3), "abc…");
     }
 }

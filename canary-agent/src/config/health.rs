@@ -40,14 +40,9 @@ pub(super) fn default() -> Health {
 pub(super) fn read(node: &Node<'_>, sink: &mut Sink) -> Option<Health> {
     let mut fields = node.table("service.health", sink)?;
     let kind = match fields.take("type", sink) {
-        Some(node) => node.choice(
-            sink,
-            &[
-                ("tcp", Kind::Tcp),
-                ("http", Kind::Http),
-                ("none", Kind::None),
-            ],
-        ),
+        Some(node) => {
+            node.choice(sink, &[("tcp", Kind::Tcp), ("http", Kind::Http), ("none", Kind::None)])
+        }
         None => Some(Kind::Tcp),
     };
     let timing = timing(&mut fields, kind, sink);
@@ -55,10 +50,7 @@ pub(super) fn read(node: &Node<'_>, sink: &mut Sink) -> Option<Health> {
     let expect = fields.take("expect", sink);
     for node in [path, expect].into_iter().flatten() {
         if matches!(kind, Some(Kind::Tcp | Kind::None)) {
-            sink.error(
-                node.span,
-                format!("`{}` is of use with `type = \"http\"` only", node.name),
-            );
+            sink.error(node.span, format!("`{}` is of use with `type = \"http\"` only", node.name));
         }
     }
     let path = path.and_then(|node| node.parse(sink, request_target));
@@ -68,10 +60,7 @@ pub(super) fn read(node: &Node<'_>, sink: &mut Sink) -> Option<Health> {
             sink.error(node.span, "`expect` is empty: no answer could pass");
         }
         list.distinct(sink, |status| format!("status {status} is listed twice"));
-        list.values()
-            .into_iter()
-            .filter_map(|status| u16::try_from(status).ok())
-            .collect()
+        list.values().into_iter().filter_map(|status| u16::try_from(status).ok()).collect()
     });
     fields.finish(sink);
     Some(match kind? {
@@ -92,10 +81,7 @@ fn timing(fields: &mut Fields<'_>, kind: Option<Kind>, sink: &mut Sink) -> Timin
     let fall = fields.take("fall", sink);
     if kind == Some(Kind::None) {
         for node in [interval, timeout, rise, fall].into_iter().flatten() {
-            sink.error(
-                node.span,
-                format!("`{}` is of no use with `type = \"none\"`", node.name),
-            );
+            sink.error(node.span, format!("`{}` is of no use with `type = \"none\"`", node.name));
         }
     }
     let timeout_span = timeout.map(|node| node.span);
@@ -114,15 +100,9 @@ fn timing(fields: &mut Fields<'_>, kind: Option<Kind>, sink: &mut Sink) -> Timin
         );
     }
     let mut times = |node: Option<Node<'_>>, default| {
-        node.and_then(|node| node.integer(sink, 1..=MAX_COUNT))
-            .unwrap_or(default)
+        node.and_then(|node| node.integer(sink, 1..=MAX_COUNT)).unwrap_or(default)
     };
-    Timing {
-        interval,
-        timeout,
-        rise: times(rise, DEFAULT_RISE),
-        fall: times(fall, DEFAULT_FALL),
-    }
+    Timing { interval, timeout, rise: times(rise, DEFAULT_RISE), fall: times(fall, DEFAULT_FALL) }
 }
 
 fn period(key: &str, text: &str) -> Result<Duration, Problem> {
@@ -142,20 +122,14 @@ fn period(key: &str, text: &str) -> Result<Duration, Problem> {
 fn request_target(text: &str) -> Result<String, Problem> {
     const MAX: usize = 2048;
     if !text.starts_with('/') {
-        return Err(Problem::new(format!(
-            "`path` must begin with `/`, not be {}",
-            quote(text)
-        )));
+        return Err(Problem::new(format!("`path` must begin with `/`, not be {}", quote(text))));
     }
     if text.len() > MAX {
         return Err(Problem::new(format!("`path` has at most {MAX} bytes")));
     }
     match text.chars().find(|c| !c.is_ascii_graphic() || *c == '#') {
         Some(odd) => Err(Problem::with(
-            format!(
-                "`path` can't have the character {}",
-                quote(&odd.to_string())
-            ),
+            format!("`path` can't have the character {}", quote(&odd.to_string())),
             "write it percent-encoded, such as `%20` for a blank",
         )),
         None => Ok(text.to_owned()),

@@ -25,18 +25,12 @@ pub(super) struct Problem {
 impl Problem {
     /// Without help.
     pub(super) fn new(message: impl Into<String>) -> Self {
-        Self {
-            message: message.into(),
-            help: None,
-        }
+        Self { message: message.into(), help: None }
     }
 
     /// With help.
     pub(super) fn with(message: impl Into<String>, help: impl Into<String>) -> Self {
-        Self {
-            message: message.into(),
-            help: Some(help.into()),
-        }
+        Self { message: message.into(), help: Some(help.into()) }
     }
 }
 
@@ -89,9 +83,7 @@ pub(super) fn name(text: &str, what: &str, limit: usize) -> Result<String, Probl
             text.len()
         )));
     }
-    let odd = text
-        .chars()
-        .find(|c| !c.is_ascii_alphanumeric() && !matches!(c, '.' | '_' | '-'));
+    let odd = text.chars().find(|c| !c.is_ascii_alphanumeric() && !matches!(c, '.' | '_' | '-'));
     match odd {
         Some(odd) => Err(Problem::with(
             format!(
@@ -118,9 +110,7 @@ pub(super) fn interface(text: &str) -> Result<String, Problem> {
             text.len()
         )));
     }
-    let odd = text
-        .chars()
-        .find(|c| c.is_whitespace() || c.is_control() || matches!(c, '/' | ':'));
+    let odd = text.chars().find(|c| c.is_whitespace() || c.is_control() || matches!(c, '/' | ':'));
     if let Some(odd) = odd {
         return Err(Problem::new(format!(
             "{} can't be an interface: names have no {}",
@@ -132,10 +122,7 @@ pub(super) fn interface(text: &str) -> Result<String, Problem> {
         )));
     }
     if matches!(text, "." | "..") {
-        return Err(Problem::new(format!(
-            "{} can't be an interface",
-            quote(text)
-        )));
+        return Err(Problem::new(format!("{} can't be an interface", quote(text))));
     }
     Ok(text.to_owned())
 }
@@ -145,13 +132,8 @@ pub(super) fn interface(text: &str) -> Result<String, Problem> {
 /// Stricter than other notations on purpose: where `M` is a month, a slip makes
 /// a drain of minutes one of months.
 pub(super) fn duration(text: &str) -> Result<Duration, Problem> {
-    const UNITS: [(&str, u64); 5] = [
-        ("ms", 1),
-        ("s", 1000),
-        ("m", 60_000),
-        ("h", 3_600_000),
-        ("d", 86_400_000),
-    ];
+    const UNITS: [(&str, u64); 5] =
+        [("ms", 1), ("s", 1000), ("m", 60_000), ("h", 3_600_000), ("d", 86_400_000)];
     let bad = || {
         Problem::with(
             format!("{} is not a duration", quote(text)),
@@ -160,10 +142,7 @@ pub(super) fn duration(text: &str) -> Result<Duration, Problem> {
     };
     let trimmed = text.trim();
     if trimmed.starts_with('-') {
-        return Err(Problem::new(format!(
-            "{} is negative: a duration can't be",
-            quote(text)
-        )));
+        return Err(Problem::new(format!("{} is negative: a duration can't be", quote(text))));
     }
     if !trimmed.is_empty() && trimmed.bytes().all(|b| b.is_ascii_digit() || b == b'.') {
         return Err(match trimmed {
@@ -234,10 +213,7 @@ pub(super) fn port(text: &str) -> Result<Port, Problem> {
             return Err(match number {
                 "tcp" | "udp" => Problem::with(
                     message,
-                    format!(
-                        "the protocol comes first: `{number}/{}`",
-                        printable(protocol, 10)
-                    ),
+                    format!("the protocol comes first: `{number}/{}`", printable(protocol, 10)),
                 ),
                 _ => match nearest(protocol, ["tcp", "udp"]) {
                     Some(word) => Problem::with(message, format!("did you mean `{word}`?")),
@@ -259,10 +235,7 @@ fn port_number(text: &str) -> Result<u16, Problem> {
             "port {} does not exist: ports are from 1 to 65535",
             printable(text, 20)
         ))),
-        _ => Err(Problem::new(format!(
-            "{} is not a port number",
-            quote(text)
-        ))),
+        _ => Err(Problem::new(format!("{} is not a port number", quote(text)))),
     }
 }
 
@@ -336,12 +309,7 @@ pub(super) fn backend(text: &str) -> Result<SocketAddr, Problem> {
 
 /// Refuses addresses that no server can be reached at.
 fn unicast(addr: IpAddr, text: &str) -> Result<(), Problem> {
-    let refused = |why: &str| {
-        Err(Problem::new(format!(
-            "{} can't be used: {why}",
-            quote(text)
-        )))
-    };
+    let refused = |why: &str| Err(Problem::new(format!("{} can't be used: {why}", quote(text))));
     match addr {
         IpAddr::V4(v4) => {
             if v4.octets()[0] == 0 {
@@ -359,10 +327,7 @@ fn unicast(addr: IpAddr, text: &str) -> Result<(), Problem> {
         IpAddr::V6(v6) => {
             if let Some(v4) = v6.to_ipv4_mapped() {
                 Err(Problem::with(
-                    format!(
-                        "{} can't be used: it is an IPv4-mapped address",
-                        quote(text)
-                    ),
+                    format!("{} can't be used: it is an IPv4-mapped address", quote(text)),
                     format!("write `{v4}`"),
                 ))
             } else if v6.is_unspecified() {
@@ -502,10 +467,7 @@ mod tests {
 
     #[test]
     fn derived_keys_never_change() {
-        assert_eq!(
-            derived_hash_key("shop"),
-            [0xe805_75b2_df58_91cc, 0x3c66_d278_8a39_b581]
-        );
+        assert_eq!(derived_hash_key("shop"), [0xe805_75b2_df58_91cc, 0x3c66_d278_8a39_b581]);
         assert_ne!(derived_hash_key("a"), derived_hash_key("b"));
         assert_ne!(derived_hash_key("a"), derived_hash_key("aa"));
     }

@@ -79,9 +79,7 @@ pub(super) fn read(node: &Node<'_>, sink: &mut Sink) -> Option<Placed> {
     let ports = required_list(&mut fields, "ports", &label, sink, |item, sink| {
         item.parse_loose(sink, scalar::port)
     });
-    ports.distinct(sink, |port| {
-        format!("port `{}` is listed twice in {label}", port_text(port))
-    });
+    ports.distinct(sink, |port| format!("port `{}` is listed twice in {label}", port_text(port)));
 
     let forward = forward(&mut fields, sink);
     let nat_source = nat_source(&mut fields, forward, &vips, sink);
@@ -96,24 +94,14 @@ pub(super) fn read(node: &Node<'_>, sink: &mut Sink) -> Option<Placed> {
         }),
         None => Some(Some(DEFAULT_DRAIN)),
     };
-    let udp_idle = fields
-        .take("udp_idle", sink)
-        .and_then(|node| node.parse_loose(sink, udp_idle));
+    let udp_idle = fields.take("udp_idle", sink).and_then(|node| node.parse_loose(sink, udp_idle));
     let fallback = fields.take("fallback", sink).and_then(|node| {
-        node.choice(
-            sink,
-            &[("control", Fallback::Control), ("none", Fallback::None)],
-        )
+        node.choice(sink, &[("control", Fallback::Control), ("none", Fallback::None)])
     });
-    let health = fields
-        .take("health", sink)
-        .and_then(|node| health::read(&node, sink));
-    let buckets = fields
-        .take("buckets", sink)
-        .and_then(|node| buckets(&node, sink));
-    let hash_key = fields
-        .take("hash_key", sink)
-        .and_then(|node| node.parse(sink, scalar::hash_key));
+    let health = fields.take("health", sink).and_then(|node| health::read(&node, sink));
+    let buckets = fields.take("buckets", sink).and_then(|node| buckets(&node, sink));
+    let hash_key =
+        fields.take("hash_key", sink).and_then(|node| node.parse(sink, scalar::hash_key));
 
     let control_node = fields.take("control", sink);
     let split_node = fields.take("split", sink);
@@ -122,10 +110,7 @@ pub(super) fn read(node: &Node<'_>, sink: &mut Sink) -> Option<Placed> {
 
     let versions = match versions_node {
         Some(node) => versions::read(&node, sink),
-        None => List {
-            items: Vec::new(),
-            complete: true,
-        },
+        None => List { items: Vec::new(), complete: true },
     };
     let control = control(control_node, &versions, span, &label, sink);
     versions::check(
@@ -165,10 +150,7 @@ pub(super) fn read(node: &Node<'_>, sink: &mut Sink) -> Option<Placed> {
             versions: versions
                 .items
                 .into_iter()
-                .map(|draft| Version {
-                    name: draft.name.value,
-                    backends: draft.backends.values(),
-                })
+                .map(|draft| Version { name: draft.name.value, backends: draft.backends.values() })
                 .collect(),
             name: name_text,
         },
@@ -188,10 +170,7 @@ fn required_list<T>(
 ) -> List<At<T>> {
     let Some(node) = fields.take(key, sink) else {
         sink.absent(fields.span, format!("{label} has no `{key}`"));
-        return List {
-            items: Vec::new(),
-            complete: false,
-        };
+        return List { items: Vec::new(), complete: false };
     };
     let mut list = node.list(sink, read);
     if list.complete && list.items.is_empty() {
@@ -210,8 +189,7 @@ fn forward(fields: &mut Fields<'_>, sink: &mut Sink) -> Option<Forward> {
         && unsupported::is_forward(text)
     {
         let message = unsupported::message(&format!("forward = \"{text}\""));
-        sink.error(node.span, message)
-            .help("it is \"nat\" or \"dsr\"");
+        sink.error(node.span, message).help("it is \"nat\" or \"dsr\"");
         return None;
     }
     node.choice(sink, &[("nat", Forward::Nat), ("dsr", Forward::Dsr)])
@@ -233,9 +211,7 @@ fn nat_source(
         );
     }
     let list = node.list(sink, |item, sink| item.parse(sink, scalar::address));
-    list.distinct(sink, |source| {
-        format!("{source} is listed twice in `nat_source`")
-    });
+    list.distinct(sink, |source| format!("{source} is listed twice in `nat_source`"));
     if list.items.len() > MAX_NAT_SOURCES {
         sink.error(
             node.span,
@@ -275,21 +251,14 @@ fn stickiness(fields: &mut Fields<'_>, sink: &mut Sink) -> Stickiness {
     let kind = match fields.take("stickiness", sink) {
         Some(node) => node.choice(
             sink,
-            &[
-                ("connection", Kind::Connection),
-                ("client", Kind::Client),
-                ("subnet", Kind::Subnet),
-            ],
+            &[("connection", Kind::Connection), ("client", Kind::Client), ("subnet", Kind::Subnet)],
         ),
         None => Some(Kind::Connection),
     };
     let (mut v4, mut v6) = DEFAULT_PREFIX;
     if let Some(node) = fields.take("prefix", sink) {
         if matches!(kind, Some(Kind::Connection | Kind::Client)) {
-            sink.warning(
-                node.span,
-                "`prefix` is of use with `stickiness = \"subnet\"` only",
-            );
+            sink.warning(node.span, "`prefix` is of use with `stickiness = \"subnet\"` only");
         }
         if let Some(mut prefix) = node.table("service.prefix", sink) {
             let mut bits = |key, most, default| {
@@ -320,10 +289,7 @@ fn udp_idle(text: &str) -> Result<Duration, Problem> {
     }
     // The program counts it in milliseconds of 32 bits.
     if u32::try_from(duration.as_millis()).is_err() {
-        return Err(Problem::new(format!(
-            "`udp_idle` is at most 49 days, not {}",
-            quote(text)
-        )));
+        return Err(Problem::new(format!("`udp_idle` is at most 49 days, not {}", quote(text))));
     }
     Ok(duration)
 }
@@ -334,11 +300,8 @@ fn buckets(node: &Node<'_>, sink: &mut Sink) -> Option<u32> {
         return Some(buckets);
     }
     let above = buckets.next_power_of_two();
-    sink.error(
-        node.span,
-        format!("`buckets` must be a power of two, not {buckets}"),
-    )
-    .help(format!("the nearest are {} and {above}", above / 2));
+    sink.error(node.span, format!("`buckets` must be a power of two, not {buckets}"))
+        .help(format!("the nearest are {} and {above}", above / 2));
     None
 }
 
@@ -365,9 +328,7 @@ fn control(
     match node {
         _ if versions.items.is_empty() => {
             sink.absent(span, format!("{label} has no version"))
-                .help(format!(
-                    "add `[service.versions.{DEFAULT_CONTROL}]` with its backends"
-                ));
+                .help(format!("add `[service.versions.{DEFAULT_CONTROL}]` with its backends"));
         }
         Some(node) => {
             let finding = sink.absent(
@@ -387,20 +348,14 @@ fn control(
                     "{label} has no version `{DEFAULT_CONTROL}` and no `control` that names another"
                 ),
             )
-            .help(format!(
-                "say which version is the control, such as `control = \"{first}\"`"
-            ));
+            .help(format!("say which version is the control, such as `control = \"{first}\"`"));
         }
     }
     None
 }
 
 fn known_versions(versions: &List<Draft>) -> String {
-    let names: Vec<String> = versions
-        .items
-        .iter()
-        .map(|v| format!("`{}`", v.name.value))
-        .collect();
+    let names: Vec<String> = versions.items.iter().map(|v| format!("`{}`", v.name.value)).collect();
     format!("its versions are {}", names.join(", "))
 }
 
@@ -415,15 +370,10 @@ fn split(
         return split;
     };
     for entry in fields.take_names() {
-        let index = versions
-            .items
-            .iter()
-            .position(|v| v.name.value == entry.key);
+        let index = versions.items.iter().position(|v| v.name.value == entry.key);
         if index.is_none() && versions.complete {
-            let finding = sink.absent(
-                entry.span,
-                format!("`split` names no version: {}", quote(entry.key)),
-            );
+            let finding =
+                sink.absent(entry.span, format!("`split` names no version: {}", quote(entry.key)));
             let names = versions.items.iter().map(|v| v.name.value.as_str());
             match nearest(entry.key, names) {
                 Some(near) => finding.help(format!("did you mean `{near}`?")),
@@ -438,8 +388,7 @@ fn split(
             .help("control gets what the other versions leave: name those only");
         }
         let share = entry.node("split").parse_loose(sink, |text| {
-            text.parse::<Share>()
-                .map_err(|error| Problem::new(error.to_string()))
+            text.parse::<Share>().map_err(|error| Problem::new(error.to_string()))
         });
         if let Some(share) = share {
             split.insert(entry.key.to_owned(), share);
@@ -453,10 +402,7 @@ fn split(
             .collect();
         sink.error(
             node.span,
-            format!(
-                "the shares are more than 100% together: {}",
-                shares.join(", ")
-            ),
+            format!("the shares are more than 100% together: {}", shares.join(", ")),
         );
     }
     split

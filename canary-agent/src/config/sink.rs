@@ -136,13 +136,7 @@ impl Sink {
 
     /// The findings in the order of their places.
     pub(super) fn finish(self, sources: &Sources) -> Vec<Diagnostic> {
-        let Self {
-            mut findings,
-            left_out,
-            beyond: _,
-            broken,
-            failed,
-        } = self;
+        let Self { mut findings, left_out, beyond: _, broken, failed } = self;
         let bad_lines: BTreeSet<(usize, usize)> = findings
             .iter()
             .filter(|f| f.syntax)
@@ -180,15 +174,8 @@ impl Sink {
         findings
             .into_iter()
             .map(|finding| {
-                let Finding {
-                    severity,
-                    span,
-                    message,
-                    help,
-                    related,
-                    absence: _,
-                    syntax: _,
-                } = finding;
+                let Finding { severity, span, message, help, related, absence: _, syntax: _ } =
+                    finding;
                 Diagnostic {
                     severity,
                     message: printable(&message, MESSAGE_CHARS),

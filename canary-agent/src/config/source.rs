@@ -38,11 +38,7 @@ pub(super) struct Span {
 impl Span {
     /// `range` of `file`.
     pub(super) fn new(file: usize, range: Range<usize>) -> Self {
-        Self {
-            file,
-            start: range.start,
-            end: range.end,
-        }
+        Self { file, start: range.start, end: range.end }
     }
 
     /// `file` as a whole.
@@ -134,10 +130,7 @@ impl Sources {
 
     fn add_unreadable(&mut self, path: &Path, reason: &str, sink: &mut Sink) {
         let shown = printable(&path.display().to_string(), 200);
-        sink.error(
-            Span::whole(self.files.len()),
-            format!("can't read `{shown}`: {reason}"),
-        );
+        sink.error(Span::whole(self.files.len()), format!("can't read `{shown}`: {reason}"));
         self.push(path, None, false, sink);
     }
 
@@ -177,10 +170,7 @@ impl Sources {
                 let bytes = error.as_bytes();
                 let finding = sink.error(
                     span,
-                    format!(
-                        "the file is not UTF-8: byte 0x{:02x} at offset {at}",
-                        bytes[at]
-                    ),
+                    format!("the file is not UTF-8: byte 0x{:02x} at offset {at}", bytes[at]),
                 );
                 if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
                     finding.help("it looks like UTF-16: save it as UTF-8");
@@ -196,16 +186,9 @@ impl Sources {
             sink.set_broken(self.files.len());
         }
         let lines = text.as_deref().map_or_else(Vec::new, |text| {
-            std::iter::once(0)
-                .chain(text.match_indices('\n').map(|(at, _)| at + 1))
-                .collect()
+            std::iter::once(0).chain(text.match_indices('\n').map(|(at, _)| at + 1)).collect()
         });
-        self.files.push(Source {
-            path: path.to_owned(),
-            text,
-            usable,
-            lines,
-        });
+        self.files.push(Source { path: path.to_owned(), text, usable, lines });
     }
 
     /// The texts that can be parsed, by index of their file.
@@ -224,36 +207,21 @@ impl Sources {
 
     /// Line of `span`'s first byte, from 0.
     pub(super) fn line(&self, span: Span) -> usize {
-        self.files
-            .get(span.file)
-            .map_or(0, |source| source.line(span.start))
+        self.files.get(span.file).map_or(0, |source| source.line(span.start))
     }
 
     /// Where `span` is, for people.
     pub(super) fn place(&self, span: Span) -> Place {
         let Some(source) = self.files.get(span.file) else {
-            return Place {
-                file: String::new(),
-                line: 1,
-                column: 1,
-                excerpt: None,
-            };
+            return Place { file: String::new(), line: 1, column: 1, excerpt: None };
         };
         let file = source.path.display().to_string();
         let Some(text) = source.text.as_deref() else {
-            return Place {
-                file,
-                line: 1,
-                column: 1,
-                excerpt: None,
-            };
+            return Place { file, line: 1, column: 1, excerpt: None };
         };
         let line = source.line(span.start);
         let first = source.lines.get(line).copied().unwrap_or(0);
-        let next = source
-            .lines
-            .get(line + 1)
-            .map_or(text.len(), |next| next - 1);
+        let next = source.lines.get(line + 1).map_or(text.len(), |next| next - 1);
         let row = text.get(first..next).unwrap_or_default();
         let row = row.strip_suffix('\r').unwrap_or(row);
         let start = char_boundary(row, span.start.saturating_sub(first));
@@ -270,9 +238,7 @@ impl Sources {
 impl Source {
     /// Line of a byte, from 0.
     fn line(&self, byte: usize) -> usize {
-        self.lines
-            .partition_point(|&first| first <= byte)
-            .saturating_sub(1)
+        self.lines.partition_point(|&first| first <= byte).saturating_sub(1)
     }
 }
 
@@ -280,9 +246,7 @@ impl Source {
 /// lock and swap files beside what they edit).
 fn is_drop_in(path: &Path) -> bool {
     path.extension().is_some_and(|e| e == "toml")
-        && path
-            .file_name()
-            .is_some_and(|name| !name.as_encoded_bytes().starts_with(b"."))
+        && path.file_name().is_some_and(|name| !name.as_encoded_bytes().starts_with(b"."))
 }
 
 fn reason(error: &std::io::Error) -> String {
@@ -318,23 +282,16 @@ fn excerpt(row: &str, start: usize, end: usize) -> Excerpt {
     }
     let lead = lead.iter().take(EXCERPT_LEAD).rev().copied();
     let room = EXCERPT_CHARS - offset;
-    text.extend(
-        lead.chain(row[start..].chars().take(room))
-            .map(|c| match c {
-                '\t' => ' ',
-                c if is_unprintable(c) => '\u{fffd}',
-                c => c,
-            }),
-    );
+    text.extend(lead.chain(row[start..].chars().take(room)).map(|c| match c {
+        '\t' => ' ',
+        c if is_unprintable(c) => '\u{fffd}',
+        c => c,
+    }));
     if row[start..].chars().nth(room).is_some() {
         text.push('…');
     }
     let width = row[start..end].chars().take(room).count().max(1);
-    Excerpt {
-        text,
-        offset: count(offset),
-        width: count(width),
-    }
+    Excerpt { text, offset: count(offset), width: count(width) }
 }
 
 #[cfg(test)]
@@ -351,13 +308,7 @@ mod tests {
     fn place(text: &str, range: Range<usize>) -> (u32, u32, String, u32, u32) {
         let place = sources(text).place(Span::new(0, range));
         let excerpt = place.excerpt.expect("there is a text");
-        (
-            place.line,
-            place.column,
-            excerpt.text,
-            excerpt.offset,
-            excerpt.width,
-        )
+        (place.line, place.column, excerpt.text, excerpt.offset, excerpt.width)
     }
 
     #[test]

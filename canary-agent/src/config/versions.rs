@@ -90,10 +90,9 @@ fn read_version(entry: &Entry<'_>, sink: &mut Sink) -> Option<Draft> {
         }
     };
     let shown = quote(entry.key);
-    let mut fields = entry.node("versions").table(
-        format!("service.versions.{}", name.as_deref().unwrap_or("NAME")),
-        sink,
-    )?;
+    let mut fields = entry
+        .node("versions")
+        .table(format!("service.versions.{}", name.as_deref().unwrap_or("NAME")), sink)?;
     let backends = match fields.take("backends", sink) {
         Some(node) => {
             let list = node.list(sink, read_backend);
@@ -105,20 +104,11 @@ fn read_version(entry: &Entry<'_>, sink: &mut Sink) -> Option<Draft> {
         None => {
             sink.absent(entry.span, format!("version {shown} has no `backends`"))
                 .help("add `backends = [\"ADDRESS:PORT\"]`");
-            List {
-                items: Vec::new(),
-                complete: false,
-            }
+            List { items: Vec::new(), complete: false }
         }
     };
     fields.finish(sink);
-    Some(Draft {
-        name: At {
-            value: name?,
-            span: entry.span,
-        },
-        backends,
-    })
+    Some(Draft { name: At { value: name?, span: entry.span }, backends })
 }
 
 fn read_backend(item: &Node<'_>, sink: &mut Sink) -> Option<Backend> {
@@ -143,21 +133,14 @@ fn read_backend(item: &Node<'_>, sink: &mut Sink) -> Option<Backend> {
         None => Some(1),
     };
     fields.finish(sink);
-    Some(Backend {
-        addr: addr?,
-        weight: weight?,
-    })
+    Some(Backend { addr: addr?, weight: weight? })
 }
 
 /// Checks the versions of one service against it and against each other.
 pub(super) fn check(versions: &List<Draft>, around: &Around<'_>, sink: &mut Sink) {
     let mut all: HashMap<SocketAddr, (&str, Span)> = HashMap::new();
-    let vips: HashMap<IpAddr, Span> = around
-        .vips
-        .items
-        .iter()
-        .map(|vip| (vip.value, vip.span))
-        .collect();
+    let vips: HashMap<IpAddr, Span> =
+        around.vips.items.iter().map(|vip| (vip.value, vip.span)).collect();
     let ports: HashSet<u16> = around.ports.items.iter().map(|p| p.value.port).collect();
     for (index, version) in versions.items.iter().enumerate() {
         distinct(version, around, sink);
@@ -244,22 +227,14 @@ fn kept_port(backend: &At<Backend>, label: &str, ports: &HashSet<u16>, sink: &mu
 /// the addresses of that family. A version without a backend of one is there
 /// like a version without a healthy backend.
 fn families(version: &Draft, around: &Around<'_>, is_control: bool, sink: &mut Sink) {
-    let Around {
-        label,
-        vips,
-        fallback,
-        ..
-    } = around;
+    let Around { label, vips, fallback, .. } = around;
     let Draft { name, backends } = version;
     if !vips.complete || !backends.complete || backends.items.is_empty() {
         return;
     }
     for v4 in [true, false] {
         let vip = vips.items.iter().find(|vip| vip.value.is_ipv4() == v4);
-        let backend = backends
-            .items
-            .iter()
-            .find(|backend| backend.value.addr.is_ipv4() == v4);
+        let backend = backends.items.iter().find(|backend| backend.value.addr.is_ipv4() == v4);
         match (vip, backend) {
             (Some(vip), None) => {
                 let family = family_name(vip.value);
@@ -303,11 +278,8 @@ fn weights(version: &Draft, is_control: bool, sink: &mut Sink) {
         return;
     }
     for v4 in [true, false] {
-        let mut family = backends
-            .items
-            .iter()
-            .filter(|backend| backend.value.addr.is_ipv4() == v4)
-            .peekable();
+        let mut family =
+            backends.items.iter().filter(|backend| backend.value.addr.is_ipv4() == v4).peekable();
         let Some(first) = family.peek().copied() else {
             continue;
         };
@@ -320,11 +292,8 @@ fn weights(version: &Draft, is_control: bool, sink: &mut Sink) {
             name.value
         );
         if is_control {
-            sink.error(
-                first.span,
-                format!("{message}: control takes what no other version does"),
-            )
-            .help("give one of them a weight, or make another version the control");
+            sink.error(first.span, format!("{message}: control takes what no other version does"))
+                .help("give one of them a weight, or make another version the control");
         } else {
             sink.warning(first.span, format!("{message}: it gets no new connections"));
         }

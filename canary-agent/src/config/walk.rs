@@ -40,10 +40,7 @@ pub(super) struct List<T> {
 
 impl<T> Default for List<T> {
     fn default() -> Self {
-        Self {
-            items: Vec::new(),
-            complete: true,
-        }
+        Self { items: Vec::new(), complete: true }
     }
 }
 
@@ -63,8 +60,7 @@ impl<T: Copy + Eq + Hash> List<At<T>> {
         let mut seen: HashMap<T, Span> = HashMap::new();
         for At { value, span } in &self.items {
             if let Some(first) = seen.get(value) {
-                sink.error(*span, message(*value))
-                    .also(*first, "it is here first");
+                sink.error(*span, message(*value)).also(*first, "it is here first");
             } else {
                 seen.insert(*value, *span);
             }
@@ -99,11 +95,7 @@ impl<'a> Node<'a> {
     ) -> &'s mut super::sink::Finding {
         sink.error(
             self.span,
-            format!(
-                "`{}` must be {expected}, not {}",
-                self.name,
-                kind(self.value)
-            ),
+            format!("`{}` must be {expected}, not {}", self.name, kind(self.value)),
         )
     }
 
@@ -186,14 +178,8 @@ impl<'a> Node<'a> {
         if let Some((_, value)) = choices.iter().find(|(word, _)| *word == text) {
             return Some(*value);
         }
-        let words: Vec<String> = choices
-            .iter()
-            .map(|(word, _)| format!("\"{word}\""))
-            .collect();
-        let finding = sink.error(
-            self.span,
-            format!("`{}` can't be {}", self.name, quote(text)),
-        );
+        let words: Vec<String> = choices.iter().map(|(word, _)| format!("\"{word}\"")).collect();
+        let finding = sink.error(self.span, format!("`{}` can't be {}", self.name, quote(text)));
         match nearest(text, choices.iter().map(|(word, _)| *word)) {
             Some(word) => finding.help(format!("did you mean \"{word}\"?")),
             None => finding.help(format!("it is one of {}", words.join(", "))),
@@ -260,10 +246,7 @@ impl<'a> Node<'a> {
         let mut list = List::default();
         for item in self.items() {
             let value = read(&item, sink);
-            list.push(value.map(|value| At {
-                value,
-                span: item.span,
-            }));
+            list.push(value.map(|value| At { value, span: item.span }));
         }
         list
     }
@@ -298,11 +281,7 @@ pub(super) struct Entry<'a> {
 impl<'a> Entry<'a> {
     /// The value, called `name` in messages.
     pub(super) fn node(&self, name: &'static str) -> Node<'a> {
-        Node {
-            name,
-            span: self.value_span,
-            value: self.value,
-        }
+        Node { name, span: self.value_span, value: self.value }
     }
 }
 
@@ -320,12 +299,7 @@ pub(super) struct Fields<'a> {
 impl<'a> Fields<'a> {
     /// An empty table at `span`, its keys at `path` (`service.health`; empty for the document).
     pub(super) fn new(path: impl Into<String>, span: Span) -> Self {
-        Self {
-            span,
-            path: path.into(),
-            entries: BTreeMap::new(),
-            known: Vec::new(),
-        }
+        Self { span, path: path.into(), entries: BTreeMap::new(), known: Vec::new() }
     }
 
     /// Adds the keys of `table`.
@@ -375,10 +349,8 @@ impl<'a> Fields<'a> {
     /// Every key with its value, in the order of the files: for tables whose
     /// keys are names.
     pub(super) fn take_names(&mut self) -> Vec<Entry<'a>> {
-        let mut entries: Vec<Entry<'a>> = std::mem::take(&mut self.entries)
-            .into_values()
-            .flatten()
-            .collect();
+        let mut entries: Vec<Entry<'a>> =
+            std::mem::take(&mut self.entries).into_values().flatten().collect();
         entries.sort_by_key(|entry| entry.span);
         entries
     }
@@ -396,11 +368,7 @@ impl<'a> Fields<'a> {
                 Some(key) => finding.help(format!("did you mean `{key}`?")),
                 None => finding.help(format!(
                     "known keys here: {}",
-                    self.known
-                        .iter()
-                        .map(|key| format!("`{key}`"))
-                        .collect::<Vec<_>>()
-                        .join(", ")
+                    self.known.iter().map(|key| format!("`{key}`")).collect::<Vec<_>>().join(", ")
                 )),
             };
         }

@@ -56,11 +56,9 @@ impl Case {
                 lines.any(|line| line.split(['=', '.', ' ']).next() == Some(key))
             };
             before.push_str("[[service]]\n");
-            for (key, value) in [
-                ("name", "\"shop\""),
-                ("vip", "\"203.0.113.10\""),
-                ("ports", "\"tcp/443\""),
-            ] {
+            for (key, value) in
+                [("name", "\"shop\""), ("vip", "\"203.0.113.10\""), ("ports", "\"tcp/443\"")]
+            {
                 if !sets(key) {
                     let _ = writeln!(before, "{key} = {value}");
                 }
@@ -122,12 +120,10 @@ fn cases() -> Vec<Case> {
             match (word, rest) {
                 ("in", "service") => case.in_service = true,
                 ("plus", "agent") => {
-                    case.plus
-                        .push(("conf.d/plus-agent.toml".into(), AGENT.into()));
+                    case.plus.push(("conf.d/plus-agent.toml".into(), AGENT.into()));
                 }
                 ("plus", "service") => {
-                    case.plus
-                        .push(("conf.d/plus-service.toml".into(), SERVICE.into()));
+                    case.plus.push(("conf.d/plus-service.toml".into(), SERVICE.into()));
                 }
                 ("file", name) => case.files.push((name.to_owned(), String::new())),
                 ("error" | "warning" | "help" | "note", _) => {
@@ -165,11 +161,7 @@ fn lines_of(diagnostics: &[Diagnostic], lines_before: usize) -> Vec<String> {
             diagnostic.message
         ));
         for related in &diagnostic.related {
-            lines.push(format!(
-                "note {} {}",
-                place(&related.place, lines_before),
-                related.message
-            ));
+            lines.push(format!("note {} {}", place(&related.place, lines_before), related.message));
         }
         if let Some(help) = &diagnostic.help {
             lines.push(format!("help {help}"));
@@ -182,10 +174,7 @@ fn lines_of(diagnostics: &[Diagnostic], lines_before: usize) -> Vec<String> {
 fn agrees(expected: &str, actual: &str) -> bool {
     let parts = |line: &str| -> (String, String) {
         let words = if line.starts_with("help ") { 1 } else { 2 };
-        let at = line
-            .match_indices(' ')
-            .nth(words - 1)
-            .map_or(line.len(), |(at, _)| at);
+        let at = line.match_indices(' ').nth(words - 1).map_or(line.len(), |(at, _)| at);
         (line[..at].to_owned(), line[at..].trim().to_owned())
     };
     let (expected, actual) = (parts(expected), parts(actual));
@@ -199,10 +188,8 @@ fn every_case_says_what_it_should_where_it_should() {
     let mut failures = String::new();
     for case in &cases {
         let (files, lines_before) = case.files();
-        let borrowed: Vec<(&Path, &[u8])> = files
-            .iter()
-            .map(|(name, text)| (name.as_path(), text.as_slice()))
-            .collect();
+        let borrowed: Vec<(&Path, &[u8])> =
+            files.iter().map(|(name, text)| (name.as_path(), text.as_slice())).collect();
         let (loads, diagnostics) = match load_bytes(&borrowed, &Host) {
             Ok(loaded) => (true, loaded.warnings),
             Err(diagnostics) => (false, diagnostics),
@@ -211,11 +198,8 @@ fn every_case_says_what_it_should_where_it_should() {
         let errors = case.expected.iter().any(|line| line.starts_with("error "));
         let actual = lines_of(&diagnostics, lines_before);
         // A case need not mention help; if it does, it must agree.
-        let wants_help = |at: usize| {
-            case.expected
-                .get(at)
-                .is_some_and(|line| line.starts_with("help "))
-        };
+        let wants_help =
+            |at: usize| case.expected.get(at).is_some_and(|line| line.starts_with("help "));
         let mut compared = Vec::new();
         for line in &actual {
             if !line.starts_with("help ") || wants_help(compared.len()) {

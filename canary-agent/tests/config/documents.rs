@@ -30,16 +30,11 @@ fn the_manual_names_every_key() {
         ("agent.capacity", "[agent.capacity]\nQQQ = 1"),
         ("service", "[[service]]\nQQQ = 1"),
         ("service.health", "[[service]]\nhealth.QQQ = 1"),
-        (
-            "service.prefix",
-            "[[service]]\nstickiness = \"subnet\"\nprefix.QQQ = 1",
-        ),
+        ("service.prefix", "[[service]]\nstickiness = \"subnet\"\nprefix.QQQ = 1"),
     ] {
         let errors = load_str(MAIN, text).expect_err("it is bad");
-        let unknown = errors
-            .iter()
-            .find(|e| e.message.contains("QQQ"))
-            .expect("the key is unknown");
+        let unknown =
+            errors.iter().find(|e| e.message.contains("QQQ")).expect("the key is unknown");
         let help = unknown.help.as_deref().expect("known keys");
         for key in help.split('`').skip(1).step_by(2) {
             let path = format!("`{table}.{key}`");
@@ -51,24 +46,10 @@ fn the_manual_names_every_key() {
 #[test]
 fn the_manual_says_what_is_not_in_this_release() {
     let manual = manual();
-    let (_, missing) = manual
-        .split_once("## Not in this release")
-        .expect("the section");
-    for key in [
-        "audience",
-        "rollout",
-        "gate",
-        "route",
-        "quic",
-        "slow_start",
-        "mss",
-        "via",
-        "ipip",
-        "gue",
-    ] {
-        assert!(
-            missing.contains(&format!("`{key}`")) || missing.contains(key),
-            "{key}"
-        );
+    let (_, missing) = manual.split_once("## Not in this release").expect("the section");
+    for key in
+        ["audience", "rollout", "gate", "route", "quic", "slow_start", "mss", "via", "ipip", "gue"]
+    {
+        assert!(missing.contains(&format!("`{key}`")) || missing.contains(key), "{key}");
     }
 }

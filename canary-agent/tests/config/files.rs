@@ -35,22 +35,13 @@ fn drop_ins_follow_in_the_order_of_their_names() {
     write(directory.path(), "conf.d/20-b.toml", service("b", 2));
     write(directory.path(), "conf.d/10-a.toml", service("a", 3));
     write(directory.path(), "conf.d/30-agent.toml", AGENT);
-    write(
-        directory.path(),
-        "conf.d/40-agent.toml",
-        "[agent.capacity]\nservices = 3\n",
-    );
+    write(directory.path(), "conf.d/40-agent.toml", "[agent.capacity]\nservices = 3\n");
     write(directory.path(), "conf.d/README", "not TOML");
     write(directory.path(), "conf.d/50-c.toml.bak", "not TOML");
     write(directory.path(), "conf.d/.hidden.toml", "not TOML");
     write(directory.path(), "conf.d/sub/x.toml", "not TOML");
     let loaded = load(&main).unwrap_or_else(|errors| panic!("{}", render(&errors)));
-    let names: Vec<&str> = loaded
-        .config
-        .services
-        .iter()
-        .map(|s| s.name.as_str())
-        .collect();
+    let names: Vec<&str> = loaded.config.services.iter().map(|s| s.name.as_str()).collect();
     assert_eq!(names, ["main", "a", "b"]);
     assert_eq!(loaded.config.agent.capacity.services, 3);
     let files: Vec<String> = loaded
@@ -58,16 +49,7 @@ fn drop_ins_follow_in_the_order_of_their_names() {
         .iter()
         .map(|f| f.file_name().expect("a name").to_string_lossy().into())
         .collect();
-    assert_eq!(
-        files,
-        [
-            MAIN,
-            "10-a.toml",
-            "20-b.toml",
-            "30-agent.toml",
-            "40-agent.toml"
-        ]
-    );
+    assert_eq!(files, [MAIN, "10-a.toml", "20-b.toml", "30-agent.toml", "40-agent.toml"]);
 }
 
 #[test]
@@ -75,10 +57,7 @@ fn what_is_wrong_with_a_file_is_said_with_its_name() {
     let directory = tempfile::tempdir().expect("a directory");
     let at = |name: &str| directory.path().join(name);
     let missing = refused(&at("missing.toml"));
-    assert!(
-        missing.contains("missing.toml`: there is no such file"),
-        "{missing}"
-    );
+    assert!(missing.contains("missing.toml`: there is no such file"), "{missing}");
     assert!(missing.ends_with("\n1 error\n"), "{missing}");
 
     let dir = refused(directory.path());
@@ -86,10 +65,7 @@ fn what_is_wrong_with_a_file_is_said_with_its_name() {
 
     // A file whose reads fail, whoever reads.
     let unreadable = refused(Path::new("/proc/self/mem"));
-    assert!(
-        unreadable.contains("can't read `/proc/self/mem`"),
-        "{unreadable}"
-    );
+    assert!(unreadable.contains("can't read `/proc/self/mem`"), "{unreadable}");
 
     let below_a_file = refused(Path::new("/dev/null/agent.toml"));
     assert!(below_a_file.contains("can't read"), "{below_a_file}");
@@ -109,10 +85,7 @@ fn what_is_wrong_with_a_file_is_said_with_its_name() {
     fs::create_dir(at("conf.d")).expect("directory");
     std::os::unix::fs::symlink(at("nowhere"), at("conf.d/b.toml")).expect("linked");
     let dangling = refused(&main);
-    assert!(
-        dangling.contains("b.toml`: there is no such file"),
-        "{dangling}"
-    );
+    assert!(dangling.contains("b.toml`: there is no such file"), "{dangling}");
 
     fs::remove_dir_all(at("conf.d")).expect("removed");
     fs::write(at("conf.d"), "").expect("written");
@@ -129,21 +102,12 @@ fn encodings_other_than_utf_8_are_named_with_their_place() {
     assert_eq!((bad[0].place.line, bad[0].place.column), (2, 16));
     assert!(bad[0].message.contains("byte 0xe9 at offset 23"), "{bad:?}");
 
-    let utf_16: Vec<u8> = "\u{feff}[agent]\n"
-        .encode_utf16()
-        .flat_map(u16::to_le_bytes)
-        .collect();
+    let utf_16: Vec<u8> = "\u{feff}[agent]\n".encode_utf16().flat_map(u16::to_le_bytes).collect();
     let bad = errors(&utf_16);
-    assert!(
-        bad[0].help.as_deref().is_some_and(|h| h.contains("UTF-16")),
-        "{bad:?}"
-    );
+    assert!(bad[0].help.as_deref().is_some_and(|h| h.contains("UTF-16")), "{bad:?}");
 
     let with_bom = format!("\u{feff}{AGENT}{SERVICE}");
-    assert_eq!(
-        good(&with_bom).config,
-        good(&format!("{AGENT}{SERVICE}")).config
-    );
+    assert_eq!(good(&with_bom).config, good(&format!("{AGENT}{SERVICE}")).config);
     let bad = errors("\u{feff}x = 1\n".as_bytes());
     assert_eq!((bad[0].place.line, bad[0].place.column), (1, 1));
 }
@@ -172,9 +136,8 @@ fn depth_and_size_are_bounded() {
 
 #[test]
 fn addresses_times_ports_without_measure_do_not_stall() {
-    let vips: Vec<String> = (0..65_000_u32)
-        .map(|i| format!("\"10.{}.{}.1\"", i >> 8, i & 0xff))
-        .collect();
+    let vips: Vec<String> =
+        (0..65_000_u32).map(|i| format!("\"10.{}.{}.1\"", i >> 8, i & 0xff)).collect();
     let ports: Vec<String> = (1..=65_000).map(|p| format!("\"tcp/{p}\"")).collect();
     let text = format!(
         "{AGENT}[[service]]\nname = \"a\"\nvip = [{}]\nports = [{}]\n\
@@ -183,16 +146,8 @@ fn addresses_times_ports_without_measure_do_not_stall() {
         ports.join(",")
     );
     let errors = load_str(MAIN, &text).expect_err("it is bad");
-    assert!(
-        errors[0].message.contains("need 4225000000 IPv4 addresses"),
-        "{errors:?}"
-    );
-    assert!(
-        errors[0]
-            .help
-            .as_deref()
-            .is_some_and(|h| h.contains("65536 at most"))
-    );
+    assert!(errors[0].message.contains("need 4225000000 IPv4 addresses"), "{errors:?}");
+    assert!(errors[0].help.as_deref().is_some_and(|h| h.contains("65536 at most")));
 }
 
 #[test]

@@ -22,7 +22,7 @@ fn default_agent(interfaces: &[&str]) -> Agent {
         socket: "/run/canary/agent.sock".into(),
         bpffs: "/sys/fs/bpf/canary".into(),
         listen: Some("127.0.0.1:9109".parse().expect("an address")),
-        manage_vips: false,
+        manage_vips: true,
         operators: Operators::default(),
         nat_ports: 1024..=32_767,
         capacity: Capacity {
@@ -36,19 +36,11 @@ fn default_agent(interfaces: &[&str]) -> Agent {
 }
 
 fn backend(addr: &str, weight: u32) -> Backend {
-    Backend {
-        addr: addr.parse().expect("an address and port"),
-        weight,
-    }
+    Backend { addr: addr.parse().expect("an address and port"), weight }
 }
 
 fn timing() -> Timing {
-    Timing {
-        interval: Duration::from_secs(2),
-        timeout: Duration::from_secs(1),
-        rise: 2,
-        fall: 3,
-    }
+    Timing { interval: Duration::from_secs(2), timeout: Duration::from_secs(1), rise: 2, fall: 3 }
 }
 
 #[test]
@@ -63,15 +55,10 @@ fn the_contracts_example_is_read_whole() {
              connections go to control",
         ]
     );
-    let port = |protocol| Port {
-        protocol,
-        port: 443,
-    };
+    let port = |protocol| Port { protocol, port: 443 };
     let service = Service {
         name: "shop".into(),
-        vips: ["203.0.113.10", "2001:db8::10"]
-            .map(|vip| vip.parse().expect("an address"))
-            .into(),
+        vips: ["203.0.113.10", "2001:db8::10"].map(|vip| vip.parse().expect("an address")).into(),
         ports: vec![port(Protocol::Tcp), port(Protocol::Udp)],
         forward: Forward::Nat,
         nat_source: vec!["10.0.0.1".parse().expect("an address")],
@@ -94,16 +81,10 @@ fn the_contracts_example_is_read_whole() {
                     backend("[2001:db8:1::1]:8443", 1),
                 ],
             },
-            Version {
-                name: "v2".into(),
-                backends: vec![backend("10.0.2.1:8443", 1)],
-            },
+            Version { name: "v2".into(), backends: vec![backend("10.0.2.1:8443", 1)] },
         ],
     };
-    let expected = Config {
-        agent: default_agent(&["eth0", "eth1"]),
-        services: vec![service],
-    };
+    let expected = Config { agent: default_agent(&["eth0", "eth1"]), services: vec![service] };
     assert_eq!(loaded.config, expected);
 }
 
@@ -136,7 +117,7 @@ fn every_key_reaches_the_model() {
         socket = "/b/s.sock"
         bpffs = "/c"
         listen = "off"
-        manage_vips = true
+        manage_vips = false
         operators = { users = ["alice", 7], uids = [7], groups = ["ops"], gids = 9 }
         nat_ports = "20000-29999"
         capacity = { services = 1, vips = 2, backends = 3, buckets = 8192, flows = 5 }
@@ -182,20 +163,11 @@ fn every_key_reaches_the_model() {
         ["/a", "/b/s.sock", "/c"]
     );
     assert_eq!(listen, None);
-    assert!(manage_vips);
+    assert!(!manage_vips);
     assert_eq!(operators.uids, [7, 1000]);
     assert_eq!(operators.gids, [9, 2000]);
     assert_eq!(nat_ports, 20_000..=29_999);
-    assert_eq!(
-        capacity,
-        Capacity {
-            services: 1,
-            vips: 2,
-            backends: 3,
-            buckets: 8192,
-            flows: 5
-        }
-    );
+    assert_eq!(capacity, Capacity { services: 1, vips: 2, backends: 3, buckets: 8192, flows: 5 });
     let service = &loaded.config.services[0];
     assert_eq!(service.forward, Forward::Dsr);
     assert_eq!(service.stickiness, Stickiness::Subnet { v4: 24, v6: 48 });
@@ -206,11 +178,7 @@ fn every_key_reaches_the_model() {
     assert_eq!(service.buckets, 4096);
     assert_eq!(service.hash_key[0], 0x0001_0203_0405_0607);
     assert_eq!(
-        service
-            .versions
-            .iter()
-            .map(|v| v.name.as_str())
-            .collect::<Vec<_>>(),
+        service.versions.iter().map(|v| v.name.as_str()).collect::<Vec<_>>(),
         ["v3", "old"],
         "in the order of the file"
     );
@@ -221,11 +189,7 @@ fn every_key_reaches_the_model() {
         Health::Http {
             path: "/healthz?a=b".into(),
             expect: vec![200, 204],
-            timing: Timing {
-                interval,
-                timeout: interval,
-                ..timing()
-            },
+            timing: Timing { interval, timeout: interval, ..timing() },
         }
     );
 }
@@ -237,10 +201,5 @@ fn all_errors_come_in_one_run_in_the_order_of_their_places() {
                 [service.versions.stable]\nbackends = [\"10.0.0.1\"]\n";
     let errors = load_str(MAIN, text).expect_err("it is bad");
     let lines: Vec<u32> = errors.iter().map(|e| e.place.line).collect();
-    assert_eq!(
-        lines,
-        [2, 3, 5, 6, 7, 7, 8, 9, 9, 9, 9, 11],
-        "{}",
-        render(&errors)
-    );
+    assert_eq!(lines, [2, 3, 5, 6, 7, 7, 8, 9, 9, 9, 9, 11], "{}", render(&errors));
 }

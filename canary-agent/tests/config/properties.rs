@@ -129,12 +129,7 @@ fn any_input(bytes: &[u8]) {
     match load_bytes(&files, &Host) {
         Ok(loaded) => {
             check_places(&files, &loaded.warnings);
-            assert!(
-                loaded
-                    .warnings
-                    .iter()
-                    .all(|w| w.severity == Severity::Warning)
-            );
+            assert!(loaded.warnings.iter().all(|w| w.severity == Severity::Warning));
             assert!(!loaded.config.agent.interfaces.is_empty());
             for service in &loaded.config.services {
                 assert!(service.control < service.versions.len());

@@ -38,11 +38,7 @@ pub(crate) fn without_candidate(packages: &[String]) -> Vec<String> {
         .map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
         .unwrap_or_default();
     let offered = offered(&known);
-    packages
-        .iter()
-        .filter(|package| !offered.contains(&package.as_str()))
-        .cloned()
-        .collect()
+    packages.iter().filter(|package| !offered.contains(&package.as_str())).cloned().collect()
 }
 
 /// Names of the packages with a candidate in the output of `apt-cache policy`.
@@ -116,10 +112,9 @@ fn run(program: &str, args: &[&str], progress: &mut Progress) -> Result<(bool, V
         .env("DEBIAN_PRIORITY", "critical")
         .env("NEEDRESTART_SUSPEND", "1");
     if program == "apt-get" {
-        command.args(["-o", "Dpkg::Use-Pty=0"]).args([
-            "-o",
-            &format!("DPkg::Lock::Timeout={}", LOCK_PATIENCE.as_secs()),
-        ]);
+        command
+            .args(["-o", "Dpkg::Use-Pty=0"])
+            .args(["-o", &format!("DPkg::Lock::Timeout={}", LOCK_PATIENCE.as_secs())]);
     }
     command.args(args);
     let mut lines = Vec::new();

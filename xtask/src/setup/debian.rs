@@ -35,20 +35,12 @@ pub(crate) fn probe(cache: &Path) -> Option<Toolchain> {
     let (compiler, cargo, likely_works) = std::thread::scope(|scope| {
         let cargo = scope.spawn(|| probe::output(Path::new(CARGO), &["--version"]));
         let linker = scope.spawn(|| linker::works(&likely));
-        (
-            compiler(),
-            cargo.join().ok().flatten(),
-            linker.join().unwrap_or(false),
-        )
+        (compiler(), cargo.join().ok().flatten(), linker.join().unwrap_or(false))
     });
     let compiler = compiler?;
     cargo?;
     let linker = linker::path(cache, compiler.llvm);
-    let works = if compiler.llvm == LLVM_DEFAULT {
-        likely_works
-    } else {
-        linker::works(&linker)
-    };
+    let works = if compiler.llvm == LLVM_DEFAULT { likely_works } else { linker::works(&linker) };
     works.then(|| {
         let (rustc, cargo) = (PathBuf::from(RUSTC), PathBuf::from(CARGO));
         assemble(Method::Debian, rustc, cargo, compiler, linker, &[])
@@ -117,10 +109,8 @@ pub(crate) fn manual(cache: &Path) -> String {
     let missing = missing_packages();
     let mut text = "  # Debian's compiler".to_owned();
     if !missing.is_empty() {
-        text += &format!(
-            "\n  apt-get update && apt-get install {}      # as root",
-            missing.join(" ")
-        );
+        text +=
+            &format!("\n  apt-get update && apt-get install {}      # as root", missing.join(" "));
     }
     let llvm = compiler().map_or(LLVM_DEFAULT, |compiler| compiler.llvm);
     text + "\n  " + &linker::manual(cache, llvm)

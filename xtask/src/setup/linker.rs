@@ -59,21 +59,14 @@ pub(crate) fn llvm_prefix(llvm: u32) -> Option<PathBuf> {
         probe::find(&format!("llvm-config-{llvm}")).unwrap_or_default(),
         probe::find("llvm-config").unwrap_or_default(),
     ];
-    configs
-        .iter()
-        .filter(|config| config.is_file())
-        .find_map(|config| {
-            let version = probe::output(config, &["--version"])?;
-            if version.split('.').next()?.trim().parse() != Ok(llvm) {
-                return None;
-            }
-            let prefix = PathBuf::from(probe::output(config, &["--prefix"])?.trim());
-            prefix
-                .join("include")
-                .join("llvm-c")
-                .is_dir()
-                .then_some(prefix)
-        })
+    configs.iter().filter(|config| config.is_file()).find_map(|config| {
+        let version = probe::output(config, &["--version"])?;
+        if version.split('.').next()?.trim().parse() != Ok(llvm) {
+            return None;
+        }
+        let prefix = PathBuf::from(probe::output(config, &["--prefix"])?.trim());
+        prefix.join("include").join("llvm-c").is_dir().then_some(prefix)
+    })
 }
 
 /// Holds the cache: two set-ups at once build one linker.
@@ -86,8 +79,7 @@ pub(crate) fn lock(cache: &Path, progress: &mut Progress) -> Result<File> {
     let file = File::create(&path).with_context(|| format!("opening {}", path.display()))?;
     if file.try_lock().is_err() {
         progress.step("waiting for another set-up of the same user");
-        file.lock()
-            .with_context(|| format!("locking {}", path.display()))?;
+        file.lock().with_context(|| format!("locking {}", path.display()))?;
     }
     Ok(file)
 }
@@ -104,9 +96,7 @@ pub(crate) fn ensure(cache: &Path, llvm: u32, progress: &mut Progress) -> Result
     let Some(prefix) = llvm_prefix(llvm) else {
         bail!("LLVM {llvm} with its headers is missing: bpf-linker can't be built");
     };
-    progress.step(&format!(
-        "building bpf-linker {VERSION} for LLVM {llvm}: about a minute, once"
-    ));
+    progress.step(&format!("building bpf-linker {VERSION} for LLVM {llvm}: about a minute, once"));
     // The folder appears whole: an interrupted build leaves no linker, and its
     // objects are used again by the next.
     let draft = cache.join("draft");
@@ -154,10 +144,7 @@ fn install_command(prefix: &Path, llvm: u32, root: &Path, objects: &Path) -> Com
         .env("LLVM_PREFIX", prefix)
         .env(
             "CARGO_ENCODED_RUSTFLAGS",
-            format!(
-                "-L\x1fnative={0}\x1f-Clink-arg=-Wl,-rpath,{0}",
-                libraries.display()
-            ),
+            format!("-L\x1fnative={0}\x1f-Clink-arg=-Wl,-rpath,{0}", libraries.display()),
         )
         .env("CARGO_TARGET_DIR", objects)
         .env("CARGO_TERM_COLOR", "never")

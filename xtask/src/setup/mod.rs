@@ -110,10 +110,8 @@ fn prepare(methods: &[Method], cache: &Path) -> Result<Toolchain> {
     for method in methods {
         if method.can_install(&mut progress)? {
             let toolchain = method.install(cache, &mut progress)?;
-            progress.step(&format!(
-                "setup: ready ({}, {})",
-                toolchain.method, toolchain.rustc_version
-            ));
+            progress
+                .step(&format!("setup: ready ({}, {})", toolchain.method, toolchain.rustc_version));
             return Ok(toolchain);
         }
     }

@@ -37,15 +37,8 @@ fn installed() -> Option<Nightly> {
     probe::output(&cargo, &["--version"])?;
     let compiler = probe::compiler(&rustc).filter(|found| recent_enough(&found.version))?;
     let sysroot = rustc.parent()?.parent()?;
-    let has_source = sysroot
-        .join("lib/rustlib/src/rust/library/core/src/lib.rs")
-        .is_file();
-    Some(Nightly {
-        rustc,
-        cargo,
-        compiler,
-        has_source,
-    })
+    let has_source = sysroot.join("lib/rustlib/src/rust/library/core/src/lib.rs").is_file();
+    Some(Nightly { rustc, cargo, compiler, has_source })
 }
 
 /// The toolchain, if all of it works.

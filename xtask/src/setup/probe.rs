@@ -22,27 +22,15 @@ pub(crate) struct Compiler {
 pub(crate) fn output(program: &Path, args: &[&str]) -> Option<String> {
     let mut command = Command::new(program);
     clean_env(&mut command);
-    let output = command
-        .args(args)
-        .stdin(Stdio::null())
-        .stderr(Stdio::null())
-        .output()
-        .ok()?;
-    output
-        .status
-        .success()
-        .then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+    let output = command.args(args).stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 /// Asks a compiler what it is.
 pub(crate) fn compiler(rustc: &Path) -> Option<Compiler> {
     let (version, libdir) = std::thread::scope(|scope| {
-        let libdir = scope.spawn(|| {
-            output(
-                rustc,
-                &["--print", "target-libdir", "--target", super::TARGET],
-            )
-        });
+        let libdir =
+            scope.spawn(|| output(rustc, &["--print", "target-libdir", "--target", super::TARGET]));
         (output(rustc, &["-vV"]), libdir.join().ok().flatten())
     });
     let version = version?;
