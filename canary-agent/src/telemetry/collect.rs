@@ -1,0 +1,280 @@
+//! A status as metrics.
+//!
+//! Labels have the words of the contract: `service`, `version`, `backend`, `reason`.
+
+use std::{fmt, sync::Arc};
+
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeGaugeValue, EncodeMetric},
+    metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
+};
+
+use crate::api::model::{BackendStatus, ServiceStatus, Status, VersionStatus};
+
+/// A status on its way to the page.
+#[derive(Debug)]
+pub(super) struct StatusCollector(pub(super) Arc<Status>);
+
+/// A family's samples, each with its labels.
+type Samples<T> = Vec<(Labels, T)>;
+
+/// A sample's labels in the order they are written.
+type Labels = Vec<(&'static str, String)>;
+
+impl Collector for StatusCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
+        let status = &*self.0;
+        let page = &mut encoder;
+        agent(page, status)?;
+        services(page, &status.services)?;
+        backends(page, &status.services)?;
+        counter(
+            page,
+            "canary_packets",
+            "Packets on attached interfaces by what was decided and why",
+            status.reasons.iter().map(|reason| {
+                let labels = vec![
+                    ("verdict", reason.verdict.clone()),
+                    ("reason", reason.reason.clone()),
+                ];
+                (labels, reason.packets)
+            }),
+        )?;
+        maps(page, status)
+    }
+}
+
+fn agent(page: &mut DescriptorEncoder, status: &Status) -> fmt::Result {
+    let agent = &status.agent;
+    gauge(
+        page,
+        "canary_build_info",
+        "Always 1; the labels say what is running",
+        [(
+            vec![
+                ("version", agent.version.clone()),
+                ("abi", agent.abi_version.to_string()),
+            ],
+            1_u32,
+        )],
+    )?;
+    number(
+        page,
+        "canary_uptime_seconds",
+        "Seconds since the agent started",
+        agent.uptime_seconds,
+    )?;
+    number(
+        page,
+        "canary_revision",
+        "Number of the last change to the live state",
+        agent.revision as f64,
+    )?;
+    number(
+        page,
+        "canary_alerts",
+        "Things an operator should know; status has the sentences",
+        status.alerts.len() as f64,
+    )?;
+    gauge(
+        page,
+        "canary_interface_attached",
+        "1 if the program is attached to the interface, in which mode",
+        status.interfaces.iter().map(|interface| {
+            let labels = vec![
+                ("interface", interface.name.clone()),
+                ("mode", interface.mode.clone().unwrap_or_default()),
+            ];
+            (labels, u32::from(interface.mode.is_some()))
+        }),
+    )
+}
+
+fn services(page: &mut DescriptorEncoder, services: &[ServiceStatus]) -> fmt::Result {
+    let of_service = |value: fn(&ServiceStatus) -> u32| -> Samples<u32> {
+        let labels = |service: &ServiceStatus| vec![("service", service.name.clone())];
+        services
+            .iter()
+            .map(|service| (labels(service), value(service)))
+            .collect()
+    };
+    let of_version = |value: fn(&VersionStatus) -> Option<f64>| -> Samples<f64> {
+        versions(services)
+            .filter_map(|(labels, version)| Some((labels, value(version)?)))
+            .collect()
+    };
+    gauge(
+        page,
+        "canary_service_buckets",
+        "Buckets of the service",
+        of_service(|service| service.buckets),
+    )?;
+    gauge(
+        page,
+        "canary_service_tracked_buckets",
+        "Buckets whose connections are looked up after a move",
+        of_service(|service| service.tracked_buckets),
+    )?;
+    gauge(
+        page,
+        "canary_version_share_asked_ratio",
+        "Share that was asked for the version",
+        of_version(|version| Some(version.asked)),
+    )?;
+    gauge(
+        page,
+        "canary_version_share_in_force_ratio",
+        "Share of the service's buckets that the version owns",
+        of_version(|version| Some(version.in_force)),
+    )?;
+    gauge(
+        page,
+        "canary_version_share_measured_ratio",
+        "Share of the service's new connections over the last seconds; absent without any",
+        of_version(|version| version.measured),
+    )?;
+    gauge(
+        page,
+        "canary_version_buckets",
+        "Buckets that the version owns",
+        of_version(|version| Some(version.buckets.into())),
+    )?;
+    counter(
+        page,
+        "canary_version_connections",
+        "New connections of the version",
+        versions(services).map(|(labels, version)| (labels, version.connections)),
+    )
+}
+
+fn backends(page: &mut DescriptorEncoder, services: &[ServiceStatus]) -> fmt::Result {
+    let of_backend = |value: fn(&BackendStatus) -> u64| -> Samples<u64> {
+        versions(services)
+            .flat_map(|(labels, version)| {
+                version.backends.iter().map(move |backend| {
+                    let mut labels = labels.clone();
+                    labels.push(("backend", backend.addr.to_string()));
+                    (labels, value(backend))
+                })
+            })
+            .collect()
+    };
+    let as_gauge = |value| {
+        of_backend(value)
+            .into_iter()
+            .map(|(labels, value)| (labels, value as f64))
+    };
+    counter(
+        page,
+        "canary_backend_packets",
+        "Packets sent to the backend",
+        of_backend(|backend| backend.packets),
+    )?;
+    counter(
+        page,
+        "canary_backend_bytes",
+        "Bytes of those packets",
+        of_backend(|backend| backend.bytes),
+    )?;
+    counter(
+        page,
+        "canary_backend_connections",
+        "New connections steered to the backend",
+        of_backend(|backend| backend.connections),
+    )?;
+    gauge(
+        page,
+        "canary_backend_up",
+        "1 if the backend takes connections",
+        as_gauge(|backend| u64::from(backend.state == "up")),
+    )?;
+    gauge(
+        page,
+        "canary_backend_weight",
+        "Weight of the backend inside its version",
+        as_gauge(|backend| backend.weight.into()),
+    )?;
+    gauge(
+        page,
+        "canary_backend_buckets",
+        "Buckets that steer new connections to the backend",
+        as_gauge(|backend| backend.buckets.into()),
+    )
+}
+
+fn maps(page: &mut DescriptorEncoder, status: &Status) -> fmt::Result {
+    let of_map = |name: &str| vec![("map", name.to_owned())];
+    gauge(
+        page,
+        "canary_map_capacity_entries",
+        "Elements that the map can hold",
+        status
+            .maps
+            .iter()
+            .map(|map| (of_map(&map.name), map.capacity as f64)),
+    )?;
+    gauge(
+        page,
+        "canary_map_used_entries",
+        "Elements in use, where that is known",
+        status
+            .maps
+            .iter()
+            .filter_map(|map| Some((of_map(&map.name), map.used? as f64))),
+    )?;
+    gauge(
+        page,
+        "canary_map_memory_bytes",
+        "Kernel memory of the map",
+        status
+            .maps
+            .iter()
+            .map(|map| (of_map(&map.name), map.memory_bytes as f64)),
+    )
+}
+
+/// Every version with the labels `service` and `version`.
+fn versions(services: &[ServiceStatus]) -> impl Iterator<Item = (Labels, &VersionStatus)> {
+    services.iter().flat_map(|service| {
+        service.versions.iter().map(|version| {
+            let labels = vec![
+                ("service", service.name.clone()),
+                ("version", version.name.clone()),
+            ];
+            (labels, version)
+        })
+    })
+}
+
+fn counter(
+    page: &mut DescriptorEncoder,
+    name: &str,
+    help: &str,
+    samples: impl IntoIterator<Item = (Labels, u64)>,
+) -> fmt::Result {
+    let mut family = page.encode_descriptor(name, help, None, MetricType::Counter)?;
+    for (labels, value) in samples {
+        ConstCounter::new(value).encode(family.encode_family(&labels)?)?;
+    }
+    Ok(())
+}
+
+fn gauge<T: EncodeGaugeValue>(
+    page: &mut DescriptorEncoder,
+    name: &str,
+    help: &str,
+    samples: impl IntoIterator<Item = (Labels, T)>,
+) -> fmt::Result {
+    let mut family = page.encode_descriptor(name, help, None, MetricType::Gauge)?;
+    for (labels, value) in samples {
+        ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
+    }
+    Ok(())
+}
+
+/// A gauge without labels.
+fn number(page: &mut DescriptorEncoder, name: &str, help: &str, value: f64) -> fmt::Result {
+    let family = page.encode_descriptor(name, help, None, MetricType::Gauge)?;
+    ConstGauge::new(value).encode(family)
+}
