@@ -142,6 +142,49 @@ pub struct MapStatus {
     pub memory_bytes: u64,
 }
 
+/// `GET /v1/services/{name}/split`, `split SERVICE --json`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct Split {
+    /// The service.
+    pub service: String,
+    /// Name of the control version: it has what no other version claims.
+    pub control: String,
+    /// Number of the last change to the live state.
+    pub revision: u64,
+    /// Number of buckets of the service.
+    pub buckets: u32,
+    /// Versions with their shares, control first.
+    pub versions: Vec<VersionShare>,
+}
+
+/// One version of [`Split`].
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct VersionShare {
+    /// Its name.
+    pub name: String,
+    /// The share that was asked for, a fraction of 1.
+    pub asked: f64,
+    /// The same as it was written, `5%`.
+    pub asked_text: String,
+    /// The share of buckets it owns, a fraction of 1.
+    pub in_force: f64,
+    /// The number of buckets it owns.
+    pub buckets: u32,
+    /// Its share of the service's new connections over the last seconds; absent without any.
+    pub measured: Option<f64>,
+}
+
+/// `GET /v1/health`: the loop answers.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct Health {
+    /// `ok`; whatever is not is an error.
+    pub status: String,
+    /// Version of the build.
+    pub version: String,
+    /// Seconds since the agent started.
+    pub uptime_seconds: f64,
+}
+
 /// `PUT /v1/services/{name}/split`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -1,0 +1,292 @@
+//! The routes: what can be asked, and who answers.
+//!
+//! Handlers turn a request into a question to the loop and its answer into JSON.
+//! They decide nothing themselves. Must not know of connections.
+
+use axum::{
+    Json, Router,
+    extract::{Request, State},
+    http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header},
+    middleware::{self, Next},
+    response::{Html, IntoResponse, Response},
+    routing::{MethodRouter, get},
+};
+use bytes::Bytes;
+
+use super::{
+    Api,
+    error::{ApiError, exit},
+    extract::{Body, NoQuery, Operator, Query, ServiceName, read_only},
+    host,
+    model::{
+        ChangeReport, Explain, Health, ServiceStatus, Split, SplitRequest, Status, VersionShare,
+        VersionStatus,
+    },
+    openapi::{self, ChangeErrors, ReadErrors, ServiceErrors},
+};
+use crate::{
+    daemon::{ExplainQuery, Refusal},
+    telemetry::Exposition,
+};
+
+/// Everything that can be asked: paths, parameters in braces, and their methods.
+pub(super) fn routes() -> [(&'static str, MethodRouter<Api>); 7] {
+    [
+        ("/v1/status", get(status)),
+        ("/v1/health", get(health)),
+        ("/v1/services/{name}", get(service)),
+        ("/v1/services/{name}/split", get(split).put(set_split)),
+        ("/v1/services/{name}/explain", get(explain)),
+        ("/v1/openapi.json", get(description)),
+        ("/metrics", get(metrics)),
+    ]
+}
+
+/// The routes of the control socket.
+pub(super) fn control(api: Api) -> Router {
+    routes()
+        .into_iter()
+        .fold(Router::new(), |router, (path, methods)| {
+            router.route(path, methods)
+        })
+        .fallback(unknown_route)
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(middleware::map_response(headers))
+        .with_state(api)
+}
+
+/// The same, without whatever changes things and for known hosts only, and the
+/// page for people.
+pub(super) fn read_only_routes(api: Api) -> Router {
+    let guard = middleware::from_fn_with_state(api.clone(), guard);
+    Router::new()
+        .route("/", get(dashboard))
+        .fallback_service(control(api))
+        .layer(guard)
+        .layer(middleware::map_response(headers))
+}
+
+async fn guard(State(api): State<Api>, request: Request, next: Next) -> Response {
+    if !host::permitted(request.uri(), request.headers(), &api.host_name) {
+        return ApiError::new(
+            StatusCode::FORBIDDEN,
+            "bad_host",
+            exit::USAGE,
+            "the request was meant for another host than this agent",
+        )
+        .help("use the agent's IP address, `localhost` or its host name in the URL")
+        .into_response();
+    }
+    if request.method() != Method::GET && request.method() != Method::HEAD {
+        return read_only().into_response();
+    }
+    next.run(request).await
+}
+
+/// Headers of every answer: nothing is to be kept or guessed at.
+async fn headers(mut response: Response) -> Response {
+    let headers = response.headers_mut();
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(
+        header::X_CONTENT_TYPE_OPTIONS,
+        HeaderValue::from_static("nosniff"),
+    );
+    response
+}
+
+async fn unknown_route(uri: Uri) -> ApiError {
+    ApiError::new(
+        StatusCode::NOT_FOUND,
+        "unknown_route",
+        exit::USAGE,
+        format!("there is no route {}", uri.path()),
+    )
+    .help("the routes are described by /v1/openapi.json")
+}
+
+async fn method_not_allowed(method: Method, uri: Uri) -> ApiError {
+    ApiError::new(
+        StatusCode::METHOD_NOT_ALLOWED,
+        "method_not_allowed",
+        exit::USAGE,
+        format!("{method} is not possible on {}", uri.path()),
+    )
+    .help("the header `allow` lists what is")
+}
+
+/// The whole status.
+#[utoipa::path(get, path = "/v1/status", tag = "reading",
+    responses((status = 200, description = "Everything the agent knows.", body = Status), ReadErrors))]
+async fn status(State(api): State<Api>, _: NoQuery) -> Result<Response, ApiError> {
+    Ok(json(api.snapshot().await?.json()))
+}
+
+/// Whether the agent's loop answers: liveness.
+#[utoipa::path(get, path = "/v1/health", tag = "reading",
+    responses((status = 200, description = "The loop answers.", body = Health), ReadErrors))]
+async fn health(State(api): State<Api>, _: NoQuery) -> Result<Json<Health>, ApiError> {
+    let snapshot = api.snapshot().await?;
+    let agent = &snapshot.status.agent;
+    Ok(Json(Health {
+        status: "ok".to_owned(),
+        version: agent.version.clone(),
+        uptime_seconds: agent.uptime_seconds,
+    }))
+}
+
+/// One service.
+#[utoipa::path(get, path = "/v1/services/{name}", tag = "reading",
+    params(("name" = String, Path, description = "The service.")),
+    responses((status = 200, description = "The service.", body = ServiceStatus), ServiceErrors))]
+async fn service(
+    State(api): State<Api>,
+    ServiceName(name): ServiceName,
+    _: NoQuery,
+) -> Result<Json<ServiceStatus>, ApiError> {
+    let snapshot = api.snapshot().await?;
+    Ok(Json(find(&snapshot.status, &name)?.clone()))
+}
+
+/// A service's split.
+#[utoipa::path(get, path = "/v1/services/{name}/split", tag = "reading",
+    params(("name" = String, Path, description = "The service.")),
+    responses((status = 200, description = "The split.", body = Split), ServiceErrors))]
+async fn split(
+    State(api): State<Api>,
+    ServiceName(name): ServiceName,
+    _: NoQuery,
+) -> Result<Json<Split>, ApiError> {
+    let snapshot = api.snapshot().await?;
+    let service = find(&snapshot.status, &name)?;
+    let versions = service.versions.iter().map(|version| {
+        let VersionStatus {
+            name,
+            asked,
+            asked_text,
+            in_force,
+            buckets,
+            connections: _,
+            measured,
+            backends: _,
+        } = version.clone();
+        VersionShare {
+            name,
+            asked,
+            asked_text,
+            in_force,
+            buckets,
+            measured,
+        }
+    });
+    Ok(Json(Split {
+        service: service.name.clone(),
+        control: service.control.clone(),
+        revision: snapshot.status.agent.revision,
+        buckets: service.buckets,
+        versions: versions.collect(),
+    }))
+}
+
+/// Sets the shares of some or all versions of a service, or says what that would do.
+///
+/// Needs root, the agent's own uid, or a uid or gid of `agent.operators`; not
+/// possible over TCP.
+#[utoipa::path(put, path = "/v1/services/{name}/split", tag = "changing",
+    params(("name" = String, Path, description = "The service.")),
+    request_body = SplitRequest,
+    responses(
+        (status = 200, description = "What has moved, or would move.", body = ChangeReport),
+        ChangeErrors))]
+async fn set_split(
+    State(api): State<Api>,
+    ServiceName(service): ServiceName,
+    _: NoQuery,
+    Operator(peer): Operator,
+    Body(request): Body<SplitRequest>,
+) -> Result<Json<ChangeReport>, ApiError> {
+    Ok(Json(api.handle.split(service, request, peer).await?))
+}
+
+/// Where a client's connections go, and why.
+#[utoipa::path(get, path = "/v1/services/{name}/explain", tag = "reading",
+    params(
+        ("name" = String, Path, description = "The service."),
+        ("from" = String, Query, description = "The client, `ADDRESS` or `ADDRESS:PORT`."),
+        ("to" = Option<String>, Query,
+            description = "`ADDRESS:PORT` of the service; its first of the client's family when left out."),
+        ("protocol" = Option<String>, Query,
+            description = "`tcp` or `udp`; that of the service's first port when left out.")),
+    responses((status = 200, description = "The decision.", body = Explain), ServiceErrors))]
+async fn explain(
+    State(api): State<Api>,
+    ServiceName(service): ServiceName,
+    mut query: Query,
+) -> Result<Json<Explain>, ApiError> {
+    let from = query.take("from");
+    let (to, protocol) = (query.take("to"), query.take("protocol"));
+    query.finish(&["from", "to", "protocol"])?;
+    let from = from.ok_or_else(|| {
+        ApiError::bad_request("bad_query", "the query has no key `from`")
+            .help("say which client: `?from=192.0.2.7` or `?from=192.0.2.7:40000`")
+    })?;
+    let query = ExplainQuery { from, to, protocol };
+    Ok(Json(api.handle.explain(service, query).await?))
+}
+
+/// This description.
+#[utoipa::path(get, path = "/v1/openapi.json", tag = "reading",
+    responses((status = 200, description = "OpenAPI 3.1.", body = Object), ReadErrors))]
+async fn description(_: NoQuery) -> Response {
+    json(openapi::json())
+}
+
+/// Metrics for Prometheus, in its text format or, where the client accepts it, in OpenMetrics.
+#[utoipa::path(get, path = "/metrics", tag = "reading",
+    responses(
+        (status = 200, description = "Metrics.", body = String, content_type = "text/plain"),
+        ReadErrors))]
+async fn metrics(State(api): State<Api>, headers: HeaderMap) -> Result<Response, ApiError> {
+    let format = Exposition::for_accept(
+        headers
+            .get_all(header::ACCEPT)
+            .iter()
+            .filter_map(|accept| accept.to_str().ok()),
+    );
+    let text = api.snapshot().await?.metrics(&api.metrics, format);
+    Ok(([(header::CONTENT_TYPE, format.content_type())], text).into_response())
+}
+
+/// The page for people. It loads nothing from elsewhere, and may not.
+async fn dashboard() -> Response {
+    let policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; \
+                  connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+    let page = Html(include_str!("dashboard.html"));
+    ([(header::CONTENT_SECURITY_POLICY, policy)], page).into_response()
+}
+
+fn json(body: Bytes) -> Response {
+    ([(header::CONTENT_TYPE, "application/json")], body).into_response()
+}
+
+/// The service of that name.
+fn find<'a>(status: &'a Status, name: &str) -> Result<&'a ServiceStatus, ApiError> {
+    let services = &status.services;
+    if let Some(service) = services.iter().find(|service| service.name == name) {
+        return Ok(service);
+    }
+    let nearest = services
+        .iter()
+        .map(|service| (strsim::jaro_winkler(&service.name, name), &service.name))
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .filter(|(likeness, _)| *likeness > 0.8);
+    Err(Refusal {
+        code: "unknown_service",
+        message: format!("there is no service `{name}`"),
+        help: Some(match nearest {
+            Some((_, nearest)) => format!("did you mean `{nearest}`?"),
+            None => "`canary-agent status` lists the services".to_owned(),
+        }),
+        exit_code: exit::FAILED,
+    }
+    .into())
+}

@@ -1,0 +1,384 @@
+//! An agent's sockets with a scripted loop behind them, and a client that can
+//! misbehave.
+//!
+//! The loop here is not the agent's: it answers requests from a fixed status, so
+//! that what is tested is the sockets and the commands alone.
+
+use std::{
+    io,
+    net::SocketAddr,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use canary_agent::{
+    api::{
+        self, Api, ControlSocket, Limits,
+        model::{
+            AgentStatus, BackendStatus, ChangeReport, Explain, InterfaceStatus, MapStatus,
+            ReasonCount, ServiceStatus, ShareChange, SplitRequest, Status, VersionStatus,
+        },
+    },
+    config::model::Operators,
+    daemon::{Handle, Peer, Refusal, Request},
+    telemetry::Metrics,
+};
+use serde_json::Value;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream, UnixStream},
+    sync::{mpsc, oneshot, watch},
+    task::JoinHandle,
+};
+
+/// A split that was asked for, and by whom.
+pub(crate) type Asked = (String, SplitRequest, Peer);
+
+/// Sockets in a directory of their own, with a scripted loop behind them.
+pub(crate) struct Agent {
+    dir: tempfile::TempDir,
+    /// Where its TCP listener is.
+    pub(crate) tcp: SocketAddr,
+    /// Changes who may change things.
+    pub(crate) operators: watch::Sender<Operators>,
+    /// Splits that reached the loop.
+    pub(crate) asked: Arc<Mutex<Vec<Asked>>>,
+    /// What it counts.
+    pub(crate) metrics: Metrics,
+    stop: Vec<oneshot::Sender<()>>,
+    serving: Vec<JoinHandle<()>>,
+}
+
+impl Agent {
+    /// Starts serving.
+    pub(crate) async fn start(limits: Limits) -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        // Other users' commands are to reach the socket.
+        let open = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(dir.path(), open).expect("opened");
+        let (operators, operators_seen) = watch::channel(Operators::default());
+        let asked = Arc::default();
+        let (handle, requests) = Handle::channel(64);
+        tokio::spawn(scripted_loop(requests, Arc::clone(&asked)));
+        let metrics = Metrics::new();
+        let api = Api::new(handle, operators_seen, metrics.clone()).with_limits(limits);
+        let socket = ControlSocket::bind(&dir.path().join("agent.sock")).expect("a socket");
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a listener");
+        let tcp = listener.local_addr().expect("its address");
+        let (stop_control, control_stopped) = oneshot::channel();
+        let (stop_tcp, tcp_stopped) = oneshot::channel();
+        let ended = |stopped: oneshot::Receiver<()>| async { stopped.await.unwrap_or_default() };
+        let serving = vec![
+            tokio::spawn(api::serve_control(
+                socket,
+                api.clone(),
+                ended(control_stopped),
+            )),
+            tokio::spawn(api::serve_read_only(listener, api, ended(tcp_stopped))),
+        ];
+        Self {
+            dir,
+            tcp,
+            operators,
+            asked,
+            metrics,
+            stop: vec![stop_control, stop_tcp],
+            serving,
+        }
+    }
+
+    /// Its control socket.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.dir.path().join("agent.sock")
+    }
+
+    /// Its directory.
+    pub(crate) fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Stops serving and waits until that is done.
+    pub(crate) async fn stop(&mut self) {
+        self.stop.clear();
+        for serving in self.serving.drain(..) {
+            serving.await.expect("no panic");
+        }
+    }
+
+    /// Sends a request with `connection: close` and reads the answer.
+    pub(crate) async fn ask(&self, method: &str, target: &str, body: Option<&str>) -> Answer {
+        let mut stream = UnixStream::connect(self.socket()).await.expect("connected");
+        let body = body.map_or_else(String::new, |body| {
+            format!(
+                "content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+                body.len()
+            )
+        });
+        let end = if body.is_empty() { "\r\n" } else { "" };
+        let request = format!(
+            "{method} {target} HTTP/1.1\r\nhost: agent\r\nconnection: close\r\n{body}{end}"
+        );
+        stream.write_all(request.as_bytes()).await.expect("sent");
+        Answer::read(&mut stream).await.expect("an answer")
+    }
+
+    /// The same over TCP, with that host.
+    pub(crate) async fn ask_tcp(&self, method: &str, target: &str, host: &str) -> Answer {
+        let mut stream = TcpStream::connect(self.tcp).await.expect("connected");
+        let request =
+            format!("{method} {target} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.expect("sent");
+        Answer::read(&mut stream).await.expect("an answer")
+    }
+}
+
+/// An answer, taken apart.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    /// The status code.
+    pub(crate) status: u16,
+    /// The head's lines, in lower case.
+    pub(crate) head: String,
+    /// The body.
+    pub(crate) body: String,
+}
+
+impl Answer {
+    /// Reads until the server closes.
+    pub(crate) async fn read(stream: &mut (impl AsyncReadExt + Unpin)) -> io::Result<Self> {
+        let mut bytes = Vec::new();
+        let read = stream.read_to_end(&mut bytes).await;
+        let text = String::from_utf8(bytes).expect("text");
+        let Some((head, body)) = text.split_once("\r\n\r\n") else {
+            read?;
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, text));
+        };
+        let status = head
+            .split(' ')
+            .nth(1)
+            .and_then(|status| status.parse().ok())
+            .expect("a status");
+        Ok(Self {
+            status,
+            head: head.to_lowercase(),
+            body: body.to_owned(),
+        })
+    }
+
+    /// The body as JSON.
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {self:?}"))
+    }
+
+    /// The code of an error body, after checking that it is a whole one.
+    pub(crate) fn error(&self) -> String {
+        let error: api::model::ErrorBody =
+            serde_json::from_value(self.json()).unwrap_or_else(|e| panic!("{e}: {self:?}"));
+        assert!(
+            self.head.contains("content-type: application/json"),
+            "{self:?}"
+        );
+        assert!(!error.error.message.is_empty(), "{self:?}");
+        assert_ne!(error.error.exit_code, 0, "{self:?}");
+        error.error.code
+    }
+}
+
+/// Answers from a fixed status. The service `stuck` never gets an answer.
+async fn scripted_loop(mut requests: mpsc::Receiver<Request>, asked: Arc<Mutex<Vec<Asked>>>) {
+    let mut stuck = Vec::new();
+    while let Some(request) = requests.recv().await {
+        match request {
+            Request::Status { reply } => drop(reply.send(status())),
+            Request::Split { service, reply, .. } if service == "stuck" => stuck.push(reply),
+            Request::Split {
+                service,
+                request,
+                peer,
+                reply,
+            } => {
+                let answer = change(&service, &request);
+                asked
+                    .lock()
+                    .expect("not poisoned")
+                    .push((service, request, peer));
+                drop(reply.send(answer));
+            }
+            Request::Explain {
+                service,
+                query,
+                reply,
+            } => {
+                let answer = if service == "shop" {
+                    Ok(Explain {
+                        service,
+                        from: query.from,
+                        to: query.to.unwrap_or_else(|| "203.0.113.10:443".to_owned()),
+                        protocol: query.protocol.unwrap_or_else(|| "tcp".to_owned()),
+                        audience: None,
+                        bucket: Some(1234),
+                        version: Some("v2".to_owned()),
+                        backend: Some("10.0.2.1:8443".to_owned()),
+                        tracked: true,
+                        previous: Some("10.0.1.1:8443".to_owned()),
+                        why: vec!["bucket 1234 belongs to v2".to_owned()],
+                    })
+                } else {
+                    Err(unknown_service(&service))
+                };
+                drop(reply.send(answer));
+            }
+        }
+    }
+}
+
+fn unknown_service(service: &str) -> Refusal {
+    Refusal {
+        code: "unknown_service",
+        message: format!("there is no service `{service}`"),
+        help: Some("did you mean `shop`?".to_owned()),
+        exit_code: 1,
+    }
+}
+
+fn change(service: &str, request: &SplitRequest) -> Result<ChangeReport, Refusal> {
+    if service != "shop" {
+        return Err(unknown_service(service));
+    }
+    if let Some(version) = request.split.keys().find(|version| *version != "v2") {
+        return Err(Refusal {
+            code: "unknown_version",
+            message: format!("`shop` has no version `{version}`"),
+            help: None,
+            exit_code: 1,
+        });
+    }
+    Ok(ChangeReport {
+        applied: !request.dry_run,
+        revision: 8,
+        service: service.to_owned(),
+        versions: vec![
+            ShareChange {
+                name: "stable".to_owned(),
+                asked: "90%".to_owned(),
+                before: 0.95,
+                in_force: 0.9,
+            },
+            ShareChange {
+                name: "v2".to_owned(),
+                asked: "10%".to_owned(),
+                before: 0.05,
+                in_force: 0.1,
+            },
+        ],
+        buckets_moved: 3277,
+        backends_touched: vec!["10.0.1.1:8443".to_owned(), "10.0.2.1:8443".to_owned()],
+        connections_held: Some(41),
+        took_us: 2150,
+    })
+}
+
+/// A status with something in every part.
+pub(crate) fn status() -> Status {
+    let backend = |addr: &str, state: &str, buckets, connections| BackendStatus {
+        addr: addr.parse().expect("an address"),
+        weight: 1,
+        state: state.to_owned(),
+        message: (state != "up").then(|| "no neighbour answers on eth1".to_owned()),
+        buckets,
+        packets: connections * 10,
+        bytes: connections * 12_000,
+        connections,
+    };
+    let version = |name: &str, asked: f64, text: &str, buckets: u32, backends| VersionStatus {
+        name: name.to_owned(),
+        asked,
+        asked_text: text.to_owned(),
+        in_force: f64::from(buckets) / 65_536.0,
+        buckets,
+        connections: 100,
+        measured: (buckets > 0).then_some(asked),
+        backends,
+    };
+    let stable = vec![
+        backend("10.0.1.1:8443", "up", 62_259, 100),
+        backend("[2001:db8:1::1]:8443", "no-next-hop", 0, 0),
+    ];
+    let shop = ServiceStatus {
+        name: "shop".to_owned(),
+        vips: vec!["203.0.113.10".to_owned(), "2001:db8::10".to_owned()],
+        ports: vec!["tcp/443".to_owned(), "udp/443".to_owned()],
+        forward: "nat".to_owned(),
+        stickiness: "client".to_owned(),
+        control: "stable".to_owned(),
+        buckets: 65_536,
+        tracked_buckets: 3_277,
+        versions: vec![
+            version("stable", 0.95, "95%", 62_259, stable),
+            version(
+                "v2",
+                0.05,
+                "5%",
+                3_277,
+                vec![backend("10.0.2.1:8443", "up", 3_277, 5)],
+            ),
+        ],
+    };
+    Status {
+        agent: AgentStatus {
+            version: "0.1.0".to_owned(),
+            abi_version: 1,
+            pid: 4711,
+            uptime_seconds: 3_725.5,
+            revision: 7,
+        },
+        interfaces: vec![
+            InterfaceStatus {
+                name: "eth0".to_owned(),
+                ifindex: Some(2),
+                mode: Some("native".to_owned()),
+                message: None,
+            },
+            InterfaceStatus {
+                name: "eth1".to_owned(),
+                ifindex: None,
+                mode: None,
+                message: Some("does not exist".to_owned()),
+            },
+        ],
+        services: vec![shop],
+        reasons: vec![
+            ReasonCount {
+                reason: "not_ours".to_owned(),
+                verdict: "pass".to_owned(),
+                packets: 12,
+            },
+            ReasonCount {
+                reason: "bad_ip_length".to_owned(),
+                verdict: "drop".to_owned(),
+                packets: 3,
+            },
+        ],
+        maps: vec![MapStatus {
+            name: "FLOWS_V4".to_owned(),
+            capacity: 262_144,
+            used: Some(10),
+            memory_bytes: 25_165_824,
+        }],
+        alerts: vec!["eth1 does not exist: the other interfaces work".to_owned()],
+    }
+}
+
+/// Limits that do not make a test wait.
+pub(crate) fn short() -> Limits {
+    Limits {
+        head: Duration::from_millis(300),
+        body: Duration::from_millis(300),
+        request: Duration::from_millis(800),
+        write: Duration::from_millis(500),
+        stop: Duration::from_millis(500),
+        ..Limits::default()
+    }
+}
