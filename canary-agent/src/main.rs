@@ -1,2 +1,7 @@
-//! x
-fn main() {}
+//! The binary `canary-agent`: the daemon and its commands.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    canary_agent::cli::main()
+}

@@ -1,6 +1,9 @@
-//! The control socket, the TCP listener and the metrics page, each over real
-//! sockets with a scripted loop behind them.
+//! The control socket, the TCP listener, the metrics page and the commands, each
+//! over real sockets with a scripted loop behind them.
 
+mod cli;
 mod metrics;
+mod process;
 mod server;
 mod support;
+mod watch;

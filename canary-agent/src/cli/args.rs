@@ -1,0 +1,287 @@
+//! The command line: what can be written.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
+
+use canary_ebpf_common::share::Share;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::telemetry::LogFormat;
+
+/// Where the configuration is, if nobody says otherwise.
+pub(super) const DEFAULT_CONFIG: &str = "/etc/canary/agent.toml";
+
+const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed; 2 usage; 5 the daemon can't be reached; \
+    77 not permitted; 78 bad configuration. With --json, errors are JSON objects on standard output.";
+
+/// Steers connections to stable and canary backends.
+#[derive(Debug, Parser)]
+#[command(
+    name = "canary-agent",
+    version,
+    about = "Steers connections to stable and canary backends",
+    long_about = "The agent of canary-xdp, an XDP load balancer for canary releases: the daemon \
+        (`run`) and the commands that talk to it over its control socket.",
+    after_long_help = EXIT_CODES,
+    disable_help_subcommand = true,
+    max_term_width = 100
+)]
+pub(super) struct Cli {
+    /// Options of every command.
+    #[command(flatten)]
+    pub(super) global: Global,
+    /// What to do.
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+/// Options of every command; they may stand before or after it.
+#[derive(Args, Debug)]
+pub(super) struct Global {
+    /// Configuration file; conf.d/*.toml beside it is read too
+    #[arg(long, global = true, env = "CANARY_CONFIG", value_name = "FILE", default_value = DEFAULT_CONFIG)]
+    pub(super) config: PathBuf,
+    /// Control socket [default: agent.socket of the configuration, else /run/canary/agent.sock]
+    #[arg(long, global = true, env = "CANARY_SOCKET", value_name = "PATH")]
+    pub(super) socket: Option<PathBuf>,
+    /// Print JSON, errors too
+    #[arg(long, global = true)]
+    pub(super) json: bool,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Run the daemon in the foreground
+    Run(Run),
+    /// Validate the configuration and print every error in it
+    Check,
+    /// Show services, versions, shares and backends
+    Status(Status),
+    /// Show or set the split of a service
+    ///
+    /// Without assignments, the split is shown. Versions that are left out keep
+    /// their shares; the control version gets what is left.
+    Split(Split),
+    /// Say where a client's connections go, and why
+    Explain(Explain),
+    /// Take the program off the interfaces and remove the pins
+    ///
+    /// Traffic to the services is no longer steered after this. The daemon must
+    /// be stopped first: it would attach the program again.
+    Detach(Detach),
+    /// Print a completion script for a shell
+    Completions {
+        /// For which shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page
+    Man {
+        /// Write one page for each command into this directory instead
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+    },
+}
+
+/// `run`.
+#[derive(Args, Debug)]
+pub(super) struct Run {
+    /// Take the place of another XDP program on the interfaces
+    #[arg(long)]
+    pub(super) replace: bool,
+    /// How log lines look; RUST_LOG says which there are
+    #[arg(long, value_enum, value_name = "FORMAT", default_value = "text")]
+    pub(super) log_format: LogFormat,
+}
+
+/// `status`.
+#[derive(Args, Debug)]
+pub(super) struct Status {
+    /// Only this service
+    pub(super) service: Option<String>,
+    /// Show it again every second until interrupted
+    #[arg(long)]
+    pub(super) watch: bool,
+}
+
+/// `split`.
+#[derive(Args, Debug)]
+pub(super) struct Split {
+    /// The service
+    pub(super) service: String,
+    /// New shares, as v2=5%, v2=64/65536 or v2=0
+    #[arg(value_name = "VERSION=SHARE")]
+    pub(super) assignments: Vec<Assignment>,
+    /// Kept in the audit trail
+    #[arg(long, value_name = "TEXT", requires = "assignments")]
+    pub(super) reason: Option<String>,
+    /// Only say what would happen
+    #[arg(long, requires = "assignments")]
+    pub(super) dry_run: bool,
+}
+
+/// `explain`.
+#[derive(Args, Debug)]
+pub(super) struct Explain {
+    /// The service
+    pub(super) service: String,
+    /// The client
+    #[arg(long, value_name = "ADDRESS[:PORT]", value_parser = client)]
+    pub(super) from: String,
+    /// Address and port of the service [default: its first of the client's family]
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(super) to: Option<SocketAddr>,
+    /// Transport protocol [default: that of the service's first port]
+    #[arg(long, value_enum, value_name = "PROTOCOL")]
+    pub(super) protocol: Option<Transport>,
+}
+
+/// `detach`.
+#[derive(Args, Debug)]
+pub(super) struct Detach {
+    /// Only say what would be removed
+    #[arg(long)]
+    pub(super) dry_run: bool,
+}
+
+/// A transport protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Transport {
+    /// TCP
+    Tcp,
+    /// UDP
+    Udp,
+}
+
+impl Transport {
+    /// As the socket's API writes it.
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        }
+    }
+}
+
+/// `VERSION=SHARE`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Assignment {
+    /// The version.
+    pub(super) version: String,
+    /// Its share as written, a bare `0` as `0%`.
+    pub(super) share: String,
+}
+
+impl std::str::FromStr for Assignment {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let Some((version, share)) = text.split_once('=') else {
+            return Err("write VERSION=SHARE, for instance v2=5%".to_owned());
+        };
+        let (version, share) = (version.trim(), share.trim());
+        if version.is_empty() {
+            return Err("the version's name is missing before `=`".to_owned());
+        }
+        // Nothing is nothing in every unit.
+        let share = if share == "0" { "0%" } else { share };
+        share.parse::<Share>().map_err(|error| error.to_string())?;
+        Ok(Self {
+            version: version.to_owned(),
+            share: share.to_owned(),
+        })
+    }
+}
+
+/// A client, `ADDRESS` or `ADDRESS:PORT`; kept as it was written.
+fn client(text: &str) -> Result<String, String> {
+    let bracketed = text
+        .strip_prefix('[')
+        .and_then(|text| text.strip_suffix(']'));
+    let address = bracketed.unwrap_or(text).parse::<IpAddr>();
+    let fits = match address {
+        Ok(address) => bracketed.is_none() || address.is_ipv6(),
+        Err(_) => text.parse::<SocketAddr>().is_ok(),
+    };
+    if fits {
+        Ok(bracketed.unwrap_or(text).to_owned())
+    } else {
+        Err(
+            "write an address, or address and port: 192.0.2.7:40000, [2001:db8::7]:40000"
+                .to_owned(),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn options_of_every_command_stand_before_or_after_it() {
+        for line in [
+            "canary-agent --socket /s --config /c --json status shop",
+            "canary-agent status shop --socket /s --config /c --json",
+            "canary-agent --socket /s status --json --config /c shop",
+        ] {
+            let cli = Cli::try_parse_from(line.split(' ')).expect(line);
+            assert_eq!(cli.global.socket, Some(PathBuf::from("/s")), "{line}");
+            assert_eq!(cli.global.config, PathBuf::from("/c"), "{line}");
+            assert!(cli.global.json, "{line}");
+        }
+    }
+
+    #[test]
+    fn assignments_are_read() {
+        for (text, version, share) in [
+            ("v2=5%", "v2", "5%"),
+            ("v2=0", "v2", "0%"),
+            ("v2=64/65536", "v2", "64/65536"),
+            ("v2 = 12.5 %", "v2", "12.5 %"),
+        ] {
+            let read: Assignment = text.parse().expect(text);
+            assert_eq!(
+                (read.version.as_str(), read.share.as_str()),
+                (version, share)
+            );
+        }
+        for (text, error) in [
+            ("v2", "VERSION=SHARE"),
+            ("=5%", "name is missing"),
+            ("v2=5", "no unit"),
+            ("v2=101%", "more than 100%"),
+            ("v2=", "not a share"),
+        ] {
+            let message = text.parse::<Assignment>().expect_err(text);
+            assert!(message.contains(error), "{text}: {message}");
+        }
+    }
+
+    #[test]
+    fn clients_are_addresses_with_or_without_a_port() {
+        for (text, read) in [
+            ("192.0.2.7", Some("192.0.2.7")),
+            ("192.0.2.7:40000", Some("192.0.2.7:40000")),
+            ("2001:db8::7", Some("2001:db8::7")),
+            ("[2001:db8::7]", Some("2001:db8::7")),
+            ("[2001:db8::7]:40000", Some("[2001:db8::7]:40000")),
+            ("[192.0.2.7]", None),
+            ("192.0.2.7:", None),
+            ("192.0.2.7:70000", None),
+            ("192.0.2.0/24", None),
+            ("host.example", None),
+            ("", None),
+        ] {
+            assert_eq!(client(text).ok().as_deref(), read, "{text}");
+        }
+    }
+}

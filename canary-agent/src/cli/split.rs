@@ -1,0 +1,126 @@
+//! `split`: shows or sets the shares of a service's versions.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use super::{
+    args,
+    client::{Client, encoded},
+    failure::{Failure, exit},
+    print,
+    text::{self, Align, Table, counted, maybe_percent, percent},
+};
+use crate::api::model::{ChangeReport, Split, SplitRequest};
+
+/// Shows the split, or sets it and says what has moved.
+pub(super) async fn run(client: &Client, split: args::Split, json: bool) -> Result<(), Failure> {
+    let args::Split {
+        service,
+        assignments,
+        reason,
+        dry_run,
+    } = split;
+    let target = format!("/v1/services/{}/split", encoded(&service));
+    if assignments.is_empty() {
+        let answer = client.get(&target).await?;
+        if json {
+            return print(&format!("{}\n", answer.text()));
+        }
+        return print(&shown(&answer.read()?));
+    }
+    let mut shares = BTreeMap::new();
+    for args::Assignment { version, share } in assignments {
+        if shares.contains_key(&version) {
+            let message = format!("`{version}` is given two shares");
+            return Err(Failure::new("usage", exit::USAGE, message));
+        }
+        shares.insert(version, share);
+    }
+    let request = SplitRequest {
+        split: shares,
+        reason,
+        dry_run,
+    };
+    let answer = client.put(&target, &request).await?;
+    if json {
+        return print(&format!("{}\n", answer.text()));
+    }
+    print(&reported(&answer.read()?))
+}
+
+fn shown(split: &Split) -> String {
+    let mut table = Table::new([
+        ("VERSION", Align::Left),
+        ("ASKED", Align::Right),
+        ("IN FORCE", Align::Right),
+        ("MEASURED", Align::Right),
+        ("BUCKETS", Align::Right),
+    ]);
+    for version in &split.versions {
+        let role = if version.name == split.control {
+            " (control)"
+        } else {
+            ""
+        };
+        table.row([
+            format!("{}{role}", version.name),
+            version.asked_text.clone(),
+            percent(version.in_force),
+            maybe_percent(version.measured),
+            version.buckets.to_string(),
+        ]);
+    }
+    table.render("")
+}
+
+fn reported(report: &ChangeReport) -> String {
+    let ChangeReport {
+        applied,
+        revision,
+        service,
+        versions,
+        buckets_moved,
+        backends_touched,
+        connections_held,
+        took_us,
+    } = report;
+    let buckets = counted(u64::from(*buckets_moved), "bucket");
+    let took = Duration::from_micros(*took_us);
+    let mut out = match (applied, *buckets_moved) {
+        (true, 0) => format!("{service}: no bucket has moved; in force after {took:?}"),
+        (true, _) => format!("{service}: {buckets} moved; in force after {took:?}"),
+        (false, 0) => format!("{service}: no bucket would move"),
+        (false, _) => format!("{service}: {buckets} would move"),
+    };
+    if *applied {
+        out.push_str(&format!(" (revision {revision})"));
+    }
+    out = text::plain(&out);
+    out.push_str("\n\n");
+    let mut table = Table::new([
+        ("VERSION", Align::Left),
+        ("ASKED", Align::Right),
+        ("FROM", Align::Right),
+        ("TO", Align::Right),
+    ]);
+    for version in versions {
+        table.row([
+            version.name.clone(),
+            version.asked.clone(),
+            percent(version.before),
+            percent(version.in_force),
+        ]);
+    }
+    out.push_str(&table.render("  "));
+    if !backends_touched.is_empty() {
+        let backends = text::plain(&backends_touched.join(", "));
+        out.push_str(&format!("\nbackends touched: {backends}\n"));
+    }
+    if let Some(connections) = connections_held {
+        let connections = counted(*connections, "open connection");
+        out.push_str(&format!("about {connections} in these buckets\n"));
+    }
+    if !applied {
+        out.push_str("nothing was changed (--dry-run)\n");
+    }
+    out
+}

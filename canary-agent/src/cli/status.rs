@@ -1,0 +1,192 @@
+//! `status`: everything the agent knows, as tables.
+
+use serde_json::Value;
+
+use super::{
+    client::{Client, encoded},
+    failure::{Failure, exit},
+    print,
+    text::{self, Align, Table, age, bytes, maybe_percent, percent},
+};
+use crate::api::model::{AgentStatus, ServiceStatus, Status};
+
+/// Asks once and prints.
+pub(super) async fn run(client: &Client, service: Option<&str>, json: bool) -> Result<(), Failure> {
+    print(&block(client, service, json).await?)
+}
+
+/// What there is to print now: one line of JSON, or tables.
+pub(super) async fn block(
+    client: &Client,
+    service: Option<&str>,
+    json: bool,
+) -> Result<String, Failure> {
+    let answer = client.get("/v1/status").await?;
+    let Some(name) = service else {
+        if json {
+            return Ok(format!("{}\n", answer.text()));
+        }
+        return Ok(everything(&answer.read()?));
+    };
+    let status: Status = answer.read()?;
+    let Some(found) = status.services.iter().find(|service| service.name == name) else {
+        // The agent knows best how to say that it does not know it.
+        let target = format!("/v1/services/{}", encoded(name));
+        let _ = client.get(&target).await?;
+        let message = format!("there is no service `{name}`");
+        return Err(Failure::new("unknown_service", exit::FAILED, message));
+    };
+    if !json {
+        return Ok(one_service(found));
+    }
+    // As it came, so that fields which this build does not know are kept.
+    let mut value: Value = answer.read()?;
+    if let Some(services) = value["services"].as_array_mut() {
+        services.retain(|service| service["name"] == name);
+    }
+    Ok(format!("{value}\n"))
+}
+
+fn everything(status: &Status) -> String {
+    let AgentStatus {
+        version,
+        abi_version: _,
+        pid,
+        uptime_seconds,
+        revision,
+    } = &status.agent;
+    let mut out = format!(
+        "canary-agent {}, up {}, pid {pid}, revision {revision}\n",
+        text::plain(version),
+        age(*uptime_seconds)
+    );
+    for alert in &status.alerts {
+        out.push_str(&format!("ALERT: {}\n", text::plain(alert)));
+    }
+    for service in &status.services {
+        out.push('\n');
+        out.push_str(&one_service(service));
+    }
+    if status.services.is_empty() {
+        out.push_str("\nno services are configured\n");
+    }
+    out.push('\n');
+    out.push_str(&host(status));
+    out
+}
+
+fn one_service(service: &ServiceStatus) -> String {
+    let ServiceStatus {
+        name,
+        vips,
+        ports,
+        forward,
+        stickiness,
+        control,
+        buckets,
+        tracked_buckets,
+        versions,
+    } = service;
+    let head = format!(
+        "{name}  {}  {}  {forward}, by {stickiness}, {buckets} buckets, {tracked_buckets} tracked",
+        vips.join(" "),
+        ports.join(" ")
+    );
+    let mut out = format!("{}\n", text::plain(&head));
+    let mut table = Table::new([
+        ("VERSION", Align::Left),
+        ("ASKED", Align::Right),
+        ("IN FORCE", Align::Right),
+        ("MEASURED", Align::Right),
+        ("BUCKETS", Align::Right),
+        ("CONNECTIONS", Align::Right),
+        ("WEIGHT", Align::Right),
+        ("STATE", Align::Left),
+    ]);
+    for version in versions {
+        let role = if version.name == *control {
+            " (control)"
+        } else {
+            ""
+        };
+        table.row([
+            format!("{}{role}", version.name),
+            version.asked_text.clone(),
+            percent(version.in_force),
+            maybe_percent(version.measured),
+            version.buckets.to_string(),
+            version.connections.to_string(),
+        ]);
+        for backend in &version.backends {
+            let message = backend.message.as_ref();
+            let message = message.map_or_else(String::new, |message| format!(": {message}"));
+            table.row([
+                format!("  {}", backend.addr),
+                String::new(),
+                String::new(),
+                String::new(),
+                backend.buckets.to_string(),
+                backend.connections.to_string(),
+                backend.weight.to_string(),
+                format!("{}{message}", backend.state),
+            ]);
+        }
+    }
+    out.push_str(&table.render("  "));
+    out
+}
+
+/// Interfaces, packets by reason and maps.
+fn host(status: &Status) -> String {
+    let mut interfaces = Table::new([
+        ("INTERFACE", Align::Left),
+        ("MODE", Align::Left),
+        ("", Align::Left),
+    ]);
+    for interface in &status.interfaces {
+        let mode = interface.mode.clone();
+        interfaces.row([
+            interface.name.clone(),
+            mode.unwrap_or_else(|| "not attached".to_owned()),
+            interface.message.clone().unwrap_or_default(),
+        ]);
+    }
+    let mut reasons = Table::new([
+        ("REASON", Align::Left),
+        ("VERDICT", Align::Left),
+        ("PACKETS", Align::Right),
+    ]);
+    let counted = status.reasons.iter().filter(|reason| reason.packets > 0);
+    for reason in counted.clone() {
+        reasons.row([
+            reason.reason.clone(),
+            reason.verdict.clone(),
+            reason.packets.to_string(),
+        ]);
+    }
+    let mut maps = Table::new([
+        ("MAP", Align::Left),
+        ("USED", Align::Right),
+        ("CAPACITY", Align::Right),
+        ("MEMORY", Align::Right),
+    ]);
+    for map in &status.maps {
+        maps.row([
+            map.name.clone(),
+            map.used
+                .map_or_else(|| "-".to_owned(), |used| used.to_string()),
+            map.capacity.to_string(),
+            bytes(map.memory_bytes),
+        ]);
+    }
+    let mut parts = vec![interfaces.render("")];
+    if counted.count() > 0 {
+        parts.push(reasons.render(""));
+    }
+    if !status.maps.is_empty() {
+        parts.push(maps.render(""));
+        let all = status.maps.iter().map(|map| map.memory_bytes).sum();
+        parts.push(format!("memory of all maps: {}\n", bytes(all)));
+    }
+    parts.join("\n")
+}
