@@ -1,0 +1,301 @@
+//! Stage 2: which backend of a version gets each of its buckets.
+//!
+//! Owns quotas, the placement, and what is remembered to make it fast. Must not know of
+//! owners, shares or fallback: it is given buckets and backends.
+//!
+//! 1. *Quotas.* Each backend's number of buckets is its weight's part of all, by largest
+//!    remainder, ties by identity: exact to one bucket.
+//! 2. *Base placement*, over all configured backends, available or not: bucket after bucket
+//!    takes the backend it wants most (weighted rendezvous) among those below their quota.
+//! 3. *Settling.* With the quotas of the available backends, the buckets of the others, and
+//!    no more than that, take the available backend they want most that has room.
+//!
+//! So a backend that fails or is drained, alone, moves not one bucket more than it must, and
+//! when it comes back everything is as it was. A placement over the available backends alone
+//! would shift others too, because quotas change for all.
+
+use super::score::{BackendKey, BucketKey, draw, exponential, unit};
+
+/// A backend as placement sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Weighted {
+    pub(super) identity: u64,
+    /// Above 0.
+    pub(super) weight: u32,
+}
+
+/// Each backend's number of buckets: `buckets` divided in proportion to `weights`, by
+/// largest remainder, the earlier of equal ones first. All zero if all weights are.
+pub fn quotas(buckets: u32, weights: &[u32]) -> Vec<u32> {
+    let total: u64 = weights.iter().map(|&w| u64::from(w)).sum();
+    if total == 0 {
+        return vec![0; weights.len()];
+    }
+    let product = |weight: u32| u64::from(buckets) * u64::from(weight);
+    let mut quotas: Vec<u32> = weights
+        .iter()
+        .map(|&w| (product(w) / total) as u32)
+        .collect();
+    let missing = (buckets - quotas.iter().sum::<u32>()) as usize;
+    if missing > 0 {
+        let mut order: Vec<usize> = (0..weights.len()).collect();
+        let key = |&i: &usize| (std::cmp::Reverse(product(weights[i]) % total), i);
+        order.select_nth_unstable_by_key(missing - 1, key);
+        for &i in &order[..missing] {
+            quotas[i] += 1;
+        }
+    }
+    quotas
+}
+
+/// Backends as the inner loops want them.
+struct Field {
+    keys: Vec<BackendKey>,
+    /// 1 / weight.
+    inverse: Vec<f64>,
+    /// All weights are the same: draws can be compared as they are.
+    uniform: bool,
+}
+
+impl Field {
+    fn new(backends: &[Weighted]) -> Self {
+        Self {
+            keys: backends
+                .iter()
+                .map(|b| BackendKey::new(b.identity))
+                .collect(),
+            inverse: backends.iter().map(|b| 1.0 / f64::from(b.weight)).collect(),
+            uniform: backends
+                .windows(2)
+                .all(|pair| pair[0].weight == pair[1].weight),
+        }
+    }
+
+    /// The backend that a bucket wants most, of all. `bounds` is scratch space.
+    fn first(&self, bucket: u32, bounds: &mut Vec<f64>) -> usize {
+        let key = BucketKey::new(bucket);
+        let mut best = Best::new(0);
+        if self.uniform {
+            for (i, &backend) in self.keys.iter().enumerate() {
+                best.offer_draw(i, draw(key, backend));
+            }
+            return best.index;
+        }
+        // −ln(1 − v) ≥ v + v²/2: one logarithm, of the backend where that bound is least, and
+        // nearly every other is out without one. In eights, so that there is hardly a branch
+        // that the processor can't foresee.
+        bounds.clear();
+        let pairs = self.keys.iter().zip(&self.inverse);
+        bounds.extend(pairs.map(|(&backend, &inverse)| {
+            let v = unit(draw(key, backend));
+            (v + 0.5 * v * v) * inverse
+        }));
+        let least_bound = least(bounds);
+        if let Some(i) = bounds.iter().position(|&bound| bound == least_bound) {
+            best.offer_cost(i, draw(key, self.keys[i]), self.inverse[i]);
+            bounds[i] = f64::INFINITY;
+        }
+        for (eight, bounds) in bounds.chunks(8).enumerate() {
+            if least(bounds) < best.cost {
+                for i in eight * 8..eight * 8 + bounds.len() {
+                    best.offer_cost(i, draw(key, self.keys[i]), self.inverse[i]);
+                }
+            }
+        }
+        best.index
+    }
+
+    /// The backend that a bucket wants most, of `open` ones (not empty).
+    fn first_of(&self, bucket: u32, open: &[u16]) -> usize {
+        let key = BucketKey::new(bucket);
+        let mut best = Best::new(open.first().map_or(0, |&i| i.into()));
+        for i in open.iter().map(|&i| usize::from(i)) {
+            let draw = draw(key, self.keys[i]);
+            if self.uniform {
+                best.offer_draw(i, draw);
+            } else {
+                best.offer_cost(i, draw, self.inverse[i]);
+            }
+        }
+        best.index
+    }
+}
+
+/// The least of `values`, without each comparison waiting for the one before.
+fn least(values: &[f64]) -> f64 {
+    let mut lanes = [f64::INFINITY; 8];
+    for eight in values.chunks(8) {
+        for (lane, &value) in lanes.iter_mut().zip(eight) {
+            *lane = if value < *lane { value } else { *lane };
+        }
+    }
+    lanes.into_iter().fold(
+        f64::INFINITY,
+        |least, lane| if lane < least { lane } else { least },
+    )
+}
+
+/// The best offer so far; of equal ones the first.
+struct Best {
+    index: usize,
+    draw: u64,
+    cost: f64,
+}
+
+impl Best {
+    /// No offer yet; `first` stands if none is better than the worst there can be.
+    fn new(first: usize) -> Self {
+        Self {
+            index: first,
+            draw: u64::MAX,
+            cost: f64::INFINITY,
+        }
+    }
+
+    #[inline(always)]
+    fn offer_draw(&mut self, index: usize, draw: u64) {
+        if draw < self.draw {
+            (self.index, self.draw) = (index, draw);
+        }
+    }
+
+    #[inline(always)]
+    fn offer_cost(&mut self, index: usize, draw: u64, inverse_weight: f64) {
+        let v = unit(draw);
+        if v * inverse_weight < self.cost {
+            let cost = exponential(v) * inverse_weight;
+            if cost < self.cost {
+                (self.index, self.cost) = (index, cost);
+            }
+        }
+    }
+}
+
+const UNKNOWN: u16 = u16::MAX;
+
+/// Backends of one version, at most: an index must fit, and one value is spare.
+pub const MAX_BACKENDS: usize = UNKNOWN as usize;
+
+/// Places buckets on the backends of one configuration, and remembers each bucket's first
+/// choice. What it remembers changes its speed only.
+///
+/// Memory: two bytes for each bucket of the table.
+pub(super) struct Placer {
+    backends: Vec<Weighted>,
+    field: Field,
+    first_choice: Vec<u16>,
+}
+
+impl Placer {
+    /// `backends` in order of identity, at most [`MAX_BACKENDS`].
+    pub(super) fn new(backends: Vec<Weighted>, table_buckets: usize) -> Self {
+        let field = Field::new(&backends);
+        Self {
+            backends,
+            field,
+            first_choice: vec![UNKNOWN; table_buckets],
+        }
+    }
+
+    pub(super) fn backends(&self) -> &[Weighted] {
+        &self.backends
+    }
+
+    pub(super) fn table_buckets(&self) -> usize {
+        self.first_choice.len()
+    }
+
+    /// For each of `buckets` (ascending), the index of its backend.
+    ///
+    /// `available`: one for each backend, at least one of them true.
+    pub(super) fn place(&mut self, buckets: &[u32], available: &[bool]) -> Vec<u16> {
+        let count = buckets.len() as u32;
+        let configured = quotas(count, &self.weights(|_| true));
+        let mut placed = self.base(buckets, configured.clone());
+        if !available.iter().all(|&available| available) {
+            self.settle(buckets, &mut placed, &configured, available);
+        }
+        placed
+    }
+
+    fn weights(&self, counts: impl Fn(usize) -> bool) -> Vec<u32> {
+        self.backends
+            .iter()
+            .enumerate()
+            .map(|(i, b)| if counts(i) { b.weight } else { 0 })
+            .collect()
+    }
+
+    fn base(&mut self, buckets: &[u32], quotas: Vec<u32>) -> Vec<u16> {
+        let mut room = Room::new(quotas);
+        let mut bounds = Vec::with_capacity(self.backends.len());
+        let mut placed = Vec::with_capacity(buckets.len());
+        for &bucket in buckets {
+            let choice = &mut self.first_choice[bucket as usize];
+            if *choice == UNKNOWN {
+                *choice = self.field.first(bucket, &mut bounds) as u16;
+            }
+            let mut index = usize::from(*choice);
+            if room.left[index] == 0 {
+                index = self.field.first_of(bucket, &room.open);
+            }
+            room.take(index);
+            placed.push(index as u16);
+        }
+        placed
+    }
+
+    fn settle(&self, buckets: &[u32], placed: &mut [u16], has: &[u32], available: &[bool]) {
+        let wants = quotas(buckets.len() as u32, &self.weights(|i| available[i]));
+        let mut room = Room::new(
+            has.iter()
+                .zip(&wants)
+                .map(|(h, w)| w.saturating_sub(*h))
+                .collect(),
+        );
+        // Of the available ones, too, some may have one more than they should: a larger part
+        // can have a smaller remainder. They give the last.
+        let mut gives: Vec<u32> = has
+            .iter()
+            .zip(&wants)
+            .map(|(h, w)| h.saturating_sub(*w))
+            .collect();
+        let mut free = Vec::with_capacity(gives.iter().sum::<u32>() as usize);
+        for (at, &index) in placed.iter().enumerate().rev() {
+            let gives = &mut gives[usize::from(index)];
+            if *gives > 0 {
+                *gives -= 1;
+                free.push(at);
+            }
+        }
+        for &at in free.iter().rev() {
+            let index = self.field.first_of(buckets[at], &room.open);
+            room.take(index);
+            placed[at] = index as u16;
+        }
+    }
+}
+
+/// What each backend may still get.
+struct Room {
+    left: Vec<u32>,
+    /// Those with any left, ascending.
+    open: Vec<u16>,
+}
+
+impl Room {
+    fn new(left: Vec<u32>) -> Self {
+        let open = (0..left.len())
+            .filter(|&i| left[i] > 0)
+            .map(|i| i as u16)
+            .collect();
+        Self { left, open }
+    }
+
+    fn take(&mut self, index: usize) {
+        self.left[index] -= 1;
+        if self.left[index] == 0 {
+            self.open.retain(|&i| usize::from(i) != index);
+        }
+    }
+}

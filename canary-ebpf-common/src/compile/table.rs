@@ -1,0 +1,327 @@
+//! A whole table: stage 2 for every version, with fallback.
+//!
+//! Owns which backends a version's buckets may go to, and what is remembered from one
+//! compilation to the next. Must not know how buckets are placed among them.
+
+use std::fmt;
+
+use super::{
+    MAX_BACKENDS, OwnersError,
+    backends::{Placer, Weighted},
+    owners,
+};
+use crate::abi::MAX_VERSIONS;
+
+/// One server of a version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Backend {
+    /// [`super::identity`] of its address; distinct within a version.
+    pub identity: u64,
+    /// Its part of the version's buckets, relative to the others'; 0 for none.
+    pub weight: u32,
+    /// Whether it may get new connections: it passes its checks and is neither drained nor
+    /// in maintenance. Prefer this to a weight of 0 for what will come back: it moves less.
+    pub healthy: bool,
+}
+
+/// The backends of one version.
+#[derive(Clone, Copy, Debug)]
+pub struct Version<'a> {
+    /// Its slot.
+    pub slot: u8,
+    /// All that are configured, in any order.
+    pub backends: &'a [Backend],
+}
+
+/// Where the buckets of a version go that has no healthy backend.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Fallback {
+    /// To control's backends.
+    #[default]
+    Control,
+    /// Nowhere.
+    None,
+}
+
+/// All that a table follows from.
+#[derive(Clone, Copy, Debug)]
+pub struct Input<'a> {
+    /// The owner of each bucket.
+    pub owners: &'a [u8],
+    /// Every version that owns a bucket, and control; in any order.
+    pub versions: &'a [Version<'a>],
+    /// Slot of the control version.
+    pub control: u8,
+    /// What becomes of a version without a healthy backend.
+    pub fallback: Fallback,
+}
+
+/// Where a bucket's new connections go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Target {
+    /// The version whose backend it is: the owner, or control.
+    pub slot: u8,
+    /// Index into that version's [`Version::backends`].
+    pub backend: u16,
+}
+
+/// A compiled table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Output {
+    /// For each bucket its target; `None` gets nothing.
+    pub targets: Vec<Option<Target>>,
+    /// No backend of control is healthy, so all of them were taken to be. For an alert.
+    pub control_checks_ignored: bool,
+    /// Bit *n*: the version in slot *n* owns buckets and has no healthy backend, so
+    /// [`Input::fallback`] decided. Set for control when it has no backend to use at all.
+    pub fell_back: u16,
+}
+
+/// Why an input makes no table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InputError {
+    /// The owners are none.
+    Owners(OwnersError),
+    /// A version's slot is none.
+    UnknownSlot(u8),
+    /// Two versions have one slot.
+    DuplicateSlot(u8),
+    /// The version that a bucket belongs to, or control, is not given.
+    MissingVersion(u8),
+    /// A version has more than [`MAX_BACKENDS`] backends.
+    TooManyBackends(u8),
+    /// Two backends of one version have one identity.
+    DuplicateBackend {
+        /// The version's slot.
+        slot: u8,
+        /// The identity.
+        identity: u64,
+    },
+}
+
+impl fmt::Display for InputError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Owners(error) => error.fmt(f),
+            Self::UnknownSlot(slot) => write!(f, "slot {slot}: slots end at {}", MAX_VERSIONS - 1),
+            Self::DuplicateSlot(slot) => write!(f, "two versions have slot {slot}"),
+            Self::MissingVersion(slot) => write!(f, "the version in slot {slot} is missing"),
+            Self::TooManyBackends(slot) => {
+                write!(
+                    f,
+                    "the version in slot {slot} has more than {MAX_BACKENDS} backends"
+                )
+            }
+            Self::DuplicateBackend { slot, identity } => {
+                write!(
+                    f,
+                    "two backends of the version in slot {slot} have identity {identity:016x}"
+                )
+            }
+        }
+    }
+}
+
+impl std::error::Error for InputError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Owners(error) => Some(error),
+            _ => None,
+        }
+    }
+}
+
+/// Compiles tables of one service, and remembers what makes the next one fast.
+///
+/// What it returns depends on the input alone: a new `Compiler` gives the same. Memory: two
+/// bytes for each bucket and version, and as much again while backends are exchanged.
+///
+/// ```
+/// use canary_ebpf_common::compile::{Backend, Compiler, Fallback, Input, Version, identity, initial_owners};
+/// let [a, b] = ["10.0.1.1:80", "10.0.1.2:80"]
+///     .map(|addr| Backend { identity: identity(&addr.parse().unwrap()), weight: 1, healthy: true });
+/// let owners = initial_owners(4096, 0);
+/// let input = Input {
+///     owners: &owners,
+///     versions: &[Version { slot: 0, backends: &[a, b] }],
+///     control: 0,
+///     fallback: Fallback::Control,
+/// };
+/// let table = Compiler::new().compile(&input)?;
+/// let of_b = table.targets.iter().flatten().filter(|target| target.backend == 1);
+/// assert_eq!(of_b.count(), 2048);
+/// # Ok::<(), canary_ebpf_common::compile::InputError>(())
+/// ```
+#[derive(Default)]
+pub struct Compiler {
+    placers: Vec<Remembered>,
+}
+
+struct Remembered {
+    placer: Placer,
+    used: bool,
+}
+
+/// A version, checked and put in order.
+struct Ordered {
+    slot: u8,
+    /// Those of weight above 0, by identity.
+    backends: Vec<Weighted>,
+    /// Index of each of them in the caller's list.
+    given: Vec<u16>,
+    /// Which of them may get buckets.
+    available: Vec<bool>,
+    /// Whether any may.
+    usable: bool,
+    checks_ignored: bool,
+}
+
+impl Compiler {
+    /// One that remembers nothing yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The table that follows from `input`.
+    ///
+    /// Weights hold to one bucket in every version. A version without a healthy backend of
+    /// weight above 0 falls back. Its buckets are then placed on control's backends by
+    /// themselves, again exact to one bucket, so that neither control's own buckets nor
+    /// those of another version that fell back move because of it. If no backend of control
+    /// is healthy, all are taken to be.
+    ///
+    /// # Errors
+    ///
+    /// Any [`InputError`]: mistakes of the caller, none of which comes from health, weights or shares.
+    pub fn compile(&mut self, input: &Input<'_>) -> Result<Output, InputError> {
+        let &Input {
+            owners,
+            versions,
+            control,
+            fallback,
+        } = input;
+        let counts = owners::counts(owners).map_err(InputError::Owners)?;
+        let mut by_slot: [Option<Ordered>; MAX_VERSIONS] = Default::default();
+        for version in versions {
+            let slot = by_slot
+                .get_mut(usize::from(version.slot))
+                .ok_or(InputError::UnknownSlot(version.slot))?;
+            if slot.is_some() {
+                return Err(InputError::DuplicateSlot(version.slot));
+            }
+            *slot = Some(Ordered::new(version, version.slot == control)?);
+        }
+        let of_control = by_slot
+            .get(usize::from(control))
+            .and_then(Option::as_ref)
+            .ok_or(InputError::MissingVersion(control))?;
+
+        let mut buckets: [Vec<u32>; MAX_VERSIONS] =
+            std::array::from_fn(|slot| Vec::with_capacity(counts[slot] as usize));
+        for (bucket, &owner) in owners.iter().enumerate() {
+            buckets[usize::from(owner)].push(bucket as u32);
+        }
+        for remembered in &mut self.placers {
+            remembered.used = false;
+        }
+        let mut targets = vec![None; owners.len()];
+        let mut fell_back = 0;
+        for (slot, buckets) in buckets
+            .iter()
+            .enumerate()
+            .filter(|(_, buckets)| !buckets.is_empty())
+        {
+            let own = by_slot[slot]
+                .as_ref()
+                .ok_or(InputError::MissingVersion(slot as u8))?;
+            let version = match (own.usable, fallback) {
+                (true, _) => own,
+                (false, rule) => {
+                    fell_back |= 1 << slot;
+                    match rule {
+                        Fallback::Control if of_control.usable => of_control,
+                        Fallback::Control | Fallback::None => continue,
+                    }
+                }
+            };
+            let placed = self
+                .placer(version, owners.len())
+                .place(buckets, &version.available);
+            for (&bucket, &index) in buckets.iter().zip(&placed) {
+                let backend = version.given[usize::from(index)];
+                targets[bucket as usize] = Some(Target {
+                    slot: version.slot,
+                    backend,
+                });
+            }
+        }
+        self.placers.retain(|remembered| remembered.used);
+        Ok(Output {
+            targets,
+            control_checks_ignored: of_control.checks_ignored,
+            fell_back,
+        })
+    }
+
+    /// The placer for a version's backends, remembered or new.
+    fn placer(&mut self, version: &Ordered, table_buckets: usize) -> &mut Placer {
+        let fits =
+            |p: &Placer| p.backends() == version.backends && p.table_buckets() == table_buckets;
+        let at = self
+            .placers
+            .iter()
+            .position(|r| fits(&r.placer))
+            .unwrap_or_else(|| {
+                let placer = Placer::new(version.backends.clone(), table_buckets);
+                self.placers.push(Remembered { placer, used: true });
+                self.placers.len() - 1
+            });
+        let remembered = &mut self.placers[at];
+        remembered.used = true;
+        &mut remembered.placer
+    }
+}
+
+impl Ordered {
+    fn new(version: &Version<'_>, is_control: bool) -> Result<Self, InputError> {
+        let &Version { slot, backends } = version;
+        if backends.len() > MAX_BACKENDS {
+            return Err(InputError::TooManyBackends(slot));
+        }
+        let of = |i: &u16| backends[usize::from(*i)];
+        let mut given: Vec<u16> = (0..backends.len() as u16).collect();
+        given.sort_unstable_by_key(|i| of(i).identity);
+        if let Some(pair) = given
+            .windows(2)
+            .find(|pair| of(&pair[0]).identity == of(&pair[1]).identity)
+        {
+            return Err(InputError::DuplicateBackend {
+                slot,
+                identity: of(&pair[0]).identity,
+            });
+        }
+        given.retain(|i| of(i).weight > 0);
+        let mut available: Vec<bool> = given.iter().map(|i| of(i).healthy).collect();
+        let checks_ignored = is_control && !given.is_empty() && !available.contains(&true);
+        if checks_ignored {
+            available.fill(true);
+        }
+        let backends = given.iter().map(of);
+        Ok(Self {
+            slot,
+            backends: backends
+                .map(
+                    |Backend {
+                         identity,
+                         weight,
+                         healthy: _,
+                     }| Weighted { identity, weight },
+                )
+                .collect(),
+            usable: available.contains(&true),
+            given,
+            available,
+            checks_ignored,
+        })
+    }
+}
