@@ -26,11 +26,7 @@ mod measure {
         (0..count)
             .map(|i| {
                 let identity = (version << 32 | i).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-                Backend {
-                    identity,
-                    weight: (1 + identity % heaviest) as u32,
-                    healthy: true,
-                }
+                Backend { identity, weight: (1 + identity % heaviest) as u32, healthy: true }
             })
             .collect()
     }
@@ -38,10 +34,7 @@ mod measure {
     fn report(what: &str, mut run: impl FnMut() -> Duration) {
         let mut times: Vec<Duration> = (0..21).map(|_| run()).collect();
         times.sort_unstable();
-        println!(
-            "{what:<58} median {:>10.3?}  least {:>10.3?}",
-            times[10], times[0]
-        );
+        println!("{what:<58} median {:>10.3?}  least {:>10.3?}", times[10], times[0]);
     }
 
     fn owners_at(permille: u32) -> Vec<u8> {
@@ -57,39 +50,20 @@ mod measure {
     }
 
     fn table_of<'a>(owners: &'a [u8], versions: &'a [Version<'a>]) -> Input<'a> {
-        Input {
-            owners,
-            versions,
-            control: 0,
-            fallback: Fallback::Control,
-        }
+        Input { owners, versions, control: 0, fallback: Fallback::Control }
     }
 
     pub(super) fn all() {
         for heaviest in [1, 10] {
             let (stable, canary) = (backends(0, 100, heaviest), backends(1, 100, heaviest));
-            let versions = [
-                Version {
-                    slot: 0,
-                    backends: &stable,
-                },
-                Version {
-                    slot: 1,
-                    backends: &canary,
-                },
-            ];
-            let weights = if heaviest == 1 {
-                "equal weights"
-            } else {
-                "weights 1 to 10"
-            };
+            let versions =
+                [Version { slot: 0, backends: &stable }, Version { slot: 1, backends: &canary }];
+            let weights = if heaviest == 1 { "equal weights" } else { "weights 1 to 10" };
 
             let owners = initial_owners(BUCKETS, 0);
             report(&format!("whole table, 100 backends, {weights}"), || {
                 let start = Instant::now();
-                let table = Compiler::new()
-                    .compile(&table_of(&owners, &versions))
-                    .expect("valid");
+                let table = Compiler::new().compile(&table_of(&owners, &versions)).expect("valid");
                 let took = start.elapsed();
                 assert!(table.targets.iter().all(Option::is_some));
                 took
@@ -101,35 +75,23 @@ mod measure {
                     &format!("split {}% to {}%, 2 x 100, {weights}", from / 10, to / 10),
                     || {
                         let mut compiler = Compiler::new();
-                        compiler
-                            .compile(&table_of(&before, &versions))
-                            .expect("valid");
+                        compiler.compile(&table_of(&before, &versions)).expect("valid");
                         let mut owners = before.clone();
                         let start = Instant::now();
                         let changes = plan(&owners, &wanted, 7).expect("owners fit");
                         apply(&mut owners, &changes).expect("the plan is for these owners");
-                        compiler
-                            .compile(&table_of(&owners, &versions))
-                            .expect("valid");
+                        compiler.compile(&table_of(&owners, &versions)).expect("valid");
                         start.elapsed()
                     },
                 );
             }
             for down in [1, 10, 50] {
                 let mut failing = stable.clone();
-                failing
-                    .iter_mut()
-                    .take(down)
-                    .for_each(|backend| backend.healthy = false);
-                let after = [Version {
-                    slot: 0,
-                    backends: &failing,
-                }];
+                failing.iter_mut().take(down).for_each(|backend| backend.healthy = false);
+                let after = [Version { slot: 0, backends: &failing }];
                 report(&format!("{down} of 100 backends fail, {weights}"), || {
                     let mut compiler = Compiler::new();
-                    compiler
-                        .compile(&table_of(&owners, &versions))
-                        .expect("valid");
+                    compiler.compile(&table_of(&owners, &versions)).expect("valid");
                     let start = Instant::now();
                     compiler.compile(&table_of(&owners, &after)).expect("valid");
                     start.elapsed()

@@ -48,34 +48,20 @@ impl Random {
     }
 }
 
-const CONTROL: Backend = Backend {
-    identity: 1,
-    weight: 1,
-    healthy: true,
-};
+const CONTROL: Backend = Backend { identity: 1, weight: 1, healthy: true };
 
 /// The identity that gets each bucket of slot 1; others are `None`.
 fn place(owners: &[u8], backends: &[Backend]) -> Vec<Option<u64>> {
     let table = Compiler::new()
         .compile(&Input {
             owners,
-            versions: &[
-                Version {
-                    slot: 0,
-                    backends: &[CONTROL],
-                },
-                Version { slot: 1, backends },
-            ],
+            versions: &[Version { slot: 0, backends: &[CONTROL] }, Version { slot: 1, backends }],
             control: 0,
             fallback: Fallback::None,
         })
         .unwrap();
     let of = |t: canary_ebpf_common::compile::Target| backends[usize::from(t.backend)].identity;
-    table
-        .targets
-        .into_iter()
-        .map(|t| t.filter(|t| t.slot == 1).map(of))
-        .collect()
+    table.targets.into_iter().map(|t| t.filter(|t| t.slot == 1).map(of)).collect()
 }
 
 /// The buckets that must move: by as many do the numbers grow.
@@ -83,21 +69,12 @@ fn must(owned: u32, before: &[Backend], after: &[Backend]) -> u32 {
     let count = |set: &[Backend]| {
         let mut set: Vec<Backend> = set.to_vec();
         set.sort_by_key(|b| b.identity);
-        let weights: Vec<u32> = set
-            .iter()
-            .map(|b| if b.healthy { b.weight } else { 0 })
-            .collect();
+        let weights: Vec<u32> = set.iter().map(|b| if b.healthy { b.weight } else { 0 }).collect();
         let counts = quotas(owned, &weights);
-        set.iter()
-            .map(|b| b.identity)
-            .zip(counts)
-            .collect::<std::collections::HashMap<_, _>>()
+        set.iter().map(|b| b.identity).zip(counts).collect::<std::collections::HashMap<_, _>>()
     };
     let (before, after) = (count(before), count(after));
-    after
-        .iter()
-        .map(|(id, n)| n.saturating_sub(before.get(id).copied().unwrap_or(0)))
-        .sum()
+    after.iter().map(|(id, n)| n.saturating_sub(before.get(id).copied().unwrap_or(0))).sum()
 }
 
 fn moved(before: &[Option<u64>], after: &[Option<u64>]) -> u32 {
@@ -150,10 +127,7 @@ fn one_backend_that_fails_and_comes_back_moves_not_one_bucket_too_many() {
                 failing[random.below(count)].healthy = false;
                 let must = must(owned, &all, &failing);
                 let moved = moved(&place(&owners, &all), &place(&owners, &failing));
-                assert_eq!(
-                    moved, must,
-                    "{owned} buckets, {count} backends, weights to {heaviest}"
-                );
+                assert_eq!(moved, must, "{owned} buckets, {count} backends, weights to {heaviest}");
             }
         }
     }
@@ -289,9 +263,7 @@ fn a_change_of_share_leaves_most_of_the_version_where_it_is() {
         apply(&mut next, &plan(&owners, &wanted, 99).unwrap()).unwrap();
         let (before, after) = (place(&owners, &backends), place(&next, &backends));
         let pairs = before.iter().zip(&after);
-        let moving = pairs
-            .filter(|(b, a)| b.is_some() && a.is_some() && a != b)
-            .count();
+        let moving = pairs.filter(|(b, a)| b.is_some() && a.is_some() && a != b).count();
         println!(
             "share {from} to {to}, {count} backends, weights to {heaviest}: {moving} others move"
         );

@@ -40,12 +40,9 @@ fn growth_within_a_rollout_is_nested_and_lowering_gives_back_the_last_first() {
     for pair in at.windows(2) {
         assert!(owned(&pair[0], 1).iter().all(|&b| pair[1][b] == 1));
     }
-    for (count, then) in [
-        (32_768, &at[2]),
-        (3277, &at[1]),
-        (655, &at[0]),
-        (0, &initial_owners(65_536, 3)),
-    ] {
+    for (count, then) in
+        [(32_768, &at[2]), (3277, &at[1]), (655, &at[0]), (0, &initial_owners(65_536, 3))]
+    {
         go(&mut owners, 3, &[(1, count)], 42);
         assert_eq!(&owners, then, "{count}");
     }
@@ -56,21 +53,11 @@ fn versions_that_grow_together_from_control_shrink_together_to_where_they_were()
     let mut owners = initial_owners(4096, 0);
     let mut at = Vec::new();
     for step in [0, 10, 100, 800] {
-        go(
-            &mut owners,
-            0,
-            &[(1, step), (2, 2 * step), (7, step / 2)],
-            5,
-        );
+        go(&mut owners, 0, &[(1, step), (2, 2 * step), (7, step / 2)], 5);
         at.push((step, owners.clone()));
     }
     for (step, then) in at.into_iter().rev() {
-        go(
-            &mut owners,
-            0,
-            &[(1, step), (2, 2 * step), (7, step / 2)],
-            5,
-        );
+        go(&mut owners, 0, &[(1, step), (2, 2 * step), (7, step / 2)], 5);
         assert_eq!(owners, then, "{step}");
     }
 }
@@ -105,11 +92,7 @@ fn what_one_version_loses_goes_straight_to_the_other() {
 fn unchanged_and_changed(wanted: &[(u8, &str, bool)]) -> Vec<Wanted> {
     wanted
         .iter()
-        .map(|&(slot, text, changed)| Wanted {
-            slot,
-            share: share(text),
-            changed,
-        })
+        .map(|&(slot, text, changed)| Wanted { slot, share: share(text), changed })
         .collect()
 }
 
@@ -128,44 +111,23 @@ fn a_whole_split_is_rounded_to_one_bucket() {
     for (wanted, counts) in [
         (&[][..], vec![65_536]),
         (&[(1, "5%", true)], vec![62_259, 3277]),
+        (&[(1, "50%", true), (2, "50%", true)], vec![0, 32_768, 32_768]),
         (
-            &[(1, "50%", true), (2, "50%", true)],
-            vec![0, 32_768, 32_768],
-        ),
-        (
-            &[
-                (1, "33.333333333%", true),
-                (2, "33.333333333%", true),
-                (3, "33.333333334%", true),
-            ],
+            &[(1, "33.333333333%", true), (2, "33.333333333%", true), (3, "33.333333334%", true)],
             vec![1, 21_845, 21_845, 21_845],
         ),
         // Control's share is 0.0001 %: not nothing.
-        (
-            &[(1, "50%", true), (2, "49.9999%", true)],
-            vec![1, 32_768, 32_767],
-        ),
+        (&[(1, "50%", true), (2, "49.9999%", true)], vec![1, 32_768, 32_767]),
         // 21845.6, 21845.6 and 21844.8, each rounded up, are one too many.
         (
-            &[
-                (1, "33.333740234%", true),
-                (2, "33.333740234%", true),
-                (3, "33.332519532%", true),
-            ],
+            &[(1, "33.333740234%", true), (2, "33.333740234%", true), (3, "33.332519532%", true)],
             vec![0, 21_845, 21_846, 21_845],
         ),
         (&[(1, "0.000001%", true)], vec![65_535, 1]),
         (&[(1, "99.999999%", true)], vec![1, 65_535]),
+        (&[(1, "99.999999%", true), (2, "0.000001%", true)], vec![0, 65_535, 1]),
         (
-            &[(1, "99.999999%", true), (2, "0.000001%", true)],
-            vec![0, 65_535, 1],
-        ),
-        (
-            &[
-                (1, "99.999998%", true),
-                (2, "0.000001%", true),
-                (3, "0.000001%", true),
-            ],
+            &[(1, "99.999998%", true), (2, "0.000001%", true), (3, "0.000001%", true)],
             vec![0, 65_534, 1, 1],
         ),
         (&[(1, "100%", true), (2, "0%", true)], vec![0, 65_536, 0]),
@@ -178,17 +140,11 @@ fn a_whole_split_is_rounded_to_one_bucket() {
 fn rounding_takes_nothing_from_a_version_that_nobody_changes() {
     // 32767.5 was once rounded up; the second, 32768.5, has to make do with 32,768.
     assert_eq!(
-        rounded(
-            &[(1, 32_768)],
-            &[(1, "49.99923706%", false), (2, "50.00076294%", true)]
-        ),
+        rounded(&[(1, 32_768)], &[(1, "49.99923706%", false), (2, "50.00076294%", true)]),
         [0, 32_768, 32_768]
     );
     // What was once trimmed stays so when there is room again.
-    assert_eq!(
-        rounded(&[(1, 3276)], &[(1, "5%", false), (2, "1%", true)]),
-        [61_605, 3276, 655]
-    );
+    assert_eq!(rounded(&[(1, 3276)], &[(1, "5%", false), (2, "1%", true)]), [61_605, 3276, 655]);
     // Not in force yet: rounded although unchanged.
     assert_eq!(rounded(&[], &[(1, "5%", false)]), [62_259, 3277]);
 }
@@ -202,31 +158,16 @@ fn a_split_that_cannot_be_says_why() {
     };
     assert_eq!(
         try_it(0, &[(1, "60%", true), (2, "50%", true)]),
-        SplitError::AboveWhole {
-            wanted: 72_090,
-            buckets: 65_536
-        }
+        SplitError::AboveWhole { wanted: 72_090, buckets: 65_536 }
     );
-    assert_eq!(
-        try_it(0, &[(0, "1%", true)]),
-        SplitError::ControlHasShare(0)
-    );
+    assert_eq!(try_it(0, &[(0, "1%", true)]), SplitError::ControlHasShare(0));
     assert_eq!(try_it(0, &[(16, "1%", true)]), SplitError::UnknownSlot(16));
     assert_eq!(try_it(16, &[]), SplitError::UnknownSlot(16));
-    assert_eq!(
-        try_it(0, &[(1, "1%", true), (1, "1%", true)]),
-        SplitError::Duplicate(1)
-    );
-    assert_eq!(
-        targets(&[0; MAX_VERSIONS], 0, &[]),
-        Err(SplitError::BucketCount(0))
-    );
+    assert_eq!(try_it(0, &[(1, "1%", true), (1, "1%", true)]), SplitError::Duplicate(1));
+    assert_eq!(targets(&[0; MAX_VERSIONS], 0, &[]), Err(SplitError::BucketCount(0)));
     assert_eq!(
         Targets::exact(8, 0, &[(1, 5), (2, 4)]),
-        Err(SplitError::AboveWhole {
-            wanted: 9,
-            buckets: 8
-        })
+        Err(SplitError::AboveWhole { wanted: 9, buckets: 8 })
     );
     assert_eq!(Targets::exact(0, 0, &[]), Err(SplitError::BucketCount(0)));
 }
@@ -236,17 +177,11 @@ fn a_plan_for_other_owners_is_refused() {
     let wanted = Targets::exact(8, 0, &[(1, 4)]).unwrap();
     assert_eq!(
         plan(&[0; 16], &wanted, 0),
-        Err(OwnersError::BucketsDiffer {
-            owners: 16,
-            wanted: 8
-        })
+        Err(OwnersError::BucketsDiffer { owners: 16, wanted: 8 })
     );
     assert_eq!(
         plan(&[0, 0, 99, 0, 0, 0, 0, 0], &wanted, 0),
-        Err(OwnersError::UnknownSlot {
-            bucket: 2,
-            slot: 99
-        })
+        Err(OwnersError::UnknownSlot { bucket: 2, slot: 99 })
     );
     assert_eq!(plan(&[], &wanted, 0), Err(OwnersError::BucketCount(0)));
 }
@@ -257,11 +192,7 @@ fn a_change_for_other_owners_is_refused_whole() {
     let mut owners = before.clone();
     let change = |bucket, from, to| Change { bucket, from, to };
     let list = [change(0, 0, 1), change(3, 0, 1)];
-    let differs = OwnersError::OwnerDiffers {
-        bucket: 3,
-        expected: 0,
-        found: 1,
-    };
+    let differs = OwnersError::OwnerDiffers { bucket: 3, expected: 0, found: 1 };
     assert_eq!(apply(&mut owners, &list), Err(differs));
     assert_eq!(owners, before);
     assert_eq!(
@@ -270,11 +201,7 @@ fn a_change_for_other_owners_is_refused_whole() {
     );
     assert_eq!(owners, before);
     let list = [change(0, 0, 1), change(3, 0, 1)];
-    let differs = OwnersError::OwnerDiffers {
-        bucket: 0,
-        expected: 1,
-        found: 0,
-    };
+    let differs = OwnersError::OwnerDiffers { bucket: 0, expected: 1, found: 0 };
     assert_eq!(revert(&mut owners, &list), Err(differs));
     assert_eq!(owners, before);
 }
@@ -300,15 +227,9 @@ fn bytes_that_are_no_owners_or_changes_say_why() {
         (&[1][..], none(2, Some(1))),
         (&[2, 0], DecodeError::Truncated),
         (&[2, 0, 1, 0], DecodeError::Empty),
-        (
-            &[2, 0, 1, 0xff, 0xff, 0xff, 0xff, 0x0f, 1],
-            DecodeError::Truncated,
-        ),
+        (&[2, 0, 1, 0xff, 0xff, 0xff, 0xff, 0x0f, 1], DecodeError::Truncated),
         (&[2, 0, 77, 1, 1], DecodeError::UnknownSlot(77)),
-        (
-            &[2, 0, 1, 1, 0xff, 0xff, 0xff, 0xff, 0x0f],
-            DecodeError::TooMany,
-        ),
+        (&[2, 0, 1, 1, 0xff, 0xff, 0xff, 0xff, 0x0f], DecodeError::TooMany),
     ] {
         assert_eq!(decode_changes(bytes), Err(error), "{bytes:?}");
     }
@@ -319,38 +240,15 @@ fn bytes_that_are_no_owners_or_changes_say_why() {
 #[test]
 fn the_formats_are_small_and_stay_as_they_are() {
     assert_eq!(encode_owners(&[3, 3, 3, 0]), [1, 3, 3, 0, 1]);
-    let list = [
-        Change {
-            bucket: 7,
-            from: 0,
-            to: 1,
-        },
-        Change {
-            bucket: 300,
-            from: 0,
-            to: 1,
-        },
-    ];
+    let list = [Change { bucket: 7, from: 0, to: 1 }, Change { bucket: 300, from: 0, to: 1 }];
     assert_eq!(encode_changes(&list), [2, 0, 1, 2, 7, 0xa5, 2]);
     let mut owners = initial_owners(65_536, 0);
     assert_eq!(encode_owners(&owners).len(), 5);
     let changes = go(&mut owners, 0, &[(1, 3277)], 9);
-    assert!(
-        encode_owners(&owners).len() < 14_000,
-        "{}",
-        encode_owners(&owners).len()
-    );
-    assert!(
-        encode_changes(&changes).len() < 3600,
-        "{}",
-        encode_changes(&changes).len()
-    );
+    assert!(encode_owners(&owners).len() < 14_000, "{}", encode_owners(&owners).len());
+    assert!(encode_changes(&changes).len() < 3600, "{}", encode_changes(&changes).len());
     go(&mut owners, 0, &[(1, 32_768)], 9);
-    assert!(
-        encode_owners(&owners).len() < 67_000,
-        "{}",
-        encode_owners(&owners).len()
-    );
+    assert!(encode_owners(&owners).len() < 67_000, "{}", encode_owners(&owners).len());
     assert_eq!(encode_owners(&initial_owners(MAX_BUCKETS, 0)).len(), 5);
 }
 

@@ -11,11 +11,7 @@ use proptest::prelude::*;
 
 fn backend(version: u8, host: u8, weight: u32, healthy: bool) -> Backend {
     let addr = format!("10.0.{version}.{host}:8443").parse().unwrap();
-    Backend {
-        identity: identity(&addr),
-        weight,
-        healthy,
-    }
+    Backend { identity: identity(&addr), weight, healthy }
 }
 
 fn owners_with(buckets: u32, wanted: &[(u8, u32)], salt: u64) -> Vec<u8> {
@@ -32,19 +28,9 @@ fn compile_with(
     fleet: &[Vec<Backend>],
     fallback: Fallback,
 ) -> Output {
-    let versions: Vec<Version<'_>> = fleet
-        .iter()
-        .zip(0..)
-        .map(|(backends, slot)| Version { slot, backends })
-        .collect();
-    compiler
-        .compile(&Input {
-            owners,
-            versions: &versions,
-            control: 0,
-            fallback,
-        })
-        .unwrap()
+    let versions: Vec<Version<'_>> =
+        fleet.iter().zip(0..).map(|(backends, slot)| Version { slot, backends }).collect();
+    compiler.compile(&Input { owners, versions: &versions, control: 0, fallback }).unwrap()
 }
 
 fn compile(owners: &[u8], fleet: &[Vec<Backend>], fallback: Fallback) -> Output {
@@ -53,10 +39,7 @@ fn compile(owners: &[u8], fleet: &[Vec<Backend>], fallback: Fallback) -> Output 
 
 fn fleet(healthy: [[bool; 3]; 3]) -> Vec<Vec<Backend>> {
     let version = |(v, h): (usize, [bool; 3])| {
-        h.into_iter()
-            .zip(1..)
-            .map(|(healthy, host)| backend(v as u8, host, 1, healthy))
-            .collect()
+        h.into_iter().zip(1..).map(|(healthy, host)| backend(v as u8, host, 1, healthy)).collect()
     };
     healthy.into_iter().enumerate().map(version).collect()
 }
@@ -68,17 +51,11 @@ const DOWN: [bool; 3] = [false; 3];
 fn a_version_without_a_healthy_backend_falls_back_and_moves_nobody_else() {
     let owners = owners_with(4096, &[(1, 400), (2, 700)], 1);
     let before = compile(&owners, &fleet([UP, UP, UP]), Fallback::Control);
-    assert_eq!(
-        (before.fell_back, before.control_checks_ignored),
-        (0, false)
-    );
+    assert_eq!((before.fell_back, before.control_checks_ignored), (0, false));
     let one = compile(&owners, &fleet([UP, DOWN, UP]), Fallback::Control);
     let both = compile(&owners, &fleet([UP, DOWN, DOWN]), Fallback::Control);
     let none = compile(&owners, &fleet([UP, DOWN, UP]), Fallback::None);
-    assert_eq!(
-        (one.fell_back, both.fell_back, none.fell_back),
-        (0b10, 0b110, 0b10)
-    );
+    assert_eq!((one.fell_back, both.fell_back, none.fell_back), (0b10, 0b110, 0b10));
     let mut on = [0; 3];
     for (bucket, &owner) in owners.iter().enumerate() {
         if owner == 1 {
@@ -104,11 +81,7 @@ fn without_a_healthy_control_backend_its_checks_are_ignored() {
     assert_eq!(ignored.targets, healthy.targets);
     assert!(ignored.control_checks_ignored);
     // One that is well is enough to believe the checks.
-    let one = compile(
-        &owners,
-        &fleet([[false, true, false], UP, UP]),
-        Fallback::Control,
-    );
+    let one = compile(&owners, &fleet([[false, true, false], UP, UP]), Fallback::Control);
     assert!(!one.control_checks_ignored);
     let on_control = one.targets.iter().flatten().filter(|t| t.slot == 0);
     assert!(on_control.clone().count() == 3696 && on_control.clone().all(|t| t.backend == 1));
@@ -122,16 +95,8 @@ fn without_a_healthy_control_backend_its_checks_are_ignored() {
 #[test]
 fn control_without_backends_leaves_its_buckets_with_nothing() {
     let owners = owners_with(4096, &[(1, 400)], 1);
-    for control in [
-        vec![],
-        vec![backend(0, 1, 0, true)],
-        vec![backend(0, 1, 0, false)],
-    ] {
-        let table = compile(
-            &owners,
-            &[control, vec![backend(1, 1, 1, true)]],
-            Fallback::Control,
-        );
+    for control in [vec![], vec![backend(0, 1, 0, true)], vec![backend(0, 1, 0, false)]] {
+        let table = compile(&owners, &[control, vec![backend(1, 1, 1, true)]], Fallback::Control);
         assert_eq!(table.targets.iter().flatten().count(), 400);
         assert_eq!((table.fell_back, table.control_checks_ignored), (1, false));
     }
@@ -140,21 +105,11 @@ fn control_without_backends_leaves_its_buckets_with_nothing() {
 #[test]
 fn more_backends_than_buckets() {
     let owners = owners_with(4096, &[(1, 5)], 1);
-    let many: Vec<Backend> = (1..=40)
-        .map(|host| backend(1, host, 1 + u32::from(host == 7) * 9, true))
-        .collect();
-    let table = compile(
-        &owners,
-        &[vec![backend(0, 1, 1, true)], many],
-        Fallback::None,
-    );
-    let mut on: Vec<u16> = table
-        .targets
-        .iter()
-        .flatten()
-        .filter(|t| t.slot == 1)
-        .map(|t| t.backend)
-        .collect();
+    let many: Vec<Backend> =
+        (1..=40).map(|host| backend(1, host, 1 + u32::from(host == 7) * 9, true)).collect();
+    let table = compile(&owners, &[vec![backend(0, 1, 1, true)], many], Fallback::None);
+    let mut on: Vec<u16> =
+        table.targets.iter().flatten().filter(|t| t.slot == 1).map(|t| t.backend).collect();
     on.sort_unstable();
     on.dedup();
     assert_eq!(on.len(), 5, "each at most one: {on:?}");
@@ -168,43 +123,17 @@ fn an_input_that_makes_no_table_says_why() {
     let twice = [backends[0], backends[0]];
     let try_it = |versions: &[Version<'_>], control| {
         Compiler::new()
-            .compile(&Input {
-                owners: &owners,
-                versions,
-                control,
-                fallback: Fallback::None,
-            })
+            .compile(&Input { owners: &owners, versions, control, fallback: Fallback::None })
             .unwrap_err()
     };
-    let version = |slot| Version {
-        slot,
-        backends: &backends,
-    };
+    let version = |slot| Version { slot, backends: &backends };
     assert_eq!(try_it(&[version(0)], 0), InputError::MissingVersion(1));
     assert_eq!(try_it(&[version(1)], 0), InputError::MissingVersion(0));
-    assert_eq!(
-        try_it(&[version(0), version(1)], 200),
-        InputError::MissingVersion(200)
-    );
-    assert_eq!(
-        try_it(&[version(0), version(0)], 0),
-        InputError::DuplicateSlot(0)
-    );
+    assert_eq!(try_it(&[version(0), version(1)], 200), InputError::MissingVersion(200));
+    assert_eq!(try_it(&[version(0), version(0)], 0), InputError::DuplicateSlot(0));
     assert_eq!(try_it(&[version(16)], 0), InputError::UnknownSlot(16));
-    let duplicate = InputError::DuplicateBackend {
-        slot: 0,
-        identity: backends[0].identity,
-    };
-    assert_eq!(
-        try_it(
-            &[Version {
-                slot: 0,
-                backends: &twice
-            }],
-            0
-        ),
-        duplicate
-    );
+    let duplicate = InputError::DuplicateBackend { slot: 0, identity: backends[0].identity };
+    assert_eq!(try_it(&[Version { slot: 0, backends: &twice }], 0), duplicate);
 }
 
 /// FNV-1a over slot and backend of every bucket.
@@ -222,11 +151,7 @@ fn hash_of(table: &Output) -> u64 {
 /// releases send a client to two places.
 #[test]
 fn the_result_for_a_fixed_input_is_pinned() {
-    assert_eq!(
-        identity(&"10.0.1.1:8443".parse().unwrap()),
-        0xab7c_4b2f_22e2_8191,
-        "identity v4"
-    );
+    assert_eq!(identity(&"10.0.1.1:8443".parse().unwrap()), 0xab7c_4b2f_22e2_8191, "identity v4");
     assert_eq!(
         identity(&"[2001:db8:1::1]:8443".parse().unwrap()),
         0x6c0e_b080_118b_a488,
@@ -234,29 +159,17 @@ fn the_result_for_a_fixed_input_is_pinned() {
     );
 
     let mut owners = owners_with(65_536, &[(1, 3277), (2, 20_000), (3, 66)], 0x5eed);
-    let mut hash = owners
-        .iter()
-        .fold(0_u64, |h, &o| h.wrapping_mul(31).wrapping_add(o.into()));
+    let mut hash = owners.iter().fold(0_u64, |h, &o| h.wrapping_mul(31).wrapping_add(o.into()));
     assert_eq!(hash, 0xf261_a724_5c89_93d5, "owners");
-    let change = plan(
-        &owners,
-        &Targets::exact(65_536, 0, &[(1, 32_768), (2, 10_000)]).unwrap(),
-        7,
-    )
-    .unwrap();
+    let change =
+        plan(&owners, &Targets::exact(65_536, 0, &[(1, 32_768), (2, 10_000)]).unwrap(), 7).unwrap();
     apply(&mut owners, &change).unwrap();
-    hash = owners
-        .iter()
-        .fold(0_u64, |h, &o| h.wrapping_mul(31).wrapping_add(o.into()));
+    hash = owners.iter().fold(0_u64, |h, &o| h.wrapping_mul(31).wrapping_add(o.into()));
     assert_eq!(hash, 0x8210_c761_63b1_9fe4, "changed owners");
 
     let mut fleet = vec![
-        (1..=20)
-            .map(|host| backend(0, host, 1, true))
-            .collect::<Vec<_>>(),
-        (1..=30)
-            .map(|host| backend(1, host, u32::from(host) % 7, true))
-            .collect(),
+        (1..=20).map(|host| backend(0, host, 1, true)).collect::<Vec<_>>(),
+        (1..=30).map(|host| backend(1, host, u32::from(host) % 7, true)).collect(),
         (1..=3).map(|host| backend(2, host, 1, false)).collect(),
     ];
     assert_eq!(
@@ -287,9 +200,8 @@ fn check(
     let control_weighs = fleet[0].iter().any(|b| b.weight > 0);
     prop_assert_eq!(table.control_checks_ignored, !control_ok && control_weighs);
     for (slot, backends) in fleet.iter().enumerate() {
-        let buckets: Vec<usize> = (0..owners.len())
-            .filter(|&b| usize::from(owners[b]) == slot)
-            .collect();
+        let buckets: Vec<usize> =
+            (0..owners.len()).filter(|&b| usize::from(owners[b]) == slot).collect();
         let own = backends.iter().any(|b| usable(&b)) || slot == 0 && control_weighs;
         let source = if own { slot } else { 0 };
         if !own && (fallback == Fallback::None || !control_weighs) {
@@ -314,10 +226,7 @@ fn check(
         for ((index, b), quota) in sorted.iter().zip(quotas(counts[slot], &weights)) {
             prop_assert_eq!(has[*index], quota);
             let exact = f64::from(counts[slot]) * f64::from(weight(b)) / total;
-            prop_assert!(
-                (f64::from(quota) - exact).abs() < 1.0,
-                "{quota} for {exact}"
-            );
+            prop_assert!((f64::from(quota) - exact).abs() < 1.0, "{quota} for {exact}");
         }
     }
     Ok(())
@@ -429,16 +338,10 @@ proptest! {
 #[test]
 fn compiling_is_quick() {
     let fleet: Vec<Vec<Backend>> = (0..2)
-        .map(|v| {
-            (0..100)
-                .map(|h| backend(v, h, 1 + u32::from(h % 10), true))
-                .collect()
-        })
+        .map(|v| (0..100).map(|h| backend(v, h, 1 + u32::from(h % 10), true)).collect())
         .collect();
-    let (before, after) = (
-        owners_with(65_536, &[(1, 3277)], 1),
-        owners_with(65_536, &[(1, 3932)], 1),
-    );
+    let (before, after) =
+        (owners_with(65_536, &[(1, 3277)], 1), owners_with(65_536, &[(1, 3932)], 1));
     let wanted = Targets::exact(65_536, 0, &[(1, 3932)]).unwrap();
     let (mut whole, mut change) = (Duration::MAX, Duration::MAX);
     for _ in 0..5 {
@@ -456,8 +359,5 @@ fn compiling_is_quick() {
     }
     println!("whole table {whole:?}, split change {change:?}");
     assert!(whole < Duration::from_millis(60), "whole table: {whole:?}");
-    assert!(
-        change < Duration::from_millis(6),
-        "split change: {change:?}"
-    );
+    assert!(change < Duration::from_millis(6), "split change: {change:?}");
 }

@@ -27,11 +27,7 @@ pub(super) struct WriteDeadline<S> {
 
 impl<S> WriteDeadline<S> {
     pub(super) fn new(stream: S, limit: Duration) -> Self {
-        Self {
-            stream,
-            limit,
-            waiting: None,
-        }
+        Self { stream, limit, waiting: None }
     }
 
     /// The stream without its deadline.
@@ -48,9 +44,7 @@ impl<S> WriteDeadline<S> {
         if result.is_ready() {
             return result;
         }
-        let waiting = self
-            .waiting
-            .get_or_insert_with(|| Box::pin(sleep(self.limit)));
+        let waiting = self.waiting.get_or_insert_with(|| Box::pin(sleep(self.limit)));
         match waiting.as_mut().poll(context) {
             Poll::Ready(()) => Poll::Ready(Err(io::Error::new(
                 io::ErrorKind::TimedOut,

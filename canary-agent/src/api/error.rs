@@ -39,12 +39,8 @@ impl ApiError {
         exit_code: u8,
         message: impl Into<String>,
     ) -> Self {
-        let detail = ErrorDetail {
-            code: code.to_owned(),
-            message: message.into(),
-            help: None,
-            exit_code,
-        };
+        let detail =
+            ErrorDetail { code: code.to_owned(), message: message.into(), help: None, exit_code };
         Self { status, detail }
     }
 
@@ -76,9 +72,7 @@ impl ApiError {
     }
 
     fn body(&self) -> ErrorBody {
-        ErrorBody {
-            error: self.detail.clone(),
-        }
+        ErrorBody { error: self.detail.clone() }
     }
 }
 
@@ -95,12 +89,7 @@ impl IntoResponse for ApiError {
 
 impl From<Refusal> for ApiError {
     fn from(refusal: Refusal) -> Self {
-        let Refusal {
-            code,
-            message,
-            help,
-            exit_code,
-        } = refusal;
+        let Refusal { code, message, help, exit_code } = refusal;
         let error = Self::new(status_of(code, exit_code), code, exit_code, message);
         match help {
             Some(help) => error.help(help),

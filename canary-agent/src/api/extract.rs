@@ -76,9 +76,7 @@ impl<T: DeserializeOwned> FromRequest<Api> for Body<T> {
 
 fn is_json(kind: &[u8]) -> bool {
     let essence = kind.split(|byte| *byte == b';').next().unwrap_or_default();
-    essence
-        .trim_ascii()
-        .eq_ignore_ascii_case(b"application/json")
+    essence.trim_ascii().eq_ignore_ascii_case(b"application/json")
 }
 
 fn caused_by_length(error: &(dyn std::error::Error + 'static)) -> bool {

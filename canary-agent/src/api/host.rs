@@ -18,9 +18,7 @@ pub(super) fn permitted(uri: &Uri, headers: &HeaderMap, own_name: &str) -> bool 
         return false;
     };
     let host = host.to_str().is_ok_and(|host| is_own(host, own_name));
-    let authority = uri
-        .authority()
-        .is_none_or(|authority| is_own(authority.as_str(), own_name));
+    let authority = uri.authority().is_none_or(|authority| is_own(authority.as_str(), own_name));
     host && authority
 }
 

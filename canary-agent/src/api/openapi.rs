@@ -55,24 +55,12 @@ type Responses = BTreeMap<String, RefOr<Response>>;
 
 /// Errors that every route may give.
 const READING: [(&str, &str); 7] = [
-    (
-        "400",
-        "The request is wrong: a query or path that is unknown, twice there or no text.",
-    ),
-    (
-        "403",
-        "The listener does not serve that host (TCP only: `bad_host`).",
-    ),
-    (
-        "405",
-        "The route does not know the method; `allow` lists those it knows.",
-    ),
+    ("400", "The request is wrong: a query or path that is unknown, twice there or no text."),
+    ("403", "The listener does not serve that host (TCP only: `bad_host`)."),
+    ("405", "The route does not know the method; `allow` lists those it knows."),
     ("408", "The request came too slowly (`slow_request`)."),
     ("409", "The agent refuses, for the reason given."),
-    (
-        "503",
-        "Too many connections (`busy`), or the agent is stopping (`stopping`).",
-    ),
+    ("503", "Too many connections (`busy`), or the agent is stopping (`stopping`)."),
     ("504", "The agent did not answer in time (`timeout`)."),
 ];
 
@@ -81,22 +69,14 @@ const SERVICE: [(&str, &str); 1] = [("404", "There is no such service (`unknown_
 
 /// Errors of a change, besides those.
 const CHANGE: [(&str, &str); 4] = [
-    (
-        "403",
-        "The peer may not change anything (`not_permitted`), or asks over TCP (`read_only`).",
-    ),
+    ("403", "The peer may not change anything (`not_permitted`), or asks over TCP (`read_only`)."),
     ("413", "The body is larger than 1 MiB (`body_too_large`)."),
     ("415", "The body is not declared as JSON (`not_json`)."),
-    (
-        "422",
-        "The body names something that is not there, such as a version.",
-    ),
+    ("422", "The body names something that is not there, such as a version."),
 ];
 
 fn errors<'a>(table: impl IntoIterator<Item = &'a (&'a str, &'a str)>) -> Responses {
-    let body = ContentBuilder::new()
-        .schema(Some(Ref::from_schema_name("ErrorBody")))
-        .build();
+    let body = ContentBuilder::new().schema(Some(Ref::from_schema_name("ErrorBody"))).build();
     table
         .into_iter()
         .map(|(status, description)| {
@@ -201,9 +181,7 @@ mod tests {
         collect(&description, &mut references);
         assert!(references.len() > 30, "{references:?}");
         for reference in references {
-            let name = reference
-                .strip_prefix("#/components/schemas/")
-                .expect("a schema");
+            let name = reference.strip_prefix("#/components/schemas/").expect("a schema");
             assert!(schemas.get(name).is_some(), "{name} is not described");
         }
         for item in description["paths"].as_object().expect("paths").values() {

@@ -32,15 +32,8 @@ impl Identity {
     /// What `getsockopt(2)` gives.
     pub(super) fn of(stream: &UnixStream) -> io::Result<Self> {
         let credentials = stream.peer_cred()?;
-        let peer = Peer {
-            uid: credentials.uid(),
-            gid: credentials.gid(),
-            pid: credentials.pid(),
-        };
-        Ok(Self {
-            peer,
-            groups: groups(stream)?,
-        })
+        let peer = Peer { uid: credentials.uid(), gid: credentials.gid(), pid: credentials.pid() };
+        Ok(Self { peer, groups: groups(stream)? })
     }
 
     /// Whether it may change things: root, the agent's own user, an operator.
@@ -91,23 +84,13 @@ mod tests {
     use super::*;
 
     fn identity(uid: u32, gid: u32, groups: &[u32]) -> Identity {
-        let peer = Peer {
-            uid,
-            gid,
-            pid: None,
-        };
-        Identity {
-            peer,
-            groups: groups.to_vec(),
-        }
+        let peer = Peer { uid, gid, pid: None };
+        Identity { peer, groups: groups.to_vec() }
     }
 
     #[test]
     fn root_the_agent_and_operators_may_change_things() {
-        let operators = Operators {
-            uids: vec![1001],
-            gids: vec![2001],
-        };
+        let operators = Operators { uids: vec![1001], gids: vec![2001] };
         for (who, may) in [
             (identity(0, 0, &[]), true),
             (identity(900, 900, &[]), true),

@@ -46,9 +46,7 @@ pub(super) fn routes() -> [(&'static str, MethodRouter<Api>); 7] {
 pub(super) fn control(api: Api) -> Router {
     routes()
         .into_iter()
-        .fold(Router::new(), |router, (path, methods)| {
-            router.route(path, methods)
-        })
+        .fold(Router::new(), |router, (path, methods)| router.route(path, methods))
         .fallback(unknown_route)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::map_response(headers))
@@ -87,10 +85,7 @@ async fn guard(State(api): State<Api>, request: Request, next: Next) -> Response
 async fn headers(mut response: Response) -> Response {
     let headers = response.headers_mut();
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    headers.insert(
-        header::X_CONTENT_TYPE_OPTIONS,
-        HeaderValue::from_static("nosniff"),
-    );
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     response
 }
 
@@ -169,14 +164,7 @@ async fn split(
             measured,
             backends: _,
         } = version.clone();
-        VersionShare {
-            name,
-            asked,
-            asked_text,
-            in_force,
-            buckets,
-            measured,
-        }
+        VersionShare { name, asked, asked_text, in_force, buckets, measured }
     });
     Ok(Json(Split {
         service: service.name.clone(),
@@ -247,10 +235,7 @@ async fn description(_: NoQuery) -> Response {
         ReadErrors))]
 async fn metrics(State(api): State<Api>, headers: HeaderMap) -> Result<Response, ApiError> {
     let format = Exposition::for_accept(
-        headers
-            .get_all(header::ACCEPT)
-            .iter()
-            .filter_map(|accept| accept.to_str().ok()),
+        headers.get_all(header::ACCEPT).iter().filter_map(|accept| accept.to_str().ok()),
     );
     let text = api.snapshot().await?.metrics(&api.metrics, format);
     Ok(([(header::CONTENT_TYPE, format.content_type())], text).into_response())

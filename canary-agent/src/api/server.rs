@@ -332,18 +332,11 @@ mod tests {
 
     #[test]
     fn operators_have_places_of_their_own() {
-        let limits = Limits {
-            connections: 4,
-            reserved: 1,
-            ..Limits::default()
-        };
+        let limits = Limits { connections: 4, reserved: 1, ..Limits::default() };
         let places = Places::new(&limits);
         let readers: Vec<_> = (0..4).map(|_| places.take(false)).collect();
         let served = |places: &[Place]| {
-            places
-                .iter()
-                .filter(|place| matches!(place, Place::Served(_)))
-                .count()
+            places.iter().filter(|place| matches!(place, Place::Served(_))).count()
         };
         assert_eq!(served(&readers), 3);
         let operators: Vec<_> = (0..2).map(|_| places.take(true)).collect();

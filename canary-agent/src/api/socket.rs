@@ -99,14 +99,9 @@ impl ControlSocket {
     /// [`SocketError::InUse`] when another agent listens there; what stands at
     /// the path and is no socket is left alone.
     pub fn bind(path: &Path) -> Result<Self, SocketError> {
-        let failed = |what, source| SocketError::Io {
-            what,
-            path: path.to_owned(),
-            source,
-        };
-        let address = UnixAddr::new(path).map_err(|_| SocketError::TooLong {
-            path: path.to_owned(),
-        })?;
+        let failed = |what, source| SocketError::Io { what, path: path.to_owned(), source };
+        let address =
+            UnixAddr::new(path).map_err(|_| SocketError::TooLong { path: path.to_owned() })?;
         if let Some(parent) = path.parent() {
             make_directory(parent)?;
         }
@@ -134,12 +129,7 @@ impl ControlSocket {
         listen(&descriptor, backlog).map_err(|errno| failed("can't listen on", errno.into()))?;
         let listener = UnixListener::from_std(StdListener::from(descriptor))
             .map_err(|source| failed("can't listen on", source))?;
-        Ok(Self {
-            listener,
-            path: path.to_owned(),
-            file,
-            _lock: lock,
-        })
+        Ok(Self { listener, path: path.to_owned(), file, _lock: lock })
     }
 
     /// Where it is.
@@ -194,11 +184,7 @@ fn lock(path: &Path) -> Result<File, SocketError> {
     let mut name = path.as_os_str().to_owned();
     name.push(".lock");
     let lock_path = PathBuf::from(name);
-    let failed = |source| SocketError::Io {
-        what: "can't lock",
-        path: lock_path.clone(),
-        source,
-    };
+    let failed = |source| SocketError::Io { what: "can't lock", path: lock_path.clone(), source };
     let file = OpenOptions::new()
         .create(true)
         .truncate(false)
@@ -209,27 +195,19 @@ fn lock(path: &Path) -> Result<File, SocketError> {
         .map_err(failed)?;
     match file.try_lock() {
         Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(SocketError::InUse {
-            path: path.to_owned(),
-        }),
+        Err(TryLockError::WouldBlock) => Err(SocketError::InUse { path: path.to_owned() }),
         Err(TryLockError::Error(source)) => Err(failed(source)),
     }
 }
 
 /// Removes what a dead agent left at `path`.
 fn clear(path: &Path, address: &UnixAddr) -> Result<(), SocketError> {
-    let failed = |what, source| SocketError::Io {
-        what,
-        path: path.to_owned(),
-        source,
-    };
+    let failed = |what, source| SocketError::Io { what, path: path.to_owned(), source };
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(failed("can't read", error)),
         Ok(metadata) if !metadata.file_type().is_socket() => {
-            return Err(SocketError::NotASocket {
-                path: path.to_owned(),
-            });
+            return Err(SocketError::NotASocket { path: path.to_owned() });
         }
         Ok(_) => {}
     }
@@ -239,9 +217,7 @@ fn clear(path: &Path, address: &UnixAddr) -> Result<(), SocketError> {
         }
         Err(Errno::ENOENT) => Ok(()),
         // A backlog that is full is somebody's, too.
-        Ok(()) | Err(Errno::EAGAIN) => Err(SocketError::InUse {
-            path: path.to_owned(),
-        }),
+        Ok(()) | Err(Errno::EAGAIN) => Err(SocketError::InUse { path: path.to_owned() }),
         Err(errno) => Err(failed("can't tell who listens on", errno.into())),
     }
 }
@@ -286,17 +262,11 @@ mod tests {
         let (_dir, path) = place();
         let first = ControlSocket::bind(&path).expect("bound");
         let message = ControlSocket::bind(&path).expect_err("in use").to_string();
-        assert!(
-            message.starts_with("another agent is listening on "),
-            "{message}"
-        );
+        assert!(message.starts_with("another agent is listening on "), "{message}");
         // One that does not know of the lock file is one, too.
         drop(first);
         let _other = StdListener::bind(&path).expect("bound");
-        assert!(matches!(
-            ControlSocket::bind(&path),
-            Err(SocketError::InUse { .. })
-        ));
+        assert!(matches!(ControlSocket::bind(&path), Err(SocketError::InUse { .. })));
         assert!(path.exists());
     }
 
@@ -314,10 +284,7 @@ mod tests {
         let (_dir, path) = place();
         fs::create_dir_all(path.parent().expect("a parent")).expect("made");
         fs::write(&path, "precious").expect("written");
-        assert!(matches!(
-            ControlSocket::bind(&path),
-            Err(SocketError::NotASocket { .. })
-        ));
+        assert!(matches!(ControlSocket::bind(&path), Err(SocketError::NotASocket { .. })));
         assert_eq!(fs::read_to_string(&path).expect("still there"), "precious");
     }
 
@@ -335,9 +302,6 @@ mod tests {
     async fn a_path_that_is_too_long_says_so() {
         let (dir, _) = place();
         let path = dir.path().join("a".repeat(120));
-        assert!(matches!(
-            ControlSocket::bind(&path),
-            Err(SocketError::TooLong { .. })
-        ));
+        assert!(matches!(ControlSocket::bind(&path), Err(SocketError::TooLong { .. })));
     }
 }

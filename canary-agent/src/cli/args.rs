@@ -188,18 +188,13 @@ impl std::str::FromStr for Assignment {
         // Nothing is nothing in every unit.
         let share = if share == "0" { "0%" } else { share };
         share.parse::<Share>().map_err(|error| error.to_string())?;
-        Ok(Self {
-            version: version.to_owned(),
-            share: share.to_owned(),
-        })
+        Ok(Self { version: version.to_owned(), share: share.to_owned() })
     }
 }
 
 /// A client, `ADDRESS` or `ADDRESS:PORT`; kept as it was written.
 fn client(text: &str) -> Result<String, String> {
-    let bracketed = text
-        .strip_prefix('[')
-        .and_then(|text| text.strip_suffix(']'));
+    let bracketed = text.strip_prefix('[').and_then(|text| text.strip_suffix(']'));
     let address = bracketed.unwrap_or(text).parse::<IpAddr>();
     let fits = match address {
         Ok(address) => bracketed.is_none() || address.is_ipv6(),
@@ -208,10 +203,8 @@ fn client(text: &str) -> Result<String, String> {
     if fits {
         Ok(bracketed.unwrap_or(text).to_owned())
     } else {
-        Err(
-            "write an address, or address and port: 192.0.2.7:40000, [2001:db8::7]:40000"
-                .to_owned(),
-        )
+        Err("write an address, or address and port: 192.0.2.7:40000, [2001:db8::7]:40000"
+            .to_owned())
     }
 }
 
@@ -249,10 +242,7 @@ mod tests {
             ("v2 = 12.5 %", "v2", "12.5 %"),
         ] {
             let read: Assignment = text.parse().expect(text);
-            assert_eq!(
-                (read.version.as_str(), read.share.as_str()),
-                (version, share)
-            );
+            assert_eq!((read.version.as_str(), read.share.as_str()), (version, share));
         }
         for (text, error) in [
             ("v2", "VERSION=SHARE"),

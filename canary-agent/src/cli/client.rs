@@ -116,16 +116,14 @@ impl Client {
 
     async fn ask(&self, method: Method, target: &str, body: Bytes) -> Result<Answer, Failure> {
         let stream = self.connect().await?;
-        timeout(ANSWER, self.exchange(stream, method, target, body))
-            .await
-            .unwrap_or_else(|_| {
-                let message = format!(
-                    "the agent at {} has not answered within {ANSWER:?}",
-                    self.socket.display()
-                );
-                Err(Failure::new("timeout", exit::UNREACHABLE, message)
-                    .help("a change that was asked for may still be carried out"))
-            })
+        timeout(ANSWER, self.exchange(stream, method, target, body)).await.unwrap_or_else(|_| {
+            let message = format!(
+                "the agent at {} has not answered within {ANSWER:?}",
+                self.socket.display()
+            );
+            Err(Failure::new("timeout", exit::UNREACHABLE, message)
+                .help("a change that was asked for may still be carried out"))
+        })
     }
 
     async fn exchange(
@@ -140,9 +138,8 @@ impl Client {
             let message = format!("the connection to the agent at {socket} was lost: {error}");
             Failure::new("unreachable", exit::UNREACHABLE, message)
         };
-        let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
-            .await
-            .map_err(|error| lost(&error))?;
+        let (mut sender, connection) =
+            http1::handshake(TokioIo::new(stream)).await.map_err(|error| lost(&error))?;
         let connection = tokio::spawn(connection);
         let request = Request::builder()
             .method(method)
@@ -151,10 +148,7 @@ impl Client {
             .header(header::CONTENT_TYPE, "application/json")
             .body(Full::new(body))
             .map_err(|error| Failure::new("failed", exit::FAILED, error.to_string()))?;
-        let response = sender
-            .send_request(request)
-            .await
-            .map_err(|error| lost(&error))?;
+        let response = sender.send_request(request).await.map_err(|error| lost(&error))?;
         let status = response.status();
         let body = Limited::new(response.into_body(), ANSWER_BYTES)
             .collect()

@@ -10,17 +10,8 @@ use crate::api::model::Explain;
 
 /// Asks the agent and prints what it says.
 pub(super) async fn run(client: &Client, query: args::Explain, json: bool) -> Result<(), Failure> {
-    let args::Explain {
-        service,
-        from,
-        to,
-        protocol,
-    } = query;
-    let mut target = format!(
-        "/v1/services/{}/explain?from={}",
-        encoded(&service),
-        encoded(&from)
-    );
+    let args::Explain { service, from, to, protocol } = query;
+    let mut target = format!("/v1/services/{}/explain?from={}", encoded(&service), encoded(&from));
     if let Some(to) = to {
         target.push_str(&format!("&to={}", encoded(&to.to_string())));
     }
@@ -83,11 +74,7 @@ fn sentences(explain: &Explain) -> String {
         ));
     }
     lines.extend(why.iter().map(|why| format!("- {why}")));
-    let mut out: String = lines
-        .iter()
-        .map(|line| text::plain(line))
-        .collect::<Vec<_>>()
-        .join("\n");
+    let mut out: String = lines.iter().map(|line| text::plain(line)).collect::<Vec<_>>().join("\n");
     out.push('\n');
     out
 }
@@ -121,13 +108,8 @@ mod tests {
              10.0.1.1:8443.\n\
              - staff get v2\n"
         );
-        let unknown = Explain {
-            bucket: None,
-            version: None,
-            backend: None,
-            tracked: false,
-            ..explain
-        };
+        let unknown =
+            Explain { bucket: None, version: None, backend: None, tracked: false, ..explain };
         assert!(sentences(&unknown).contains("give it as ADDRESS:PORT"));
     }
 }

@@ -98,12 +98,7 @@ impl From<ErrorDetail> for Failure {
 
 impl From<Refusal> for Failure {
     fn from(refusal: Refusal) -> Self {
-        let Refusal {
-            code,
-            message,
-            help,
-            exit_code,
-        } = refusal;
+        let Refusal { code, message, help, exit_code } = refusal;
         let failure = Self::new(code, exit_code, message);
         match help {
             Some(help) => failure.help(help),
@@ -128,11 +123,7 @@ impl From<io::Error> for Failure {
         if error.kind() == io::ErrorKind::BrokenPipe {
             return Self::OutputClosed;
         }
-        Self::new(
-            "output",
-            exit::FAILED,
-            format!("can't write the output: {error}"),
-        )
+        Self::new("output", exit::FAILED, format!("can't write the output: {error}"))
     }
 }
 

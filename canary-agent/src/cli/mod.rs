@@ -115,11 +115,7 @@ fn wait_for<T>(command: impl Future<Output = Result<T, Failure>>) -> Result<T, F
         .enable_all()
         .build()
         .map_err(|error| {
-            Failure::new(
-                "failed",
-                exit::FAILED,
-                format!("can't start a runtime: {error}"),
-            )
+            Failure::new("failed", exit::FAILED, format!("can't start a runtime: {error}"))
         })?
         .block_on(command)
 }
@@ -170,18 +166,12 @@ fn readable(text: &str) -> String {
 /// Whether errors of the command line itself are to be JSON: it could not be
 /// read, so this looks for the very word.
 fn wants_json(arguments: &[OsString]) -> bool {
-    arguments
-        .iter()
-        .take_while(|argument| *argument != "--")
-        .any(|argument| argument == "--json")
+    arguments.iter().take_while(|argument| *argument != "--").any(|argument| argument == "--json")
 }
 
 /// Ends with what clap has to say: help, the version, or what is wrong.
 fn usage(error: &clap::Error, json: bool) -> ExitCode {
-    let asked_for = matches!(
-        error.kind(),
-        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
-    );
+    let asked_for = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
     if asked_for || !json {
         let written = error.print();
         // Help that was asked for is a result: nobody minds if it is cut short.
@@ -192,10 +182,7 @@ fn usage(error: &clap::Error, json: bool) -> ExitCode {
         let first = lines.next().unwrap_or_default();
         let message = first.strip_prefix("error: ").unwrap_or(first).to_owned();
         let rest: Vec<&str> = lines.collect();
-        complain(
-            &Failure::new("usage", exit::USAGE, message).help(rest.join("; ")),
-            true,
-        );
+        complain(&Failure::new("usage", exit::USAGE, message).help(rest.join("; ")), true);
     }
     ExitCode::from(if asked_for { exit::DONE } else { exit::USAGE })
 }

@@ -32,11 +32,8 @@ pub(super) fn agent_path(config: &Path, key: &str) -> Result<Option<PathBuf>, Un
 }
 
 fn look(file: &Path, key: &str) -> Result<Option<PathBuf>, Unreadable> {
-    let unreadable = |reason: String, missing| Unreadable {
-        file: file.to_owned(),
-        reason,
-        missing,
-    };
+    let unreadable =
+        |reason: String, missing| Unreadable { file: file.to_owned(), reason, missing };
     let text = fs::read_to_string(file)
         .map_err(|error| unreadable(error.to_string(), error.kind() == io::ErrorKind::NotFound))?;
     let table: toml::Table = text
@@ -53,10 +50,7 @@ fn fragments(config: &Path) -> Vec<PathBuf> {
         .into_iter()
         .flatten()
         .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| {
-            path.extension()
-                .is_some_and(|extension| extension == "toml")
-        })
+        .filter(|path| path.extension().is_some_and(|extension| extension == "toml"))
         .filter(|path| {
             let name = path.file_name().map(|name| name.as_encoded_bytes());
             name.is_some_and(|name| !name.starts_with(b"."))
@@ -74,11 +68,7 @@ mod tests {
     fn paths_are_found_whatever_else_is_wrong() {
         let dir = tempfile::tempdir().expect("a directory");
         let config = dir.path().join("agent.toml");
-        assert!(
-            agent_path(&config, "socket")
-                .expect_err("not there")
-                .missing
-        );
+        assert!(agent_path(&config, "socket").expect_err("not there").missing);
 
         let text = "nonsense = 1\n[agent]\nsocket = \"/a\"\n[[service]]\nname = 7\n";
         fs::write(&config, text).expect("written");

@@ -13,12 +13,7 @@ use crate::api::model::{ChangeReport, Split, SplitRequest};
 
 /// Shows the split, or sets it and says what has moved.
 pub(super) async fn run(client: &Client, split: args::Split, json: bool) -> Result<(), Failure> {
-    let args::Split {
-        service,
-        assignments,
-        reason,
-        dry_run,
-    } = split;
+    let args::Split { service, assignments, reason, dry_run } = split;
     let target = format!("/v1/services/{}/split", encoded(&service));
     if assignments.is_empty() {
         let answer = client.get(&target).await?;
@@ -35,11 +30,7 @@ pub(super) async fn run(client: &Client, split: args::Split, json: bool) -> Resu
         }
         shares.insert(version, share);
     }
-    let request = SplitRequest {
-        split: shares,
-        reason,
-        dry_run,
-    };
+    let request = SplitRequest { split: shares, reason, dry_run };
     let answer = client.put(&target, &request).await?;
     if json {
         return print(&format!("{}\n", answer.text()));
@@ -56,11 +47,7 @@ fn shown(split: &Split) -> String {
         ("BUCKETS", Align::Right),
     ]);
     for version in &split.versions {
-        let role = if version.name == split.control {
-            " (control)"
-        } else {
-            ""
-        };
+        let role = if version.name == split.control { " (control)" } else { "" };
         table.row([
             format!("{}{role}", version.name),
             version.asked_text.clone(),

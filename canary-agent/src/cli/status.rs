@@ -48,13 +48,7 @@ pub(super) async fn block(
 }
 
 fn everything(status: &Status) -> String {
-    let AgentStatus {
-        version,
-        abi_version: _,
-        pid,
-        uptime_seconds,
-        revision,
-    } = &status.agent;
+    let AgentStatus { version, abi_version: _, pid, uptime_seconds, revision } = &status.agent;
     let mut out = format!(
         "canary-agent {}, up {}, pid {pid}, revision {revision}\n",
         text::plain(version),
@@ -104,11 +98,7 @@ fn one_service(service: &ServiceStatus) -> String {
         ("STATE", Align::Left),
     ]);
     for version in versions {
-        let role = if version.name == *control {
-            " (control)"
-        } else {
-            ""
-        };
+        let role = if version.name == *control { " (control)" } else { "" };
         table.row([
             format!("{}{role}", version.name),
             version.asked_text.clone(),
@@ -138,11 +128,8 @@ fn one_service(service: &ServiceStatus) -> String {
 
 /// Interfaces, packets by reason and maps.
 fn host(status: &Status) -> String {
-    let mut interfaces = Table::new([
-        ("INTERFACE", Align::Left),
-        ("MODE", Align::Left),
-        ("", Align::Left),
-    ]);
+    let mut interfaces =
+        Table::new([("INTERFACE", Align::Left), ("MODE", Align::Left), ("", Align::Left)]);
     for interface in &status.interfaces {
         let mode = interface.mode.clone();
         interfaces.row([
@@ -151,18 +138,11 @@ fn host(status: &Status) -> String {
             interface.message.clone().unwrap_or_default(),
         ]);
     }
-    let mut reasons = Table::new([
-        ("REASON", Align::Left),
-        ("VERDICT", Align::Left),
-        ("PACKETS", Align::Right),
-    ]);
+    let mut reasons =
+        Table::new([("REASON", Align::Left), ("VERDICT", Align::Left), ("PACKETS", Align::Right)]);
     let counted = status.reasons.iter().filter(|reason| reason.packets > 0);
     for reason in counted.clone() {
-        reasons.row([
-            reason.reason.clone(),
-            reason.verdict.clone(),
-            reason.packets.to_string(),
-        ]);
+        reasons.row([reason.reason.clone(), reason.verdict.clone(), reason.packets.to_string()]);
     }
     let mut maps = Table::new([
         ("MAP", Align::Left),
@@ -173,8 +153,7 @@ fn host(status: &Status) -> String {
     for map in &status.maps {
         maps.row([
             map.name.clone(),
-            map.used
-                .map_or_else(|| "-".to_owned(), |used| used.to_string()),
+            map.used.map_or_else(|| "-".to_owned(), |used| used.to_string()),
             map.capacity.to_string(),
             bytes(map.memory_bytes),
         ]);

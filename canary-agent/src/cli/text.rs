@@ -19,16 +19,12 @@ pub(super) struct Table {
 impl Table {
     /// An empty one.
     pub(super) fn new<const N: usize>(columns: [(&'static str, Align); N]) -> Self {
-        Self {
-            columns: columns.to_vec(),
-            rows: Vec::new(),
-        }
+        Self { columns: columns.to_vec(), rows: Vec::new() }
     }
 
     /// Adds a row; cells that are left out are empty.
     pub(super) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
-        self.rows
-            .push(cells.into_iter().map(|cell| plain(&cell)).collect());
+        self.rows.push(cells.into_iter().map(|cell| plain(&cell)).collect());
     }
 
     /// The lines, each behind `indent`.
@@ -65,9 +61,7 @@ impl Table {
 
 /// Text without what a terminal would obey.
 pub(super) fn plain(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
-        .collect()
+    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 
 /// A fraction as percent: at most three digits after the point, more where a
@@ -166,16 +160,9 @@ mod tests {
 
     #[test]
     fn columns_are_aligned_and_tame() {
-        let mut table = Table::new([
-            ("NAME", Align::Left),
-            ("N", Align::Right),
-            ("", Align::Left),
-        ]);
+        let mut table = Table::new([("NAME", Align::Left), ("N", Align::Right), ("", Align::Left)]);
         table.row(["a".to_owned(), "1".to_owned()]);
         table.row(["lönger".to_owned(), "12".to_owned(), "\x1b[2Jx".to_owned()]);
-        assert_eq!(
-            table.render("  "),
-            "  NAME     N\n  a        1\n  lönger  12  \u{fffd}[2Jx\n"
-        );
+        assert_eq!(table.render("  "), "  NAME     N\n  a        1\n  lönger  12  \u{fffd}[2Jx\n");
     }
 }

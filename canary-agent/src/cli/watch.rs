@@ -27,11 +27,7 @@ const EVERY: Duration = Duration::from_secs(1);
 pub(super) async fn run(client: &Client, service: Option<&str>, json: bool) -> Result<(), Failure> {
     let listen = |kind| {
         signal(kind).map_err(|error| {
-            Failure::new(
-                "failed",
-                exit::FAILED,
-                format!("can't listen for signals: {error}"),
-            )
+            Failure::new("failed", exit::FAILED, format!("can't listen for signals: {error}"))
         })
     };
     let mut interrupt = listen(SignalKind::interrupt())?;
@@ -102,11 +98,7 @@ impl Drop for Screen {
 fn frame(block: &str, (rows, columns): (usize, usize)) -> String {
     let lines: Vec<&str> = block.lines().collect();
     let hidden = lines.len().saturating_sub(rows);
-    let shown = if hidden > 0 {
-        rows.saturating_sub(1)
-    } else {
-        lines.len()
-    };
+    let shown = if hidden > 0 { rows.saturating_sub(1) } else { lines.len() };
     let mut out = "\x1b[H".to_owned();
     for (index, line) in lines.iter().take(shown).enumerate() {
         if index > 0 {
@@ -127,12 +119,7 @@ fn frame(block: &str, (rows, columns): (usize, usize)) -> String {
 
 /// Rows and columns of the terminal; those of old if it does not say.
 fn size() -> (usize, usize) {
-    let mut size = libc::winsize {
-        ws_row: 0,
-        ws_col: 0,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    };
+    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
     // SAFETY: TIOCGWINSZ writes one `winsize`, which `size` is; it is asked of
     // standard output, which stays open for the life of the process.
     let result = unsafe { libc::ioctl(io::stdout().as_raw_fd(), libc::TIOCGWINSZ, &mut size) };
@@ -149,10 +136,7 @@ mod tests {
     #[test]
     fn a_frame_fits_the_screen() {
         assert_eq!(frame("ab\nc\n", (2, 9)), "\x1b[Hab\x1b[K\r\nc\x1b[K\x1b[J");
-        assert_eq!(
-            frame("one\ntwo\nthree\n", (2, 2)),
-            "\x1b[Hon\x1b[K\r\n… \x1b[K\x1b[J"
-        );
+        assert_eq!(frame("one\ntwo\nthree\n", (2, 2)), "\x1b[Hon\x1b[K\r\n… \x1b[K\x1b[J");
         assert_eq!(frame("", (2, 2)), "\x1b[H\x1b[J");
     }
 }

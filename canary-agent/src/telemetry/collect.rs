@@ -34,10 +34,8 @@ impl Collector for StatusCollector {
             "canary_packets",
             "Packets on attached interfaces by what was decided and why",
             status.reasons.iter().map(|reason| {
-                let labels = vec![
-                    ("verdict", reason.verdict.clone()),
-                    ("reason", reason.reason.clone()),
-                ];
+                let labels =
+                    vec![("verdict", reason.verdict.clone()), ("reason", reason.reason.clone())];
                 (labels, reason.packets)
             }),
         )?;
@@ -51,20 +49,9 @@ fn agent(page: &mut DescriptorEncoder, status: &Status) -> fmt::Result {
         page,
         "canary_build_info",
         "Always 1; the labels say what is running",
-        [(
-            vec![
-                ("version", agent.version.clone()),
-                ("abi", agent.abi_version.to_string()),
-            ],
-            1_u32,
-        )],
+        [(vec![("version", agent.version.clone()), ("abi", agent.abi_version.to_string())], 1_u32)],
     )?;
-    number(
-        page,
-        "canary_uptime_seconds",
-        "Seconds since the agent started",
-        agent.uptime_seconds,
-    )?;
+    number(page, "canary_uptime_seconds", "Seconds since the agent started", agent.uptime_seconds)?;
     number(
         page,
         "canary_revision",
@@ -94,15 +81,10 @@ fn agent(page: &mut DescriptorEncoder, status: &Status) -> fmt::Result {
 fn services(page: &mut DescriptorEncoder, services: &[ServiceStatus]) -> fmt::Result {
     let of_service = |value: fn(&ServiceStatus) -> u32| -> Samples<u32> {
         let labels = |service: &ServiceStatus| vec![("service", service.name.clone())];
-        services
-            .iter()
-            .map(|service| (labels(service), value(service)))
-            .collect()
+        services.iter().map(|service| (labels(service), value(service))).collect()
     };
     let of_version = |value: fn(&VersionStatus) -> Option<f64>| -> Samples<f64> {
-        versions(services)
-            .filter_map(|(labels, version)| Some((labels, value(version)?)))
-            .collect()
+        versions(services).filter_map(|(labels, version)| Some((labels, value(version)?))).collect()
     };
     gauge(
         page,
@@ -160,11 +142,8 @@ fn backends(page: &mut DescriptorEncoder, services: &[ServiceStatus]) -> fmt::Re
             })
             .collect()
     };
-    let as_gauge = |value| {
-        of_backend(value)
-            .into_iter()
-            .map(|(labels, value)| (labels, value as f64))
-    };
+    let as_gauge =
+        |value| of_backend(value).into_iter().map(|(labels, value)| (labels, value as f64));
     counter(
         page,
         "canary_backend_packets",
@@ -209,28 +188,19 @@ fn maps(page: &mut DescriptorEncoder, status: &Status) -> fmt::Result {
         page,
         "canary_map_capacity_entries",
         "Elements that the map can hold",
-        status
-            .maps
-            .iter()
-            .map(|map| (of_map(&map.name), map.capacity as f64)),
+        status.maps.iter().map(|map| (of_map(&map.name), map.capacity as f64)),
     )?;
     gauge(
         page,
         "canary_map_used_entries",
         "Elements in use, where that is known",
-        status
-            .maps
-            .iter()
-            .filter_map(|map| Some((of_map(&map.name), map.used? as f64))),
+        status.maps.iter().filter_map(|map| Some((of_map(&map.name), map.used? as f64))),
     )?;
     gauge(
         page,
         "canary_map_memory_bytes",
         "Kernel memory of the map",
-        status
-            .maps
-            .iter()
-            .map(|map| (of_map(&map.name), map.memory_bytes as f64)),
+        status.maps.iter().map(|map| (of_map(&map.name), map.memory_bytes as f64)),
     )
 }
 
@@ -238,10 +208,7 @@ fn maps(page: &mut DescriptorEncoder, status: &Status) -> fmt::Result {
 fn versions(services: &[ServiceStatus]) -> impl Iterator<Item = (Labels, &VersionStatus)> {
     services.iter().flat_map(|service| {
         service.versions.iter().map(|version| {
-            let labels = vec![
-                ("service", service.name.clone()),
-                ("version", version.name.clone()),
-            ];
+            let labels = vec![("service", service.name.clone()), ("version", version.name.clone())];
             (labels, version)
         })
     })

@@ -88,11 +88,7 @@ mod tests {
     }
 
     fn line(format: LogFormat, times: bool) -> String {
-        let look = Look {
-            format,
-            times,
-            colours: false,
-        };
+        let look = Look { format, times, colours: false };
         let buffer = Buffer::default();
         let writer = buffer.clone();
         let log = log(look, EnvFilter::new("info"), move || writer.clone());
@@ -108,10 +104,7 @@ mod tests {
     fn lines_are_text_or_json_with_or_without_times() {
         let text = line(LogFormat::Text, false);
         assert!(text.trim_start().starts_with("INFO "), "{text:?}");
-        assert!(
-            text.ends_with("split applied service=\"shop\"\n"),
-            "{text:?}"
-        );
+        assert!(text.ends_with("split applied service=\"shop\"\n"), "{text:?}");
         assert!(line(LogFormat::Text, true).starts_with("20"), "a year");
 
         let read = |times| -> serde_json::Value {

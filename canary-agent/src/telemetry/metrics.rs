@@ -23,21 +23,14 @@ pub enum Exposition {
 impl Exposition {
     /// The form that fits a request's `Accept` headers.
     pub fn for_accept<'a>(accept: impl IntoIterator<Item = &'a str>) -> Self {
-        let open = accept
-            .into_iter()
-            .flat_map(|header| header.split(','))
-            .any(|range| {
-                let mut parts = range.split(';').map(str::trim);
-                parts
-                    .next()
-                    .is_some_and(|kind| kind.eq_ignore_ascii_case("application/openmetrics-text"))
-                    && parts.all(|part| part != "q=0")
-            });
-        if open {
-            Self::OpenMetrics
-        } else {
-            Self::Prometheus
-        }
+        let open = accept.into_iter().flat_map(|header| header.split(',')).any(|range| {
+            let mut parts = range.split(';').map(str::trim);
+            parts
+                .next()
+                .is_some_and(|kind| kind.eq_ignore_ascii_case("application/openmetrics-text"))
+                && parts.all(|part| part != "q=0")
+        });
+        if open { Self::OpenMetrics } else { Self::Prometheus }
     }
 
     /// The `Content-Type` of the form.
@@ -75,9 +68,7 @@ impl Metrics {
     /// Nothing counted yet.
     pub fn new() -> Self {
         // 0.25 ms to 4 s: the promise is a second, most take a few milliseconds.
-        Self {
-            split_change: Histogram::new(exponential_buckets(0.000_25, 2.0, 15)),
-        }
+        Self { split_change: Histogram::new(exponential_buckets(0.000_25, 2.0, 15)) }
     }
 
     /// Counts a split change that was in force `took` after its request came.
@@ -116,9 +107,8 @@ fn classic(page: &str) -> String {
             help = text.split_once(' ');
             continue;
         }
-        if let Some((name, kind)) = line
-            .strip_prefix("# TYPE ")
-            .and_then(|text| text.split_once(' '))
+        if let Some((name, kind)) =
+            line.strip_prefix("# TYPE ").and_then(|text| text.split_once(' '))
         {
             let suffix = if kind == "counter" { "_total" } else { "" };
             if let Some((_, help)) = help.take() {
@@ -148,10 +138,7 @@ mod tests {
                 vec!["application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4"],
                 OpenMetrics,
             ),
-            (
-                vec!["text/plain", "application/openmetrics-text"],
-                OpenMetrics,
-            ),
+            (vec!["text/plain", "application/openmetrics-text"], OpenMetrics),
             (vec!["application/openmetrics-text;q=0"], Prometheus),
         ] {
             assert_eq!(Exposition::for_accept(accept.clone()), format, "{accept:?}");

@@ -98,10 +98,7 @@ async fn the_configuration_says_where_the_socket_is() {
 async fn split_shows_changes_and_tries() {
     let agent = Agent::start(Limits::default()).await;
     let shown = ask(&agent, &["split", "shop"]);
-    assert!(
-        stdout(&shown).contains("v2                   5%        5%"),
-        "{shown:?}"
-    );
+    assert!(stdout(&shown).contains("v2                   5%        5%"), "{shown:?}");
     let shown = ask(&agent, &["split", "shop", "--json"]);
     let value: Value = serde_json::from_slice(&shown.stdout).expect("JSON");
     assert_eq!(value["control"], "stable");
@@ -120,10 +117,7 @@ async fn split_shows_changes_and_tries() {
          about 41 open connections in these buckets\n"
     );
     let tried = ask(&agent, &["split", "shop", "v2=0", "--dry-run"]);
-    assert!(
-        stdout(&tried).starts_with("shop: 3277 buckets would move\n"),
-        "{tried:?}"
-    );
+    assert!(stdout(&tried).starts_with("shop: 3277 buckets would move\n"), "{tried:?}");
     assert!(stdout(&tried).ends_with("nothing was changed (--dry-run)\n"));
     {
         let asked = agent.asked.lock().expect("not poisoned");
@@ -177,10 +171,7 @@ async fn explain_speaks_in_sentences() {
     }
     let wrong = ask(&agent, &["explain", "shop", "--from", "nowhere"]);
     assert_eq!(code(&wrong), 2);
-    let unknown = ask(
-        &agent,
-        &["explain", "nope", "--from", "192.0.2.7", "--json"],
-    );
+    let unknown = ask(&agent, &["explain", "nope", "--from", "192.0.2.7", "--json"]);
     assert_eq!(json_error(&unknown).error.code, "unknown_service");
 }
 
@@ -192,10 +183,7 @@ fn an_agent_that_is_not_there_is_named() {
     let output = run(&["--socket", socket, "status"]);
     assert_eq!(code(&output), 5);
     let text = stderr(&output);
-    assert!(
-        text.contains(socket) && text.contains("canary-agent run"),
-        "{text}"
-    );
+    assert!(text.contains(socket) && text.contains("canary-agent run"), "{text}");
     let output = run(&["--socket", socket, "split", "shop", "v2=5%", "--json"]);
     assert_eq!(json_error(&output).error.code, "unreachable");
     // One that was killed leaves its socket behind.
@@ -265,10 +253,7 @@ async fn detach_refuses_while_the_daemon_runs() {
     let tried = run(&["detach", "--config", config, "--dry-run", "--json"]);
     let value: Value = serde_json::from_slice(&tried.stdout).expect("JSON");
     assert_eq!(value["applied"], false);
-    assert_eq!(
-        value["pins"][0],
-        pins.join("links/eth0").to_str().expect("text")
-    );
+    assert_eq!(value["pins"][0], pins.join("links/eth0").to_str().expect("text"));
     agent.stop().await;
     fs::remove_dir_all(&pins).expect("removed");
     let nothing = run(&["detach", "--config", config]);
@@ -281,10 +266,7 @@ async fn detach_refuses_while_the_daemon_runs() {
 
 fn is_root() -> bool {
     let root = nix::unistd::geteuid().is_root();
-    assert!(
-        root || std::env::var_os("CI").is_none(),
-        "on CI these tests need root"
-    );
+    assert!(root || std::env::var_os("CI").is_none(), "on CI these tests need root");
     if !root {
         eprintln!("not run: only root can act as other users");
     }
@@ -307,11 +289,7 @@ fn run_as(uid: u32, gid: u32, groups: &'static [u32], arguments: &[&str]) -> Out
             let done = libc::setgroups(groups.len(), groups.as_ptr()) == 0
                 && libc::setgid(gid) == 0
                 && libc::setuid(uid) == 0;
-            if done {
-                Ok(())
-            } else {
-                Err(io::Error::last_os_error())
-            }
+            if done { Ok(()) } else { Err(io::Error::last_os_error()) }
         });
     }
     command.output().expect("started")
@@ -338,27 +316,16 @@ async fn who_may_read_and_who_may_change() {
     // Outside the socket's group: not even reading.
     let stranger = run_as(SOMEBODY, SOMEBODY, &[], &status);
     let error = json_error(&stranger).error;
-    assert_eq!(
-        (error.code.as_str(), error.exit_code),
-        ("not_permitted", 77)
-    );
+    assert_eq!((error.code.as_str(), error.exit_code), ("not_permitted", 77));
     assert!(error.message.contains(&socket), "{error:?}");
 
     // In it: reading, but no change.
     give(&path, GROUP);
     assert_eq!(code(&run_as(SOMEBODY, SOMEBODY, &[GROUP], &status)), 0);
     let error = json_error(&run_as(SOMEBODY, SOMEBODY, &[GROUP], &split)).error;
-    assert_eq!(
-        (error.code.as_str(), error.exit_code),
-        ("not_permitted", 77)
-    );
+    assert_eq!((error.code.as_str(), error.exit_code), ("not_permitted", 77));
     assert!(error.message.contains(&SOMEBODY.to_string()), "{error:?}");
-    assert!(
-        error
-            .help
-            .expect("the next step")
-            .contains("agent.operators")
-    );
+    assert!(error.help.expect("the next step").contains("agent.operators"));
     assert!(agent.asked.lock().expect("not poisoned").is_empty());
 
     // A reload names the uid, the group, or a group it is in besides its own.
@@ -371,15 +338,9 @@ async fn who_may_read_and_who_may_change() {
     operators(&[], &[OTHER_GROUP]);
     assert_eq!(code(&run_as(SOMEBODY, SOMEBODY, &[GROUP], &split)), 77);
     assert_eq!(code(&run_as(SOMEBODY, OTHER_GROUP, &[GROUP], &split)), 0);
-    assert_eq!(
-        code(&run_as(SOMEBODY, SOMEBODY, &[GROUP, OTHER_GROUP], &split)),
-        0
-    );
+    assert_eq!(code(&run_as(SOMEBODY, SOMEBODY, &[GROUP, OTHER_GROUP], &split)), 0);
     operators(&[], &[]);
-    assert_eq!(
-        code(&run_as(SOMEBODY, SOMEBODY, &[GROUP, OTHER_GROUP], &split)),
-        77
-    );
+    assert_eq!(code(&run_as(SOMEBODY, SOMEBODY, &[GROUP, OTHER_GROUP], &split)), 77);
     assert_eq!(code(&run_as(0, 0, &[], &split)), 0);
     let asked = agent.asked.lock().expect("not poisoned");
     let uids: Vec<u32> = asked.iter().map(|(_, _, peer)| peer.uid).collect();
@@ -395,25 +356,14 @@ fn every_shell_gets_its_completions() {
         let output = run(&["completions", shell]);
         assert_eq!(code(&output), 0);
         for word in ["explain", "--dry-run", "--socket"] {
-            assert!(
-                stdout(&output).contains(word.trim_start_matches('-')),
-                "{shell}: {word}"
-            );
+            assert!(stdout(&output).contains(word.trim_start_matches('-')), "{shell}: {word}");
         }
     }
     assert_eq!(code(&run(&["completions", "tcsh"])), 2);
 }
 
-const COMMANDS: [&str; 8] = [
-    "run",
-    "check",
-    "status",
-    "split",
-    "explain",
-    "detach",
-    "completions",
-    "man",
-];
+const COMMANDS: [&str; 8] =
+    ["run", "check", "status", "split", "explain", "detach", "completions", "man"];
 
 #[test]
 fn the_manual_mentions_every_command() {
@@ -427,29 +377,14 @@ fn the_manual_mentions_every_command() {
     let documented = include_str!("../../../docs/cli.md");
     let help = run(&["--help"]);
     for name in COMMANDS {
-        assert!(
-            stdout(&page).contains(&format!("canary\\-agent\\-{name}(1)")),
-            "{name}"
-        );
+        assert!(stdout(&page).contains(&format!("canary\\-agent\\-{name}(1)")), "{name}");
         let own = fs::read_to_string(pages.join(format!("canary-agent-{name}.1")));
         assert!(own.expect("a page").contains(name), "{name}");
-        assert!(
-            documented.contains(&format!("## `{name}`")),
-            "{name} is not in docs/cli.md"
-        );
-        assert!(
-            stdout(&help).contains(&format!("\n  {name} ")),
-            "{name} is not in the help"
-        );
+        assert!(documented.contains(&format!("## `{name}`")), "{name} is not in docs/cli.md");
+        assert!(stdout(&help).contains(&format!("\n  {name} ")), "{name} is not in the help");
     }
-    assert_eq!(
-        fs::read_dir(&pages).expect("pages").count(),
-        COMMANDS.len() + 1
-    );
-    assert!(
-        stdout(&page).contains("77 not permitted"),
-        "exit codes are told"
-    );
+    assert_eq!(fs::read_dir(&pages).expect("pages").count(), COMMANDS.len() + 1);
+    assert!(stdout(&page).contains("77 not permitted"), "exit codes are told");
 }
 
 #[test]

@@ -50,19 +50,13 @@ fn parse(text: &str) -> Page {
 }
 
 fn labels(text: &str) {
-    let Some(mut rest) = text
-        .strip_prefix('{')
-        .and_then(|text| text.strip_suffix('}'))
-    else {
+    let Some(mut rest) = text.strip_prefix('{').and_then(|text| text.strip_suffix('}')) else {
         assert_eq!(text, "");
         return;
     };
     while !rest.is_empty() {
         let (name, value) = rest.split_once("=\"").expect("a label");
-        assert!(
-            name.chars().all(|c| c.is_ascii_lowercase() || c == '_'),
-            "{name}"
-        );
+        assert!(name.chars().all(|c| c.is_ascii_lowercase() || c == '_'), "{name}");
         let mut escaped = false;
         let end = value
             .find(|c: char| {
@@ -80,45 +74,21 @@ async fn the_page_says_what_the_status_says() {
     let agent = Agent::start(short()).await;
     agent.metrics.split_applied(Duration::from_millis(3));
     let answer = agent.ask("GET", "/metrics", None).await;
-    assert!(
-        answer
-            .head
-            .contains("content-type: text/plain; version=0.0.4"),
-        "{}",
-        answer.head
-    );
+    assert!(answer.head.contains("content-type: text/plain; version=0.0.4"), "{}", answer.head);
     let page = parse(&answer.body);
     for (series, value) in [
         (r#"canary_build_info{version="0.1.0",abi="1"}"#, 1.0),
         ("canary_uptime_seconds", 3_725.5),
         ("canary_revision", 7.0),
         ("canary_alerts", 1.0),
-        (
-            r#"canary_interface_attached{interface="eth0",mode="native"}"#,
-            1.0,
-        ),
-        (
-            r#"canary_interface_attached{interface="eth1",mode=""}"#,
-            0.0,
-        ),
+        (r#"canary_interface_attached{interface="eth0",mode="native"}"#, 1.0),
+        (r#"canary_interface_attached{interface="eth1",mode=""}"#, 0.0),
         (r#"canary_service_buckets{service="shop"}"#, 65_536.0),
         (r#"canary_service_tracked_buckets{service="shop"}"#, 3_277.0),
-        (
-            r#"canary_version_share_asked_ratio{service="shop",version="v2"}"#,
-            0.05,
-        ),
-        (
-            r#"canary_version_share_in_force_ratio{service="shop",version="v2"}"#,
-            3_277.0 / 65_536.0,
-        ),
-        (
-            r#"canary_version_buckets{service="shop",version="v2"}"#,
-            3_277.0,
-        ),
-        (
-            r#"canary_version_connections_total{service="shop",version="stable"}"#,
-            100.0,
-        ),
+        (r#"canary_version_share_asked_ratio{service="shop",version="v2"}"#, 0.05),
+        (r#"canary_version_share_in_force_ratio{service="shop",version="v2"}"#, 3_277.0 / 65_536.0),
+        (r#"canary_version_buckets{service="shop",version="v2"}"#, 3_277.0),
+        (r#"canary_version_connections_total{service="shop",version="stable"}"#, 100.0),
         (
             r#"canary_backend_packets_total{service="shop",version="v2",backend="10.0.2.1:8443"}"#,
             50.0,
@@ -131,18 +101,12 @@ async fn the_page_says_what_the_status_says() {
             r#"canary_backend_connections_total{service="shop",version="v2",backend="10.0.2.1:8443"}"#,
             5.0,
         ),
-        (
-            r#"canary_backend_up{service="shop",version="v2",backend="10.0.2.1:8443"}"#,
-            1.0,
-        ),
+        (r#"canary_backend_up{service="shop",version="v2",backend="10.0.2.1:8443"}"#, 1.0),
         (
             r#"canary_backend_up{service="shop",version="stable",backend="[2001:db8:1::1]:8443"}"#,
             0.0,
         ),
-        (
-            r#"canary_packets_total{verdict="drop",reason="bad_ip_length"}"#,
-            3.0,
-        ),
+        (r#"canary_packets_total{verdict="drop",reason="bad_ip_length"}"#, 3.0),
         (r#"canary_map_capacity_entries{map="FLOWS_V4"}"#, 262_144.0),
         (r#"canary_map_used_entries{map="FLOWS_V4"}"#, 10.0),
         (r#"canary_map_memory_bytes{map="FLOWS_V4"}"#, 25_165_824.0),
@@ -152,12 +116,7 @@ async fn the_page_says_what_the_status_says() {
         (r#"canary_split_change_seconds_bucket{le="0.002"}"#, 0.0),
         (r#"canary_split_change_seconds_bucket{le="+Inf"}"#, 1.0),
     ] {
-        assert_eq!(
-            page.samples.get(series),
-            Some(&value),
-            "{series}\n{}",
-            answer.body
-        );
+        assert_eq!(page.samples.get(series), Some(&value), "{series}\n{}", answer.body);
     }
 }
 
@@ -168,15 +127,9 @@ fn every_metric_is_documented_and_no_other() {
     let page = parse(&metrics.render(&support::status(), Exposition::Prometheus));
     for name in page.types.keys() {
         assert!(name.starts_with("canary_"), "{name}");
-        assert!(
-            documented.contains(&format!("| `{name}` |")),
-            "{name} is not documented"
-        );
+        assert!(documented.contains(&format!("| `{name}` |")), "{name} is not documented");
     }
-    for row in documented
-        .lines()
-        .filter_map(|line| line.strip_prefix("| `canary_"))
-    {
+    for row in documented.lines().filter_map(|line| line.strip_prefix("| `canary_")) {
         let name = format!("canary_{}", row.split('`').next().expect("a name"));
         assert!(page.types.contains_key(&name), "{name} does not exist");
     }
@@ -188,10 +141,7 @@ fn names_with_quotes_do_not_break_the_page() {
     status.services[0].name = "a\"b\\c\nd".to_owned();
     let metrics = Metrics::new();
     let page = parse(&metrics.render(&status, Exposition::Prometheus));
-    assert!(
-        page.samples
-            .contains_key(r#"canary_service_buckets{service="a\"b\\c\nd"}"#)
-    );
+    assert!(page.samples.contains_key(r#"canary_service_buckets{service="a\"b\\c\nd"}"#));
 }
 
 #[test]

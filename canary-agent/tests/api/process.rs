@@ -43,11 +43,7 @@ pub(crate) fn json_error(output: &Output) -> ErrorBody {
     assert_eq!(stderr(output), "", "{text}");
     assert_eq!(text.lines().count(), 1, "{text}");
     let body: ErrorBody = serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"));
-    assert_eq!(
-        output.status.code(),
-        Some(body.error.exit_code.into()),
-        "{text}"
-    );
+    assert_eq!(output.status.code(), Some(body.error.exit_code.into()), "{text}");
     body
 }
 

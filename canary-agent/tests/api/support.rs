@@ -71,22 +71,10 @@ impl Agent {
         let (stop_tcp, tcp_stopped) = oneshot::channel();
         let ended = |stopped: oneshot::Receiver<()>| async { stopped.await.unwrap_or_default() };
         let serving = vec![
-            tokio::spawn(api::serve_control(
-                socket,
-                api.clone(),
-                ended(control_stopped),
-            )),
+            tokio::spawn(api::serve_control(socket, api.clone(), ended(control_stopped))),
             tokio::spawn(api::serve_read_only(listener, api, ended(tcp_stopped))),
         ];
-        Self {
-            dir,
-            tcp,
-            operators,
-            asked,
-            metrics,
-            stop: vec![stop_control, stop_tcp],
-            serving,
-        }
+        Self { dir, tcp, operators, asked, metrics, stop: vec![stop_control, stop_tcp], serving }
     }
 
     /// Its control socket.
@@ -155,16 +143,9 @@ impl Answer {
             read?;
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, text));
         };
-        let status = head
-            .split(' ')
-            .nth(1)
-            .and_then(|status| status.parse().ok())
-            .expect("a status");
-        Ok(Self {
-            status,
-            head: head.to_lowercase(),
-            body: body.to_owned(),
-        })
+        let status =
+            head.split(' ').nth(1).and_then(|status| status.parse().ok()).expect("a status");
+        Ok(Self { status, head: head.to_lowercase(), body: body.to_owned() })
     }
 
     /// The body as JSON.
@@ -176,10 +157,7 @@ impl Answer {
     pub(crate) fn error(&self) -> String {
         let error: api::model::ErrorBody =
             serde_json::from_value(self.json()).unwrap_or_else(|e| panic!("{e}: {self:?}"));
-        assert!(
-            self.head.contains("content-type: application/json"),
-            "{self:?}"
-        );
+        assert!(self.head.contains("content-type: application/json"), "{self:?}");
         assert!(!error.error.message.is_empty(), "{self:?}");
         assert_ne!(error.error.exit_code, 0, "{self:?}");
         error.error.code
@@ -193,24 +171,12 @@ async fn scripted_loop(mut requests: mpsc::Receiver<Request>, asked: Arc<Mutex<V
         match request {
             Request::Status { reply } => drop(reply.send(status())),
             Request::Split { service, reply, .. } if service == "stuck" => stuck.push(reply),
-            Request::Split {
-                service,
-                request,
-                peer,
-                reply,
-            } => {
+            Request::Split { service, request, peer, reply } => {
                 let answer = change(&service, &request);
-                asked
-                    .lock()
-                    .expect("not poisoned")
-                    .push((service, request, peer));
+                asked.lock().expect("not poisoned").push((service, request, peer));
                 drop(reply.send(answer));
             }
-            Request::Explain {
-                service,
-                query,
-                reply,
-            } => {
+            Request::Explain { service, query, reply } => {
                 let answer = if service == "shop" {
                     Ok(Explain {
                         service,
@@ -317,13 +283,7 @@ pub(crate) fn status() -> Status {
         tracked_buckets: 3_277,
         versions: vec![
             version("stable", 0.95, "95%", 62_259, stable),
-            version(
-                "v2",
-                0.05,
-                "5%",
-                3_277,
-                vec![backend("10.0.2.1:8443", "up", 3_277, 5)],
-            ),
+            version("v2", 0.05, "5%", 3_277, vec![backend("10.0.2.1:8443", "up", 3_277, 5)]),
         ],
     };
     Status {
@@ -350,11 +310,7 @@ pub(crate) fn status() -> Status {
         ],
         services: vec![shop],
         reasons: vec![
-            ReasonCount {
-                reason: "not_ours".to_owned(),
-                verdict: "pass".to_owned(),
-                packets: 12,
-            },
+            ReasonCount { reason: "not_ours".to_owned(), verdict: "pass".to_owned(), packets: 12 },
             ReasonCount {
                 reason: "bad_ip_length".to_owned(),
                 verdict: "drop".to_owned(),

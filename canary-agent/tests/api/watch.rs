@@ -23,12 +23,7 @@ use crate::{
 /// Starts `status --watch` with its output at `stdout`.
 fn watch(agent: &Agent, more: &[&str], stdout: Stdio) -> Child {
     let socket = agent.socket();
-    let mut arguments = vec![
-        "--socket",
-        socket.to_str().expect("text"),
-        "status",
-        "--watch",
-    ];
+    let mut arguments = vec!["--socket", socket.to_str().expect("text"), "status", "--watch"];
     arguments.extend_from_slice(more);
     let mut command = command(&arguments);
     command.stdout(stdout).stderr(Stdio::piped());
@@ -49,10 +44,8 @@ async fn watching_a_pipe_is_one_object_a_line() {
     interrupt_after(&child, Duration::from_millis(3500));
     let output = child.wait_with_output().expect("ended");
     assert_eq!(code(&output), 0, "{output:?}");
-    let lines: Vec<Value> = stdout(&output)
-        .lines()
-        .map(|line| serde_json::from_str(line).expect("JSON"))
-        .collect();
+    let lines: Vec<Value> =
+        stdout(&output).lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
     assert!((2..=5).contains(&lines.len()), "{}", lines.len());
     assert!(lines.iter().all(|line| line["agent"]["revision"] == 7));
 }
@@ -103,10 +96,7 @@ async fn watching_on_a_terminal_leaves_it_as_it_was() {
     let seen = reader.join().expect("read");
     assert!(seen.starts_with("\x1b[?1049h\x1b[?25l\x1b[H"), "{seen:?}");
     assert!(seen.ends_with("\x1b[?25h\x1b[?1049l"), "{seen:?}");
-    assert!(
-        seen.matches("canary-agent 0.1.0").count() >= 2,
-        "drawn again"
-    );
+    assert!(seen.matches("canary-agent 0.1.0").count() >= 2, "drawn again");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -118,12 +108,7 @@ async fn a_reader_that_leaves_is_no_panic() {
         let output = child.wait_with_output().expect("ended");
         assert_eq!((code(&output), stderr(&output)), (0, ""));
     }
-    for arguments in [
-        &["man"][..],
-        &["completions", "zsh"],
-        &["--help"],
-        &["--json", "frob"],
-    ] {
+    for arguments in [&["man"][..], &["completions", "zsh"], &["--help"], &["--json", "frob"]] {
         let mut child = command(arguments)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

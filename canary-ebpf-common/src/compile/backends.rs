@@ -32,10 +32,7 @@ pub fn quotas(buckets: u32, weights: &[u32]) -> Vec<u32> {
         return vec![0; weights.len()];
     }
     let product = |weight: u32| u64::from(buckets) * u64::from(weight);
-    let mut quotas: Vec<u32> = weights
-        .iter()
-        .map(|&w| (product(w) / total) as u32)
-        .collect();
+    let mut quotas: Vec<u32> = weights.iter().map(|&w| (product(w) / total) as u32).collect();
     let missing = (buckets - quotas.iter().sum::<u32>()) as usize;
     if missing > 0 {
         let mut order: Vec<usize> = (0..weights.len()).collect();
@@ -60,14 +57,9 @@ struct Field {
 impl Field {
     fn new(backends: &[Weighted]) -> Self {
         Self {
-            keys: backends
-                .iter()
-                .map(|b| BackendKey::new(b.identity))
-                .collect(),
+            keys: backends.iter().map(|b| BackendKey::new(b.identity)).collect(),
             inverse: backends.iter().map(|b| 1.0 / f64::from(b.weight)).collect(),
-            uniform: backends
-                .windows(2)
-                .all(|pair| pair[0].weight == pair[1].weight),
+            uniform: backends.windows(2).all(|pair| pair[0].weight == pair[1].weight),
         }
     }
 
@@ -129,10 +121,7 @@ fn least(values: &[f64]) -> f64 {
             *lane = if value < *lane { value } else { *lane };
         }
     }
-    lanes.into_iter().fold(
-        f64::INFINITY,
-        |least, lane| if lane < least { lane } else { least },
-    )
+    lanes.into_iter().fold(f64::INFINITY, |least, lane| if lane < least { lane } else { least })
 }
 
 /// The best offer so far; of equal ones the first.
@@ -145,11 +134,7 @@ struct Best {
 impl Best {
     /// No offer yet; `first` stands if none is better than the worst there can be.
     fn new(first: usize) -> Self {
-        Self {
-            index: first,
-            draw: u64::MAX,
-            cost: f64::INFINITY,
-        }
+        Self { index: first, draw: u64::MAX, cost: f64::INFINITY }
     }
 
     #[inline(always)]
@@ -190,11 +175,7 @@ impl Placer {
     /// `backends` in order of identity, at most [`MAX_BACKENDS`].
     pub(super) fn new(backends: Vec<Weighted>, table_buckets: usize) -> Self {
         let field = Field::new(&backends);
-        Self {
-            backends,
-            field,
-            first_choice: vec![UNKNOWN; table_buckets],
-        }
+        Self { backends, field, first_choice: vec![UNKNOWN; table_buckets] }
     }
 
     pub(super) fn backends(&self) -> &[Weighted] {
@@ -247,19 +228,12 @@ impl Placer {
 
     fn settle(&self, buckets: &[u32], placed: &mut [u16], has: &[u32], available: &[bool]) {
         let wants = quotas(buckets.len() as u32, &self.weights(|i| available[i]));
-        let mut room = Room::new(
-            has.iter()
-                .zip(&wants)
-                .map(|(h, w)| w.saturating_sub(*h))
-                .collect(),
-        );
+        let mut room =
+            Room::new(has.iter().zip(&wants).map(|(h, w)| w.saturating_sub(*h)).collect());
         // Of the available ones, too, some may have one more than they should: a larger part
         // can have a smaller remainder. They give the last.
-        let mut gives: Vec<u32> = has
-            .iter()
-            .zip(&wants)
-            .map(|(h, w)| h.saturating_sub(*w))
-            .collect();
+        let mut gives: Vec<u32> =
+            has.iter().zip(&wants).map(|(h, w)| h.saturating_sub(*w)).collect();
         let mut free = Vec::with_capacity(gives.iter().sum::<u32>() as usize);
         for (at, &index) in placed.iter().enumerate().rev() {
             let gives = &mut gives[usize::from(index)];
@@ -285,10 +259,7 @@ struct Room {
 
 impl Room {
     fn new(left: Vec<u32>) -> Self {
-        let open = (0..left.len())
-            .filter(|&i| left[i] > 0)
-            .map(|i| i as u16)
-            .collect();
+        let open = (0..left.len()).filter(|&i| left[i] > 0).map(|i| i as u16).collect();
         Self { left, open }
     }
 

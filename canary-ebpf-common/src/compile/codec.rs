@@ -44,16 +44,12 @@ pub enum DecodeError {
 impl fmt::Display for DecodeError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Format {
-                expected,
-                found: Some(found),
-            } => {
+            Self::Format { expected, found: Some(found) } => {
                 write!(f, "format {found}, where {expected} was expected")
             }
-            Self::Format {
-                expected,
-                found: None,
-            } => write!(f, "nothing, where format {expected} was expected"),
+            Self::Format { expected, found: None } => {
+                write!(f, "nothing, where format {expected} was expected")
+            }
             Self::Truncated => f.write_str("cut short"),
             Self::Number => f.write_str("a number is malformed"),
             Self::UnknownSlot(slot) => write!(f, "slot {slot}: slots end at {}", MAX_VERSIONS - 1),
@@ -147,10 +143,7 @@ pub fn decode_changes(bytes: &[u8]) -> Result<Vec<Change>, DecodeError> {
 fn after_format(bytes: &[u8], expected: u8) -> Result<&[u8], DecodeError> {
     match bytes.split_first() {
         Some((&found, rest)) if found == expected => Ok(rest),
-        found => Err(DecodeError::Format {
-            expected,
-            found: found.map(|(&f, _)| f),
-        }),
+        found => Err(DecodeError::Format { expected, found: found.map(|(&f, _)| f) }),
     }
 }
 
@@ -169,10 +162,7 @@ fn take(rest: &mut &[u8]) -> Result<u32, DecodeError> {
         number |= u64::from(byte & 0x7f) << shift;
         if byte < 0x80 {
             let shortest = byte != 0 || shift == 0;
-            return u32::try_from(number)
-                .ok()
-                .filter(|_| shortest)
-                .ok_or(DecodeError::Number);
+            return u32::try_from(number).ok().filter(|_| shortest).ok_or(DecodeError::Number);
         }
     }
     Err(DecodeError::Number)

@@ -68,10 +68,7 @@ impl fmt::Display for OwnersError {
                 )
             }
             Self::BucketsDiffer { owners, wanted } => {
-                write!(
-                    f,
-                    "the split is for {wanted} buckets, but {owners} have an owner"
-                )
+                write!(f, "the split is for {wanted} buckets, but {owners} have an owner")
             }
             Self::BucketCount(count) => {
                 write!(f, "{count} buckets: not between 1 and {MAX_BUCKETS}")
@@ -79,11 +76,7 @@ impl fmt::Display for OwnersError {
             Self::NoSuchBucket(bucket) => {
                 write!(f, "the change names bucket {bucket}, which does not exist")
             }
-            Self::OwnerDiffers {
-                bucket,
-                expected,
-                found,
-            } => write!(
+            Self::OwnerDiffers { bucket, expected, found } => write!(
                 f,
                 "the change expects bucket {bucket} to belong to slot {expected}, but slot {found} owns it"
             ),
@@ -114,14 +107,8 @@ pub fn counts(owners: &[u8]) -> Result<[u32; MAX_VERSIONS], OwnersError> {
         all[usize::from(owner)] += 1;
     }
     if all[MAX_VERSIONS..].iter().any(|&n| n > 0) {
-        let at = owners
-            .iter()
-            .position(|&o| usize::from(o) >= MAX_VERSIONS)
-            .unwrap_or_default();
-        return Err(OwnersError::UnknownSlot {
-            bucket: at as u32,
-            slot: owners[at],
-        });
+        let at = owners.iter().position(|&o| usize::from(o) >= MAX_VERSIONS).unwrap_or_default();
+        return Err(OwnersError::UnknownSlot { bucket: at as u32, slot: owners[at] });
     }
     let mut counts = [0; MAX_VERSIONS];
     counts.copy_from_slice(&all[..MAX_VERSIONS]);
@@ -187,12 +174,7 @@ pub fn plan(owners: &[u8], wanted: &Targets, salt: u64) -> Result<Vec<Change>, O
     let growing: Vec<(u8, usize)> = (0..MAX_VERSIONS)
         .filter(|&slot| slot != control)
         .chain([control])
-        .map(|slot| {
-            (
-                slot as u8,
-                wanted.counts()[slot].saturating_sub(present[slot]) as usize,
-            )
-        })
+        .map(|slot| (slot as u8, wanted.counts()[slot].saturating_sub(present[slot]) as usize))
         .filter(|&(_, growth)| growth > 0)
         .collect();
     if growing.len() > 1 {
@@ -212,11 +194,7 @@ pub fn plan(owners: &[u8], wanted: &Targets, salt: u64) -> Result<Vec<Change>, O
     let mut changes = Vec::with_capacity(pool.len());
     for (bucket, (&from, &to)) in owners.iter().zip(&next).enumerate() {
         if to != STAYS {
-            changes.push(Change {
-                bucket: bucket as u32,
-                from,
-                to,
-            });
+            changes.push(Change { bucket: bucket as u32, from, to });
         }
     }
     Ok(changes)
@@ -259,15 +237,9 @@ pub fn revert(owners: &mut [u8], changes: &[Change]) -> Result<(), OwnersError> 
 }
 
 fn turn(owners: &mut [u8], bucket: u32, from: u8, to: u8) -> Result<(), OwnersError> {
-    let owner = owners
-        .get_mut(bucket as usize)
-        .ok_or(OwnersError::NoSuchBucket(bucket))?;
+    let owner = owners.get_mut(bucket as usize).ok_or(OwnersError::NoSuchBucket(bucket))?;
     if *owner != from {
-        return Err(OwnersError::OwnerDiffers {
-            bucket,
-            expected: from,
-            found: *owner,
-        });
+        return Err(OwnersError::OwnerDiffers { bucket, expected: from, found: *owner });
     }
     *owner = to;
     Ok(())

@@ -105,12 +105,7 @@ mod tests {
     fn the_exponential_is_that_of_the_library_to_a_part_in_a_million_million() {
         let mut worst = 0.0_f64;
         for i in 1..200_000_u64 {
-            for v in [
-                unit(mix(i)),
-                unit(mix(i) >> 20),
-                unit(i << 12),
-                1.0 - unit(i << 12),
-            ] {
+            for v in [unit(mix(i)), unit(mix(i) >> 20), unit(i << 12), 1.0 - unit(i << 12)] {
                 let exact = -(-v).ln_1p();
                 worst = worst.max((exponential(v) - exact).abs() / exact);
             }
@@ -140,10 +135,7 @@ mod tests {
                 let key = BucketKey::new(bucket);
                 cells[(draw(key, a) >> 60 << 4 | draw(key, b) >> 60) as usize] += 1;
             }
-            let chi: f64 = cells
-                .iter()
-                .map(|&n| (f64::from(n) - 256.0).powi(2) / 256.0)
-                .sum();
+            let chi: f64 = cells.iter().map(|&n| (f64::from(n) - 256.0).powi(2) / 256.0).sum();
             assert!(chi < 400.0, "pair {pair}: {chi}");
         }
     }

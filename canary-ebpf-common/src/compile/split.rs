@@ -52,16 +52,10 @@ impl fmt::Display for SplitError {
             Self::UnknownSlot(slot) => write!(f, "slot {slot}: slots end at {}", MAX_VERSIONS - 1),
             Self::Duplicate(slot) => write!(f, "slot {slot} is named twice"),
             Self::ControlHasShare(slot) => {
-                write!(
-                    f,
-                    "slot {slot} is control, which gets what the others leave"
-                )
+                write!(f, "slot {slot} is control, which gets what the others leave")
             }
             Self::AboveWhole { wanted, buckets } => {
-                write!(
-                    f,
-                    "the shares are more than the whole: {wanted} of {buckets} buckets"
-                )
+                write!(f, "the shares are more than the whole: {wanted} of {buckets} buckets")
             }
             Self::BucketCount(count) => write!(f, "{count} buckets are too few or too many"),
         }
@@ -83,10 +77,7 @@ impl Targets {
         check_slots(control, wanted.iter().map(|&(slot, _)| slot))?;
         let sum: u64 = wanted.iter().map(|&(_, count)| u64::from(count)).sum();
         if sum > u64::from(buckets) {
-            return Err(SplitError::AboveWhole {
-                wanted: sum,
-                buckets,
-            });
+            return Err(SplitError::AboveWhole { wanted: sum, buckets });
         }
         let mut counts = [0; MAX_VERSIONS];
         for &(slot, count) in wanted {
@@ -142,23 +133,17 @@ pub fn targets(
 
     let mut parts: Vec<Part> = wanted
         .iter()
-        .map(
-            |&Wanted {
-                 slot,
-                 share,
-                 changed,
-             }| {
-                let has = present[usize::from(slot)];
-                // What has no bucket, or should have none, is not in force: round it.
-                let keeps = !changed && (has == 0) == (share == Share::ZERO);
-                Part {
-                    slot,
-                    exact: share.fraction() * f64::from(buckets),
-                    count: if keeps { has } else { share.buckets(buckets) },
-                    keeps,
-                }
-            },
-        )
+        .map(|&Wanted { slot, share, changed }| {
+            let has = present[usize::from(slot)];
+            // What has no bucket, or should have none, is not in force: round it.
+            let keeps = !changed && (has == 0) == (share == Share::ZERO);
+            Part {
+                slot,
+                exact: share.fraction() * f64::from(buckets),
+                count: if keeps { has } else { share.buckets(buckets) },
+                keeps,
+            }
+        })
         .collect();
     if !Share::fit_together(wanted.iter().map(|w| w.share)) {
         let wanted = parts.iter().map(|p| p.exact.ceil() as u64).sum();
@@ -166,9 +151,8 @@ pub fn targets(
     }
     // Does control get a share, if only the smallest that can be written?
     let smallest = "0.000000001%".parse().unwrap_or(Share::ZERO);
-    let control_least = u64::from(Share::fit_together(
-        wanted.iter().map(|w| w.share).chain([smallest]),
-    ));
+    let control_least =
+        u64::from(Share::fit_together(wanted.iter().map(|w| w.share).chain([smallest])));
 
     let sum: u64 = parts.iter().map(|p| u64::from(p.count)).sum();
     let mut excess = (sum + control_least).saturating_sub(total);

@@ -107,10 +107,7 @@ impl fmt::Display for InputError {
             Self::DuplicateSlot(slot) => write!(f, "two versions have slot {slot}"),
             Self::MissingVersion(slot) => write!(f, "the version in slot {slot} is missing"),
             Self::TooManyBackends(slot) => {
-                write!(
-                    f,
-                    "the version in slot {slot} has more than {MAX_BACKENDS} backends"
-                )
+                write!(f, "the version in slot {slot} has more than {MAX_BACKENDS} backends")
             }
             Self::DuplicateBackend { slot, identity } => {
                 write!(
@@ -194,12 +191,7 @@ impl Compiler {
     ///
     /// Any [`InputError`]: mistakes of the caller, none of which comes from health, weights or shares.
     pub fn compile(&mut self, input: &Input<'_>) -> Result<Output, InputError> {
-        let &Input {
-            owners,
-            versions,
-            control,
-            fallback,
-        } = input;
+        let &Input { owners, versions, control, fallback } = input;
         let counts = owners::counts(owners).map_err(InputError::Owners)?;
         let mut by_slot: [Option<Ordered>; MAX_VERSIONS] = Default::default();
         for version in versions {
@@ -226,14 +218,9 @@ impl Compiler {
         }
         let mut targets = vec![None; owners.len()];
         let mut fell_back = 0;
-        for (slot, buckets) in buckets
-            .iter()
-            .enumerate()
-            .filter(|(_, buckets)| !buckets.is_empty())
+        for (slot, buckets) in buckets.iter().enumerate().filter(|(_, buckets)| !buckets.is_empty())
         {
-            let own = by_slot[slot]
-                .as_ref()
-                .ok_or(InputError::MissingVersion(slot as u8))?;
+            let own = by_slot[slot].as_ref().ok_or(InputError::MissingVersion(slot as u8))?;
             let version = match (own.usable, fallback) {
                 (true, _) => own,
                 (false, rule) => {
@@ -244,38 +231,25 @@ impl Compiler {
                     }
                 }
             };
-            let placed = self
-                .placer(version, owners.len())
-                .place(buckets, &version.available);
+            let placed = self.placer(version, owners.len()).place(buckets, &version.available);
             for (&bucket, &index) in buckets.iter().zip(&placed) {
                 let backend = version.given[usize::from(index)];
-                targets[bucket as usize] = Some(Target {
-                    slot: version.slot,
-                    backend,
-                });
+                targets[bucket as usize] = Some(Target { slot: version.slot, backend });
             }
         }
         self.placers.retain(|remembered| remembered.used);
-        Ok(Output {
-            targets,
-            control_checks_ignored: of_control.checks_ignored,
-            fell_back,
-        })
+        Ok(Output { targets, control_checks_ignored: of_control.checks_ignored, fell_back })
     }
 
     /// The placer for a version's backends, remembered or new.
     fn placer(&mut self, version: &Ordered, table_buckets: usize) -> &mut Placer {
         let fits =
             |p: &Placer| p.backends() == version.backends && p.table_buckets() == table_buckets;
-        let at = self
-            .placers
-            .iter()
-            .position(|r| fits(&r.placer))
-            .unwrap_or_else(|| {
-                let placer = Placer::new(version.backends.clone(), table_buckets);
-                self.placers.push(Remembered { placer, used: true });
-                self.placers.len() - 1
-            });
+        let at = self.placers.iter().position(|r| fits(&r.placer)).unwrap_or_else(|| {
+            let placer = Placer::new(version.backends.clone(), table_buckets);
+            self.placers.push(Remembered { placer, used: true });
+            self.placers.len() - 1
+        });
         let remembered = &mut self.placers[at];
         remembered.used = true;
         &mut remembered.placer
@@ -291,14 +265,10 @@ impl Ordered {
         let of = |i: &u16| backends[usize::from(*i)];
         let mut given: Vec<u16> = (0..backends.len() as u16).collect();
         given.sort_unstable_by_key(|i| of(i).identity);
-        if let Some(pair) = given
-            .windows(2)
-            .find(|pair| of(&pair[0]).identity == of(&pair[1]).identity)
+        if let Some(pair) =
+            given.windows(2).find(|pair| of(&pair[0]).identity == of(&pair[1]).identity)
         {
-            return Err(InputError::DuplicateBackend {
-                slot,
-                identity: of(&pair[0]).identity,
-            });
+            return Err(InputError::DuplicateBackend { slot, identity: of(&pair[0]).identity });
         }
         given.retain(|i| of(i).weight > 0);
         let mut available: Vec<bool> = given.iter().map(|i| of(i).healthy).collect();
@@ -310,13 +280,7 @@ impl Ordered {
         Ok(Self {
             slot,
             backends: backends
-                .map(
-                    |Backend {
-                         identity,
-                         weight,
-                         healthy: _,
-                     }| Weighted { identity, weight },
-                )
+                .map(|Backend { identity, weight, healthy: _ }| Weighted { identity, weight })
                 .collect(),
             usable: available.contains(&true),
             given,
