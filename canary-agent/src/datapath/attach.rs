@@ -16,7 +16,7 @@ use netlink_packet_route::{
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use nix::net::if_::if_nametoindex;
 
-use super::{Error, pins::Pins};
+use super::{Error, links, pins::Pins};
 use crate::config::model::XdpMode;
 
 /// An interface that the program is attached to.
@@ -84,7 +84,7 @@ pub(super) fn attach(
                 name,
             });
         }
-        take_off(ifindex, found.mode)
+        take_off(ifindex, &found)
             .map_err(|e| failed(format!("taking XDP program {} ({name}) off: {e}", found.id)))?;
     }
     let tried = match mode {
@@ -188,11 +188,14 @@ pub(super) fn found_on(ifindex: u32) -> io::Result<Option<Found>> {
     Ok(found.map(|id| Found { id, mode }))
 }
 
-/// Takes a program that was attached without a link off an interface.
-fn take_off(ifindex: u32, mode: Option<AttachedMode>) -> io::Result<()> {
+/// Takes somebody else's program off an interface, however it was attached.
+fn take_off(ifindex: u32, found: &Found) -> io::Result<()> {
+    if links::detach(found.id, ifindex)? {
+        return Ok(());
+    }
     const XDP_FLAGS_SKB_MODE: u32 = 1 << 1;
     const XDP_FLAGS_DRV_MODE: u32 = 1 << 2;
-    let flags = match mode {
+    let flags = match found.mode {
         Some(AttachedMode::Native) => XDP_FLAGS_DRV_MODE,
         _ => XDP_FLAGS_SKB_MODE,
     };

@@ -7,6 +7,7 @@
 mod apply;
 mod attach;
 pub mod flows;
+mod links;
 mod mapping;
 mod pins;
 mod pod;
@@ -454,6 +455,15 @@ impl Datapath {
 /// When a pin can't be removed.
 pub fn detach(bpffs: &Path) -> io::Result<usize> {
     pins::remove_all(bpffs)
+}
+
+/// The id of the XDP program on an interface, whoever attached it.
+///
+/// # Errors
+/// When the interface is missing or the kernel can't be asked.
+pub fn program_on(interface: &str) -> io::Result<Option<u32>> {
+    let ifindex = nix::net::if_::if_nametoindex(interface)?;
+    Ok(attach::found_on(ifindex)?.map(|found| found.id))
 }
 
 /// Nanoseconds of `CLOCK_MONOTONIC`, which the program stamps flows with.

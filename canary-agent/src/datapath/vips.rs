@@ -52,27 +52,35 @@ impl VipTable {
     }
 
     /// Makes the table hold `wanted` and nothing else: first what is new or
-    /// changed, then away with the rest.
+    /// changed, then away with the rest, unless room has to be made first.
     pub(super) fn store(&mut self, wanted: &Vips) -> Result<(), Error> {
         for (key, service) in wanted {
             if let Some(slot) = self.placement.slot(*key) {
                 self.write_service(slot, service);
                 continue;
             }
-            let moves = self.placement.insert(*key).map_err(|_| Error::VipsFull)?;
-            for step in moves {
+            let mut moves = self.placement.insert(*key);
+            if moves.is_err() {
+                self.remove_all_but(wanted);
+                moves = self.placement.insert(*key);
+            }
+            for step in moves.map_err(|_| Error::VipsFull)? {
                 // Somebody who makes room takes along what the old slot says.
                 let record = wanted.get(&step.key).copied().or_else(|| self.read(step.key));
                 self.write(step.slot, step.key, &record.unwrap_or_default());
             }
         }
+        self.remove_all_but(wanted);
+        Ok(())
+    }
+
+    fn remove_all_but(&mut self, wanted: &Vips) {
         let gone: Vec<_> = self.placement.keys().filter(|k| !wanted.contains_key(k)).collect();
         for key in gone {
             if let Some(slot) = self.placement.remove(key) {
                 self.slot(slot)[0].store(0, Ordering::Release);
             }
         }
-        Ok(())
     }
 
     fn slot(&self, slot: u32) -> &[AtomicU64] {
