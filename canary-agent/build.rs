@@ -93,7 +93,7 @@ fn build(out: &Path) -> Result<PathBuf, String> {
         // A wrapper of the user's knows this workspace's compiler, not this one.
         .env("RUSTC_WRAPPER", "")
         .env("CARGO_TERM_COLOR", "never")
-        .arg("build")
+        .args(["build", "--quiet"])
         .args(&toolchain.args)
         // The outer cargo has brought Cargo.lock up to date; another version of
         // cargo must not rewrite it.

@@ -1,3 +1,28 @@
-//! What the tests are made of: the loaded program, namespaces, servers, clients.
+//! The test bench of canary-xdp: hosts in network namespaces, real servers and
+//! clients in them, and the real agent.
+//!
+//! A test builds a [`topology`], starts a [`server`] on each backend and the
+//! [`agent`] on the balancer, drives [`client`]s and compares what they saw with
+//! what [`stats`] allows. Everything is a value that takes its piece of the
+//! host away when it is dropped, also by a panic; what a killed process could
+//! not take away, the next one [`sweep`]s. Names carry the process id, so two
+//! runs at once do not meet.
+//!
+//! Functions of this crate panic where the bench itself fails: a test has no
+//! use for an error that it can't act on, and a panic names the place.
 
+pub mod agent;
+pub mod binary;
+pub mod client;
+pub mod host;
+pub mod http;
 pub mod loaded;
+pub mod netns;
+pub mod server;
+pub mod spawn;
+pub mod stats;
+pub mod sweep;
+pub mod topology;
+pub mod wait;
+pub mod workdir;
+pub mod xdp_pass;

@@ -1,0 +1,80 @@
+//! Finding a program that cargo has built beside the running test.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
+
+/// The path of a workspace program of the same profile as this executable.
+///
+/// # Panics
+/// It is missing, or older than a source that it was made from: cargo builds a
+/// package's tests without the programs of the others.
+#[track_caller]
+pub fn locate(name: &str) -> PathBuf {
+    let here = std::env::current_exe().expect("this executable has no path");
+    let mut folder = here.parent().expect("an executable lies in a folder");
+    // Tests lie in `deps`, examples in `examples`.
+    if folder.ends_with("deps") || folder.ends_with("examples") {
+        folder = folder.parent().expect("the folder of the profile");
+    }
+    let path = folder.join(name);
+    let Some(built) = modified(&path) else {
+        panic!(
+            "{} is missing: build it first (cargo build -p canary-agent)",
+            path.display()
+        );
+    };
+    if let Some(newer) = newer_source(&path.with_extension("d"), built) {
+        panic!(
+            "{} is older than {}: build it first (cargo build -p canary-agent)",
+            path.display(),
+            newer.display()
+        );
+    }
+    path
+}
+
+fn modified(path: &Path) -> Option<SystemTime> {
+    fs::metadata(path).and_then(|data| data.modified()).ok()
+}
+
+/// A source in cargo's dependency file (`PROGRAM: SOURCE …`, spaces escaped) that
+/// was changed after the program was built.
+fn newer_source(dependencies: &Path, built: SystemTime) -> Option<PathBuf> {
+    let text = fs::read_to_string(dependencies).ok()?;
+    let (_, sources) = text.split_once(": ")?;
+    sources
+        .trim_end()
+        .replace("\\ ", "\0")
+        .split(' ')
+        .map(|source| PathBuf::from(source.replace('\0', " ")))
+        // Build scripts name folders too, whose time changes with every editor's draft.
+        .find(|source| source.is_file() && modified(source).is_some_and(|time| time > built))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_source_that_was_changed_later_is_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = folder.path().join("a source.rs");
+        fs::write(&source, "").unwrap();
+        let escaped = source.to_string_lossy().replace(' ', "\\ ");
+        let dependencies = folder.path().join("program.d");
+        fs::write(
+            &dependencies,
+            format!("/x/program: /nonexistent.rs {escaped}\n"),
+        )
+        .unwrap();
+        let time = modified(&source).unwrap();
+        assert_eq!(newer_source(&dependencies, time), None);
+        let before = time - Duration::from_secs(1);
+        assert_eq!(newer_source(&dependencies, before), Some(source));
+    }
+}

@@ -1,0 +1,98 @@
+//! Takes away what processes left behind that were killed before they could.
+//!
+//! Namespaces and work folders are named `canary-PID-N-ROLE`; one whose process
+//! is gone is stale. xtask compiles this file too, so it needs `std` only.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+/// Where `ip netns` keeps its names.
+pub const NETNS_FOLDER: &str = "/run/netns";
+
+/// The process id in `canary-PID-N-ROLE`.
+fn owner(name: &str) -> Option<u32> {
+    let (pid, rest) = name.strip_prefix("canary-")?.split_once('-')?;
+    rest.contains('-').then_some(())?;
+    pid.parse().ok()
+}
+
+/// Whether a name's process is gone.
+fn stale(name: &str) -> bool {
+    owner(name).is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists())
+}
+
+/// Names in a folder whose process is gone.
+fn stale_entries(folder: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(folder) else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .filter(|entry| stale(&entry.file_name().to_string_lossy()))
+        .map(|entry| entry.path())
+        .collect()
+}
+
+fn quietly(program: &str, args: &[&str]) {
+    // Two sweeps at once take away the same things: that one of them fails is fine.
+    let _ = Command::new(program)
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+}
+
+/// Removes stale namespaces, mounts and work folders; returns how many there were.
+pub fn stale_leftovers() -> usize {
+    let namespaces = stale_entries(Path::new(NETNS_FOLDER));
+    for path in &namespaces {
+        if let Some(name) = path.file_name().and_then(|name| name.to_str()) {
+            quietly("ip", &["netns", "delete", name]);
+        }
+    }
+    let folders = stale_entries(&std::env::temp_dir());
+    for folder in &folders {
+        let mount = folder.join("bpffs");
+        quietly("umount", &["--lazy", &mount.to_string_lossy()]);
+        // What is still mounted must not be emptied.
+        if !mounted(&mount) {
+            let _ = fs::remove_dir_all(folder);
+        }
+    }
+    namespaces.len() + folders.len()
+}
+
+/// Whether something is mounted at a path.
+fn mounted(path: &Path) -> bool {
+    let path = path.to_string_lossy();
+    fs::read_to_string("/proc/self/mounts").is_ok_and(|mounts| {
+        mounts
+            .lines()
+            .any(|line| line.split(' ').nth(1) == Some(path.as_ref()))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_names_of_this_form_with_a_dead_process_are_stale() {
+        assert_eq!(owner("canary-12-0-client"), Some(12));
+        for name in [
+            "canary-12",
+            "canary-x-0-client",
+            "other-12-0-client",
+            "canary--1-x",
+        ] {
+            assert_eq!(owner(name), None, "{name}");
+        }
+        assert!(!stale(&format!("canary-{}-0-client", std::process::id())));
+        // Above the largest process id that Linux gives out.
+        assert!(stale("canary-4194305-0-client"));
+    }
+}

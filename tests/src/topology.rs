@@ -1,0 +1,429 @@
+//! A client, a balancer and backends, wired with veth pairs.
+//!
+//! Prefixes are the same in every topology, as each lives in namespaces of its own:
+//!
+//! | what | IPv4 | IPv6 |
+//! | --- | --- | --- |
+//! | client's and balancer's link | 10.1.0.0/16: balancer .0.2, client .0.3 | fd00:1::/64: `::2`, `::3` |
+//! | VIP (the agent puts it on the balancer) | 10.1.0.100 | fd00:1::100 |
+//! | link to the backends, two-armed | 10.2.0.0/16, balancer 10.2.0.2 | fd00:2::/64, balancer fd00:2::2 |
+//! | backend *j* of version *i*, from 1 | 10.2.*i*.*j* (one-armed 10.1.*i*.*j*) | fd00:2::*i*:*j* (fd00:1::*i*:*j*) |
+//! | client addresses | 10.64.0.0/10 | fd00:9::/32 |
+//!
+//! *Two-armed*: the client on `eth0` of the balancer, the backends behind a switch
+//! on `eth1`; the balancer routes. *One-armed*: all on one switch. In both, backends
+//! reach the client addresses: through the balancer, or straight through the client's
+//! own. The balancer's peers carry a program, so that native XDP works.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use crate::{
+    netns::Namespace,
+    wait,
+    xdp_pass::{XdpPass, offloads_off},
+};
+
+/// The service's IPv4 address.
+pub const VIP_V4: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 100);
+
+/// The service's IPv6 address.
+pub const VIP_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 0x100);
+
+/// The balancer's address towards the client, IPv4.
+pub const BALANCER_V4: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 2);
+
+/// The balancer's address towards the client, IPv6.
+pub const BALANCER_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 2);
+
+/// The client's own IPv4 address on the link.
+pub const CLIENT_V4: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 3);
+
+/// The client's own IPv6 address on the link.
+pub const CLIENT_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 3);
+
+const CLIENTS_V4: &str = "10.64.0.0/10";
+const CLIENTS_V6: &str = "fd00:9::/32";
+
+/// Number of different client addresses of a family.
+pub const CLIENTS: u32 = 1 << 22;
+
+/// An address family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::V4, Self::V6];
+
+    /// The service's address.
+    pub fn vip(self) -> IpAddr {
+        match self {
+            Self::V4 => VIP_V4.into(),
+            Self::V6 => VIP_V6.into(),
+        }
+    }
+
+    /// One of the client addresses; `index` is taken modulo [`CLIENTS`].
+    ///
+    /// Neighbouring indexes lie in different IPv4 /24s and IPv6 /56s: `index`
+    /// modulo 16,384 is the /24 (or /48), the rest is the host in it.
+    pub fn client(self, index: u32) -> IpAddr {
+        let (network, host) = (index & 0x3fff, index >> 14 & 0xff);
+        match self {
+            Self::V4 => Ipv4Addr::from(0x0a40_0000 | network << 8 | host).into(),
+            Self::V6 => {
+                let high = 0xfd00_0009_u128 << 96 | u128::from(network) << 80;
+                Ipv6Addr::from(high | u128::from(host) << 8 | 1).into()
+            }
+        }
+    }
+}
+
+/// How the hosts are wired.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// The backends behind the balancer.
+    TwoArmed,
+    /// All on one switch.
+    OneArmed,
+}
+
+/// What to build.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The wiring.
+    pub shape: Shape,
+    /// Names of the versions with their number of backends, control first.
+    pub versions: Vec<(String, u8)>,
+    /// Whether backends hold the VIP on their loopback, for `dsr`.
+    pub vip_on_backends: bool,
+}
+
+impl Options {
+    /// Two-armed, for `nat`: `versions` are names with numbers of backends.
+    pub fn two_armed(versions: &[(&str, u8)]) -> Self {
+        Self::new(Shape::TwoArmed, versions, false)
+    }
+
+    /// One-armed, with the VIP on the backends, for `dsr`.
+    pub fn one_armed_dsr(versions: &[(&str, u8)]) -> Self {
+        Self::new(Shape::OneArmed, versions, true)
+    }
+
+    /// One-armed, for `nat` that sends back out the same interface.
+    pub fn one_armed_nat(versions: &[(&str, u8)]) -> Self {
+        Self::new(Shape::OneArmed, versions, false)
+    }
+
+    fn new(shape: Shape, versions: &[(&str, u8)], vip_on_backends: bool) -> Self {
+        Self {
+            shape,
+            versions: versions
+                .iter()
+                .map(|(name, backends)| ((*name).to_owned(), *backends))
+                .collect(),
+            vip_on_backends,
+        }
+    }
+}
+
+/// One backend host.
+#[derive(Debug)]
+pub struct Host {
+    /// Its version's name.
+    pub version: String,
+    /// `VERSION-J`, with J from 1.
+    pub name: String,
+    /// Its namespace; the link is `eth0`.
+    pub namespace: Namespace,
+    /// Its IPv4 address.
+    pub v4: Ipv4Addr,
+    /// Its IPv6 address.
+    pub v6: Ipv6Addr,
+    /// Its addresses besides its own: the VIPs for `dsr`.
+    pub vips: Vec<IpAddr>,
+}
+
+impl Host {
+    /// Its address in a family.
+    pub fn addr(&self, family: Family) -> IpAddr {
+        match family {
+            Family::V4 => self.v4.into(),
+            Family::V6 => self.v6.into(),
+        }
+    }
+
+    /// Every address that it answers on.
+    pub fn addrs(&self) -> Vec<IpAddr> {
+        let mut addrs = vec![self.v4.into(), self.v6.into()];
+        addrs.extend(&self.vips);
+        addrs
+    }
+}
+
+/// Hosts and their wires; all gone on drop.
+#[derive(Debug)]
+pub struct Topology {
+    /// The wiring.
+    pub shape: Shape,
+    /// The client host; the link is `eth0`.
+    pub client: Namespace,
+    /// The balancer; `eth0`, and `eth1` towards the backends if two-armed.
+    pub balancer: Namespace,
+    /// The backends, version by version.
+    pub backends: Vec<Host>,
+    // Programs go before the namespaces that they are attached in.
+    _programs: Vec<XdpPass>,
+    _switch: Namespace,
+}
+
+impl Topology {
+    /// Builds it and waits until every link is up.
+    ///
+    /// # Panics
+    /// The host can't: see [`crate::host::ready`].
+    #[track_caller]
+    pub fn new(options: &Options) -> Self {
+        let two_armed = options.shape == Shape::TwoArmed;
+        let client = Namespace::new("client");
+        let balancer = Namespace::new("balancer");
+        let switch = Namespace::new("switch");
+        // A switch has no address of its own, and learns instead of asking.
+        switch.sysctl("net/ipv6/conf/default/disable_ipv6", "1");
+        switch.ip(
+            "link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0
+link set br0 up",
+        );
+
+        let mut ends: Vec<(&Namespace, String)> = Vec::new();
+        if two_armed {
+            wire(&client, "eth0", &balancer, "eth0");
+            wire(&balancer, "eth1", &switch, "balancer");
+            ends.push((&balancer, "eth1".into()));
+        } else {
+            wire(&client, "eth0", &switch, "client");
+            wire(&balancer, "eth0", &switch, "balancer");
+            ends.push((&switch, "client".into()));
+        }
+        ends.extend([
+            (&client, "eth0".into()),
+            (&balancer, "eth0".into()),
+            (&switch, "balancer".into()),
+        ]);
+        client.ip(&format!(
+            "address add {CLIENT_V4}/16 dev eth0
+address add {CLIENT_V6}/64 dev eth0 nodad
+route add local {CLIENTS_V4} dev lo
+route add local {CLIENTS_V6} dev lo
+route add default via {BALANCER_V4}
+route add ::/0 via {BALANCER_V6}"
+        ));
+        // `bind` to an address of a local IPv6 route.
+        client.sysctl("net/ipv6/ip_nonlocal_bind", "1");
+        set_up_balancer(&balancer, two_armed);
+
+        let backends: Vec<Host> = make_backends(options);
+        for host in &backends {
+            wire(&host.namespace, "eth0", &switch, &port(&host.name));
+            set_up_backend(host, options);
+        }
+        for host in &backends {
+            ends.push((&host.namespace, "eth0".into()));
+            ends.push((&switch, port(&host.name)));
+        }
+        let ports: Vec<String> = ends
+            .iter()
+            .filter(|(namespace, _)| std::ptr::eq(*namespace, &raw const switch))
+            .map(|(_, interface)| format!("link set {interface} master br0"))
+            .collect();
+        switch.ip(&ports.join("\n"));
+        for (namespace, interface) in &ends {
+            offloads_off(namespace, interface);
+        }
+        let mut programs = vec![XdpPass::attach(&switch, "balancer")];
+        if two_armed {
+            programs.push(XdpPass::attach(&client, "eth0"));
+        }
+        for (namespace, interface) in &ends {
+            wait::until("a link", || running(namespace, interface));
+        }
+        Self {
+            shape: options.shape,
+            client,
+            balancer,
+            backends,
+            _programs: programs,
+            _switch: switch,
+        }
+    }
+
+    /// The balancer's interfaces that a program belongs on.
+    pub fn interfaces(&self) -> &'static [&'static str] {
+        match self.shape {
+            Shape::TwoArmed => &["eth0", "eth1"],
+            Shape::OneArmed => &["eth0"],
+        }
+    }
+
+    /// The backends of a version, as `ADDRESS:PORT` of one family or both.
+    pub fn backend_addrs(&self, version: &str, families: &[Family], port: u16) -> Vec<SocketAddr> {
+        self.backends
+            .iter()
+            .filter(|host| host.version == version)
+            .flat_map(|host| {
+                families
+                    .iter()
+                    .map(move |family| SocketAddr::new(host.addr(*family), port))
+            })
+            .collect()
+    }
+
+    /// The `[service.versions.NAME]` tables of a configuration, with every backend.
+    pub fn versions_toml(&self, families: &[Family], port: u16) -> String {
+        let mut names: Vec<&str> = self
+            .backends
+            .iter()
+            .map(|host| host.version.as_str())
+            .collect();
+        names.dedup();
+        let mut text = String::new();
+        for name in names {
+            let addrs: Vec<String> = self
+                .backend_addrs(name, families, port)
+                .iter()
+                .map(|addr| format!("\"{addr}\""))
+                .collect();
+            text += &format!(
+                "[service.versions.{name}]\nbackends = [{}]\n",
+                addrs.join(", ")
+            );
+        }
+        text
+    }
+}
+
+/// The switch's port of a backend: interface names have at most 15 characters.
+fn port(host: &str) -> String {
+    host.chars().take(15).collect()
+}
+
+#[track_caller]
+fn wire(a: &Namespace, a_end: &str, b: &Namespace, b_end: &str) {
+    a.ip(&format!(
+        "link add {a_end} type veth peer name {b_end} netns {}
+link set {a_end} up",
+        b.name()
+    ));
+    b.ip(&format!("link set {b_end} up"));
+}
+
+fn set_up_balancer(balancer: &Namespace, two_armed: bool) {
+    balancer.sysctl("net/ipv4/ip_forward", "1");
+    balancer.sysctl("net/ipv6/conf/all/forwarding", "1");
+    // Nobody is told of a shorter way: there is none.
+    balancer.sysctl("net/ipv4/conf/all/send_redirects", "0");
+    balancer.ip(&format!(
+        "address add {BALANCER_V4}/16 dev eth0
+address add {BALANCER_V6}/64 dev eth0 nodad
+route add {CLIENTS_V4} via {CLIENT_V4}
+route add {CLIENTS_V6} via {CLIENT_V6}"
+    ));
+    if two_armed {
+        balancer.ip("address add 10.2.0.2/16 dev eth1
+address add fd00:2::2/64 dev eth1 nodad");
+    }
+}
+
+fn make_backends(options: &Options) -> Vec<Host> {
+    let link: u16 = match options.shape {
+        Shape::TwoArmed => 2,
+        Shape::OneArmed => 1,
+    };
+    let mut hosts = Vec::new();
+    for ((version, count), i) in options.versions.iter().zip(1_u8..) {
+        for j in 1..=*count {
+            let name = format!("{version}-{j}");
+            hosts.push(Host {
+                version: version.clone(),
+                namespace: Namespace::new(&name),
+                name,
+                v4: Ipv4Addr::new(10, u8::try_from(link).unwrap_or(1), i, j),
+                v6: Ipv6Addr::new(0xfd00, link, 0, 0, 0, 0, i.into(), j.into()),
+                vips: if options.vip_on_backends {
+                    vec![VIP_V4.into(), VIP_V6.into()]
+                } else {
+                    Vec::new()
+                },
+            });
+        }
+    }
+    hosts
+}
+
+fn set_up_backend(host: &Host, options: &Options) {
+    let namespace = &host.namespace;
+    let (router_v4, router_v6) = match options.shape {
+        Shape::TwoArmed => ("10.2.0.2".to_owned(), "fd00:2::2".to_owned()),
+        Shape::OneArmed => (CLIENT_V4.to_string(), CLIENT_V6.to_string()),
+    };
+    namespace.ip(&format!(
+        "address add {}/16 dev eth0
+address add {}/64 dev eth0 nodad
+route add default via {router_v4}
+route add ::/0 via {router_v6}",
+        host.v4, host.v6
+    ));
+    if options.vip_on_backends {
+        // The VIP is the balancer's on the wire: nobody else may answer for it.
+        namespace.sysctl("net/ipv4/conf/all/arp_ignore", "1");
+        namespace.sysctl("net/ipv4/conf/all/arp_announce", "2");
+        namespace.ip(&format!(
+            "address add {VIP_V4}/32 dev lo
+address add {VIP_V6}/128 dev lo nodad"
+        ));
+    }
+}
+
+/// Whether an interface is up and has a carrier.
+fn running(namespace: &Namespace, interface: &str) -> Result<(), String> {
+    use nix::net::if_::InterfaceFlags;
+    let flags = namespace
+        .run(|| {
+            let found = nix::ifaddrs::getifaddrs()?.find(|entry| entry.interface_name == interface);
+            Ok(found.map(|entry| entry.flags))
+        })
+        .map_err(|error: nix::errno::Errno| error.to_string())?
+        .ok_or_else(|| format!("{interface} is not there"))?;
+    flags
+        .contains(InterfaceFlags::IFF_UP | InterfaceFlags::IFF_RUNNING)
+        .then_some(())
+        .ok_or_else(|| format!("{interface} has the flags {flags:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn client_addresses_are_all_different_and_in_their_prefix() {
+        let mut seen = std::collections::HashSet::new();
+        for index in (0..CLIENTS).step_by(97) {
+            let IpAddr::V4(v4) = Family::V4.client(index) else {
+                panic!("not IPv4")
+            };
+            let IpAddr::V6(v6) = Family::V6.client(index) else {
+                panic!("not IPv6")
+            };
+            assert_eq!(u32::from(v4) >> 22, 0x0a40_0000 >> 22, "{v4}");
+            assert_eq!(u128::from(v6) >> 96, 0xfd00_0009, "{v6}");
+            assert!(seen.insert(v4), "{v4}");
+        }
+        assert_ne!(Family::V4.client(0), Family::V4.client(1));
+        assert_ne!(Family::V4.client(0), Family::V4.client(1 << 14));
+    }
+}

@@ -1,0 +1,81 @@
+//! Waiting for a condition, and giving up waiting when the process is interrupted.
+
+use std::{
+    panic::resume_unwind,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+/// Time between two looks at a condition.
+const POLL: Duration = Duration::from_millis(5);
+
+/// How long anything local may take before the bench calls it broken.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// What a thread unwinds with that was interrupted: nothing failed.
+#[derive(Clone, Copy, Debug)]
+pub struct Interrupted;
+
+/// Makes every present and later wait unwind with [`Interrupted`].
+pub fn interrupt() {
+    INTERRUPTED.store(true, Ordering::SeqCst);
+}
+
+/// Whether [`interrupt`] was called.
+pub fn interrupted() -> bool {
+    INTERRUPTED.load(Ordering::SeqCst)
+}
+
+/// Unwinds with [`Interrupted`] if [`interrupt`] was called, and not already unwinding.
+pub fn check() {
+    if interrupted() && !thread::panicking() {
+        resume_unwind(Box::new(Interrupted));
+    }
+}
+
+/// Waits until `condition` gives a value.
+///
+/// # Panics
+/// It does not within [`PATIENCE`]: with `what` and the condition's last reason.
+#[track_caller]
+pub fn until<T>(what: &str, condition: impl FnMut() -> Result<T, String>) -> T {
+    until_within(PATIENCE, what, condition)
+}
+
+/// Waits until `condition` gives a value.
+///
+/// # Panics
+/// It does not within `limit`: with `what` and the condition's last reason.
+#[track_caller]
+pub fn until_within<T>(
+    limit: Duration,
+    what: &str,
+    mut condition: impl FnMut() -> Result<T, String>,
+) -> T {
+    let deadline = Instant::now() + limit;
+    loop {
+        check();
+        match condition() {
+            Ok(value) => return value,
+            Err(reason) if Instant::now() >= deadline => {
+                panic!("waited {limit:?} for {what}: {reason}")
+            }
+            Err(_) => thread::sleep(POLL),
+        }
+    }
+}
+
+/// Pauses a paced loop, shorter when interrupted.
+pub fn pause_until(moment: Instant) {
+    const SLICE: Duration = Duration::from_millis(100);
+    while !interrupted() {
+        let left = moment.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return;
+        }
+        thread::sleep(left.min(SLICE));
+    }
+}

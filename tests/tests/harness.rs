@@ -1,0 +1,191 @@
+//! The bench itself: what it builds works, and it leaves nothing behind.
+//!
+//! Plain routing stands in for the balancer here, so that a failure of the
+//! bench is not taken for one of the product.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    path::Path,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use canary_tests::{
+    client::{self, Connection, UdpFlow},
+    host,
+    netns::Namespace,
+    server::{ECHO_PORT, HTTP_PORT, Server},
+    spawn,
+    topology::{Family, Options, Topology},
+    wait,
+    workdir::Workdir,
+};
+
+/// Every kind of traffic, from a client address, to every backend's own address.
+fn exercise(topology: &Topology) {
+    let _servers = Server::start_all(&topology.backends);
+    for family in Family::ALL {
+        for (host, index) in topology.backends.iter().zip(1000..) {
+            let source = family.client(index);
+            let http = SocketAddr::new(host.addr(family), HTTP_PORT);
+            let echo = SocketAddr::new(host.addr(family), ECHO_PORT);
+
+            let mut connection = Connection::open(&topology.client, source, http).unwrap();
+            assert_eq!(connection.local_addr().unwrap().ip(), source);
+            assert_eq!(connection.name().unwrap(), host.name);
+            assert_eq!(
+                connection.download(1_000_000, None, |_| true).unwrap(),
+                1_000_000
+            );
+            assert_eq!(connection.post("/", b"body").unwrap(), b"body");
+            // The same connection again: it is kept alive.
+            assert_eq!(connection.name().unwrap(), host.name);
+
+            let stream = topology
+                .client
+                .run(|| client::connect(SocketAddr::new(source, 40_000), echo))
+                .unwrap();
+            assert_eq!(
+                stream.local_addr().unwrap(),
+                SocketAddr::new(source, 40_000)
+            );
+            let payload = vec![0x5a; 300_000];
+            assert_eq!(client::tcp_echo(stream, &payload).unwrap(), host.name);
+
+            let flow = UdpFlow::open(&topology.client, SocketAddr::new(source, 0), echo).unwrap();
+            for payload in [&b""[..], b"x", &[7; 1400]] {
+                assert_eq!(flow.ask(payload).unwrap(), host.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn two_armed_hosts_reach_each_other() {
+    if host::ready("two_armed_hosts_reach_each_other") {
+        exercise(&Topology::new(&Options::two_armed(&[
+            ("stable", 3),
+            ("v2", 2),
+        ])));
+    }
+}
+
+#[test]
+fn one_armed_hosts_reach_each_other() {
+    if host::ready("one_armed_hosts_reach_each_other") {
+        exercise(&Topology::new(&Options::one_armed_dsr(&[
+            ("stable", 1),
+            ("v2", 1),
+        ])));
+    }
+}
+
+#[test]
+fn a_slowed_download_takes_its_time_and_can_be_left() {
+    if !host::ready("a_slowed_download_takes_its_time_and_can_be_left") {
+        return;
+    }
+    let topology = Topology::new(&Options::two_armed(&[("stable", 1)]));
+    let _servers = Server::start_all(&topology.backends);
+    let to = topology.backend_addrs("stable", &[Family::V4], HTTP_PORT)[0];
+    let source = Family::V4.client(5);
+    let mut connection = Connection::open(&topology.client, source, to).unwrap();
+    let started = std::time::Instant::now();
+    connection
+        .download(40_000, Some(100_000), |_| true)
+        .unwrap();
+    assert!(started.elapsed() >= Duration::from_millis(300));
+    let mut pieces = 0;
+    let got = connection.download(1 << 40, Some(100_000), |_| {
+        pieces += 1;
+        pieces < 3
+    });
+    assert!(got.unwrap() < 1 << 20);
+}
+
+#[test]
+fn a_closed_port_and_a_stopped_server_are_errors() {
+    if !host::ready("a_closed_port_and_a_stopped_server_are_errors") {
+        return;
+    }
+    let topology = Topology::new(&Options::two_armed(&[("stable", 1)]));
+    let servers = Server::start_all(&topology.backends);
+    let source = Family::V6.client(5);
+    let to = topology.backend_addrs("stable", &[Family::V6], HTTP_PORT)[0];
+    let mut connection = Connection::open(&topology.client, source, to).unwrap();
+    assert_eq!(connection.name().unwrap(), "stable-1");
+    assert_eq!(servers[0].requests(), 1);
+    drop(servers);
+    assert!(connection.name().is_err());
+    assert!(Connection::open(&topology.client, source, to).is_err());
+}
+
+#[test]
+fn everything_goes_away_with_its_value_also_by_a_panic() {
+    if !host::ready("everything_goes_away_with_its_value_also_by_a_panic") {
+        return;
+    }
+    let mut seen = Vec::new();
+    let unwound = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let namespace = Namespace::new("gone");
+        let workdir = Workdir::new("gone");
+        seen.push(Path::new("/run/netns").join(namespace.name()));
+        seen.push(workdir.path().to_path_buf());
+        assert!(seen.iter().all(|path| path.exists()));
+        std::panic::resume_unwind(Box::new("as a failing test would"));
+    }));
+    assert!(unwound.is_err());
+    for path in seen {
+        assert!(!path.exists(), "{} is left", path.display());
+    }
+}
+
+#[test]
+fn a_child_is_in_its_namespace_and_ends_with_its_parent_only() {
+    if !host::ready("a_child_is_in_its_namespace_and_ends_with_its_parent_only") {
+        return;
+    }
+    let namespace = Namespace::new("child");
+    let mut command = namespace.command("cat");
+    command.stdin(Stdio::piped());
+    // Started from a thread that ends at once: the child must not end with it.
+    let mut child = std::thread::spawn(|| spawn::spawn(command).unwrap())
+        .join()
+        .unwrap();
+    let inside = fs::read_link(format!("/proc/{}/ns/net", child.id())).unwrap();
+    let outside = fs::read_link("/proc/self/ns/net").unwrap();
+    assert_ne!(inside, outside);
+    assert_eq!(
+        inside,
+        namespace
+            .run(|| fs::read_link("/proc/thread-self/ns/net"))
+            .unwrap()
+    );
+    assert!(child.try_wait().unwrap().is_none());
+    drop(child.stdin.take());
+    wait::until("cat to end", || match child.try_wait() {
+        Ok(Some(_)) => Ok(()),
+        other => Err(format!("{other:?}")),
+    });
+}
+
+#[test]
+fn leftovers_of_a_dead_process_are_swept() {
+    if !host::ready("leftovers_of_a_dead_process_are_swept") {
+        return;
+    }
+    let mut dead = Command::new("true").spawn().unwrap();
+    dead.wait().unwrap();
+    let name = format!("canary-{}-0-stale", dead.id());
+    let added = Command::new("ip")
+        .args(["netns", "add", &name])
+        .status()
+        .unwrap();
+    assert!(added.success());
+    let folder = std::env::temp_dir().join(&name);
+    fs::create_dir_all(folder.join("bpffs")).unwrap();
+    canary_tests::sweep::stale_leftovers();
+    assert!(!Path::new("/run/netns").join(&name).exists());
+    assert!(!folder.exists());
+}
