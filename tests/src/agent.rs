@@ -62,11 +62,7 @@ impl AgentOptions {
     /// All of a topology's interfaces, native, with no TCP listener.
     pub fn native(topology: &Topology) -> Self {
         Self {
-            interfaces: topology
-                .interfaces()
-                .iter()
-                .map(ToString::to_string)
-                .collect(),
+            interfaces: topology.interfaces().iter().map(ToString::to_string).collect(),
             xdp_mode: "native".to_owned(),
             listen: "off".to_owned(),
             extra: String::new(),
@@ -75,10 +71,7 @@ impl AgentOptions {
 
     /// The same in generic mode.
     pub fn generic(topology: &Topology) -> Self {
-        Self {
-            xdp_mode: "generic".to_owned(),
-            ..Self::native(topology)
-        }
+        Self { xdp_mode: "generic".to_owned(), ..Self::native(topology) }
     }
 }
 
@@ -159,9 +152,7 @@ impl<'a> Agent<'a> {
             .open(self.log_path())
             .expect("the agent's log");
         let mut command = self.command(&["run"]);
-        command
-            .stdout(log.try_clone().expect("the agent's log"))
-            .stderr(log);
+        command.stdout(log.try_clone().expect("the agent's log")).stderr(log);
         self.child = Some(spawn::spawn(command).expect("starting the agent"));
         self.ran = true;
     }
@@ -193,10 +184,7 @@ impl<'a> Agent<'a> {
             return Err(output.stderr + &output.stdout);
         }
         let status: Status = output.json();
-        let absent = status
-            .interfaces
-            .iter()
-            .find(|interface| interface.mode.is_none());
+        let absent = status.interfaces.iter().find(|interface| interface.mode.is_none());
         match absent {
             Some(interface) => Err(format!("{}: {:?}", interface.name, interface.message)),
             None if status.interfaces.is_empty() => Err("no interface".to_owned()),

@@ -21,10 +21,7 @@ pub fn locate(name: &str) -> PathBuf {
     }
     let path = folder.join(name);
     let Some(built) = modified(&path) else {
-        panic!(
-            "{} is missing: build it first (cargo build -p canary-agent)",
-            path.display()
-        );
+        panic!("{} is missing: build it first (cargo build -p canary-agent)", path.display());
     };
     if let Some(newer) = newer_source(&path.with_extension("d"), built) {
         panic!(
@@ -67,11 +64,7 @@ mod tests {
         fs::write(&source, "").unwrap();
         let escaped = source.to_string_lossy().replace(' ', "\\ ");
         let dependencies = folder.path().join("program.d");
-        fs::write(
-            &dependencies,
-            format!("/x/program: /nonexistent.rs {escaped}\n"),
-        )
-        .unwrap();
+        fs::write(&dependencies, format!("/x/program: /nonexistent.rs {escaped}\n")).unwrap();
         let time = modified(&source).unwrap();
         assert_eq!(newer_source(&dependencies, time), None);
         let before = time - Duration::from_secs(1);

@@ -158,9 +158,7 @@ impl Connection {
         http::send(self.stream.get_ref(), &target, None)?;
         let length = self.head()?.length;
         if length != bytes {
-            return Err(io::Error::other(format!(
-                "{length} bytes instead of {bytes}"
-            )));
+            return Err(io::Error::other(format!("{length} bytes instead of {bytes}")));
         }
         let mut buffer = vec![0; 64 * 1024];
         let mut offset = 0;
@@ -191,9 +189,7 @@ impl Connection {
 
 impl From<TcpStream> for Connection {
     fn from(stream: TcpStream) -> Self {
-        Self {
-            stream: BufReader::new(stream),
-        }
+        Self { stream: BufReader::new(stream) }
     }
 }
 
@@ -211,14 +207,10 @@ pub fn tcp_echo(stream: TcpStream, payload: &[u8]) -> io::Result<String> {
         let sent = scope.spawn(move || writer.write_all(payload));
         let mut back = vec![0; payload.len()];
         let read = reader.read_exact(&mut back);
-        sent.join()
-            .map_err(|_| io::Error::other("the sender panicked"))??;
+        sent.join().map_err(|_| io::Error::other("the sender panicked"))??;
         read?;
         if back != payload {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "other bytes came back",
-            ));
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "other bytes came back"));
         }
         Ok(name.trim_end().to_owned())
     })
@@ -267,9 +259,8 @@ impl UdpFlow {
         for _ in 0..UDP_ATTEMPTS {
             self.socket.send(payload)?;
             let deadline = Instant::now() + UDP_RETRY;
-            while let Some(left) = deadline
-                .checked_duration_since(Instant::now())
-                .filter(|left| !left.is_zero())
+            while let Some(left) =
+                deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
             {
                 self.socket.set_read_timeout(Some(left))?;
                 let got = match self.socket.recv(&mut buffer) {
@@ -279,10 +270,7 @@ impl UdpFlow {
                 };
                 let invalid =
                     || io::Error::new(io::ErrorKind::InvalidData, "other bytes came back");
-                let end = got
-                    .iter()
-                    .position(|byte| *byte == b'\n')
-                    .ok_or_else(invalid)?;
+                let end = got.iter().position(|byte| *byte == b'\n').ok_or_else(invalid)?;
                 if &got[end + 1..] == payload {
                     return Ok(String::from_utf8_lossy(&got[..end]).into_owned());
                 }
@@ -292,16 +280,11 @@ impl UdpFlow {
                 }
             }
         }
-        Err(io::Error::new(
-            io::ErrorKind::TimedOut,
-            "no answer over UDP",
-        ))
+        Err(io::Error::new(io::ErrorKind::TimedOut, "no answer over UDP"))
     }
 }
 
 /// The version in a server's name: `v2` of `v2-1`.
 pub fn version_of(server: &str) -> &str {
-    server
-        .rsplit_once('-')
-        .map_or(server, |(version, _)| version)
+    server.rsplit_once('-').map_or(server, |(version, _)| version)
 }

@@ -44,10 +44,7 @@ pub fn skip(test: &str, reason: &str) {
     assert!(std::env::var_os("CI").is_none(), "{line}");
     eprintln!("{line}");
     if let Some(path) = std::env::var_os(SKIP_LOG) {
-        let log = std::fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(path);
+        let log = std::fs::OpenOptions::new().create(true).append(true).open(path);
         // One write, so that lines of tests that run at once stay whole.
         if let Ok(mut log) = log {
             let _ = log.write_all(format!("{line}\n").as_bytes());

@@ -42,18 +42,12 @@ pub fn send(mut to: impl Write, target: &str, body: Option<&[u8]>) -> io::Result
 pub fn read_head(from: &mut impl BufRead) -> io::Result<Head> {
     let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_owned());
     let mut from = from.take(HEAD_BYTES_MAX);
-    let mut head = Head {
-        status: 0,
-        length: 0,
-    };
+    let mut head = Head { status: 0, length: 0 };
     let mut line = String::new();
     loop {
         line.clear();
         if from.read_line(&mut line)? == 0 {
-            return Err(io::Error::new(
-                io::ErrorKind::UnexpectedEof,
-                "closed before the answer",
-            ));
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "closed before the answer"));
         }
         let text = line.trim_end();
         if head.status == 0 {
@@ -87,10 +81,7 @@ pub fn fill(buffer: &mut [u8], offset: u64) {
 
 /// The first offset at which received bytes differ from the body's.
 pub fn first_difference(bytes: &[u8], offset: u64) -> Option<u64> {
-    bytes
-        .iter()
-        .zip(offset..)
-        .find_map(|(byte, at)| (*byte != byte_at(at)).then_some(at))
+    bytes.iter().zip(offset..).find_map(|(byte, at)| (*byte != byte_at(at)).then_some(at))
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use aya::programs::{TestRun as _, TestRunOptions};
 use canary_agent::{
     config::model::{Capacity, Port, Protocol, XdpMode},
@@ -20,6 +20,8 @@ use canary_ebpf_common::{
     abi::{self, ForwardMode, LedgerEntry},
     entry::{BackendIndex, Entry},
 };
+
+use crate::workdir::Workdir;
 
 /// The interface that packets arrive on in a test run.
 pub const ARRIVAL_IFINDEX: u32 = 1;
@@ -49,35 +51,17 @@ pub const XDP_REDIRECT: u32 = 4;
 
 /// A BPF file system of one's own, gone with the value.
 #[derive(Debug)]
-pub struct BpfFs {
-    directory: tempfile::TempDir,
-}
+pub struct BpfFs(Workdir);
 
 impl BpfFs {
     /// Mounts one in a new directory.
-    pub fn mount() -> Result<Self> {
-        let directory = tempfile::Builder::new().prefix("canary-bpffs-").tempdir()?;
-        nix::mount::mount(
-            Some("bpf"),
-            directory.path(),
-            Some("bpf"),
-            nix::mount::MsFlags::empty(),
-            None::<&str>,
-        )
-        .context("mounting a BPF file system needs root")?;
-        Ok(Self { directory })
+    pub fn mount() -> Self {
+        Self(Workdir::new("loaded"))
     }
 
     /// A directory in it for one agent's pins.
     pub fn pins(&self) -> PathBuf {
-        self.directory.path().join("canary")
-    }
-}
-
-impl Drop for BpfFs {
-    fn drop(&mut self) {
-        // Nothing useful can be done about a failure here.
-        _ = nix::mount::umount2(self.directory.path(), nix::mount::MntFlags::MNT_DETACH);
+        self.0.bpffs().join("canary")
     }
 }
 
@@ -203,7 +187,7 @@ pub struct Loaded {
 impl Loaded {
     /// Loads the program with room for `flows` flow entries, and puts `plane` in force.
     pub fn new(plane: &DataPlane, flows: u32) -> Result<Self> {
-        let bpffs = BpfFs::mount()?;
+        let bpffs = BpfFs::mount();
         let (mut datapath, _) = Datapath::open(Options {
             bpffs: bpffs.pins(),
             capacity: Capacity {

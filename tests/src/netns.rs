@@ -50,10 +50,7 @@ impl Namespace {
         run_ip(&["netns", "add", &name], "");
         let path = Path::new(NETNS_FOLDER).join(&name);
         let file = File::open(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        let namespace = Self {
-            name,
-            file: Arc::new(file),
-        };
+        let namespace = Self { name, file: Arc::new(file) };
         // Duplicate address detection would keep addresses tentative for a second.
         namespace.sysctl("net/ipv6/conf/all/accept_dad", "0");
         namespace.sysctl("net/ipv6/conf/default/accept_dad", "0");
@@ -147,10 +144,8 @@ impl Drop for Namespace {
     fn drop(&mut self) {
         // A panic here would hide the one that may be under way; the next
         // process sweeps.
-        let _ = Command::new("ip")
-            .args(["netns", "delete", &self.name])
-            .stderr(Stdio::null())
-            .status();
+        let _ =
+            Command::new("ip").args(["netns", "delete", &self.name]).stderr(Stdio::null()).status();
     }
 }
 

@@ -81,10 +81,7 @@ impl Server {
     #[track_caller]
     pub fn start_on(host: &Host, http_port: u16, echo_port: u16) -> Self {
         let requests = Arc::new(AtomicU64::new(0));
-        let shared = Arc::new(Shared {
-            name: host.name.clone(),
-            requests: Arc::clone(&requests),
-        });
+        let shared = Arc::new(Shared { name: host.name.clone(), requests: Arc::clone(&requests) });
         let addrs = host.addrs();
         let (stop, stopped) = watch::channel(());
         let (report, started) = mpsc::channel();
@@ -95,12 +92,8 @@ impl Server {
                 .expect("no runtime");
             runtime.block_on(serve(shared, addrs, http_port, echo_port, stopped, report));
         });
-        let server = Self {
-            name: host.name.clone(),
-            requests,
-            stop: Some(stop),
-            thread: Some(thread),
-        };
+        let server =
+            Self { name: host.name.clone(), requests, stop: Some(stop), thread: Some(thread) };
         match started.recv() {
             Ok(Ok(())) => server,
             Ok(Err(error)) => panic!("{}: {error}", server.name),
@@ -229,10 +222,7 @@ async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Result<Answe
         }
     } else if let Some(length) = parts.uri.path().strip_prefix("/bytes/") {
         match length.parse() {
-            Ok(length) => (
-                200,
-                Either::Right(Pattern::new(length, rate(parts.uri.query()))),
-            ),
+            Ok(length) => (200, Either::Right(Pattern::new(length, rate(parts.uri.query())))),
             Err(_) => (400, Either::Left(Full::default())),
         }
     } else {
@@ -248,11 +238,7 @@ async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Result<Answe
 
 /// Bytes a second in a query `rate=N`.
 fn rate(query: Option<&str>) -> Option<u64> {
-    query?
-        .strip_prefix("rate=")?
-        .parse()
-        .ok()
-        .filter(|rate| *rate > 0)
+    query?.strip_prefix("rate=")?.parse().ok().filter(|rate| *rate > 0)
 }
 
 /// The body of `/bytes/N`.
@@ -305,11 +291,7 @@ impl Body for Pattern {
 async fn tcp_echo(mut stream: TcpStream, shared: Arc<Shared>) {
     shared.count();
     let mut buffer = vec![0; 64 * 1024];
-    if stream
-        .write_all(format!("{}\n", shared.name).as_bytes())
-        .await
-        .is_err()
-    {
+    if stream.write_all(format!("{}\n", shared.name).as_bytes()).await.is_err() {
         return;
     }
     while let Ok(length @ 1..) = stream.read(&mut buffer).await {

@@ -12,22 +12,11 @@ pub const CONFIDENCE: f64 = 0.999;
 /// More hits than trials, or a confidence that is not between 0 and 1.
 pub fn binomial_interval(hits: u64, trials: u64, confidence: f64) -> (f64, f64) {
     assert!(hits <= trials, "{hits} hits in {trials} trials");
-    assert!(
-        confidence > 0.0 && confidence < 1.0,
-        "confidence {confidence}"
-    );
+    assert!(confidence > 0.0 && confidence < 1.0, "confidence {confidence}");
     let tail = (1.0 - confidence) / 2.0;
     let (k, n) = (hits as f64, trials as f64);
-    let low = if hits == 0 {
-        0.0
-    } else {
-        beta_quantile(tail, k, n - k + 1.0)
-    };
-    let high = if hits == trials {
-        1.0
-    } else {
-        beta_quantile(1.0 - tail, k + 1.0, n - k)
-    };
+    let low = if hits == 0 { 0.0 } else { beta_quantile(tail, k, n - k + 1.0) };
+    let high = if hits == trials { 1.0 } else { beta_quantile(1.0 - tail, k + 1.0, n - k) };
     (low, high)
 }
 
@@ -132,10 +121,8 @@ fn ln_gamma(value: f64) -> f64 {
         1.505_632_735_149_311_6e-7,
     ];
     let x = value - 1.0;
-    let sum = TERMS
-        .iter()
-        .zip(1_u32..)
-        .fold(FIRST, |sum, (term, i)| sum + term / (x + f64::from(i)));
+    let sum =
+        TERMS.iter().zip(1_u32..).fold(FIRST, |sum, (term, i)| sum + term / (x + f64::from(i)));
     let t = x + G + 0.5;
     0.5 * std::f64::consts::TAU.ln() + (x + 0.5) * t.ln() - t + sum.ln()
 }
@@ -146,10 +133,7 @@ mod tests {
 
     #[track_caller]
     fn close(actual: f64, expected: f64, tolerance: f64) {
-        assert!(
-            (actual - expected).abs() <= tolerance,
-            "{actual} is not {expected}"
-        );
+        assert!((actual - expected).abs() <= tolerance, "{actual} is not {expected}");
     }
 
     #[test]
@@ -164,23 +148,18 @@ mod tests {
     #[test]
     fn intervals_are_those_of_published_tables() {
         // Clopper and Pearson's 95 % limits for 0, 1, 5 and 10 of 10.
-        for (hits, low, high) in [
-            (0, 0.0, 0.3085),
-            (1, 0.0025, 0.4450),
-            (5, 0.1871, 0.8129),
-            (10, 0.6915, 1.0),
-        ] {
+        for (hits, low, high) in
+            [(0, 0.0, 0.3085), (1, 0.0025, 0.4450), (5, 0.1871, 0.8129), (10, 0.6915, 1.0)]
+        {
             let interval = binomial_interval(hits, 10, 0.95);
             close(interval.0, low, 5e-5);
             close(interval.1, high, 5e-5);
         }
         // Newcombe, Statistics in Medicine 17 (1998), table I, method 5:
         // 81 of 263, 15 of 148, 1 of 29.
-        for (hits, trials, low, high) in [
-            (81, 263, 0.2527, 0.3676),
-            (15, 148, 0.0578, 0.1617),
-            (1, 29, 0.0009, 0.1776),
-        ] {
+        for (hits, trials, low, high) in
+            [(81, 263, 0.2527, 0.3676), (15, 148, 0.0578, 0.1617), (1, 29, 0.0009, 0.1776)]
+        {
             let interval = binomial_interval(hits, trials, 0.95);
             close(interval.0, low, 5e-5);
             close(interval.1, high, 5e-5);

@@ -70,9 +70,7 @@ pub fn stale_leftovers() -> usize {
 fn mounted(path: &Path) -> bool {
     let path = path.to_string_lossy();
     fs::read_to_string("/proc/self/mounts").is_ok_and(|mounts| {
-        mounts
-            .lines()
-            .any(|line| line.split(' ').nth(1) == Some(path.as_ref()))
+        mounts.lines().any(|line| line.split(' ').nth(1) == Some(path.as_ref()))
     })
 }
 
@@ -83,12 +81,7 @@ mod tests {
     #[test]
     fn only_names_of_this_form_with_a_dead_process_are_stale() {
         assert_eq!(owner("canary-12-0-client"), Some(12));
-        for name in [
-            "canary-12",
-            "canary-x-0-client",
-            "other-12-0-client",
-            "canary--1-x",
-        ] {
+        for name in ["canary-12", "canary-x-0-client", "other-12-0-client", "canary--1-x"] {
             assert_eq!(owner(name), None, "{name}");
         }
         assert!(!stale(&format!("canary-{}-0-client", std::process::id())));

@@ -195,10 +195,8 @@ impl Topology {
         let switch = Namespace::new("switch");
         // A switch has no address of its own, and learns instead of asking.
         switch.sysctl("net/ipv6/conf/default/disable_ipv6", "1");
-        switch.ip(
-            "link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0
-link set br0 up",
-        );
+        switch.ip("link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0
+link set br0 up");
 
         let mut ends: Vec<(&Namespace, String)> = Vec::new();
         if two_armed {
@@ -276,20 +274,14 @@ route add ::/0 via {BALANCER_V6}"
             .iter()
             .filter(|host| host.version == version)
             .flat_map(|host| {
-                families
-                    .iter()
-                    .map(move |family| SocketAddr::new(host.addr(*family), port))
+                families.iter().map(move |family| SocketAddr::new(host.addr(*family), port))
             })
             .collect()
     }
 
     /// The `[service.versions.NAME]` tables of a configuration, with every backend.
     pub fn versions_toml(&self, families: &[Family], port: u16) -> String {
-        let mut names: Vec<&str> = self
-            .backends
-            .iter()
-            .map(|host| host.version.as_str())
-            .collect();
+        let mut names: Vec<&str> = self.backends.iter().map(|host| host.version.as_str()).collect();
         names.dedup();
         let mut text = String::new();
         for name in names {
@@ -298,10 +290,7 @@ route add ::/0 via {BALANCER_V6}"
                 .iter()
                 .map(|addr| format!("\"{addr}\""))
                 .collect();
-            text += &format!(
-                "[service.versions.{name}]\nbackends = [{}]\n",
-                addrs.join(", ")
-            );
+            text += &format!("[service.versions.{name}]\nbackends = [{}]\n", addrs.join(", "));
         }
         text
     }
@@ -413,12 +402,8 @@ mod tests {
     fn client_addresses_are_all_different_and_in_their_prefix() {
         let mut seen = std::collections::HashSet::new();
         for index in (0..CLIENTS).step_by(97) {
-            let IpAddr::V4(v4) = Family::V4.client(index) else {
-                panic!("not IPv4")
-            };
-            let IpAddr::V6(v6) = Family::V6.client(index) else {
-                panic!("not IPv6")
-            };
+            let IpAddr::V4(v4) = Family::V4.client(index) else { panic!("not IPv4") };
+            let IpAddr::V6(v6) = Family::V6.client(index) else { panic!("not IPv6") };
             assert_eq!(u32::from(v4) >> 22, 0x0a40_0000 >> 22, "{v4}");
             assert_eq!(u128::from(v6) >> 96, 0xfd00_0009, "{v6}");
             assert!(seen.insert(v4), "{v4}");

@@ -26,14 +26,8 @@ impl Workdir {
         let workdir = Self { path };
         let bpffs = workdir.bpffs();
         fs::create_dir_all(&bpffs).unwrap_or_else(|error| panic!("{}: {error}", bpffs.display()));
-        mount(
-            Some("bpf"),
-            &bpffs,
-            Some("bpf"),
-            MsFlags::empty(),
-            None::<&str>,
-        )
-        .unwrap_or_else(|error| panic!("mount -t bpf at {}: {error}", bpffs.display()));
+        mount(Some("bpf"), &bpffs, Some("bpf"), MsFlags::empty(), None::<&str>)
+            .unwrap_or_else(|error| panic!("mount -t bpf at {}: {error}", bpffs.display()));
         workdir
     }
 

@@ -89,14 +89,8 @@ fn link(program: &OwnedFd, ifindex: u32) -> io::Result<OwnedFd> {
 fn bpf<T>(command: i32, attr: &T) -> io::Result<OwnedFd> {
     // SAFETY: `attr` is a readable `repr(C)` value of the given size, whose
     // pointers are to statics; the kernel writes nothing for these commands.
-    let fd = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            command,
-            std::ptr::from_ref(attr),
-            size_of::<T>(),
-        )
-    };
+    let fd =
+        unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attr), size_of::<T>()) };
     let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
     if fd < 0 {
         return Err(io::Error::last_os_error());
@@ -137,10 +131,7 @@ fn ethtool_set(interface: &str, command: u32, value: u32) -> io::Result<()> {
         cmd: u32,
         data: u32,
     }
-    let mut argument = EthtoolValue {
-        cmd: command,
-        data: value,
-    };
+    let mut argument = EthtoolValue { cmd: command, data: value };
     let name = CString::new(interface)?;
     let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
     // SAFETY: all-zero bytes are a valid `ifreq`.
@@ -156,11 +147,7 @@ fn ethtool_set(interface: &str, command: u32, value: u32) -> io::Result<()> {
     // SAFETY: `request` is a whole `ifreq` whose data pointer is to a live
     // `ethtool_value`, as SIOCETHTOOL wants it.
     let result = unsafe {
-        libc::ioctl(
-            socket.as_raw_fd(),
-            SIOCETHTOOL as _,
-            std::ptr::from_mut(&mut request),
-        )
+        libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL as _, std::ptr::from_mut(&mut request))
     };
     if result < 0 {
         return Err(io::Error::last_os_error());

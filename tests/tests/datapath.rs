@@ -11,7 +11,10 @@ use canary_ebpf_common::{
     abi::{ForwardMode, LedgerEntry},
     entry::{BackendIndex, Entry},
 };
-use canary_tests::loaded::{BUCKETS, BpfFs, NAT_PORTS, TestService, plane};
+use canary_tests::{
+    loaded::{BUCKETS, BpfFs, NAT_PORTS, TestService, plane},
+    workdir::Workdir,
+};
 
 fn options(bpffs: &BpfFs) -> Options {
     Options {
@@ -47,7 +50,7 @@ fn open_error(options: Options) -> Error {
 
 #[test]
 fn a_second_agent_finds_what_the_first_has_written() {
-    let bpffs = BpfFs::mount().unwrap();
+    let bpffs = BpfFs::mount();
     let mut wanted = two_services();
     let service = Arc::make_mut(&mut wanted.services[0]);
     let tracked = Entry::tracking(BackendIndex::new(1), BackendIndex::new(2), true);
@@ -77,7 +80,7 @@ fn a_second_agent_finds_what_the_first_has_written() {
 
 #[test]
 fn what_the_plan_leaves_out_is_taken_away() {
-    let bpffs = BpfFs::mount().unwrap();
+    let bpffs = BpfFs::mount();
     let (mut datapath, _) = Datapath::open(options(&bpffs)).unwrap();
     let both = two_services();
     datapath.apply(&both).unwrap();
@@ -93,7 +96,7 @@ fn what_the_plan_leaves_out_is_taken_away() {
 
 #[test]
 fn maps_of_another_size_are_refused_and_stay() {
-    let bpffs = BpfFs::mount().unwrap();
+    let bpffs = BpfFs::mount();
     drop(Datapath::open(options(&bpffs)).unwrap());
     let mut other = options(&bpffs);
     other.capacity.flows = 4096;
@@ -108,7 +111,7 @@ fn maps_of_another_size_are_refused_and_stay() {
 
 #[test]
 fn a_map_of_another_layout_is_never_opened_for_use() {
-    let bpffs = BpfFs::mount().unwrap();
+    let bpffs = BpfFs::mount();
     drop(Datapath::open(options(&bpffs)).unwrap());
     // Somebody else's map under one of our names.
     let maps = bpffs.pins().join("maps");
@@ -122,9 +125,9 @@ fn a_map_of_another_layout_is_never_opened_for_use() {
 
 #[test]
 fn a_directory_outside_the_bpf_file_system_is_refused_with_what_to_do() {
-    let directory = tempfile::tempdir().unwrap();
-    let bpffs = BpfFs::mount().unwrap();
+    let bpffs = BpfFs::mount();
     let mut elsewhere = options(&bpffs);
+    let directory = Workdir::new("no-bpffs");
     elsewhere.bpffs = directory.path().join("pins");
     let error = open_error(elsewhere);
     assert!(error.to_string().contains("mount -t bpf"), "{error}");
@@ -133,7 +136,7 @@ fn a_directory_outside_the_bpf_file_system_is_refused_with_what_to_do() {
 
 #[test]
 fn the_tables_of_addresses_refuse_more_than_they_hold() {
-    let bpffs = BpfFs::mount().unwrap();
+    let bpffs = BpfFs::mount();
     let mut small = options(&bpffs);
     small.capacity.vips = 1;
     let (mut datapath, _) = Datapath::open(small).unwrap();
@@ -167,7 +170,7 @@ fn with_veth(body: impl FnOnce() + Send + 'static) {
 #[test]
 fn a_pinned_link_is_taken_over_by_the_next_agent() {
     with_veth(|| {
-        let bpffs = BpfFs::mount().unwrap();
+        let bpffs = BpfFs::mount();
         let (mut first, _) = Datapath::open(options(&bpffs)).unwrap();
         let attached = first.attach("near").unwrap();
         assert_eq!(attached.mode, AttachedMode::Native);
@@ -191,7 +194,7 @@ fn a_pinned_link_is_taken_over_by_the_next_agent() {
 #[test]
 fn an_interface_that_was_made_again_is_attached_again() {
     with_veth(|| {
-        let bpffs = BpfFs::mount().unwrap();
+        let bpffs = BpfFs::mount();
         let (mut datapath, _) = Datapath::open(options(&bpffs)).unwrap();
         datapath.attach("near").unwrap();
         ip("link del near");
@@ -207,10 +210,10 @@ fn an_interface_that_was_made_again_is_attached_again() {
 #[test]
 fn another_program_on_the_interface_is_named_and_gives_way_only_when_told() {
     with_veth(|| {
-        let theirs = BpfFs::mount().unwrap();
+        let theirs = BpfFs::mount();
         let (mut other, _) = Datapath::open(options(&theirs)).unwrap();
         other.attach("near").unwrap();
-        let ours = BpfFs::mount().unwrap();
+        let ours = BpfFs::mount();
         let (mut datapath, _) = Datapath::open(options(&ours)).unwrap();
         let error = datapath.attach("near").unwrap_err();
         assert!(matches!(&error, Error::OtherProgram { name, .. } if name == "ingress"), "{error}");
@@ -228,7 +231,7 @@ fn another_program_on_the_interface_is_named_and_gives_way_only_when_told() {
 #[test]
 fn generic_mode_is_attached_when_asked() {
     with_veth(|| {
-        let bpffs = BpfFs::mount().unwrap();
+        let bpffs = BpfFs::mount();
         let mut generic = options(&bpffs);
         generic.xdp_mode = XdpMode::Generic;
         let (mut datapath, _) = Datapath::open(generic).unwrap();

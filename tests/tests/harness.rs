@@ -34,10 +34,7 @@ fn exercise(topology: &Topology) {
             let mut connection = Connection::open(&topology.client, source, http).unwrap();
             assert_eq!(connection.local_addr().unwrap().ip(), source);
             assert_eq!(connection.name().unwrap(), host.name);
-            assert_eq!(
-                connection.download(1_000_000, None, |_| true).unwrap(),
-                1_000_000
-            );
+            assert_eq!(connection.download(1_000_000, None, |_| true).unwrap(), 1_000_000);
             assert_eq!(connection.post("/", b"body").unwrap(), b"body");
             // The same connection again: it is kept alive.
             assert_eq!(connection.name().unwrap(), host.name);
@@ -46,10 +43,7 @@ fn exercise(topology: &Topology) {
                 .client
                 .run(|| client::connect(SocketAddr::new(source, 40_000), echo))
                 .unwrap();
-            assert_eq!(
-                stream.local_addr().unwrap(),
-                SocketAddr::new(source, 40_000)
-            );
+            assert_eq!(stream.local_addr().unwrap(), SocketAddr::new(source, 40_000));
             let payload = vec![0x5a; 300_000];
             assert_eq!(client::tcp_echo(stream, &payload).unwrap(), host.name);
 
@@ -64,20 +58,14 @@ fn exercise(topology: &Topology) {
 #[test]
 fn two_armed_hosts_reach_each_other() {
     if host::ready("two_armed_hosts_reach_each_other") {
-        exercise(&Topology::new(&Options::two_armed(&[
-            ("stable", 3),
-            ("v2", 2),
-        ])));
+        exercise(&Topology::new(&Options::two_armed(&[("stable", 3), ("v2", 2)])));
     }
 }
 
 #[test]
 fn one_armed_hosts_reach_each_other() {
     if host::ready("one_armed_hosts_reach_each_other") {
-        exercise(&Topology::new(&Options::one_armed_dsr(&[
-            ("stable", 1),
-            ("v2", 1),
-        ])));
+        exercise(&Topology::new(&Options::one_armed_dsr(&[("stable", 1), ("v2", 1)])));
     }
 }
 
@@ -92,9 +80,7 @@ fn a_slowed_download_takes_its_time_and_can_be_left() {
     let source = Family::V4.client(5);
     let mut connection = Connection::open(&topology.client, source, to).unwrap();
     let started = std::time::Instant::now();
-    connection
-        .download(40_000, Some(100_000), |_| true)
-        .unwrap();
+    connection.download(40_000, Some(100_000), |_| true).unwrap();
     assert!(started.elapsed() >= Duration::from_millis(300));
     let mut pieces = 0;
     let got = connection.download(1 << 40, Some(100_000), |_| {
@@ -150,18 +136,11 @@ fn a_child_is_in_its_namespace_and_ends_with_its_parent_only() {
     let mut command = namespace.command("cat");
     command.stdin(Stdio::piped());
     // Started from a thread that ends at once: the child must not end with it.
-    let mut child = std::thread::spawn(|| spawn::spawn(command).unwrap())
-        .join()
-        .unwrap();
+    let mut child = std::thread::spawn(|| spawn::spawn(command).unwrap()).join().unwrap();
     let inside = fs::read_link(format!("/proc/{}/ns/net", child.id())).unwrap();
     let outside = fs::read_link("/proc/self/ns/net").unwrap();
     assert_ne!(inside, outside);
-    assert_eq!(
-        inside,
-        namespace
-            .run(|| fs::read_link("/proc/thread-self/ns/net"))
-            .unwrap()
-    );
+    assert_eq!(inside, namespace.run(|| fs::read_link("/proc/thread-self/ns/net")).unwrap());
     assert!(child.try_wait().unwrap().is_none());
     drop(child.stdin.take());
     wait::until("cat to end", || match child.try_wait() {
@@ -178,10 +157,7 @@ fn leftovers_of_a_dead_process_are_swept() {
     let mut dead = Command::new("true").spawn().unwrap();
     dead.wait().unwrap();
     let name = format!("canary-{}-0-stale", dead.id());
-    let added = Command::new("ip")
-        .args(["netns", "add", &name])
-        .status()
-        .unwrap();
+    let added = Command::new("ip").args(["netns", "add", &name]).status().unwrap();
     assert!(added.success());
     let folder = std::env::temp_dir().join(&name);
     fs::create_dir_all(folder.join("bpffs")).unwrap();

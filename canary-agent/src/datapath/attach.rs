@@ -1,6 +1,6 @@
 //! Attaching the program to interfaces, and telling what is attached there.
 
-use std::{fs, io};
+use std::io;
 
 use aya::programs::{
     Xdp, XdpMode as AyaMode,
@@ -73,7 +73,7 @@ pub(super) fn attach(
             return Ok(attached);
         }
         // The link of an interface that is gone, or of another mode than is asked now.
-        fs::remove_file(&pin).map_err(|e| failed(format!("removing {}: {e}", pin.display())))?;
+        links::unpin(&pin).map_err(|e| failed(format!("removing {}: {e}", pin.display())))?;
     }
     if let Some(found) = found_on(ifindex).map_err(|e| failed(e.to_string()))? {
         let name = program_name(found.id);

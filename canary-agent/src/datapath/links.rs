@@ -3,11 +3,17 @@
 //! aya lists links but lets go only of those that it made.
 
 use std::{
-    io,
-    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+    ffi::CString,
+    fs, io,
+    os::{
+        fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
 };
 
 // Commands of bpf(2) (linux/bpf.h).
+const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 /// Kernel 5.8, commit a3b80e107894.
 const BPF_LINK_GET_FD_BY_ID: libc::c_long = 30;
@@ -69,6 +75,34 @@ pub(super) fn detach(program: u32, ifindex: u32) -> io::Result<bool> {
             return Ok(true);
         }
     }
+}
+
+/// Takes the program of a pinned link off its interface and removes the pin.
+///
+/// Removing the pin alone would do so too, some time later.
+pub(super) fn unpin(pin: &Path) -> io::Result<()> {
+    let path = CString::new(pin.as_os_str().as_bytes())?;
+    let mut attr = GetAttr { path: path.as_ptr() as u64, ..GetAttr::default() };
+    // A pin that can't be opened is removed all the same.
+    if let Ok(fd) = bpf(BPF_OBJ_GET, &mut attr) {
+        // SAFETY: the kernel has just given this process the descriptor.
+        let link = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+        // Fails for a link whose interface is gone, which has nothing to detach.
+        _ = bpf(BPF_LINK_DETACH, &mut [link.as_raw_fd() as u32]);
+    }
+    match fs::remove_file(pin) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
+}
+
+/// The part of `union bpf_attr` that BPF_OBJ_GET uses.
+#[repr(C)]
+#[derive(Default)]
+struct GetAttr {
+    path: u64,
+    fd: u32,
+    flags: u32,
 }
 
 /// The part of `union bpf_attr` that BPF_OBJ_GET_INFO_BY_FD uses.

@@ -336,10 +336,7 @@ impl Datapath {
     /// # Errors
     /// When the link's pin can't be removed.
     pub fn detach_interface(&mut self, interface: &str) -> Result<(), Error> {
-        match fs::remove_file(self.pins.link(interface)) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e.into()),
-            _ => Ok(()),
-        }
+        Ok(links::unpin(&self.pins.link(interface))?)
     }
 
     /// Names of interfaces whose links are pinned.

@@ -12,7 +12,7 @@ use nix::{
     sys::statfs::statfs,
 };
 
-use super::{Error, Options, pod};
+use super::{Error, Options, links, pod};
 
 /// The default mount point of the BPF file system.
 const BPFFS: &str = "/sys/fs/bpf";
@@ -233,7 +233,11 @@ pub(super) fn remove_all(root: &Path) -> io::Result<usize> {
         for entry in entries {
             let entry = entry?;
             if !entry.file_type()?.is_dir() {
-                fs::remove_file(entry.path())?;
+                if directory == pins.links() {
+                    links::unpin(&entry.path())?;
+                } else {
+                    fs::remove_file(entry.path())?;
+                }
                 removed += 1;
             }
         }
