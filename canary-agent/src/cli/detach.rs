@@ -1,6 +1,7 @@
 //! `detach`: the program off the interfaces, the pins removed.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     path::{Path, PathBuf},
 };
@@ -15,7 +16,11 @@ use super::{
     settings::{self, Unreadable},
     wait_for,
 };
-use crate::datapath;
+use crate::{
+    config::{self, Config, model::Forward},
+    datapath,
+    resolve::{self, VipManager},
+};
 
 /// Where pins are, if the configuration does not say.
 const DEFAULT_BPFFS: &str = "/sys/fs/bpf/canary";
@@ -42,10 +47,56 @@ pub(super) fn run(
         Failure::new("failed", exit::FAILED, message)
     })?;
     pins.sort();
-    if !dry_run && bpffs.exists() {
-        datapath::detach(&bpffs)?;
+    let mut removed = Removed { pins, vips: Vec::new() };
+    if !dry_run {
+        let attached = interfaces(&bpffs);
+        if bpffs.exists() {
+            datapath::detach(&bpffs).map_err(|error| {
+                let message = format!("can't remove the pins under {}: {error}", bpffs.display());
+                Failure::new("failed", exit::FAILED, message)
+            })?;
+        }
+        removed.vips = give_back(config, attached)?;
     }
-    print(&report(&bpffs, &pins, dry_run, json))
+    print(&report(&bpffs, &removed, dry_run, json))
+}
+
+/// What was taken away.
+struct Removed {
+    pins: Vec<PathBuf>,
+    /// Addresses with their interfaces.
+    vips: Vec<String>,
+}
+
+/// Interfaces that the program is attached to, as the pinned links are named.
+fn interfaces(bpffs: &Path) -> BTreeSet<String> {
+    let links = fs::read_dir(bpffs.join("links")).into_iter().flatten().flatten();
+    links.map(|link| link.file_name().to_string_lossy().into_owned()).collect()
+}
+
+/// Gives the host back what the agent had of it: VIPs that it added, reserved ports.
+fn give_back(config: &Path, mut interfaces: BTreeSet<String>) -> Result<Vec<String>, Failure> {
+    let failed = |what: &str, error: &dyn std::fmt::Display| {
+        Failure::new("failed", exit::FAILED, format!("{what}: {error}"))
+    };
+    // A configuration with errors still has pins to remove; it just tells no more.
+    if let Ok(loaded) = config::load(config) {
+        let Config { agent, services } = loaded.config;
+        interfaces.extend(agent.interfaces);
+        if services.iter().any(|service| service.forward == Forward::Nat) {
+            resolve::release_ports(&agent.nat_ports)
+                .map_err(|error| failed("can't release the reserved ports", &error))?;
+        }
+    }
+    let interfaces: Vec<String> = interfaces.into_iter().collect();
+    let report = wait_for(async {
+        let mut vips = VipManager::open().map_err(|error| failed("can't ask for VIPs", &error))?;
+        vips.remove_all(&interfaces).await.map_err(|error| failed("can't remove VIPs", &error))
+    })?;
+    if let Some(error) = report.errors.first() {
+        return Err(failed("can't remove a VIP", error));
+    }
+    Ok(report.removed.iter().map(|vip| format!("{} on {}", vip.address, vip.interface)).collect())
 }
 
 /// The directory of the pins. A configuration that can't be read is no reason to
@@ -91,15 +142,16 @@ fn collect(directory: &Path, pins: &mut Vec<PathBuf>) -> io::Result<()> {
     Ok(())
 }
 
-fn report(bpffs: &Path, pins: &[PathBuf], dry_run: bool, json: bool) -> String {
+fn report(bpffs: &Path, removed: &Removed, dry_run: bool, json: bool) -> String {
+    let Removed { pins, vips } = removed;
     let names: Vec<String> = pins.iter().map(|pin| pin.display().to_string()).collect();
     if json {
-        return format!("{}\n", json!({"applied": !dry_run, "pins": names}));
+        return format!("{}\n", json!({"applied": !dry_run, "pins": names, "vips": vips}));
     }
-    if names.is_empty() {
+    if names.is_empty() && vips.is_empty() {
         return format!("nothing is pinned under {}\n", bpffs.display());
     }
-    let lines: String = names.iter().map(|name| format!("  {name}\n")).collect();
+    let lines: String = names.iter().chain(vips).map(|name| format!("  {name}\n")).collect();
     if dry_run {
         format!("would be removed:\n{lines}nothing was changed (--dry-run)\n")
     } else {
