@@ -1,1 +1,141 @@
-//! store
+//! Splits, owners and the audit trail, kept over restarts.
+//!
+//! Owns what is durable and the order of changes: every change has a revision,
+//! and a change that was made against another revision is refused. Must not
+//! know of the kernel or of what a split means: owners and change lists are
+//! opaque bytes here, encoded by the table compiler.
+
+mod schema;
+mod sqlite;
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use canary_ebpf_common::share::Share;
+
+pub use sqlite::SqliteStore;
+
+/// A split as it was asked for: shares by version name, control left out.
+pub type Split = BTreeMap<String, Share>;
+
+/// One service's live state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceRecord {
+    /// The service's name.
+    pub name: String,
+    /// What was asked for, as written.
+    pub split: Split,
+    /// Names of versions by slot; empty for a free slot. What the owners refer to.
+    pub slots: Vec<String>,
+    /// The owner of each bucket, encoded.
+    pub owners: Vec<u8>,
+    /// Keys the order in which buckets are given out, until the next rollout.
+    pub salt: u64,
+}
+
+/// One line of the audit trail.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// When, in milliseconds since 1970. For people: nothing is computed from it.
+    pub unix_ms: u64,
+    /// Who, as the kernel said; `None` for the agent itself.
+    pub uid: Option<u32>,
+    /// The service.
+    pub service: String,
+    /// `initial`, `adopt`, `config`, `split` …
+    pub action: String,
+    /// Why, as given.
+    pub reason: Option<String>,
+    /// The asked split before.
+    pub before: Split,
+    /// The asked split after.
+    pub after: Split,
+    /// Which buckets went from whom to whom, encoded: what undo restores.
+    pub moved: Vec<u8>,
+}
+
+/// A change together with the state that it leads to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Commit {
+    /// For the audit trail.
+    pub change: Change,
+    /// The service's state from then on.
+    pub record: ServiceRecord,
+}
+
+/// All live state at one revision.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Number of the last change; 0 before the first.
+    pub revision: u64,
+    /// Services by name.
+    pub services: Vec<ServiceRecord>,
+}
+
+/// Why state was not read or stored. Nothing was changed by the call.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// Somebody else has made a change since.
+    #[error("the state is at revision {found}, not {expected}")]
+    Stale {
+        /// The revision that the caller had seen.
+        expected: u64,
+        /// The one that is stored.
+        found: u64,
+    },
+    /// It can't be opened, read or written now: the disk is full, the file
+    /// system is read-only, something else is in its place.
+    #[error("{}: {reason}", path.display())]
+    Unavailable {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        reason: String,
+    },
+    /// The file is no database of this program, or a broken one.
+    #[error("{} is damaged: {reason}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What was found.
+        reason: String,
+    },
+    /// A newer release has written it.
+    #[error(
+        "{} has schema {found}, and this release knows schemas up to {known}: start the release that wrote it, or move the file away",
+        path.display()
+    )]
+    NewerSchema {
+        /// The file.
+        path: PathBuf,
+        /// Its schema.
+        found: i64,
+        /// The newest that is known here.
+        known: i64,
+    },
+}
+
+/// Where live state is kept.
+///
+/// Compare-and-set by revision, so that several agents can share an
+/// implementation that is not on this host.
+pub trait StateStore: Send {
+    /// All that is stored.
+    ///
+    /// # Errors
+    /// [`StoreError`] when it can't be read; it is not taken for empty then.
+    fn load(&mut self) -> Result<Snapshot, StoreError>;
+
+    /// Stores `commits` in order, all or none, each under a revision of its own,
+    /// and returns the last one. When this returns, they are durable.
+    ///
+    /// # Errors
+    /// [`StoreError::Stale`] when the stored revision is not `expected`; others
+    /// when it can't be written.
+    fn commit(&mut self, expected: u64, commits: &[Commit]) -> Result<u64, StoreError>;
+
+    /// The audit trail after revision `after`, oldest first, at most `limit` lines.
+    ///
+    /// # Errors
+    /// [`StoreError`] when it can't be read.
+    fn changes(&mut self, after: u64, limit: usize) -> Result<Vec<(u64, Change)>, StoreError>;
+}

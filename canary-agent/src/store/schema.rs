@@ -1,0 +1,76 @@
+//! The database's schema: every version of it, and the way from each to the next.
+//!
+//! A released migration is never edited: a new one is added.
+
+use rusqlite::{Connection, Transaction, TransactionBehavior};
+
+/// `PRAGMA application_id`: "cnry". What tells the agent's file from another's.
+pub(super) const APPLICATION_ID: i64 = 0x636e_7279;
+
+/// Migration `n` leads from schema `n` to `n + 1`.
+const MIGRATIONS: &[&str] = &["CREATE TABLE change (
+        revision INTEGER PRIMARY KEY,
+        unix_ms INTEGER NOT NULL,
+        uid INTEGER,
+        service TEXT NOT NULL,
+        action TEXT NOT NULL,
+        reason TEXT,
+        before TEXT NOT NULL,
+        after TEXT NOT NULL,
+        moved BLOB NOT NULL
+    ) STRICT;
+    CREATE TABLE service (
+        name TEXT PRIMARY KEY,
+        revision INTEGER NOT NULL REFERENCES change (revision),
+        split TEXT NOT NULL,
+        slots TEXT NOT NULL,
+        owners BLOB NOT NULL,
+        salt INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;"];
+
+/// The newest schema known here.
+pub(super) const NEWEST: i64 = MIGRATIONS.len() as i64;
+
+/// What was found when a file was brought to the newest schema.
+pub(super) enum Schema {
+    /// It has the newest schema now.
+    Ready,
+    /// It has a newer one.
+    Newer(i64),
+    /// It belongs to another program.
+    Foreign,
+}
+
+/// Brings `connection`'s file to the newest schema, in one transaction.
+pub(super) fn migrate(connection: &mut Connection) -> rusqlite::Result<Schema> {
+    let state = |c: &Connection| -> rusqlite::Result<(i64, i64, i64)> {
+        Ok((
+            c.query_row("PRAGMA application_id", (), |row| row.get(0))?,
+            c.query_row("PRAGMA user_version", (), |row| row.get(0))?,
+            c.query_row("SELECT count(*) FROM sqlite_schema", (), |row| row.get(0))?,
+        ))
+    };
+    let judge = |(application, version, objects): (i64, i64, i64)| match (application, version) {
+        (APPLICATION_ID, NEWEST) => Some(Schema::Ready),
+        (APPLICATION_ID, v) if v > NEWEST => Some(Schema::Newer(v)),
+        (APPLICATION_ID, v) if v >= 0 => None,
+        (0, 0) if objects == 0 => None,
+        _ => Some(Schema::Foreign),
+    };
+    // Looked at without a write lock first: a finished file may lie on a read-only disk.
+    if let Some(verdict) = judge(state(connection)?) {
+        return Ok(verdict);
+    }
+    let transaction = Transaction::new(connection, TransactionBehavior::Immediate)?;
+    let found = state(&transaction)?;
+    if let Some(verdict) = judge(found) {
+        return Ok(verdict);
+    }
+    for migration in MIGRATIONS.iter().skip(found.1 as usize) {
+        transaction.execute_batch(migration)?;
+    }
+    transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
+    transaction.pragma_update(None, "user_version", NEWEST)?;
+    transaction.commit()?;
+    Ok(Schema::Ready)
+}
