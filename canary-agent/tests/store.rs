@@ -23,6 +23,7 @@ fn commit(service: &str, share: &str, owners: &[u8]) -> Commit {
         },
         record: ServiceRecord {
             name: service.to_owned(),
+            control: "stable".to_owned(),
             split: [("v2".to_owned(), share.parse().unwrap())].into(),
             slots: vec!["stable".to_owned(), String::new(), "v2".to_owned()],
             owners: owners.to_vec(),

@@ -1,6 +1,23 @@
 //! Model + state → desired data plane, as a pure function.
 //!
-//! Must not know of the kernel, the clock, the disk or the network.
+//! Owns what must stay put while everything else changes: ids, pages, backend
+//! indices and version slots, and the history of each bucket. Must not know of
+//! the kernel, the clock, the disk or the network: times are arguments.
+//!
+//! A service with addresses of both families has one table for each, since a
+//! bucket names one backend. Both follow the same owners, so that a client's
+//! version depends on its bucket alone.
+
+mod adopt;
+mod advance;
+mod alloc;
+mod begin;
+mod bucket_set;
+mod compiler;
+mod ownership;
+mod planner;
+mod record;
+mod table;
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -14,6 +31,17 @@ use canary_ebpf_common::{
 
 use crate::config::model::{Port, Protocol};
 
+pub use adopt::{Adopted, AdoptedService};
+pub use advance::{Advanced, Policy, advance, clear_due_ms};
+pub use alloc::QUARANTINE_MS;
+pub use bucket_set::BucketSet;
+pub use ownership::{Ownership, Proposal};
+pub use planner::{News, PlanError, Planner, ServiceState, Start, Step};
+pub use table::{BackendState, LiveBackend, Table};
+
+/// Milliseconds of `CLOCK_BOOTTIME`, the clock that counts suspended time.
+pub type BootMs = u64;
+
 /// An address family: each has tables, VIPs and backends of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Family {
@@ -23,43 +51,59 @@ pub enum Family {
     V6,
 }
 
-/// Flow entries that nobody may look at again.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Sweep {
-    /// By table id, buckets that are no longer tracked.
-    pub buckets: Vec<(u16, Vec<u32>)>,
-    /// Indices whose records are gone: all entries that name them.
-    pub backends: Vec<BackendIndex>,
+impl Family {
+    /// The family of `addr`.
+    pub const fn of(addr: IpAddr) -> Self {
+        match addr {
+            IpAddr::V4(_) => Self::V4,
+            IpAddr::V6(_) => Self::V6,
+        }
+    }
 }
 
 /// All that the kernel side should hold. `datapath` brings it about, writing
 /// only what differs, in an order in which no packet meets half a change.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct DataPlane {
-    /// Services, by ascending id.
+    /// Tables, by ascending id. One that is the very same allocation as in the
+    /// plan that was applied last has not changed.
     pub services: Vec<Arc<ServicePlan>>,
     /// Backend records by index, ascending; index 0 is never among them.
     pub backends: Vec<(BackendIndex, BackendPlan)>,
     /// Elements of `NAT_SOURCES`.
     pub nat_sources: Vec<IpAddr>,
-    /// What flow entries must go.
+    /// What flow entries must go once everything above is in force.
     pub sweep: Sweep,
 }
 
-/// One service's records and table.
+/// Flow entries that nobody may look at again.
+///
+/// Part of the plan, not a task for later: a bucket is tracked again, and an
+/// index is given out again, only after a plan that sweeps it has been applied
+/// ([`Planner::applied`]). A plan that failed keeps what it wanted swept.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Sweep {
+    /// By table id, buckets that are no longer tracked: entries of theirs that
+    /// do not translate addresses.
+    pub buckets: Vec<(u16, Vec<u32>)>,
+    /// Indices whose records are gone: all entries that name them.
+    pub backends: Vec<BackendIndex>,
+}
+
+/// One service's records and its table for one family.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ServicePlan {
     /// Its name.
     pub name: String,
-    /// Its family.
+    /// Which of the service's addresses and backends this is about.
     pub family: Family,
-    /// Its names of versions by slot.
+    /// Its names of versions by slot; empty for a free slot.
     pub versions: Vec<String>,
     /// Slot of the control version.
     pub control: u8,
     /// The record that stands under each of its addresses and ports.
     pub record: abi::Service,
-    /// Its addresses.
+    /// Its addresses of the family.
     pub vips: Vec<IpAddr>,
     /// Its ports.
     pub ports: Vec<Port>,

@@ -22,6 +22,8 @@ pub type Split = BTreeMap<String, Share>;
 pub struct ServiceRecord {
     /// The service's name.
     pub name: String,
+    /// The version that gets what no other claims.
+    pub control: String,
     /// What was asked for, as written.
     pub split: Split,
     /// Names of versions by slot; empty for a free slot. What the owners refer to.

@@ -22,6 +22,7 @@ const MIGRATIONS: &[&str] = &["CREATE TABLE change (
     CREATE TABLE service (
         name TEXT PRIMARY KEY,
         revision INTEGER NOT NULL REFERENCES change (revision),
+        control TEXT NOT NULL,
         split TEXT NOT NULL,
         slots TEXT NOT NULL,
         owners BLOB NOT NULL,

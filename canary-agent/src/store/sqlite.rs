@@ -94,17 +94,19 @@ impl StateStore for SqliteStore {
             let transaction = connection.transaction()?;
             let revision = revision(&transaction)?;
             let mut services = Vec::new();
-            let mut statement = transaction
-                .prepare("SELECT name, split, slots, owners, salt FROM service ORDER BY name")?;
+            let mut statement = transaction.prepare(
+                "SELECT name, control, split, slots, owners, salt FROM service ORDER BY name",
+            )?;
             let mut rows = statement.query(())?;
             while let Some(row) = rows.next()? {
                 services.push(ServiceRecord {
                     name: row.get(0)?,
-                    split: split_from_json(&row.get::<_, String>(1)?)?,
-                    slots: serde_json::from_str(&row.get::<_, String>(2)?)
+                    control: row.get(1)?,
+                    split: split_from_json(&row.get::<_, String>(2)?)?,
+                    slots: serde_json::from_str(&row.get::<_, String>(3)?)
                         .map_err(|e| Failure::Damaged(format!("slots: {e}")))?,
-                    owners: row.get(3)?,
-                    salt: row.get::<_, i64>(4)?.cast_unsigned(),
+                    owners: row.get(4)?,
+                    salt: row.get::<_, i64>(5)?.cast_unsigned(),
                 });
             }
             Ok(Snapshot { revision, services })
@@ -370,6 +372,7 @@ fn insert(
     } = change;
     let ServiceRecord {
         name,
+        control,
         split,
         slots,
         owners,
@@ -390,13 +393,15 @@ fn insert(
         ])?;
     transaction
         .prepare_cached(
-            "INSERT INTO service VALUES (?1, ?2, ?3, ?4, ?5, ?6)
-             ON CONFLICT (name) DO UPDATE SET revision = excluded.revision, split = excluded.split,
+            "INSERT INTO service VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)
+             ON CONFLICT (name) DO UPDATE SET revision = excluded.revision,
+             control = excluded.control, split = excluded.split,
              slots = excluded.slots, owners = excluded.owners, salt = excluded.salt",
         )?
         .execute(params![
             name,
             revision.cast_signed(),
+            control,
             split_to_json(split),
             serde_json::Value::from(slots.as_slice()).to_string(),
             owners,

@@ -1,0 +1,222 @@
+//! What services are given when an agent starts: the numbers and tables that
+//! they had under an earlier one, and new ones for what is new.
+
+use std::collections::BTreeSet;
+
+use canary_ebpf_common::{
+    abi::{BACKEND_DOWN, LedgerEntry, PAGE_BUCKETS},
+    entry::BackendIndex,
+};
+
+use super::{
+    Adopted, AdoptedService, BootMs, Family,
+    adopt::{self, slot},
+    alloc::{Ids, Indices, Pages},
+    planner::{NOT_ASKED_YET, PlanError, ServiceState},
+    record,
+    table::{Draining, LiveBackend, Table},
+};
+use crate::config::model::{Backend, Capacity, Config};
+
+/// What is given out while services begin.
+pub(super) struct Claims {
+    pub(super) pages: Pages,
+    pub(super) ids: Ids,
+    pub(super) indices: Indices,
+    /// Indices of adopted records that are gone on with.
+    pub(super) taken: BTreeSet<BackendIndex>,
+}
+
+impl Claims {
+    /// Nothing is given out yet of what `config` has room for.
+    pub(super) fn new(config: &Config) -> Self {
+        let Capacity {
+            services,
+            vips: _,
+            backends: _,
+            buckets,
+            flows: _,
+        } = config.agent.capacity;
+        Self {
+            pages: Pages::new(buckets / PAGE_BUCKETS),
+            ids: Ids::new(services),
+            indices: Indices::new(),
+            taken: BTreeSet::new(),
+        }
+    }
+
+    /// Reserves everything that `adopted` uses, and returns the tables that services of
+    /// the configuration go on with.
+    ///
+    /// What the others use is free after the next start only: packets to their addresses
+    /// may be on their way through their pages until the first plan is in force.
+    pub(super) fn take_over<'a>(
+        &mut self,
+        config: &Config,
+        adopted: &'a Adopted,
+    ) -> Vec<(Family, &'a AdoptedService)> {
+        for (index, _) in &adopted.backends {
+            self.indices.reserve(*index);
+        }
+        let mut kept: Vec<(Family, &AdoptedService)> = Vec::new();
+        for table in &adopted.services {
+            let pages = table.buckets.div_ceil(PAGE_BUCKETS);
+            let sound = self.pages.reserve(table.first_page, pages)
+                && self.ids.reserve(table.id)
+                && !table.entries.is_empty()
+                && !table.ledger.is_empty();
+            let service = config.services.iter().find(|s| s.name == table.name);
+            if let (true, Some(service), Some(family)) = (sound, service, adopted.family(table)) {
+                let wanted = service.vips.iter().any(|vip| Family::of(*vip) == family);
+                let twice = kept
+                    .iter()
+                    .any(|(f, t)| *f == family && t.name == table.name);
+                if wanted && !twice {
+                    kept.push((family, table));
+                }
+            }
+        }
+        kept
+    }
+
+    /// A table as it begins: from `old`, or empty.
+    pub(super) fn table(
+        &mut self,
+        state: &ServiceState,
+        family: Family,
+        old: Option<&AdoptedService>,
+        adopted: &Adopted,
+        now_ms: BootMs,
+    ) -> Result<Table, PlanError> {
+        let service = &state.config;
+        let needed = record::page_count(service);
+        let no_pages = |free| PlanError::Pages {
+            service: service.name.clone(),
+            needed,
+            free,
+        };
+        let Some(old) = old else {
+            let id = self.ids.take().ok_or_else(|| PlanError::Services {
+                service: service.name.clone(),
+            })?;
+            let first_page = self
+                .pages
+                .take(needed)
+                .ok_or_else(|| no_pages(self.pages.free()))?;
+            let owners = state.ownership.owners.iter();
+            let ledger = owners.map(|owner| LedgerEntry::new(*owner, 0)).collect();
+            let entries = vec![Default::default(); service.buckets as usize];
+            return Ok(Table::new(family, id, first_page, entries, ledger));
+        };
+        let first_page = match old.buckets == service.buckets {
+            true => old.first_page,
+            false => self
+                .pages
+                .take(needed)
+                .ok_or_else(|| no_pages(self.pages.free()))?,
+        };
+        let records = || adopted.backends.iter().filter(|(_, b)| b.service == old.id);
+        let known: BTreeSet<BackendIndex> = records().map(|(index, _)| *index).collect();
+        let (entries, ledger) = adopt::sanitised(
+            old,
+            service.buckets,
+            &state.slots,
+            state.control,
+            |index| known.contains(&index),
+            now_ms,
+        );
+        let mut table = Table::new(family, old.id, first_page, entries, ledger);
+        for (index, backend) in records() {
+            let addr = adopt::record_addr(backend);
+            let version = old
+                .versions
+                .get(usize::from(backend.version))
+                .map_or("", String::as_str);
+            let slot = slot(&state.slots, version);
+            let configured = service
+                .versions
+                .iter()
+                .find(|v| v.name == version)
+                .and_then(|v| v.backends.iter().find(|b| b.addr == addr));
+            let hop = adopt::record_hop(backend).ok_or_else(|| NOT_ASKED_YET.to_owned());
+            let down = backend.flags & BACKEND_DOWN != 0;
+            let twice = |at: u8| {
+                table
+                    .backends
+                    .iter()
+                    .any(|b| b.slot == at && b.addr == addr)
+            };
+            match (slot, configured) {
+                (Some(slot), Some(configured)) if !twice(slot) => {
+                    table.backends.push(LiveBackend {
+                        index: *index,
+                        slot,
+                        addr,
+                        weight: configured.weight,
+                        down,
+                        hop,
+                    })
+                }
+                (slot, _) => {
+                    let drain = record::policy(service).drain_ms;
+                    table.draining.push(Draining {
+                        index: *index,
+                        slot: slot.unwrap_or(state.control),
+                        addr,
+                        down,
+                        hop,
+                        until_ms: drain.map(|drain| now_ms.saturating_add(drain)),
+                        waiting: None,
+                    });
+                }
+            }
+            self.taken.insert(*index);
+        }
+        Ok(table)
+    }
+
+    /// Gives indices to the backends that have none yet, and puts all into the
+    /// order of the configuration.
+    pub(super) fn missing_backends(
+        &mut self,
+        state: &mut ServiceState,
+        now_ms: BootMs,
+    ) -> Result<(), PlanError> {
+        let ServiceState {
+            config,
+            slots,
+            tables,
+            ..
+        } = state;
+        for table in tables {
+            let mut ordered = Vec::new();
+            for version in &config.versions {
+                let Some(slot) = slot(slots, &version.name) else {
+                    continue;
+                };
+                let of_family = |b: &&Backend| Family::of(b.addr.ip()) == table.family;
+                for backend in version.backends.iter().filter(of_family) {
+                    let known = |b: &LiveBackend| b.slot == slot && b.addr == backend.addr;
+                    ordered.push(match table.backends.iter().position(known) {
+                        Some(at) => table.backends.swap_remove(at),
+                        None => LiveBackend {
+                            index: self.indices.take(now_ms).ok_or_else(|| {
+                                PlanError::Backends {
+                                    service: config.name.clone(),
+                                    addr: backend.addr,
+                                }
+                            })?,
+                            slot,
+                            addr: backend.addr,
+                            weight: backend.weight,
+                            down: false,
+                            hop: Err(NOT_ASKED_YET.to_owned()),
+                        },
+                    });
+                }
+            }
+            table.backends = ordered;
+        }
+        Ok(())
+    }
+}

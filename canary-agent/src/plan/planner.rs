@@ -1,0 +1,493 @@
+//! The whole state that a plan follows from, and its way from one plan to the next.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use canary_ebpf_common::{abi::MAX_VERSIONS, compile, entry::BackendIndex};
+
+use super::{
+    Adopted, AdoptedService, BootMs, DataPlane, Family, NextHop, Proposal, ServicePlan, Sweep,
+    adopt::{self, slot},
+    alloc::Indices,
+    begin::Claims,
+    ownership::{Ownership, ProposeError},
+    record,
+    table::{Inputs, Table},
+};
+use crate::{
+    config::model::{Config, Service},
+    store::{ServiceRecord, Split},
+};
+
+/// Said of a backend until the host's routes have been asked.
+pub(super) const NOT_ASKED_YET: &str = "its route is being looked up";
+
+/// Why there is no plan.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// The forwarding table is too small.
+    #[error(
+        "no room for the forwarding table of service `{service}`: it takes {needed} pages of 4,096 buckets \
+         in one run, and {free} are free; raise `agent.capacity.buckets`"
+    )]
+    Pages {
+        /// The service.
+        service: String,
+        /// Pages that it needs.
+        needed: u32,
+        /// Pages that are free, though perhaps apart.
+        free: u32,
+    },
+    /// There are more services than records.
+    #[error("no room for service `{service}`: raise `agent.capacity.services`")]
+    Services {
+        /// The service.
+        service: String,
+    },
+    /// There are more backends than records.
+    #[error("no room for backend {addr} of service `{service}`: raise `agent.capacity.backends`")]
+    Backends {
+        /// The service.
+        service: String,
+        /// The backend.
+        addr: SocketAddr,
+    },
+    /// The configured split makes no owners.
+    #[error("service `{service}`: {reason}")]
+    Split {
+        /// The service.
+        service: String,
+        /// Why.
+        reason: ProposeError,
+    },
+}
+
+/// What a planner begins with.
+#[derive(Clone, Debug)]
+pub struct Start<'a> {
+    /// The configuration.
+    pub config: &'a Config,
+    /// What the pinned maps hold.
+    pub adopted: Adopted,
+    /// What the store holds; empty where it can't be read.
+    pub stored: &'a [ServiceRecord],
+    /// When.
+    pub now_ms: BootMs,
+}
+
+/// Something that beginning has decided and that is not stored yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct News {
+    /// Position of the service.
+    pub service: usize,
+    /// `initial`, `adopt` or `config`.
+    pub action: &'static str,
+    /// The split before.
+    pub before: Split,
+    /// Which buckets changed owner, encoded.
+    pub moved: Vec<u8>,
+}
+
+/// What [`Planner::step`] did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Step {
+    /// Whether the plan differs from the one before.
+    pub changed: bool,
+    /// When the next step is due if nothing else happens.
+    pub next_wakeup_ms: Option<BootMs>,
+}
+
+/// One service: what it should be and its tables.
+pub struct ServiceState {
+    pub(super) config: Arc<Service>,
+    pub(super) slots: Vec<String>,
+    pub(super) control: u8,
+    pub(super) ownership: Ownership,
+    pub(super) tables: Vec<Table>,
+    pub(super) dirty: bool,
+}
+
+impl ServiceState {
+    /// What the configuration says of it.
+    pub fn config(&self) -> &Service {
+        &self.config
+    }
+
+    /// Names of versions by slot; empty for a free slot.
+    pub fn slots(&self) -> &[String] {
+        &self.slots
+    }
+
+    /// Slot of the control version.
+    pub fn control(&self) -> u8 {
+        self.control
+    }
+
+    /// The slot of a version of the configuration. `None` also for one that has
+    /// to wait for the next start, because versions removed still have all the slots.
+    pub fn slot(&self, version: &str) -> Option<u8> {
+        let configured = self.config.versions.iter().any(|v| v.name == version);
+        slot(&self.slots, version).filter(|_| configured)
+    }
+
+    /// Asked split and owners.
+    pub fn ownership(&self) -> &Ownership {
+        &self.ownership
+    }
+
+    /// Its tables, at most one for each family.
+    pub fn tables(&self) -> &[Table] {
+        &self.tables
+    }
+
+    /// What the store should hold of it.
+    pub fn stored(&self, ownership: &Ownership) -> ServiceRecord {
+        ServiceRecord {
+            name: self.config.name.clone(),
+            control: self.slots[usize::from(self.control)].clone(),
+            split: ownership.split.clone(),
+            slots: self.slots.clone(),
+            owners: compile::encode_owners(&ownership.owners),
+            salt: ownership.salt,
+        }
+    }
+
+    /// What setting `split` leads to.
+    ///
+    /// # Errors
+    /// When the shares are more than the whole.
+    pub fn propose(&self, split: Split) -> Result<Proposal, ProposeError> {
+        self.ownership.propose(&self.slots, self.control, split)
+    }
+}
+
+/// State → [`DataPlane`]. See the module's documentation for what it owns.
+///
+/// A step costs what has changed, and a little for each service.
+pub struct Planner {
+    services: Vec<ServiceState>,
+    by_name: HashMap<String, usize>,
+    indices: Indices,
+    nat_ranges: HashMap<Vec<IpAddr>, u16>,
+    plane: DataPlane,
+    /// Indices whose sweep is part of the present plan.
+    released: Vec<BackendIndex>,
+    backends_changed: bool,
+}
+
+impl Planner {
+    /// Takes over what the maps hold and goes on from what is stored.
+    ///
+    /// # Errors
+    /// When the configuration does not fit into `agent.capacity`.
+    pub fn begin(start: Start<'_>) -> Result<(Self, Vec<News>), PlanError> {
+        let Start {
+            config,
+            adopted,
+            stored,
+            now_ms,
+        } = start;
+        let mut claims = Claims::new(config);
+        let kept = claims.take_over(config, &adopted);
+        let stored: HashMap<&str, &ServiceRecord> = stored
+            .iter()
+            .map(|record| (record.name.as_str(), record))
+            .collect();
+        let mut services = Vec::with_capacity(config.services.len());
+        let mut news = Vec::new();
+        for service in &config.services {
+            let tables: Vec<(Family, &AdoptedService)> = kept
+                .iter()
+                .filter(|(_, table)| table.name == service.name)
+                .copied()
+                .collect();
+            let record = stored.get(service.name.as_str()).copied();
+            let beginning = adopt::begin(service, tables.first().map(|(_, t)| *t), record)
+                .map_err(|reason| PlanError::Split {
+                    service: service.name.clone(),
+                    reason,
+                })?;
+            if let Some((action, before, moved)) = beginning.news {
+                news.push(News {
+                    service: services.len(),
+                    action,
+                    before,
+                    moved,
+                });
+            }
+            let control_name = &service.versions[service.control].name;
+            let mut state = ServiceState {
+                config: Arc::new(service.clone()),
+                control: slot(&beginning.slots, control_name).unwrap_or(0),
+                slots: beginning.slots,
+                ownership: beginning.ownership,
+                tables: Vec::new(),
+                dirty: true,
+            };
+            for family in [Family::V4, Family::V6] {
+                if service.vips.iter().any(|vip| Family::of(*vip) == family) {
+                    let old = tables
+                        .iter()
+                        .find(|(f, _)| *f == family)
+                        .map(|(_, table)| *table);
+                    let table = claims.table(&state, family, old, &adopted, now_ms)?;
+                    state.tables.push(table);
+                }
+            }
+            services.push(state);
+        }
+        // Records that nobody goes on with are removed, swept and rest before they are used again.
+        let orphans: Vec<BackendIndex> = adopted
+            .backends
+            .iter()
+            .map(|(index, _)| *index)
+            .filter(|index| !claims.taken.contains(index))
+            .collect();
+        for state in &mut services {
+            claims.missing_backends(state, now_ms)?;
+        }
+        let by_name = services
+            .iter()
+            .enumerate()
+            .map(|(n, s)| (s.config.name.clone(), n))
+            .collect();
+        let planner = Self {
+            services,
+            by_name,
+            indices: claims.indices,
+            nat_ranges: HashMap::new(),
+            plane: DataPlane::default(),
+            released: orphans,
+            backends_changed: true,
+        };
+        Ok((planner, news))
+    }
+
+    /// All services, in the order of the configuration.
+    pub fn services(&self) -> &[ServiceState] {
+        &self.services
+    }
+
+    /// The service of that name, and its position.
+    pub fn service(&self, name: &str) -> Option<(usize, &ServiceState)> {
+        let at = *self.by_name.get(name)?;
+        Some((at, &self.services[at]))
+    }
+
+    /// The desired data plane, as of the last [`step`](Self::step).
+    pub fn plane(&self) -> &DataPlane {
+        &self.plane
+    }
+
+    /// Every address that a next hop is needed for.
+    pub fn addresses(&self) -> BTreeSet<IpAddr> {
+        let tables = self.services.iter().flat_map(|s| &s.tables);
+        tables.flat_map(Table::addresses).collect()
+    }
+
+    /// Puts what [`ServiceState::propose`] proposed in force, from the next step on.
+    pub fn set_ownership(&mut self, service: usize, ownership: Ownership) {
+        if let Some(state) = self.services.get_mut(service) {
+            state.ownership = ownership;
+            state.dirty = true;
+        }
+    }
+
+    /// Takes over what the host knows about next hops. Backends that `hops` does
+    /// not name keep what was known of them.
+    pub fn set_next_hops(&mut self, hops: &HashMap<IpAddr, Result<NextHop, String>>) {
+        for state in &mut self.services {
+            for table in &mut state.tables {
+                let live = table.backends.iter_mut().map(|b| (b.addr.ip(), &mut b.hop));
+                let gone = table.draining.iter_mut().map(|d| (d.addr.ip(), &mut d.hop));
+                for (address, hop) in live.chain(gone) {
+                    if let Some(news) = hops.get(&address)
+                        && news != hop
+                    {
+                        *hop = news.clone();
+                        state.dirty = true;
+                        self.backends_changed = true;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes over whether a backend of a service fails its checks.
+    pub fn set_down(&mut self, service: usize, addr: SocketAddr, down: bool) {
+        let Some(state) = self.services.get_mut(service) else {
+            return;
+        };
+        for backend in state.tables.iter_mut().flat_map(|t| &mut t.backends) {
+            if backend.addr == addr && backend.down != down {
+                backend.down = down;
+                state.dirty = true;
+                self.backends_changed = true;
+            }
+        }
+    }
+
+    /// Brings the plan up to date with everything that was set, and with `now_ms`.
+    pub fn step(&mut self, now_ms: BootMs) -> Step {
+        let mut done = Step::default();
+        for state in &mut self.services {
+            let due = |table: &Table| table.next_due_ms.is_some_and(|at| at <= now_ms);
+            if !state.dirty && !state.tables.iter().any(due) {
+                continue;
+            }
+            state.dirty = false;
+            let ServiceState {
+                config,
+                slots,
+                control,
+                ownership,
+                tables,
+                dirty: _,
+            } = state;
+            for table in tables.iter_mut() {
+                let stepped = table.step(&Inputs {
+                    owners: &ownership.owners,
+                    control: *control,
+                    fallback: config.fallback,
+                    policy: record::policy(config),
+                    now_ms,
+                });
+                self.backends_changed |= !stepped.released.is_empty();
+                self.released.extend(stepped.released);
+                done.changed |= set_service(
+                    &mut self.plane.services,
+                    record::service_plan(config, slots, *control, table),
+                );
+            }
+            release_slots(state);
+        }
+        if self.backends_changed {
+            self.backends_changed = false;
+            let backends = record::backend_plans(
+                &self.services,
+                &mut self.nat_ranges,
+                &mut self.plane.nat_sources,
+            );
+            done.changed |= backends != self.plane.backends;
+            self.plane.backends = backends;
+        }
+        let tables = || self.services.iter().flat_map(|s| &s.tables);
+        let sweep = Sweep {
+            buckets: tables()
+                .filter(|t| !t.unswept.is_empty())
+                .map(|t| (t.id, t.unswept.iter().collect()))
+                .collect(),
+            backends: self.released.clone(),
+        };
+        done.changed |= sweep != self.plane.sweep;
+        self.plane.sweep = sweep;
+        done.next_wakeup_ms = tables().filter_map(|t| t.next_due_ms).min();
+        done
+    }
+
+    /// Says that the present plan, its sweep included, is in force since `now_ms`.
+    /// Returns whether another step is needed at once, for what had to wait for this.
+    pub fn applied(&mut self, now_ms: BootMs) -> bool {
+        for index in self.released.drain(..) {
+            self.indices.release(index, now_ms);
+        }
+        let mut waiting = false;
+        for state in &mut self.services {
+            for table in &mut state.tables {
+                table.unswept.clear();
+                if table.deferred {
+                    state.dirty = true;
+                    waiting = true;
+                }
+            }
+        }
+        self.plane.sweep = Sweep::default();
+        waiting
+    }
+
+    /// Which backends of a service would gain or lose buckets under `ownership`.
+    pub fn touched(&mut self, service: usize, ownership: &Ownership) -> Vec<SocketAddr> {
+        let Some(state) = self.services.get_mut(service) else {
+            return Vec::new();
+        };
+        let mut touched = BTreeSet::new();
+        for table in &mut state.tables {
+            let assignment = table.desired(&Inputs {
+                owners: &ownership.owners,
+                control: state.control,
+                fallback: state.config.fallback,
+                policy: record::policy(&state.config),
+                now_ms: 0,
+            });
+            let indices: BTreeSet<BackendIndex> = table
+                .entries
+                .iter()
+                .zip(&assignment.backends)
+                .filter(|(entry, desired)| entry.current() != **desired)
+                .flat_map(|(entry, desired)| [entry.current(), *desired])
+                .collect();
+            touched.extend(indices.into_iter().filter_map(|index| table.addr(index)));
+        }
+        touched.into_iter().collect()
+    }
+}
+
+/// Frees the slots of versions that are in nobody's memory any more.
+fn release_slots(state: &mut ServiceState) {
+    let ServiceState {
+        config,
+        slots,
+        ownership,
+        tables,
+        ..
+    } = state;
+    let used = |at: u8| {
+        ownership.owners.contains(&at)
+            || tables
+                .iter()
+                .any(|t| t.draining.iter().any(|d| d.slot == at))
+    };
+    for (at, name) in (0_u8..).zip(slots.iter_mut()) {
+        if !name.is_empty() && !config.versions.iter().any(|v| v.name == *name) && !used(at) {
+            name.clear();
+        }
+    }
+    debug_assert!(slots.len() <= MAX_VERSIONS);
+}
+
+/// Puts a table's plan into its place by id, unless it is there already.
+fn set_service(services: &mut Vec<Arc<ServicePlan>>, plan: ServicePlan) -> bool {
+    match services.binary_search_by_key(&plan.record.id, |s| s.record.id) {
+        Ok(at) if same(&services[at], &plan) => false,
+        Ok(at) => {
+            services[at] = Arc::new(plan);
+            true
+        }
+        Err(at) => {
+            services.insert(at, Arc::new(plan));
+            true
+        }
+    }
+}
+
+/// Whether two plans of a table say the same, without looking into the tables.
+fn same(a: &ServicePlan, b: &ServicePlan) -> bool {
+    let ServicePlan {
+        name,
+        family,
+        versions,
+        control,
+        record,
+        vips,
+        ports,
+        entries,
+        ledger,
+    } = a;
+    Arc::ptr_eq(entries, &b.entries)
+        && Arc::ptr_eq(ledger, &b.ledger)
+        && (name, family, versions, control) == (&b.name, &b.family, &b.versions, &b.control)
+        && (record, vips, ports) == (&b.record, &b.vips, &b.ports)
+}

@@ -1,0 +1,202 @@
+//! Configuration and state → the records that the kernel side reads.
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use canary_ebpf_common::{
+    abi::{self, ForwardMode, PAGE_BUCKETS, SERVICE_HASH_CONNECTION},
+    entry::BackendIndex,
+};
+
+use super::{BackendPlan, Family, NextHop, Policy, ServicePlan, ServiceState, Table};
+use crate::config::model::{Forward, Protocol, Service, Stickiness};
+
+/// The record of a table of `service`.
+pub(super) fn service_record(service: &Service, id: u16, first_page: u32) -> abi::Service {
+    let (v4, v6) = match service.stickiness {
+        Stickiness::Connection | Stickiness::Client => (32, 128),
+        Stickiness::Subnet { v4, v6 } => (v4.min(32), v6.min(128)),
+    };
+    let mode = match service.forward {
+        Forward::Nat => ForwardMode::Nat,
+        Forward::Dsr => ForwardMode::Dsr,
+    };
+    let whole = match service.stickiness {
+        Stickiness::Connection => SERVICE_HASH_CONNECTION,
+        Stickiness::Client | Stickiness::Subnet { .. } => 0,
+    };
+    abi::Service {
+        first_page,
+        bucket_mask: service.buckets - 1,
+        flags: mode as u32 | whole,
+        id: u32::from(id),
+        hash_key: service.hash_key,
+        mask_v4_be: u32::MAX
+            .checked_shl(32 - u32::from(v4))
+            .unwrap_or(0)
+            .to_be(),
+        udp_idle_ms: millis_u32(service.udp_idle),
+        mask_v6: mask_v6(v6),
+    }
+}
+
+/// The first `length` bits, as the two words that loading an address gives.
+fn mask_v6(length: u8) -> [u64; 2] {
+    let mask = u128::MAX.checked_shl(128 - u32::from(length)).unwrap_or(0);
+    let (high, low) = ((mask >> 64) as u64, mask as u64);
+    [u64::from_be(high), u64::from_be(low)]
+}
+
+fn millis_u32(duration: std::time::Duration) -> u32 {
+    u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
+}
+
+/// How many pages a table of `service` takes.
+pub(super) fn page_count(service: &Service) -> u32 {
+    service.buckets.div_ceil(PAGE_BUCKETS)
+}
+
+/// What `service` wants done with connections when buckets move.
+pub(super) fn policy(service: &Service) -> Policy {
+    let millis = |d: std::time::Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
+    let udp = service
+        .ports
+        .iter()
+        .any(|port| port.protocol == Protocol::Udp);
+    Policy {
+        tracks: service.forward != Forward::Nat,
+        existing: service.existing,
+        drain_ms: service.drain.map(millis),
+        learn_ms: udp.then(|| millis(service.udp_idle)),
+    }
+}
+
+/// The plan of a table.
+pub(super) fn service_plan(
+    config: &Service,
+    slots: &[String],
+    control: u8,
+    table: &Table,
+) -> ServicePlan {
+    ServicePlan {
+        name: config.name.clone(),
+        family: table.family,
+        versions: slots.to_vec(),
+        control,
+        record: service_record(config, table.id, table.first_page),
+        vips: config
+            .vips
+            .iter()
+            .copied()
+            .filter(|vip| Family::of(*vip) == table.family)
+            .collect(),
+        ports: config.ports.clone(),
+        entries: Arc::clone(&table.entries),
+        ledger: Arc::clone(&table.ledger),
+    }
+}
+
+/// Every backend's record, by ascending index.
+pub(super) fn backend_plans(
+    services: &[ServiceState],
+    nat_ranges: &mut HashMap<Vec<IpAddr>, u16>,
+    nat_sources: &mut Vec<IpAddr>,
+) -> Vec<(BackendIndex, BackendPlan)> {
+    let mut plans = Vec::new();
+    for state in services {
+        for table in &state.tables {
+            let live = table
+                .backends
+                .iter()
+                .map(|b| (b.index, b.slot, b.addr, b.down, &b.hop));
+            let gone = table
+                .draining
+                .iter()
+                .map(|d| (d.index, d.slot, d.addr, d.down, &d.hop));
+            for (index, version, addr, down, hop) in live.chain(gone) {
+                let next_hop = hop.as_ref().ok().copied();
+                let (nat_first, nat_count) =
+                    nat_range(&state.config, addr, next_hop, nat_ranges, nat_sources);
+                let plan = BackendPlan {
+                    addr,
+                    service: table.id,
+                    version,
+                    next_hop,
+                    nat_first,
+                    nat_count,
+                    down,
+                    maint: false,
+                };
+                plans.push((index, plan));
+            }
+        }
+    }
+    plans.sort_unstable_by_key(|(index, _)| *index);
+    plans
+}
+
+/// Where in `NAT_SOURCES` a backend's addresses lie, put there if they are new.
+/// What lies there stays: records that are in force refer to it.
+fn nat_range(
+    service: &Service,
+    addr: SocketAddr,
+    next_hop: Option<NextHop>,
+    ranges: &mut HashMap<Vec<IpAddr>, u16>,
+    sources: &mut Vec<IpAddr>,
+) -> (u16, u8) {
+    if service.forward != Forward::Nat {
+        return (0, 0);
+    }
+    let family = Family::of(addr.ip());
+    let mut wanted: Vec<IpAddr> = service
+        .nat_source
+        .iter()
+        .copied()
+        .filter(|ip| Family::of(*ip) == family)
+        .collect();
+    if wanted.is_empty() {
+        let source = next_hop.map(|hop| hop.source);
+        wanted.extend(source.filter(|ip| !ip.is_unspecified() && Family::of(*ip) == family));
+    }
+    wanted.truncate(usize::from(u8::MAX));
+    if wanted.is_empty() {
+        return (0, 0);
+    }
+    let count = wanted.len() as u8;
+    if let Some(first) = ranges.get(&wanted) {
+        return (*first, count);
+    }
+    match u16::try_from(sources.len()) {
+        Ok(first) => {
+            sources.extend(&wanted);
+            ranges.insert(wanted, first);
+            (first, count)
+        }
+        Err(_) => (0, 0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn masks_cover_the_first_bits_of_an_address_as_it_is_loaded() {
+        let masked = |address: u128, length| {
+            let bytes = address.to_be_bytes();
+            let [high, low] = mask_v6(length);
+            let word = |at: usize| u64::from_ne_bytes(std::array::from_fn(|i| bytes[at + i]));
+            let out = [word(0) & high, word(8) & low]
+                .map(u64::to_ne_bytes)
+                .concat();
+            u128::from_be_bytes(std::array::from_fn(|i| out[i]))
+        };
+        for length in [0, 1, 7, 48, 56, 63, 64, 65, 127, 128] {
+            let expected = u128::MAX.checked_shl(128 - u32::from(length)).unwrap_or(0);
+            assert_eq!(masked(u128::MAX, length), expected, "/{length}");
+        }
+    }
+}
