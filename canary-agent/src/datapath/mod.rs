@@ -47,7 +47,7 @@ use self::{
 };
 use crate::{
     config::model::{Capacity, XdpMode},
-    plan::{DataPlane, Family},
+    plan::{Adopted, AdoptedService, DataPlane, Family, Sweep},
 };
 
 /// The programs, as the build made them.
@@ -382,7 +382,7 @@ impl Datapath {
             ("TABLE", pages(desired)),
             ("LEDGER", pages(desired)),
         ]);
-        if applied.untracked > 0 || !desired.sweep.backends.is_empty() {
+        if applied.untracked > 0 || desired.sweep != Sweep::default() {
             self.sweep()?;
         }
         Ok(applied)
@@ -443,6 +443,16 @@ impl Datapath {
     pub fn program(&mut self) -> Result<&mut Xdp, Error> {
         xdp(&mut self.ebpf)
     }
+}
+
+/// Makes the directory of the pins, mounting the BPF file system where that is
+/// missing from its usual place. [`Datapath::open`] does it as well; before it, the
+/// directory is there to be locked.
+///
+/// # Errors
+/// [`Error::Bpffs`] where it can't be on a BPF file system.
+pub fn prepare(bpffs: &Path) -> Result<(), Error> {
+    Pins::new(bpffs).prepare()
 }
 
 /// Takes the program off all interfaces and removes all pins below `bpffs`.
