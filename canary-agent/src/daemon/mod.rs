@@ -1,6 +1,18 @@
 //! The one loop that owns the state, and the handle by which others reach it.
 
+mod explain;
+pub mod lock;
+mod run;
+mod split;
+mod state;
+mod status;
+
 use tokio::sync::{mpsc, oneshot};
+
+pub use self::{
+    run::run,
+    state::{AttachError, Attachment, BeginError, Event, Kernel, LinkStates, Moment, State},
+};
 
 use crate::api::model::{ChangeReport, Explain, SplitRequest, Status};
 

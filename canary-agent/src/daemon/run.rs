@@ -1,0 +1,394 @@
+//! The shell around [`State`]: what starts the agent, turns signals, sockets and
+//! netlink into events, and runs the loop.
+//!
+//! The loop has a thread of its own: a slow disk delays no socket, and a hundred
+//! clients do not delay the loop.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::IpAddr,
+    process::ExitCode,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::Context as _;
+use canary_ebpf_common::{abi::BackendCounters, entry::BackendIndex};
+use nix::time::{ClockId, clock_gettime};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, watch},
+    time::MissedTickBehavior,
+};
+
+use super::{
+    AttachError, Attachment, Event, Handle, Kernel, LinkStates, Moment, Refusal, Request, State,
+    lock::{self, LockError},
+};
+use crate::{
+    api::{self, Api, ControlSocket, model::MapStatus},
+    cli::RunOptions,
+    config::{self, Config, model::Forward},
+    datapath::{self, Datapath, Reader},
+    plan::{Adopted, BootMs, DataPlane, NextHop, QUARANTINE_MS},
+    resolve::{self, Resolver, Unresolved, VipManager},
+    store::{SqliteStore, StateStore},
+    telemetry::Metrics,
+};
+
+/// How long the first plan waits for the host's routes and neighbours.
+const FIRST_ANSWER: Duration = Duration::from_secs(3);
+/// Requests that may wait for the loop.
+const REQUESTS: usize = 256;
+/// Exit code for a configuration that can't be used.
+const BAD_CONFIG: u8 = 78;
+/// Exit code for what the caller has no right to.
+const NOT_PERMITTED: u8 = 77;
+
+/// Runs the agent until it is told to stop. What it has brought about stays in
+/// the kernel, so that traffic goes on.
+///
+/// # Errors
+/// Whatever keeps it from starting; a [`Refusal`] in it says the exit code.
+pub fn run(options: RunOptions) -> anyhow::Result<ExitCode> {
+    let RunOptions { config: file, socket_override, replace, log_format: _ } = options;
+    let loaded = match config::load(&file) {
+        Ok(loaded) => loaded,
+        Err(diagnostics) => {
+            eprint!("{}", config::render(&diagnostics));
+            return Ok(ExitCode::from(BAD_CONFIG));
+        }
+    };
+    for warning in &loaded.warnings {
+        tracing::warn!("{}", warning.message);
+    }
+    let mut config = loaded.config;
+    if let Some(socket) = socket_override {
+        config.agent.socket = socket;
+    }
+    let (_state_lock, _pins_lock) = locks(&config)?;
+    let locked = Instant::now();
+
+    let nat = config.services.iter().any(|s| s.forward == Forward::Nat);
+    let (datapath, adopted) = Datapath::open(datapath::Options {
+        bpffs: config.agent.bpffs.clone(),
+        capacity: config.agent.capacity,
+        nat_ports: nat.then(|| config.agent.nat_ports.clone()),
+        xdp_mode: config.agent.xdp_mode,
+        replace,
+    })
+    .map_err(permitted)?;
+    tracing::info!(
+        tables = adopted.services.len(),
+        backends = adopted.backends.len(),
+        "the data plane is open"
+    );
+    if adopted.lacks_backends(&config) {
+        // New backends get indices that an earlier agent may have freed just before its end.
+        let rest = Duration::from_millis(QUARANTINE_MS).saturating_sub(locked.elapsed());
+        thread::sleep(rest);
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("can't start a runtime")?;
+    let done = runtime.block_on(serve(Arc::new(config), datapath, adopted));
+    // Whoever still asks has been given time; a name look-up in progress is not waited for.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    done.map(|()| ExitCode::SUCCESS)
+}
+
+/// Makes sure that no other agent works here.
+fn locks(config: &Config) -> anyhow::Result<(Option<lock::Lock>, lock::Lock)> {
+    let refused = |error: LockError| Refusal {
+        code: "already_running",
+        message: error.to_string(),
+        help: None,
+        exit_code: 1,
+    };
+    let state = match lock::lock_state_dir(&config.agent.state_dir) {
+        Ok(lock) => Some(lock),
+        Err(error @ LockError::Held { .. }) => return Err(refused(error).into()),
+        // A read-only disk must not keep the data plane from starting: the pins are locked too.
+        Err(error) => {
+            tracing::warn!(%error, "the state directory is not locked");
+            None
+        }
+    };
+    datapath::prepare(&config.agent.bpffs).map_err(permitted)?;
+    let pins = lock::lock_pins(&config.agent.bpffs).map_err(refused)?;
+    Ok((state, pins))
+}
+
+fn permitted(error: datapath::Error) -> anyhow::Error {
+    match error.not_permitted() {
+        true => Refusal {
+            code: "not_permitted",
+            message: error.to_string(),
+            help: Some(
+                "run it as root, or give it CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON".to_owned(),
+            ),
+            exit_code: NOT_PERMITTED,
+        }
+        .into(),
+        false => error.into(),
+    }
+}
+
+/// Brings everything up, serves until a signal comes, and winds down.
+async fn serve(config: Arc<Config>, datapath: Datapath, adopted: Adopted) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    let socket = ControlSocket::bind(&config.agent.socket)?;
+    let metrics = Metrics::new();
+    let (handle, requests) = Handle::channel(REQUESTS);
+    let (events, received) = mpsc::channel(64);
+
+    let mut alerts = Vec::new();
+    if config.services.iter().any(|s| s.forward == Forward::Nat)
+        && let Err(error) = resolve::reserve_ports(&config.agent.nat_ports)
+    {
+        alerts.push(format!("the host may use source ports of translated flows: {error}"));
+    }
+    let listener = match config.agent.listen {
+        None => None,
+        Some(address) => match TcpListener::bind(address).await {
+            Ok(listener) => Some(listener),
+            Err(error) => {
+                alerts.push(format!("`agent.listen`: nothing is served at {address}: {error}"));
+                None
+            }
+        },
+    };
+
+    let reader = datapath.reader();
+    let kernel = Live { datapath, reader };
+    let store = SqliteStore::new(&config.agent.state_dir);
+    let mut state = State::begin(&config, store, kernel, adopted, metrics.clone(), moment()?)?;
+
+    let resolver = Resolver::start()?;
+    resolver.set_interfaces(config.agent.interfaces.iter().cloned());
+    resolver.set_destinations(state.addresses());
+    let mut updates = resolver.updates();
+    let addresses: BTreeSet<IpAddr> = state.addresses().into_iter().collect();
+    let full = |update: &resolve::Update| {
+        addresses.iter().all(|ip| {
+            !matches!(update.hops.get(ip), None | Some(Err(Unresolved::Resolving { .. })))
+        })
+    };
+    // Not in time: the first plan goes by what is known.
+    let _ = tokio::time::timeout(FIRST_ANSWER, updates.wait_for(full)).await;
+    let update = updates.borrow_and_update().clone();
+    state.handle(Event::Alerts("start", alerts), moment()?);
+    state.handle(Event::NextHops(next_hops(&update)), moment()?);
+    state.handle(Event::Links(links(&update)), moment()?);
+    let wakeup = state.go(moment()?)?;
+    tracing::info!(services = config.services.len(), "steering");
+
+    let (stop, stopping) = watch::channel(false);
+    let loop_thread = {
+        let runtime = tokio::runtime::Handle::current();
+        thread::Builder::new()
+            .name("state".to_owned())
+            .spawn(move || runtime.block_on(drive(state, requests, received, wakeup)))
+            .context("can't start the loop's thread")?
+    };
+    let watcher = tokio::spawn(watch_host(Arc::clone(&config), updates, events));
+    let (_operators, operators) = watch::channel(config.agent.operators.clone());
+    let api = Api::new(handle, operators, metrics);
+    let stopped = |mut stopping: watch::Receiver<bool>| async move {
+        let _ = stopping.wait_for(|stop| *stop).await;
+    };
+    let control = tokio::spawn(api::serve_control(socket, api.clone(), stopped(stopping.clone())));
+    let read_only = listener.map(|listener| {
+        tokio::spawn(api::serve_read_only(listener, api.clone(), stopped(stopping.clone())))
+    });
+    // The loop ends when nobody can ask any more.
+    drop(api);
+
+    let failed = loop {
+        tokio::select! {
+            _ = terminate.recv() => break false,
+            _ = interrupt.recv() => break false,
+            _ = hangup.recv() => {
+                tracing::warn!("reload is not supported yet: restart the agent, traffic goes on meanwhile");
+            }
+            () = watched(&loop_thread) => break true,
+        }
+    };
+    tracing::info!("stopping; the data plane stays in place");
+    let _ = stop.send(true);
+    let _ = control.await;
+    if let Some(read_only) = read_only {
+        let _ = read_only.await;
+    }
+    watcher.abort();
+    let _ = watcher.await;
+    let ended = tokio::task::spawn_blocking(move || loop_thread.join()).await?;
+    match (ended, failed) {
+        (Ok(Ok(())), false) => Ok(()),
+        (Ok(Ok(())), true) => anyhow::bail!("the state loop has ended by itself"),
+        (Ok(Err(error)), _) => Err(error),
+        (Err(_), _) => anyhow::bail!("the state loop has panicked"),
+    }
+}
+
+/// Returns when the thread has ended.
+async fn watched<T>(thread: &thread::JoinHandle<T>) {
+    let mut every = tokio::time::interval(Duration::from_secs(1));
+    while !thread.is_finished() {
+        every.tick().await;
+    }
+}
+
+/// The loop: one event after the other.
+async fn drive<S: StateStore, K: Kernel>(
+    mut state: State<S, K>,
+    mut requests: mpsc::Receiver<Request>,
+    mut events: mpsc::Receiver<Event>,
+    mut wakeup: Option<BootMs>,
+) -> anyhow::Result<()> {
+    let mut ticks = tokio::time::interval(Duration::from_secs(1));
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        let now = moment()?.boot_ms;
+        // Rounded up, so that drains that end at about the same time end in one step. The
+        // runtime's clock stands still in suspend: ticks make up for that.
+        let until =
+            wakeup.map(|at| Duration::from_millis(at.saturating_sub(now).next_multiple_of(50)));
+        let event = tokio::select! {
+            request = requests.recv() => match request {
+                Some(request) => Event::Request { request, arrived: Instant::now() },
+                None => return Ok(()),
+            },
+            Some(event) = events.recv() => event,
+            _ = ticks.tick() => Event::Tick,
+            () = tokio::time::sleep(until.unwrap_or_default()), if until.is_some() => Event::Wakeup,
+        };
+        wakeup = state.handle(event, moment()?);
+    }
+}
+
+/// Follows the host: next hops and links become events, and the VIPs are kept where
+/// they belong.
+async fn watch_host(
+    config: Arc<Config>,
+    mut updates: watch::Receiver<resolve::Update>,
+    events: mpsc::Sender<Event>,
+) {
+    let mut vips = match config.agent.manage_vips.then(VipManager::open).transpose() {
+        Ok(vips) => vips,
+        Err(error) => {
+            let _ = events.send(Event::Alerts("vips", vec![error.to_string()])).await;
+            None
+        }
+    };
+    let mut placed = None;
+    loop {
+        let update = updates.borrow_and_update().clone();
+        let found = (Arc::clone(&update.links), Arc::clone(&update.addresses));
+        if let Some(manager) = &mut vips
+            && placed.as_ref() != Some(&found)
+        {
+            let alerts = place_vips(manager, &config).await;
+            // What failed is tried again with the next change; the rest is as it was seen.
+            placed = Some(found);
+            if events.send(Event::Alerts("vips", alerts)).await.is_err() {
+                return;
+            }
+        }
+        for event in [Event::NextHops(next_hops(&update)), Event::Links(links(&update))] {
+            if events.send(event).await.is_err() {
+                return;
+            }
+        }
+        if updates.changed().await.is_err() {
+            let lost =
+                "routes and neighbours are not followed any more: restart the agent".to_owned();
+            let _ = events.send(Event::Alerts("resolver", vec![lost])).await;
+            return;
+        }
+    }
+}
+
+async fn place_vips(manager: &mut VipManager, config: &Config) -> Vec<String> {
+    let vips = config.services.iter().flat_map(|s| s.vips.iter().copied());
+    match manager.apply(vips, &config.agent.interfaces).await {
+        Ok(report) => {
+            for placed in &report.added {
+                tracing::info!(address = %placed.address, interface = placed.interface, "VIP added");
+            }
+            for placed in &report.removed {
+                tracing::info!(address = %placed.address, interface = placed.interface, "VIP removed");
+            }
+            report.errors.iter().map(ToString::to_string).collect()
+        }
+        Err(error) => vec![error.to_string()],
+    }
+}
+
+/// What the plan is told about next hops. A neighbour that is just being asked for is
+/// left out: what was known of it holds until it has not answered.
+fn next_hops(update: &resolve::Update) -> HashMap<IpAddr, Result<NextHop, String>> {
+    let hops = update.hops.iter();
+    hops.filter(|(_, hop)| !matches!(hop, Err(Unresolved::Resolving { .. })))
+        .map(|(address, hop)| (*address, hop.clone().map_err(|why| why.to_string())))
+        .collect()
+}
+
+fn links(update: &resolve::Update) -> LinkStates {
+    update.links.iter().map(|(name, link)| (name.clone(), link.map(|link| link.ifindex))).collect()
+}
+
+fn moment() -> anyhow::Result<Moment> {
+    let boot = clock_gettime(ClockId::CLOCK_BOOTTIME).context("CLOCK_BOOTTIME can't be read")?;
+    let boot = Duration::from(boot);
+    let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let millis = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
+    // 0 means "never" in the ledger.
+    Ok(Moment { boot_ms: millis(boot).max(1), unix_ms: millis(unix) })
+}
+
+/// The kernel side of the host.
+struct Live {
+    datapath: Datapath,
+    reader: Reader,
+}
+
+impl Kernel for Live {
+    fn apply(&mut self, plane: &DataPlane) -> Result<(), String> {
+        self.datapath.apply(plane).map(drop).map_err(|error| error.to_string())
+    }
+
+    fn attach(&mut self, interface: &str) -> Result<Attachment, AttachError> {
+        match self.datapath.attach(interface) {
+            Ok(attached) => Ok(Attachment {
+                ifindex: attached.ifindex,
+                mode: attached.mode.name(),
+                warning: attached.warning,
+            }),
+            Err(datapath::Error::NoInterface { .. }) => Err(AttachError::Missing),
+            Err(error) => Err(AttachError::Refused(error.to_string())),
+        }
+    }
+
+    fn sweep(&mut self) -> Result<(), String> {
+        self.datapath.sweep().map(drop).map_err(|error| error.to_string())
+    }
+
+    fn counters(&self, backends: &[BackendIndex]) -> Vec<BackendCounters> {
+        self.reader.backend_counters(backends)
+    }
+
+    fn reasons(&self) -> Vec<u64> {
+        self.reader.reasons()
+    }
+
+    fn maps(&self) -> Vec<MapStatus> {
+        self.reader.maps()
+    }
+}

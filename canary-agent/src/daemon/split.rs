@@ -1,0 +1,188 @@
+//! The split command: from what was typed to a proposal, or why not.
+
+use std::net::SocketAddr;
+
+use canary_ebpf_common::share::Share;
+
+use super::Refusal;
+use crate::{
+    api::model::{ChangeReport, ShareChange, SplitRequest},
+    plan::{Ownership, Planner, Proposal, ServiceState},
+    store::Split,
+};
+
+/// A name is suggested when it is at least this like what was typed (Jaro–Winkler).
+const ALIKE: f64 = 0.75;
+
+/// What `request` asks of `service`, merged into its split and carried through.
+pub(super) fn propose(
+    planner: &Planner,
+    service: &str,
+    request: &SplitRequest,
+) -> Result<(usize, Proposal), Refusal> {
+    let SplitRequest { split: asked, reason: _, dry_run: _ } = request;
+    let (at, state) = planner.service(service).ok_or_else(|| unknown_service(planner, service))?;
+    let mut split = state.ownership().split.clone();
+    for (version, text) in asked {
+        split.insert(version.clone(), share(state, version, text)?);
+    }
+    if !Share::fit_together(split.values().copied()) {
+        return Err(above_whole(service, &split));
+    }
+    let proposal = state.propose(split).map_err(|error| Refusal {
+        code: "split_impossible",
+        message: format!("service `{service}`: {error}"),
+        help: Some("leave control a larger share, or give the service more `buckets`".to_owned()),
+        exit_code: 1,
+    })?;
+    Ok((at, proposal))
+}
+
+/// The share that `text` asks for `version`.
+fn share(state: &ServiceState, version: &str, text: &str) -> Result<Share, Refusal> {
+    let config = state.config();
+    let service = &config.name;
+    let names: Vec<&str> = config.versions.iter().map(|v| v.name.as_str()).collect();
+    if !names.contains(&version) {
+        return Err(Refusal {
+            code: "unknown_version",
+            message: format!("service `{service}` has no version `{version}`"),
+            help: Some(suggestion(version, &names, "its versions are")),
+            exit_code: 1,
+        });
+    }
+    if config.versions[config.control].name == version {
+        return Err(Refusal {
+            code: "control_has_share",
+            message: format!(
+                "`{version}` is the control version of service `{service}`: it gets what the others leave"
+            ),
+            help: Some(format!("set the others, such as `canary-agent split {service} VERSION=0`")),
+            exit_code: 1,
+        });
+    }
+    if state.slot(version).is_none() {
+        return Err(Refusal {
+            code: "no_version_slot",
+            message: format!(
+                "version `{version}` of service `{service}` has to wait: versions that were removed still have \
+                 connections, and a service has room for 16"
+            ),
+            help: Some("restart the agent when they have drained".to_owned()),
+            exit_code: 1,
+        });
+    }
+    // Nothing is nothing in any unit.
+    if text.trim() == "0" {
+        return Ok(Share::ZERO);
+    }
+    text.parse().map_err(|error| Refusal {
+        code: "bad_share",
+        message: format!("version `{version}`: {error}"),
+        help: Some(format!("such as `canary-agent split {service} {version}=5%`")),
+        exit_code: 2,
+    })
+}
+
+fn above_whole(service: &str, split: &Split) -> Refusal {
+    let given: Vec<String> = split
+        .iter()
+        .filter(|(_, share)| **share != Share::ZERO)
+        .map(|(version, share)| format!("{version}={share}"))
+        .collect();
+    Refusal {
+        code: "shares_above_whole",
+        message: format!(
+            "the shares of service `{service}` are more than 100% together: {}",
+            given.join(" ")
+        ),
+        help: Some(
+            "versions that are not named keep their shares: lower one in the same command"
+                .to_owned(),
+        ),
+        exit_code: 1,
+    }
+}
+
+/// No service has that name.
+pub(super) fn unknown_service(planner: &Planner, name: &str) -> Refusal {
+    let names: Vec<&str> = planner.services().iter().map(|s| s.config().name.as_str()).collect();
+    Refusal {
+        code: "unknown_service",
+        message: format!("there is no service `{name}`"),
+        help: Some(suggestion(name, &names, "there are")),
+        exit_code: 1,
+    }
+}
+
+/// The nearest of `names`, or a few of them.
+fn suggestion(name: &str, names: &[&str], they_are: &str) -> String {
+    let like = |other: &str| strsim::jaro_winkler(&name.to_lowercase(), &other.to_lowercase());
+    let nearest =
+        names.iter().map(|other| (like(other), *other)).max_by(|a, b| a.0.total_cmp(&b.0));
+    match nearest {
+        Some((alike, nearest)) if alike >= ALIKE => format!("did you mean `{nearest}`?"),
+        _ => {
+            let some: Vec<String> = names.iter().take(8).map(|n| format!("`{n}`")).collect();
+            let more = if names.len() > some.len() { " …" } else { "" };
+            format!("{they_are} {}{more}", some.join(", "))
+        }
+    }
+}
+
+/// What the change from `before` to `proposal` does, before it is done.
+pub(super) fn report(
+    state: &ServiceState,
+    before: &Ownership,
+    proposal: &Proposal,
+    touched: &[SocketAddr],
+) -> ChangeReport {
+    let config = state.config();
+    let after = &proposal.ownership;
+    let (had, has) = (before.counts(), after.counts());
+    let total = f64::from(config.buckets);
+    let control = &config.versions[config.control];
+    let others = config.versions.iter().filter(|v| v.name != control.name);
+    let change = |name: &str| {
+        let slot = state.slot(name).map(usize::from);
+        let fraction = |counts: &[u32]| slot.map_or(0.0, |slot| f64::from(counts[slot]) / total);
+        ShareChange {
+            name: name.to_owned(),
+            asked: asked_text(state, after, name),
+            before: fraction(&had),
+            in_force: fraction(&has),
+        }
+    };
+    ChangeReport {
+        applied: false,
+        revision: 0,
+        service: config.name.clone(),
+        versions: std::iter::once(control).chain(others).map(|v| change(&v.name)).collect(),
+        buckets_moved: proposal.moved,
+        backends_touched: touched.iter().map(ToString::to_string).collect(),
+        connections_held: None,
+        took_us: 0,
+    }
+}
+
+/// The asked share of a version as it was written; control's is what the others leave.
+pub(super) fn asked_text(state: &ServiceState, ownership: &Ownership, version: &str) -> String {
+    let config = state.config();
+    if config.versions[config.control].name == version {
+        let rest = asked_fraction(state, ownership, version) * 100.0;
+        let text = format!("{rest:.9}");
+        let text = text.trim_end_matches('0').trim_end_matches('.');
+        return format!("{text}%");
+    }
+    ownership.split.get(version).copied().unwrap_or(Share::ZERO).to_string()
+}
+
+/// The asked share of a version as a fraction of 1.
+pub(super) fn asked_fraction(state: &ServiceState, ownership: &Ownership, version: &str) -> f64 {
+    let config = state.config();
+    if config.versions[config.control].name == version {
+        let others: f64 = ownership.split.values().map(|share| share.fraction()).sum();
+        return (1.0 - others).clamp(0.0, 1.0);
+    }
+    ownership.split.get(version).map_or(0.0, |share| share.fraction())
+}

@@ -1,0 +1,593 @@
+//! The state that the loop owns, and what each event makes of it.
+//!
+//! Must not know of sockets, signals, netlink or aya: what happens comes in as an
+//! [`Event`] with its [`Moment`], what is to be done goes out through [`Kernel`]
+//! and [`StateStore`], of which the tests have their own.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
+    sync::Arc,
+    time::Instant,
+};
+
+use canary_ebpf_common::{abi::BackendCounters, entry::BackendIndex};
+
+use super::{Peer, Refusal, Request, explain, split, status};
+use crate::{
+    api::model::{ChangeReport, InterfaceStatus, MapStatus, SplitRequest, Status},
+    config::model::{Config, Forward},
+    plan::{
+        Adopted, BootMs, DataPlane, News, NextHop, PlanError, Planner, ServicePlan, ServiceState,
+        Start,
+    },
+    store::{Change, Commit, Split, StateStore, StoreError},
+    telemetry::Metrics,
+};
+
+/// After this time what the kernel refused is tried again.
+const RETRY_MS: u64 = 1_000;
+/// So often flow entries that have expired are let go, and what is not attached is tried again.
+const SWEEP_MS: u64 = 5_000;
+/// Said of an interface that is not there.
+const NO_SUCH_INTERFACE: &str = "the interface does not exist; it is attached when it appears";
+
+/// When something happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Moment {
+    /// Milliseconds of `CLOCK_BOOTTIME`: what everything is computed from.
+    pub boot_ms: BootMs,
+    /// Milliseconds since 1970: what people read.
+    pub unix_ms: u64,
+}
+
+/// The interfaces of the configuration, each with its index if it is there.
+pub type LinkStates = BTreeMap<String, Option<u32>>;
+
+/// Something that happens to the agent.
+#[derive(Debug)]
+pub enum Event {
+    /// Somebody asks for something.
+    Request {
+        /// What.
+        request: Request,
+        /// When it came.
+        arrived: Instant,
+    },
+    /// The host's routes or neighbours have changed. Addresses that are not named
+    /// keep what was known of them.
+    NextHops(HashMap<IpAddr, Result<NextHop, String>>),
+    /// Interfaces have come or gone.
+    Links(LinkStates),
+    /// What an operator should know from one part of the agent, in place of what it
+    /// said before.
+    Alerts(&'static str, Vec<String>),
+    /// A second has passed.
+    Tick,
+    /// The time has come that the last call of [`State::handle`] gave.
+    Wakeup,
+}
+
+/// A program on an interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attachment {
+    /// The interface's index.
+    pub ifindex: u32,
+    /// `native` or `generic`.
+    pub mode: &'static str,
+    /// Why it is not what could be wished.
+    pub warning: Option<String>,
+}
+
+/// Why the program is not on an interface.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AttachError {
+    /// The interface does not exist.
+    #[error("{}", NO_SUCH_INTERFACE)]
+    Missing,
+    /// Anything else.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// What the loop does to the kernel side, and reads there.
+pub trait Kernel {
+    /// Brings the maps to `plane`, its sweep included.
+    ///
+    /// # Errors
+    /// What the kernel refused. It is called again, with this plan or a later one.
+    fn apply(&mut self, plane: &DataPlane) -> Result<(), String>;
+    /// Puts the program on an interface.
+    ///
+    /// # Errors
+    /// [`AttachError`].
+    fn attach(&mut self, interface: &str) -> Result<Attachment, AttachError>;
+    /// Lets flow entries go that have expired.
+    ///
+    /// # Errors
+    /// What the kernel refused.
+    fn sweep(&mut self) -> Result<(), String>;
+    /// Counters of backends, in their order.
+    fn counters(&self, backends: &[BackendIndex]) -> Vec<BackendCounters>;
+    /// Packets by reason, in the order of [`canary_ebpf_common::abi::Reason::ALL`].
+    fn reasons(&self) -> Vec<u64>;
+    /// Size and use of the maps.
+    fn maps(&self) -> Vec<MapStatus>;
+}
+
+/// Why the agent can't begin.
+#[derive(Debug, thiserror::Error)]
+pub enum BeginError {
+    /// The configuration does not fit.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The state must not be touched.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// An interface can't be attached to.
+    #[error("interface {interface}: {error}")]
+    Attach {
+        /// Which.
+        interface: String,
+        /// Why.
+        error: AttachError,
+    },
+    /// The maps can't be written.
+    #[error("the forwarding tables can't be written: {0}")]
+    Apply(String),
+}
+
+/// The state, and the two things that it acts on.
+pub struct State<S, K> {
+    planner: Planner,
+    store: S,
+    kernel: K,
+    metrics: Metrics,
+    revision: u64,
+    /// What beginning decided and the store does not know yet.
+    unsaved: Vec<News>,
+    interfaces: Vec<InterfaceStatus>,
+    links: LinkStates,
+    alerts: BTreeMap<&'static str, Vec<String>>,
+    samples: status::Samples,
+    begun_ms: BootMs,
+    swept_ms: BootMs,
+    /// The present plan is not in force, and is tried again then.
+    retry_ms: Option<BootMs>,
+    in_force: bool,
+}
+
+impl<S: StateStore, K: Kernel> State<S, K> {
+    /// The state as an agent begins with it: what the store says, brought about
+    /// from what the maps hold. Neither maps nor interfaces are touched before
+    /// [`go`](Self::go).
+    ///
+    /// # Errors
+    /// When the configuration does not fit into the maps, or a newer release has
+    /// written the store. Any other failure of the store is an alert: the agent
+    /// goes on from what the maps hold, and refuses changes until they can be stored.
+    pub fn begin(
+        config: &Config,
+        mut store: S,
+        kernel: K,
+        adopted: Adopted,
+        metrics: Metrics,
+        now: Moment,
+    ) -> Result<Self, BeginError> {
+        let mut alerts = BTreeMap::new();
+        let snapshot = match store.load() {
+            Ok(snapshot) => snapshot,
+            Err(error @ StoreError::NewerSchema { .. }) => return Err(error.into()),
+            Err(error) => {
+                tracing::error!(%error, "the state can't be read: going on from what the maps hold");
+                alerts.insert("store", vec![not_stored(&error)]);
+                Default::default()
+            }
+        };
+        let (planner, unsaved) = Planner::begin(Start {
+            config,
+            adopted,
+            stored: &snapshot.services,
+            now_ms: now.boot_ms,
+        })?;
+        let interfaces = config
+            .agent
+            .interfaces
+            .iter()
+            .map(|name| InterfaceStatus { name: name.clone(), ..InterfaceStatus::default() })
+            .collect();
+        let mut state = Self {
+            planner,
+            store,
+            kernel,
+            metrics,
+            revision: snapshot.revision,
+            unsaved,
+            interfaces,
+            links: LinkStates::new(),
+            alerts,
+            samples: status::Samples::default(),
+            begun_ms: now.boot_ms,
+            swept_ms: now.boot_ms,
+            retry_ms: None,
+            in_force: false,
+        };
+        if !state.alerts.contains_key("store")
+            && let Err(error) = state.save(Vec::new(), now)
+        {
+            tracing::error!(%error, "the state can't be stored: changes are refused");
+        }
+        Ok(state)
+    }
+
+    /// Every address that a next hop is needed for.
+    pub fn addresses(&self) -> impl IntoIterator<Item = IpAddr> + use<S, K> {
+        self.planner.addresses()
+    }
+
+    /// What the maps should hold.
+    pub fn plane(&self) -> &DataPlane {
+        self.planner.plane()
+    }
+
+    /// What the loop acts on.
+    pub fn kernel(&mut self) -> &mut K {
+        &mut self.kernel
+    }
+
+    /// Writes the maps for the first time and puts the program on the interfaces.
+    /// Returns when [`Event::Wakeup`] is due.
+    ///
+    /// # Errors
+    /// When the kernel refuses. A missing interface is no error.
+    pub fn go(&mut self, now: Moment) -> Result<Option<BootMs>, BeginError> {
+        self.in_force = true;
+        let wakeup = self.settle(now.boot_ms);
+        if self.retry_ms.is_some() {
+            let why = self.alerts.remove("maps").unwrap_or_default();
+            return Err(BeginError::Apply(why.concat()));
+        }
+        for at in 0..self.interfaces.len() {
+            self.attach(at);
+            let interface = &self.interfaces[at];
+            let missing = interface.message.as_deref() == Some(NO_SUCH_INTERFACE);
+            if interface.mode.is_none() && !missing {
+                return Err(BeginError::Attach {
+                    interface: interface.name.clone(),
+                    error: AttachError::Refused(interface.message.clone().unwrap_or_default()),
+                });
+            }
+        }
+        Ok(wakeup)
+    }
+
+    /// Takes `event` in, and does what follows. Returns when [`Event::Wakeup`] is due.
+    pub fn handle(&mut self, event: Event, now: Moment) -> Option<BootMs> {
+        match event {
+            Event::Request { request, arrived } => self.request(request, arrived, now),
+            Event::NextHops(hops) => self.planner.set_next_hops(&hops),
+            Event::Links(links) => self.links(links),
+            Event::Alerts(from, alerts) => {
+                for alert in alerts
+                    .iter()
+                    .filter(|a| !self.alerts.get(from).is_some_and(|old| old.contains(a)))
+                {
+                    tracing::warn!("{alert}");
+                }
+                self.alerts.insert(from, alerts);
+            }
+            Event::Tick => self.tick(now.boot_ms),
+            Event::Wakeup => {}
+        }
+        if self.in_force { self.settle(now.boot_ms) } else { None }
+    }
+
+    /// Brings the plan up to date and the maps to the plan.
+    fn settle(&mut self, now_ms: BootMs) -> Option<BootMs> {
+        let mut wakeup = None;
+        // What had to wait for the first plan's sweep goes on with the second.
+        for _ in 0..2 {
+            let step = self.planner.step(now_ms);
+            wakeup = step.next_wakeup_ms;
+            if self.retry_ms.is_none() && !step.changed {
+                break;
+            }
+            match self.kernel.apply(self.planner.plane()) {
+                Ok(()) => {
+                    self.retry_ms = None;
+                    if self.alerts.remove("maps").is_some() {
+                        tracing::info!("the forwarding tables are in force again");
+                    }
+                    if !self.planner.applied(now_ms) {
+                        break;
+                    }
+                }
+                Err(error) => {
+                    self.retry_ms = Some(now_ms + RETRY_MS);
+                    let alert = format!("the forwarding tables are not up to date: {error}");
+                    if self.alerts.insert("maps", vec![alert.clone()]).is_none() {
+                        tracing::error!("{alert}");
+                    }
+                    break;
+                }
+            }
+        }
+        match (wakeup, self.retry_ms) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        }
+    }
+
+    fn tick(&mut self, now_ms: BootMs) {
+        let backends = self.planner.plane().backends.len();
+        if self.samples.due(backends, now_ms) {
+            let counters = self.counters();
+            self.samples.push(now_ms, counters.into_iter());
+        }
+        if now_ms < self.swept_ms + SWEEP_MS {
+            return;
+        }
+        self.swept_ms = now_ms;
+        let keeps_flows = |s: &ServiceState| {
+            s.config().forward == Forward::Nat || s.tables().iter().any(|t| t.tracked() > 0)
+        };
+        if self.planner.services().iter().any(keeps_flows)
+            && let Err(error) = self.kernel.sweep()
+        {
+            tracing::warn!(error, "expired flow entries can't be removed");
+        }
+        for at in 0..self.interfaces.len() {
+            let interface = &self.interfaces[at];
+            let there = self.links.get(&interface.name).is_some_and(Option::is_some);
+            if interface.mode.is_none() && there {
+                self.attach(at);
+            }
+        }
+    }
+
+    fn links(&mut self, links: LinkStates) {
+        self.links = links;
+        for at in 0..self.interfaces.len() {
+            let interface = &mut self.interfaces[at];
+            match self.links.get(&interface.name).copied().flatten() {
+                None if interface.mode.is_some() => {
+                    tracing::warn!(interface = interface.name, "the interface is gone");
+                    (interface.ifindex, interface.mode) = (None, None);
+                    interface.message = Some(NO_SUCH_INTERFACE.to_owned());
+                }
+                Some(ifindex) if self.in_force && interface.ifindex != Some(ifindex) => {
+                    self.attach(at)
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn attach(&mut self, at: usize) {
+        let interface = &mut self.interfaces[at];
+        match self.kernel.attach(&interface.name) {
+            Ok(Attachment { ifindex, mode, warning }) => {
+                tracing::info!(interface = interface.name, mode, "attached");
+                if let Some(warning) = &warning {
+                    tracing::warn!(interface = interface.name, "{warning}");
+                }
+                interface.ifindex = Some(ifindex);
+                interface.mode = Some(mode.to_owned());
+                interface.message = warning;
+            }
+            Err(error) => {
+                let message = error.to_string();
+                if interface.message.as_ref() != Some(&message) {
+                    tracing::error!(interface = interface.name, "not attached: {message}");
+                }
+                (interface.ifindex, interface.mode) = (None, None);
+                interface.message = Some(message);
+            }
+        }
+    }
+
+    fn request(&mut self, request: Request, arrived: Instant, now: Moment) {
+        // Whoever has stopped waiting for the answer has lost nothing but the answer.
+        match request {
+            Request::Status { reply } => drop(reply.send(self.status(now))),
+            Request::Explain { service, query, reply } => {
+                drop(reply.send(explain::explain(&self.planner, &service, &query)));
+            }
+            Request::Split { service, request, peer, reply } => {
+                drop(reply.send(self.split(&service, &request, peer, arrived, now)));
+            }
+        }
+    }
+
+    /// The status at `now`.
+    pub fn status(&self, now: Moment) -> Status {
+        status::status(
+            &self.planner,
+            status::Sources {
+                counters: self.counters(),
+                samples: &self.samples,
+                reasons: self.kernel.reasons(),
+                maps: self.kernel.maps(),
+                interfaces: &self.interfaces,
+                alerts: self.alerts.values().flatten().cloned().collect(),
+                revision: self.revision,
+                uptime_ms: now.boot_ms.saturating_sub(self.begun_ms),
+            },
+        )
+    }
+
+    fn counters(&self) -> HashMap<BackendIndex, BackendCounters> {
+        let indices: Vec<_> = self.planner.plane().backends.iter().map(|(i, _)| *i).collect();
+        let counters = self.kernel.counters(&indices);
+        indices.into_iter().zip(counters).collect()
+    }
+
+    fn split(
+        &mut self,
+        service: &str,
+        request: &SplitRequest,
+        peer: Peer,
+        arrived: Instant,
+        now: Moment,
+    ) -> Result<ChangeReport, Refusal> {
+        let (at, proposal) = split::propose(&self.planner, service, request)?;
+        let state = &self.planner.services()[at];
+        let before = state.ownership().clone();
+        let mut report = split::report(state, &before, &proposal, &[]);
+        let nothing = proposal.moved == 0 && proposal.ownership.split == before.split;
+        if request.dry_run {
+            let touched = self.planner.touched(at, &proposal.ownership);
+            report.backends_touched = touched.iter().map(ToString::to_string).collect();
+        } else if nothing {
+            report.applied = true;
+        } else {
+            let commit = Commit {
+                change: Change {
+                    unix_ms: now.unix_ms,
+                    uid: Some(peer.uid),
+                    service: service.to_owned(),
+                    action: "split".to_owned(),
+                    reason: request.reason.clone(),
+                    before: before.split,
+                    after: proposal.ownership.split.clone(),
+                    moved: proposal.change_list,
+                },
+                record: state.stored(&proposal.ownership),
+            };
+            self.save(vec![commit], now).map_err(|error| Refusal {
+                code: "state_not_stored",
+                message: format!(
+                    "the split of service `{service}` is as it was: {}",
+                    not_stored(&error)
+                ),
+                help: Some("make room for it, or make it writable, and try again".to_owned()),
+                exit_code: 1,
+            })?;
+            let tables = tables_of(self.planner.plane(), service);
+            self.planner.set_ownership(at, proposal.ownership);
+            self.settle(now.boot_ms);
+            if let (true, Some(why)) = (self.retry_ms.is_some(), self.alerts.get("maps")) {
+                return Err(Refusal {
+                    code: "not_applied",
+                    message: format!(
+                        "the change is stored as revision {}, but is not in force: {}",
+                        self.revision,
+                        why.concat()
+                    ),
+                    help: Some(
+                        "it is tried again every second; `canary-agent status` says when it is"
+                            .to_owned(),
+                    ),
+                    exit_code: 1,
+                });
+            }
+            report.backends_touched = self.touched(at, &tables);
+            report.applied = true;
+            let took = arrived.elapsed();
+            self.metrics.split_applied(took);
+            let asked: Vec<String> =
+                report.versions.iter().map(|v| format!("{}={}", v.name, v.asked)).collect();
+            tracing::info!(
+                service,
+                revision = self.revision,
+                uid = peer.uid,
+                reason = request.reason.as_deref(),
+                buckets_moved = report.buckets_moved,
+                split = asked.join(" "),
+                "the split has changed"
+            );
+        }
+        report.revision = self.revision;
+        report.took_us = u64::try_from(arrived.elapsed().as_micros()).unwrap_or(u64::MAX);
+        Ok(report)
+    }
+
+    /// Which backends have gained or lost buckets since a service had `tables`.
+    fn touched(&self, service: usize, tables: &[Arc<ServicePlan>]) -> Vec<String> {
+        let state = &self.planner.services()[service];
+        let mut touched = BTreeSet::new();
+        for (old, table) in tables.iter().zip(state.tables()) {
+            let moved =
+                old.entries.iter().zip(table.entries()).filter(|(a, b)| a.current() != b.current());
+            let indices: BTreeSet<_> =
+                moved.flat_map(|(a, b)| [a.current(), b.current()]).collect();
+            touched.extend(indices.into_iter().filter_map(|index| table.addr(index)));
+        }
+        touched.iter().map(ToString::to_string).collect()
+    }
+
+    /// Stores `commits`, after whatever could not be stored before.
+    fn save(&mut self, commits: Vec<Commit>, now: Moment) -> Result<(), StoreError> {
+        let unsaved = std::mem::take(&mut self.unsaved);
+        let earlier = unsaved.iter().map(|news| {
+            let News { service, action, before, moved } = news.clone();
+            self.own_commit(service, action, before, moved, now)
+        });
+        let all: Vec<Commit> = earlier.chain(commits.iter().cloned()).collect();
+        let mut stored = match all.is_empty() {
+            true => Ok(self.revision),
+            false => self.store.commit(self.revision, &all),
+        };
+        if let Err(StoreError::Stale { found, .. }) = stored {
+            // Nobody else may write it while we run: the file was replaced, by an operator or
+            // because it was damaged. What is in force goes into the new one.
+            tracing::warn!(
+                found,
+                known = self.revision,
+                "the state file is another one: storing everything anew"
+            );
+            let whole = (0..self.planner.services().len())
+                .map(|service| self.own_commit(service, "adopt", Split::new(), Vec::new(), now));
+            let all: Vec<Commit> = whole.chain(commits).collect();
+            stored = self.store.commit(found, &all);
+        }
+        match stored {
+            Ok(revision) => {
+                self.revision = revision;
+                self.alerts.remove("store");
+                Ok(())
+            }
+            Err(error) => {
+                self.unsaved = unsaved;
+                self.alerts.insert("store", vec![not_stored(&error)]);
+                Err(error)
+            }
+        }
+    }
+
+    /// A change that the agent makes by itself.
+    fn own_commit(
+        &self,
+        service: usize,
+        action: &str,
+        before: Split,
+        moved: Vec<u8>,
+        now: Moment,
+    ) -> Commit {
+        let state = &self.planner.services()[service];
+        let ownership = state.ownership();
+        Commit {
+            change: Change {
+                unix_ms: now.unix_ms,
+                uid: None,
+                service: state.config().name.clone(),
+                action: action.to_owned(),
+                reason: None,
+                before,
+                after: ownership.split.clone(),
+                moved,
+            },
+            record: state.stored(ownership),
+        }
+    }
+}
+
+fn tables_of(plane: &DataPlane, service: &str) -> Vec<Arc<ServicePlan>> {
+    let mut tables: Vec<_> = plane.services.iter().filter(|s| s.name == service).cloned().collect();
+    tables.sort_by_key(|table| table.family);
+    tables
+}
+
+fn not_stored(error: &StoreError) -> String {
+    format!("changes can't be stored and are refused: {error}")
+}

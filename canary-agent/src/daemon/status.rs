@@ -1,0 +1,259 @@
+//! The answer to `status`, and the measured shares in it.
+
+use std::collections::{HashMap, VecDeque};
+
+use canary_ebpf_common::{
+    abi::{ABI_VERSION, BackendCounters, Reason, ReasonVerdict},
+    entry::BackendIndex,
+};
+
+use super::{explain::protocol_name, split};
+use crate::{
+    api::model::{
+        BackendStatus, InterfaceStatus, MapStatus, ReasonCount, ServiceStatus, Status,
+        VersionStatus,
+    },
+    config::model::{Forward, Stickiness},
+    plan::{BackendState, BootMs, Planner, ServiceState, Table},
+};
+
+/// Measured shares are those of the last ten seconds.
+const WINDOW_MS: u64 = 10_000;
+
+/// New connections by backend at one moment.
+#[derive(Debug)]
+struct Sample {
+    at_ms: BootMs,
+    connections: HashMap<BackendIndex, u64>,
+}
+
+/// What measured shares are computed from.
+#[derive(Debug, Default)]
+pub(super) struct Samples {
+    ring: VecDeque<Sample>,
+}
+
+impl Samples {
+    /// Whether it is time for another sample of `backends` counters: once a second for
+    /// a few hundred, less often for more, so that an idle agent stays idle.
+    pub(super) fn due(&self, backends: usize, now_ms: BootMs) -> bool {
+        let interval = (backends as u64 * 1_000 / 512).clamp(1_000, WINDOW_MS);
+        // A tick that comes a little early is still this one.
+        self.ring.back().is_none_or(|last| now_ms >= last.at_ms + interval - 100)
+    }
+
+    /// Keeps `counters`, and forgets what is older than the window.
+    pub(super) fn push(
+        &mut self,
+        now_ms: BootMs,
+        counters: impl Iterator<Item = (BackendIndex, BackendCounters)>,
+    ) {
+        while self.ring.len() > 1
+            && self.ring.get(1).is_some_and(|second| second.at_ms + WINDOW_MS <= now_ms)
+        {
+            self.ring.pop_front();
+        }
+        let connections = counters.map(|(index, c)| (index, c.connections)).collect();
+        self.ring.push_back(Sample { at_ms: now_ms, connections });
+    }
+
+    /// New connections of a backend since the window began, given its counter now.
+    fn since(&self, index: BackendIndex, now: u64) -> u64 {
+        let then = self.ring.front().and_then(|first| first.connections.get(&index));
+        now.saturating_sub(then.copied().unwrap_or(if self.ring.is_empty() { now } else { 0 }))
+    }
+}
+
+/// What a status is made from besides the plan.
+pub(super) struct Sources<'a> {
+    pub(super) counters: HashMap<BackendIndex, BackendCounters>,
+    pub(super) samples: &'a Samples,
+    pub(super) reasons: Vec<u64>,
+    pub(super) maps: Vec<MapStatus>,
+    pub(super) interfaces: &'a [InterfaceStatus],
+    pub(super) alerts: Vec<String>,
+    pub(super) revision: u64,
+    pub(super) uptime_ms: u64,
+}
+
+/// The whole status.
+pub(super) fn status(planner: &Planner, sources: Sources<'_>) -> Status {
+    let services = planner.services().iter().map(|state| service_status(state, &sources)).collect();
+    let Sources {
+        counters: _,
+        samples: _,
+        reasons,
+        maps,
+        interfaces,
+        mut alerts,
+        revision,
+        uptime_ms,
+    } = sources;
+    planner.services().iter().for_each(|state| service_alerts(state, &mut alerts));
+    let mut status = Status {
+        interfaces: interfaces.to_vec(),
+        services,
+        reasons: Reason::ALL
+            .iter()
+            .zip(reasons)
+            .map(|(reason, packets)| ReasonCount {
+                reason: reason.name().to_owned(),
+                verdict: match reason.verdict() {
+                    ReasonVerdict::Pass => "pass",
+                    ReasonVerdict::Drop => "drop",
+                }
+                .to_owned(),
+                packets,
+            })
+            .collect(),
+        maps,
+        alerts,
+        ..Status::default()
+    };
+    status.agent.version = env!("CARGO_PKG_VERSION").to_owned();
+    status.agent.abi_version = ABI_VERSION;
+    status.agent.pid = std::process::id();
+    status.agent.uptime_seconds = uptime_ms as f64 / 1000.0;
+    status.agent.revision = revision;
+    status
+}
+
+fn service_status(state: &ServiceState, sources: &Sources<'_>) -> ServiceStatus {
+    let config = state.config();
+    let owned = state.ownership().counts();
+    let new_connections: Vec<(u8, u64)> = (0_u8..)
+        .zip(state.slots())
+        .map(|(slot, _)| {
+            let of_slot = state.tables().iter().flat_map(|t| t.indices_of(slot));
+            let new = of_slot.map(|i| sources.samples.since(i, counter(sources, i).connections));
+            (slot, new.sum())
+        })
+        .collect();
+    let all_new: u64 = new_connections.iter().map(|(_, n)| n).sum();
+    let control = &config.versions[config.control];
+    let others = config.versions.iter().filter(|v| v.name != control.name);
+    let versions = std::iter::once(control).chain(others).map(|version| {
+        let slot = state.slot(&version.name);
+        let buckets = slot.map_or(0, |slot| owned[usize::from(slot)]);
+        let new = slot.map_or(0, |slot| new_connections[usize::from(slot)].1);
+        let indices =
+            state.tables().iter().flat_map(|t| slot.into_iter().flat_map(|s| t.indices_of(s)));
+        VersionStatus {
+            name: version.name.clone(),
+            asked: split::asked_fraction(state, state.ownership(), &version.name),
+            asked_text: split::asked_text(state, state.ownership(), &version.name),
+            in_force: f64::from(buckets) / f64::from(config.buckets),
+            buckets,
+            connections: indices.map(|i| counter(sources, i).connections).sum(),
+            measured: (all_new > 0).then(|| new as f64 / all_new as f64),
+            backends: version
+                .backends
+                .iter()
+                .map(|b| backend_status(state, slot, b, sources))
+                .collect(),
+        }
+    });
+    ServiceStatus {
+        name: config.name.clone(),
+        vips: config.vips.iter().map(ToString::to_string).collect(),
+        ports: config
+            .ports
+            .iter()
+            .map(|p| format!("{}/{}", protocol_name(p.protocol), p.port))
+            .collect(),
+        forward: match config.forward {
+            Forward::Nat => "nat",
+            Forward::Dsr => "dsr",
+        }
+        .to_owned(),
+        stickiness: match config.stickiness {
+            Stickiness::Connection => "connection",
+            Stickiness::Client => "client",
+            Stickiness::Subnet { .. } => "subnet",
+        }
+        .to_owned(),
+        control: control.name.clone(),
+        buckets: config.buckets,
+        tracked_buckets: state.tables().iter().map(Table::tracked).sum(),
+        versions: versions.collect(),
+    }
+}
+
+fn backend_status(
+    state: &ServiceState,
+    slot: Option<u8>,
+    backend: &crate::config::model::Backend,
+    sources: &Sources<'_>,
+) -> BackendStatus {
+    let found = state.tables().iter().find_map(|table| {
+        let mut backends = table.backends().iter();
+        let live = backends.find(|b| Some(b.slot) == slot && b.addr == backend.addr)?;
+        Some((table, live))
+    });
+    let mut status = BackendStatus {
+        addr: backend.addr,
+        weight: backend.weight,
+        state: "waiting".to_owned(),
+        message: Some("its version waits for a free slot".to_owned()),
+        buckets: 0,
+        packets: 0,
+        bytes: 0,
+        connections: 0,
+    };
+    if let Some((table, live)) = found {
+        let (word, message) = match (live.state(), &live.hop) {
+            (BackendState::Up, _) => ("up", None),
+            (BackendState::Down, _) => ("down", Some("it fails its checks".to_owned())),
+            (BackendState::NoNextHop, hop) => ("no-next-hop", hop.as_ref().err().cloned()),
+        };
+        let counted = counter(sources, live.index);
+        status.state = word.to_owned();
+        status.message = message;
+        status.buckets = table.buckets_of(live.index);
+        status.packets = counted.packets;
+        status.bytes = counted.bytes;
+        status.connections = counted.connections;
+    }
+    status
+}
+
+fn counter(sources: &Sources<'_>, index: BackendIndex) -> BackendCounters {
+    sources.counters.get(&index).copied().unwrap_or_default()
+}
+
+/// What an operator should know about a service.
+fn service_alerts(state: &ServiceState, alerts: &mut Vec<String>) {
+    let config = state.config();
+    let name = &config.name;
+    for table in state.tables() {
+        let family = match table.family() {
+            crate::plan::Family::V4 => "IPv4",
+            crate::plan::Family::V6 => "IPv6",
+        };
+        if table.control_checks_ignored() {
+            alerts.push(format!(
+                "service `{name}`: no {family} backend of control `{}` is usable; all of them are tried",
+                config.versions[config.control].name
+            ));
+        }
+        for version in &config.versions {
+            let slot = state.slot(&version.name).filter(|slot| *slot != state.control());
+            if slot.is_some_and(|slot| table.fell_back(slot)) {
+                let then = match config.fallback {
+                    crate::config::model::Fallback::Control => "control takes its clients",
+                    crate::config::model::Fallback::None => "its clients get nothing",
+                };
+                alerts.push(format!(
+                    "service `{name}`: version `{}` has no usable {family} backend; {then}",
+                    version.name
+                ));
+            }
+        }
+    }
+    for version in config.versions.iter().filter(|v| state.slot(&v.name).is_none()) {
+        alerts.push(format!(
+            "service `{name}`: version `{}` has to wait until versions that were removed have drained, and a restart",
+            version.name
+        ));
+    }
+}

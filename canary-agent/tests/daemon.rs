@@ -1,0 +1,544 @@
+//! The state loop without a kernel: what is asked, what is stored, what is applied.
+
+mod plan_support;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::Path,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use canary_agent::{
+    api::model::{ChangeReport, Explain, MapStatus, SplitRequest, Status},
+    config::model::{Config, Stickiness},
+    daemon::{
+        AttachError, Attachment, BeginError, Event, ExplainQuery, Kernel, LinkStates, Moment, Peer,
+        Refusal, Request, State,
+        lock::{LockError, lock_pins, lock_state_dir},
+    },
+    plan::{Adopted, DataPlane},
+    store::{Change, Commit, Snapshot, SqliteStore, StateStore, StoreError},
+    telemetry::Metrics,
+};
+use canary_ebpf_common::{abi::BackendCounters, entry::BackendIndex};
+use plan_support::{config, hop, maps, service};
+use tokio::sync::oneshot;
+
+/// What has happened to the recording kernel and store, and what is to go wrong.
+#[derive(Default)]
+struct Host {
+    log: Vec<String>,
+    plane: DataPlane,
+    refuse_apply: bool,
+    refuse_store: bool,
+    missing: Vec<String>,
+    connections: HashMap<BackendIndex, u64>,
+}
+
+#[derive(Clone, Default)]
+struct Shared(Arc<Mutex<Host>>);
+
+impl Shared {
+    fn with<T>(&self, f: impl FnOnce(&mut Host) -> T) -> T {
+        f(&mut self.0.lock().unwrap())
+    }
+}
+
+impl Kernel for Shared {
+    fn apply(&mut self, plane: &DataPlane) -> Result<(), String> {
+        self.with(|host| {
+            if host.refuse_apply {
+                return Err("the kernel is in a bad mood".to_owned());
+            }
+            host.log.push("apply".to_owned());
+            host.plane = plane.clone();
+            Ok(())
+        })
+    }
+
+    fn attach(&mut self, interface: &str) -> Result<Attachment, AttachError> {
+        self.with(|host| match host.missing.contains(&interface.to_owned()) {
+            true => Err(AttachError::Missing),
+            false => {
+                host.log.push(format!("attach {interface}"));
+                Ok(Attachment { ifindex: 7, mode: "native", warning: None })
+            }
+        })
+    }
+
+    fn sweep(&mut self) -> Result<(), String> {
+        self.with(|host| host.log.push("sweep".to_owned()));
+        Ok(())
+    }
+
+    fn counters(&self, backends: &[BackendIndex]) -> Vec<BackendCounters> {
+        let of = |host: &Host, index| host.connections.get(index).copied().unwrap_or(0);
+        self.with(|host| {
+            let one =
+                |index| BackendCounters { connections: of(host, index), ..Default::default() };
+            backends.iter().map(one).collect()
+        })
+    }
+
+    fn reasons(&self) -> Vec<u64> {
+        vec![1, 2, 3]
+    }
+
+    fn maps(&self) -> Vec<MapStatus> {
+        Vec::new()
+    }
+}
+
+/// A real store that can be made to fail, and says when it is written.
+struct Watched(SqliteStore, Shared);
+
+impl StateStore for Watched {
+    fn load(&mut self) -> Result<Snapshot, StoreError> {
+        self.0.load()
+    }
+
+    fn commit(&mut self, expected: u64, commits: &[Commit]) -> Result<u64, StoreError> {
+        if self.1.with(|host| host.refuse_store) {
+            let reason = "database or disk is full".to_owned();
+            return Err(StoreError::Unavailable { path: "/state.db".into(), reason });
+        }
+        self.1.with(|host| host.log.push("store".to_owned()));
+        self.0.commit(expected, commits)
+    }
+
+    fn changes(&mut self, after: u64, limit: usize) -> Result<Vec<(u64, Change)>, StoreError> {
+        self.0.changes(after, limit)
+    }
+}
+
+struct Agent {
+    state: State<Watched, Shared>,
+    host: Shared,
+    boot_ms: u64,
+}
+
+impl Agent {
+    fn start(dir: &Path, config: &Config, host: Shared, adopted: Adopted) -> Self {
+        let boot_ms = 5_000;
+        let store = Watched(SqliteStore::new(dir), host.clone());
+        let at = Moment { boot_ms, unix_ms: 1_700_000_000_000 };
+        let state = State::begin(config, store, host.clone(), adopted, Metrics::new(), at).unwrap();
+        let mut agent = Self { state, host, boot_ms };
+        let backends = config.services.iter().flat_map(|s| &s.versions).flat_map(|v| &v.backends);
+        let hops = backends.map(|b| (b.addr.ip(), Ok(hop(b.addr)))).collect();
+        agent.event(Event::NextHops(hops));
+        let at = agent.now();
+        agent.state.go(at).unwrap();
+        agent
+    }
+
+    fn now(&self) -> Moment {
+        Moment { boot_ms: self.boot_ms, unix_ms: 1_700_000_000_000 + self.boot_ms }
+    }
+
+    fn event(&mut self, event: Event) -> Option<u64> {
+        let now = self.now();
+        self.state.handle(event, now)
+    }
+
+    fn wait(&mut self, ms: u64) {
+        self.boot_ms += ms;
+        self.event(Event::Tick);
+    }
+
+    fn ask<T>(&mut self, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> T {
+        let (reply, mut answer) = oneshot::channel();
+        self.event(Event::Request { request: request(reply), arrived: Instant::now() });
+        answer.try_recv().expect("answered at once")
+    }
+
+    fn request(
+        &mut self,
+        service: &str,
+        split: &[(&str, &str)],
+        dry_run: bool,
+    ) -> Result<ChangeReport, Refusal> {
+        let split: BTreeMap<_, _> =
+            split.iter().map(|(v, s)| ((*v).to_owned(), (*s).to_owned())).collect();
+        let request = SplitRequest { split, reason: Some("because".to_owned()), dry_run };
+        let peer = Peer { uid: 1000, gid: 1000, pid: None };
+        let service = service.to_owned();
+        self.ask(|reply| Request::Split { service, request, peer, reply })
+    }
+
+    fn split(&mut self, split: &[(&str, &str)]) -> Result<ChangeReport, Refusal> {
+        self.request("shop", split, false)
+    }
+
+    fn status(&mut self) -> Status {
+        self.ask(|reply| Request::Status { reply })
+    }
+
+    fn explain(
+        &mut self,
+        service: &str,
+        from: &str,
+        to: Option<&str>,
+        protocol: Option<&str>,
+    ) -> Result<Explain, Refusal> {
+        let query = ExplainQuery {
+            from: from.to_owned(),
+            to: to.map(str::to_owned),
+            protocol: protocol.map(str::to_owned),
+        };
+        let service = service.to_owned();
+        self.ask(|reply| Request::Explain { service, query, reply })
+    }
+
+    fn owners(&self) -> Vec<u8> {
+        self.state.plane().services[0].ledger.iter().map(|l| l.owner()).collect()
+    }
+}
+
+fn shop() -> Config {
+    config(vec![
+        service(
+            "shop",
+            &[
+                ("stable", &[("10.0.1.1:443", 1), ("10.0.1.2:443", 1)]),
+                ("v2", &[("10.0.2.1:443", 1)]),
+                ("v3", &[("10.0.3.1:443", 1)]),
+            ],
+        ),
+        service("api", &[("stable", &[("10.0.1.1:443", 1)])]),
+    ])
+}
+
+fn agent(dir: &tempfile::TempDir) -> Agent {
+    Agent::start(dir.path(), &shop(), Shared::default(), Adopted::default())
+}
+
+#[test]
+fn a_split_is_stored_then_applied_and_going_back_gives_the_same_buckets() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut agent = agent(&dir);
+    agent.host.with(|host| host.log.clear());
+    let report = agent.split(&[("v2", "5%")]).unwrap();
+    assert_eq!(agent.host.with(|host| host.log.clone()), ["store", "apply"]);
+    assert!(report.applied && report.took_us > 0);
+    assert_eq!((report.revision, report.buckets_moved), (3, 205));
+    let shares: Vec<_> =
+        report.versions.iter().map(|v| (v.name.as_str(), v.asked.as_str())).collect();
+    assert_eq!(shares, [("stable", "95%"), ("v2", "5%"), ("v3", "0%")]);
+    assert_eq!(report.versions[1].in_force, 205.0 / 4096.0);
+    assert!(report.backends_touched.contains(&"10.0.2.1:443".to_owned()));
+    let five = agent.owners();
+
+    let fifty = agent.split(&[("v2", "50%")]).unwrap();
+    assert_eq!(fifty.versions[1].before, 205.0 / 4096.0);
+    // v2 is not named and keeps its share.
+    agent.split(&[("v3", "10 %")]).unwrap();
+    let status = agent.status();
+    let asked: Vec<_> = status.services[0].versions.iter().map(|v| v.asked_text.clone()).collect();
+    assert_eq!(asked, ["40%", "50%", "10%"]);
+    agent.split(&[("v3", "0")]).unwrap();
+    agent.split(&[("v2", "5%")]).unwrap();
+    assert_eq!(agent.owners(), five);
+    let again = agent.split(&[("v2", "5%")]).unwrap();
+    assert_eq!((again.buckets_moved, again.revision), (0, 7), "nothing changed, nothing stored");
+
+    // The trail says who, what and why.
+    let trail = SqliteStore::new(dir.path()).changes(2, 100).unwrap();
+    assert_eq!(trail.len(), 5);
+    assert_eq!((trail[0].1.uid, trail[0].1.reason.as_deref()), (Some(1000), Some("because")));
+    assert_eq!(trail[1].1.before["v2"].to_string(), "5%");
+}
+
+#[test]
+fn a_dry_run_says_the_same_and_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut agent = agent(&dir);
+    let before = (agent.owners(), agent.host.with(|host| host.log.len()));
+    let dry = agent.request("shop", &[("v2", "25%")], true).unwrap();
+    assert_eq!((agent.owners(), agent.host.with(|host| host.log.len())), before);
+    assert_eq!(agent.status().agent.revision, dry.revision);
+    let real = agent.split(&[("v2", "25%")]).unwrap();
+    assert!(!dry.applied && real.applied);
+    assert_eq!(dry.buckets_moved, real.buckets_moved);
+    assert_eq!(dry.backends_touched, real.backends_touched);
+    assert_eq!(dry.versions[1].in_force, real.versions[1].in_force);
+}
+
+#[test]
+fn what_can_not_be_done_is_refused_with_the_next_step() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut agent = agent(&dir);
+    agent.split(&[("v2", "60%")]).unwrap();
+    let before = (agent.owners(), agent.host.with(|host| host.log.len()));
+    for (service, split, code, exit_code, said) in [
+        ("shpo", vec![("v2", "5%")], "unknown_service", 1, "did you mean `shop`?"),
+        ("zzz", vec![("v2", "5%")], "unknown_service", 1, "there are `shop`, `api`"),
+        ("shop", vec![("v22", "5%")], "unknown_version", 1, "did you mean `v2`?"),
+        ("shop", vec![("stable", "5%")], "control_has_share", 1, "VERSION=0"),
+        ("shop", vec![("v2", "5")], "bad_share", 2, "v2=5%"),
+        ("shop", vec![("v2", "NaN")], "bad_share", 2, "v2=5%"),
+        ("shop", vec![("v2", "-1%")], "bad_share", 2, "v2=5%"),
+        ("shop", vec![("v2", "101%")], "bad_share", 2, "v2=5%"),
+        ("shop", vec![("v3", "41%")], "shares_above_whole", 1, "versions that are not named"),
+    ] {
+        for dry_run in [true, false] {
+            let refusal = agent.request(service, &split, dry_run).unwrap_err();
+            assert_eq!((refusal.code, refusal.exit_code), (code, exit_code), "{refusal:?}");
+            let help = refusal.help.clone().unwrap_or_default();
+            assert!(help.contains(said), "{refusal:?}");
+        }
+    }
+    assert_eq!((agent.owners(), agent.host.with(|host| host.log.len())), before);
+}
+
+#[test]
+fn what_can_not_be_stored_is_refused_and_later_made_up_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = Shared::default();
+    host.with(|host| host.refuse_store = true);
+    let mut agent = Agent::start(dir.path(), &shop(), host, Adopted::default());
+    assert!(
+        agent.host.with(|host| host.log.contains(&"apply".to_owned())),
+        "traffic is steered all the same"
+    );
+    let before = agent.owners();
+    let refusal = agent.split(&[("v2", "5%")]).unwrap_err();
+    assert_eq!((refusal.code, refusal.exit_code), ("state_not_stored", 1));
+    assert!(refusal.message.contains("disk is full"), "{}", refusal.message);
+    assert_eq!(agent.owners(), before);
+    assert!(agent.status().alerts.iter().any(|a| a.contains("disk is full")));
+
+    agent.host.with(|host| host.refuse_store = false);
+    let report = agent.split(&[("v2", "5%")]).unwrap();
+    assert_eq!(report.revision, 3, "after the two that the agent owed");
+    assert!(agent.status().alerts.is_empty());
+    let stored = SqliteStore::new(dir.path()).load().unwrap();
+    assert_eq!(stored.services.len(), 2);
+}
+
+#[test]
+fn a_state_file_that_is_replaced_gets_everything_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut agent = agent(&dir);
+    agent.split(&[("v2", "5%")]).unwrap();
+    let owners = agent.owners();
+    for name in ["state.db", "state.db-wal", "state.db-shm"] {
+        let _ = std::fs::remove_file(dir.path().join(name));
+    }
+    std::fs::write(dir.path().join("state.db"), b"garbage").unwrap();
+    // The open file is gone: the next agent must not be surprised by an old one.
+    let host = agent.host.clone();
+    let adopted = maps(&host.with(|host| host.plane.clone()));
+    let mut next = Agent::start(dir.path(), &shop(), host, adopted);
+    assert_eq!(next.owners(), owners, "owners are taken from the maps");
+    assert_eq!(next.status().services[0].versions[1].asked_text, "5%");
+    next.split(&[("v2", "50%")]).unwrap();
+    assert!(
+        std::fs::read_dir(dir.path()).unwrap().any(|f| f
+            .unwrap()
+            .file_name()
+            .to_string_lossy()
+            .contains("damaged"))
+    );
+}
+
+#[test]
+fn a_kernel_that_refuses_is_asked_again_until_it_does_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut agent = agent(&dir);
+    agent.host.with(|host| host.refuse_apply = true);
+    let refusal = agent.split(&[("v2", "5%")]).unwrap_err();
+    assert_eq!(refusal.code, "not_applied");
+    assert!(refusal.message.contains("revision 3"), "{}", refusal.message);
+    assert!(agent.status().alerts.iter().any(|a| a.contains("bad mood")));
+    assert_eq!(agent.event(Event::Wakeup), Some(6_000));
+    agent.host.with(|host| host.refuse_apply = false);
+    agent.boot_ms += 1_000;
+    agent.event(Event::Wakeup);
+    assert_eq!(agent.host.with(|host| host.plane.services.clone()), agent.state.plane().services);
+    assert!(agent.status().alerts.is_empty());
+    let moved = agent
+        .host
+        .with(|host| host.plane.services[0].entries.iter().filter(|e| e.tracked()).count());
+    assert!(moved >= 205);
+}
+
+#[test]
+fn a_restart_goes_on_where_the_last_agent_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut first = agent(&dir);
+    first.split(&[("v2", "12.5%")]).unwrap();
+    first.split(&[("v3", "64/4096")]).unwrap();
+    let host = first.host.clone();
+    let plane = host.with(|host| host.plane.clone());
+    let revision = first.status().agent.revision;
+    drop(first);
+    host.with(|host| host.log.clear());
+    let mut next = Agent::start(dir.path(), &shop(), host.clone(), maps(&plane));
+    assert_eq!(host.with(|host| host.log.clone()), ["apply", "attach lo"], "nothing new to store");
+    assert!(host.with(|host| host.plane.clone()) == plane, "not a bit differs");
+    assert_eq!(next.status().agent.revision, revision);
+    assert_eq!(next.status().services[0].versions[2].asked_text, "64/4096");
+}
+
+#[test]
+fn a_newer_state_is_not_touched() {
+    let dir = tempfile::tempdir().unwrap();
+    drop(agent(&dir));
+    let raw = rusqlite::Connection::open(dir.path().join("state.db")).unwrap();
+    raw.pragma_update(None, "user_version", 99).unwrap();
+    let (host, at) = (Shared::default(), Moment { boot_ms: 1, unix_ms: 1 });
+    let store = SqliteStore::new(dir.path());
+    match State::begin(&shop(), store, host, Adopted::default(), Metrics::new(), at) {
+        Err(BeginError::Store(StoreError::NewerSchema { .. })) => {}
+        other => panic!("{:?}", other.err()),
+    }
+}
+
+#[test]
+fn measured_shares_are_those_of_the_last_ten_seconds() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut agent = agent(&dir);
+    assert_eq!(agent.status().services[0].versions[0].measured, None);
+    let table = |agent: &Agent| agent.host.with(|host| host.plane.backends.clone());
+    let count = |agent: &Agent, addr: &str, n: u64| {
+        let addr = addr.parse().unwrap();
+        let (index, _) =
+            *table(agent).iter().find(|(_, b)| b.addr == addr && b.service == 0).unwrap();
+        agent.host.with(|host| *host.connections.entry(index).or_default() += n);
+    };
+    // Long ago everything went to v2.
+    count(&agent, "10.0.2.1:443", 1_000_000);
+    for _ in 0..15 {
+        agent.wait(1_000);
+    }
+    for _ in 0..5 {
+        count(&agent, "10.0.1.1:443", 10);
+        count(&agent, "10.0.1.2:443", 5);
+        count(&agent, "10.0.2.1:443", 5);
+        agent.wait(1_000);
+    }
+    let versions = agent.status().services[0].versions.clone();
+    assert_eq!(
+        versions.iter().map(|v| v.measured).collect::<Vec<_>>(),
+        [Some(0.75), Some(0.25), Some(0.0)]
+    );
+    assert_eq!(versions[1].connections, 1_000_025);
+    for _ in 0..15 {
+        agent.wait(1_000);
+    }
+    assert_eq!(agent.status().services[0].versions[0].measured, None);
+}
+
+#[test]
+fn interfaces_are_attached_when_they_appear_and_again_when_they_come_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = Shared::default();
+    host.with(|host| host.missing.push("eth1".to_owned()));
+    let mut configured = shop();
+    configured.agent.interfaces.push("eth1".to_owned());
+    let mut agent = Agent::start(dir.path(), &configured, host, Adopted::default());
+    let modes = |agent: &mut Agent| {
+        agent.status().interfaces.iter().map(|i| i.mode.clone()).collect::<Vec<_>>()
+    };
+    let native = Some("native".to_owned());
+    assert_eq!(modes(&mut agent), [native.clone(), None]);
+    agent.host.with(|host| host.missing.clear());
+    let links = |eth1| LinkStates::from([("lo".to_owned(), Some(7)), ("eth1".to_owned(), eth1)]);
+    agent.event(Event::Links(links(Some(7))));
+    assert_eq!(modes(&mut agent), [native.clone(), native.clone()]);
+    agent.event(Event::Links(links(None)));
+    assert_eq!(modes(&mut agent), [native.clone(), None]);
+    agent.host.with(|host| host.log.clear());
+    agent.event(Event::Links(links(Some(9))));
+    assert_eq!(modes(&mut agent), [native.clone(), native]);
+    assert_eq!(agent.host.with(|host| host.log.clone()), ["attach eth1"]);
+}
+
+#[test]
+fn explain_says_where_and_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut configured = shop();
+    configured.services[1].stickiness = Stickiness::Connection;
+    let mut agent = Agent::start(dir.path(), &configured, Shared::default(), Adopted::default());
+    agent.split(&[("v2", "50%")]).unwrap();
+    let mut of_v2 = 0;
+    for n in 0..200 {
+        let from = format!("198.51.100.{n}");
+        let answer = agent.explain("shop", &from, None, None).unwrap();
+        // A client has one bucket on all ports and addresses.
+        let other = agent
+            .explain("shop", &format!("{from}:1234"), Some("203.0.113.10:443"), Some("udp"))
+            .unwrap();
+        assert_eq!((answer.bucket, &answer.backend), (other.bucket, &other.backend));
+        let entry = agent.state.plane().services[0].entries[answer.bucket.unwrap() as usize];
+        assert_eq!(answer.tracked, entry.tracked());
+        let backend = answer.backend.unwrap();
+        match answer.version.as_deref() {
+            Some("v2") => {
+                of_v2 += 1;
+                assert!(answer.tracked && backend == "10.0.2.1:443");
+                assert!(answer.previous.unwrap().starts_with("10.0.1."));
+            }
+            Some("stable") => assert!(backend.starts_with("10.0.1.")),
+            other => panic!("{other:?}"),
+        }
+        assert!(answer.why.len() >= 3, "{:?}", answer.why);
+    }
+    assert!((60..140).contains(&of_v2), "{of_v2}");
+    let without_port = agent.explain("api", "198.51.100.1", None, None).unwrap();
+    assert!(without_port.bucket.is_none() && without_port.why[0].contains("198.51.100.1:50000"));
+    assert!(agent.explain("api", "198.51.100.1:5", None, None).unwrap().bucket.is_some());
+    for (service, from, to, protocol, code) in [
+        ("shpo", "198.51.100.1", None, None, "unknown_service"),
+        ("shop", "nobody", None, None, "bad_address"),
+        ("shop", "2001:db8::1", None, None, "no_such_family"),
+        ("shop", "198.51.100.1", Some("203.0.113.11:443"), None, "not_of_service"),
+        ("shop", "198.51.100.1", Some("203.0.113.10:80"), None, "not_of_service"),
+        ("shop", "198.51.100.1", Some("203.0.113.10"), None, "bad_address"),
+        ("shop", "198.51.100.1", None, Some("sctp"), "bad_protocol"),
+    ] {
+        assert_eq!(agent.explain(service, from, to, protocol).unwrap_err().code, code);
+    }
+}
+
+#[test]
+fn a_thousand_splits_are_quick() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut configured = shop();
+    configured.services[0].buckets = 65_536;
+    let mut agent = Agent::start(dir.path(), &configured, Shared::default(), Adopted::default());
+    let mut took: Vec<Duration> = (0..1000)
+        .map(|n| {
+            agent.boot_ms += 100;
+            let report = agent.split(&[("v2", &format!("{}%", 1 + n * 7 % 60))]).unwrap();
+            Duration::from_micros(report.took_us)
+        })
+        .collect();
+    took.sort();
+    println!(
+        "1,000 splits of 65,536 buckets, stored: p50 {:?}, p99 {:?}, max {:?}",
+        took[500], took[990], took[999]
+    );
+    let limit = if cfg!(debug_assertions) { 100 } else { 5 };
+    assert!(took[990] < Duration::from_millis(limit), "{:?}", took[990]);
+}
+
+#[test]
+fn one_agent_for_one_state_directory_and_one_set_of_pins() {
+    let dir = tempfile::tempdir().unwrap();
+    let (state, pins) = (dir.path().join("a/state"), dir.path().to_owned());
+    let held = (lock_state_dir(&state).unwrap(), lock_pins(&pins).unwrap());
+    let pid = i32::try_from(std::process::id()).unwrap();
+    for refused in [lock_state_dir(&state).unwrap_err(), lock_pins(&pins).unwrap_err()] {
+        match &refused {
+            LockError::Held { pid: holder, .. } => assert_eq!(*holder, Some(pid), "{refused}"),
+            other => panic!("{other}"),
+        }
+        assert!(refused.to_string().contains("another agent"), "{refused}");
+    }
+    drop(held);
+    lock_state_dir(&state).unwrap();
+    lock_pins(&pins).unwrap();
+}
