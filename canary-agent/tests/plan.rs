@@ -31,22 +31,11 @@ const POOL: [&str; 8] = [
 ];
 
 fn begin(config: &Config, adopted: Adopted, stored: &[ServiceRecord], now_ms: u64) -> Planner {
-    Planner::begin(Start {
-        config,
-        adopted,
-        stored,
-        now_ms,
-    })
-    .unwrap()
-    .0
+    Planner::begin(Start { config, adopted, stored, now_ms }).unwrap().0
 }
 
 fn all_hops(config: &Config) -> HashMap<IpAddr, Result<NextHop, String>> {
-    let backends = config
-        .services
-        .iter()
-        .flat_map(|s| &s.versions)
-        .flat_map(|v| &v.backends);
+    let backends = config.services.iter().flat_map(|s| &s.versions).flat_map(|v| &v.backends);
     backends.map(|b| (b.addr.ip(), Ok(hop(b.addr)))).collect()
 }
 
@@ -59,18 +48,11 @@ fn started(config: &Config) -> Planner {
 }
 
 fn stored(planner: &Planner) -> Vec<ServiceRecord> {
-    planner
-        .services()
-        .iter()
-        .map(|s| s.stored(s.ownership()))
-        .collect()
+    planner.services().iter().map(|s| s.stored(s.ownership())).collect()
 }
 
 fn set_split(planner: &mut Planner, service: usize, shares: &[(&str, &str)]) -> bool {
-    let split: Split = shares
-        .iter()
-        .map(|(v, s)| ((*v).to_owned(), s.parse().unwrap()))
-        .collect();
+    let split: Split = shares.iter().map(|(v, s)| ((*v).to_owned(), s.parse().unwrap())).collect();
     match planner.services()[service].propose(split) {
         Ok(proposal) => {
             planner.set_ownership(service, proposal.ownership);
@@ -93,14 +75,7 @@ fn three() -> Service {
                     ("[2001:db8::11]:80", 1),
                 ],
             ),
-            (
-                "v2",
-                &[
-                    ("10.0.2.1:80", 1),
-                    ("10.0.2.2:80", 1),
-                    ("[2001:db8::12]:80", 1),
-                ],
-            ),
+            ("v2", &[("10.0.2.1:80", 1), ("10.0.2.2:80", 1), ("[2001:db8::12]:80", 1)]),
             ("v3", &[("10.0.3.1:80", 1)]),
         ],
     );
@@ -158,12 +133,8 @@ struct Kernel {
 
 impl Kernel {
     fn apply(&mut self, next: &DataPlane, now: u64) {
-        let old_addr: HashMap<BackendIndex, SocketAddr> = self
-            .plane
-            .backends
-            .iter()
-            .map(|(i, b)| (*i, b.addr))
-            .collect();
+        let old_addr: HashMap<BackendIndex, SocketAddr> =
+            self.plane.backends.iter().map(|(i, b)| (*i, b.addr)).collect();
         let addr: HashMap<BackendIndex, SocketAddr> =
             next.backends.iter().map(|(i, b)| (*i, b.addr)).collect();
         for (index, b) in &next.backends {
@@ -182,10 +153,7 @@ impl Kernel {
         }
         for (index, b) in &self.plane.backends {
             if !addr.contains_key(index) {
-                assert!(
-                    next.sweep.backends.contains(index),
-                    "{index:?} goes without a sweep"
-                );
+                assert!(next.sweep.backends.contains(index), "{index:?} goes without a sweep");
                 self.gone.insert(*index, ((b.addr, b.service), now));
             }
         }
@@ -200,12 +168,9 @@ impl Kernel {
                 .collect();
             let before = self.plane.services.iter().find(|t| t.record.id == id);
             for (bucket, entry) in table.entries.iter().enumerate() {
-                for index in [
-                    Some(entry.current()),
-                    entry.tracked().then(|| entry.previous()),
-                ]
-                .into_iter()
-                .flatten()
+                for index in [Some(entry.current()), entry.tracked().then(|| entry.previous())]
+                    .into_iter()
+                    .flatten()
                 {
                     assert!(
                         index.is_none() || addr.contains_key(&index),
@@ -242,16 +207,9 @@ impl Kernel {
                     ),
                 }
                 if entry.tracked() {
-                    let due = clear_due_ms(
-                        bucket as u32,
-                        table.ledger[bucket].moved_ms(),
-                        self.drain_ms,
-                    );
-                    assert!(
-                        now < due || moves,
-                        "still tracked {} ms after it was due",
-                        now - due
-                    );
+                    let due =
+                        clear_due_ms(bucket as u32, table.ledger[bucket].moved_ms(), self.drain_ms);
+                    assert!(now < due || moves, "still tracked {} ms after it was due", now - due);
                     // Connections are opened on `current` all the time; flow entries hold them.
                     let open = self.flows.entry((id, bucket)).or_default();
                     open.extend(
@@ -381,11 +339,7 @@ fn a_crash_between_store_and_maps_is_made_good_without_a_jump() {
     next.step(5_000);
     planner.step(5_000);
     assert_eq!(next.plane().services, planner.plane().services);
-    let moved = next.plane().services[0]
-        .entries
-        .iter()
-        .filter(|e| e.tracked())
-        .count();
+    let moved = next.plane().services[0].entries.iter().filter(|e| e.tracked()).count();
     assert!((1024..1500).contains(&moved), "{moved}");
 }
 
@@ -394,9 +348,7 @@ fn a_service_with_two_families_has_a_table_for_each_and_one_owner_a_bucket() {
     let mut planner = started(&config(vec![three()]));
     set_split(&mut planner, 0, &[("v2", "50%"), ("v3", "10%")]);
     planner.step(2_000);
-    let [v4, v6] = &planner.plane().services[..] else {
-        panic!("two tables")
-    };
+    let [v4, v6] = &planner.plane().services[..] else { panic!("two tables") };
     assert_eq!((v4.family, v6.family), (Family::V4, Family::V6));
     assert!(v4.record.id != v6.record.id && v4.record.first_page != v6.record.first_page);
     assert_eq!((v4.vips.len(), v6.vips.len()), (1, 1));
@@ -404,12 +356,7 @@ fn a_service_with_two_families_has_a_table_for_each_and_one_owner_a_bucket() {
         t.ledger.iter().map(|l| l.owner()).collect::<Vec<_>>()
     };
     assert_eq!(owners(v4), owners(v6));
-    let addr: HashMap<_, _> = planner
-        .plane()
-        .backends
-        .iter()
-        .map(|(i, b)| (*i, b.addr))
-        .collect();
+    let addr: HashMap<_, _> = planner.plane().backends.iter().map(|(i, b)| (*i, b.addr)).collect();
     assert!(v4.entries.iter().all(|e| addr[&e.current()].is_ipv4()));
     assert!(v6.entries.iter().all(|e| addr[&e.current()].is_ipv6()));
     // v3 has no IPv6 backend: its share of IPv6 clients is served by control.
@@ -423,12 +370,7 @@ fn a_backend_without_a_next_hop_gets_no_new_connections() {
     let before = planner.plane().services[0].entries.clone();
     planner.set_next_hops(&[("10.0.1.2".parse().unwrap(), Err("no route".to_owned()))].into());
     assert!(planner.step(2_000).changed);
-    let gone = planner
-        .plane()
-        .backends
-        .iter()
-        .find(|(_, b)| b.next_hop.is_none())
-        .unwrap();
+    let gone = planner.plane().backends.iter().find(|(_, b)| b.next_hop.is_none()).unwrap();
     assert_eq!(gone.1.addr, "10.0.1.2:80".parse().unwrap());
     let after = &planner.plane().services[0].entries;
     for (old, new) in before.iter().zip(after.iter()) {
@@ -438,18 +380,11 @@ fn a_backend_without_a_next_hop_gets_no_new_connections() {
         }
     }
     // All of control unreachable: there is no better place, so nothing is made worse.
-    let none = all_hops(&configured)
-        .into_keys()
-        .map(|ip| (ip, Err("no route".to_owned())))
-        .collect();
+    let none =
+        all_hops(&configured).into_keys().map(|ip| (ip, Err("no route".to_owned()))).collect();
     planner.set_next_hops(&none);
     planner.step(3_000);
-    assert!(
-        planner.plane().services[0]
-            .entries
-            .iter()
-            .all(|e| !e.current().is_none())
-    );
+    assert!(planner.plane().services[0].entries.iter().all(|e| !e.current().is_none()));
     assert!(planner.services()[0].tables()[0].control_checks_ignored());
 }
 
@@ -461,22 +396,11 @@ fn translated_services_are_not_tracked_and_their_backends_linger() {
     set_split(&mut planner, 0, &[("v2", "50%")]);
     planner.step(2_000);
     planner.applied(2_000);
-    assert!(
-        planner
-            .plane()
-            .services
-            .iter()
-            .all(|s| s.entries.iter().all(|e| !e.tracked()))
-    );
+    assert!(planner.plane().services.iter().all(|s| s.entries.iter().all(|e| !e.tracked())));
     assert_eq!(planner.plane().nat_sources.len(), 2);
     let records = planner.plane().backends.len();
     shop.versions[1].backends.remove(0);
-    let mut next = begin(
-        &config(vec![shop]),
-        maps(planner.plane()),
-        &stored(&planner),
-        3_000,
-    );
+    let mut next = begin(&config(vec![shop]), maps(planner.plane()), &stored(&planner), 3_000);
     let step = next.step(3_000);
     assert_eq!(next.plane().backends.len(), records, "flows still name it");
     assert_eq!(step.next_wakeup_ms, Some(1_003_000));
@@ -520,20 +444,10 @@ fn udp_is_learned_for_udp_idle_and_drains_end_little_by_little() {
     let mut planner = started(&config(vec![three()]));
     set_split(&mut planner, 0, &[("v2", "50%")]);
     let step = planner.step(10_000);
-    let tracked = |p: &Planner| {
-        p.plane().services[0]
-            .entries
-            .iter()
-            .filter(|e| e.tracked())
-            .count()
-    };
-    let learning = |p: &Planner| {
-        p.plane().services[0]
-            .entries
-            .iter()
-            .filter(|e| e.learning())
-            .count()
-    };
+    let tracked =
+        |p: &Planner| p.plane().services[0].entries.iter().filter(|e| e.tracked()).count();
+    let learning =
+        |p: &Planner| p.plane().services[0].entries.iter().filter(|e| e.learning()).count();
     let moved = tracked(&planner);
     assert!(moved > 2000 && learning(&planner) == moved);
     assert_eq!(step.next_wakeup_ms, Some(40_000));
@@ -541,10 +455,7 @@ fn udp_is_learned_for_udp_idle_and_drains_end_little_by_little() {
     let step = planner.step(40_000);
     assert!(step.changed && learning(&planner) == 0 && tracked(&planner) == moved);
     let first = step.next_wakeup_ms.unwrap();
-    assert!(
-        (10_000 + 900_000..10_000 + 902_000).contains(&first),
-        "{first}"
-    );
+    assert!((10_000 + 900_000..10_000 + 902_000).contains(&first), "{first}");
     let mut most = 0;
     let mut now = first;
     let mut wakeups = 0;
@@ -561,10 +472,7 @@ fn udp_is_learned_for_udp_idle_and_drains_end_little_by_little() {
         now = next;
     }
     assert_eq!((tracked(&planner), now), (0, 10_000 + 1_000_000));
-    assert!(
-        wakeups >= 100 && most < moved / 20,
-        "{most} of {moved} in one of {wakeups} steps"
-    );
+    assert!(wakeups >= 100 && most < moved / 20, "{most} of {moved} in one of {wakeups} steps");
 }
 
 #[test]
@@ -573,33 +481,18 @@ fn a_removed_backend_drains_and_its_index_rests_before_another_gets_it() {
     let mut planner = started(&full);
     let index_of = |p: &Planner, addr: &str| {
         let addr: SocketAddr = addr.parse().unwrap();
-        p.plane()
-            .backends
-            .iter()
-            .find(|(_, b)| b.addr == addr)
-            .map(|(i, _)| *i)
+        p.plane().backends.iter().find(|(_, b)| b.addr == addr).map(|(i, _)| *i)
     };
     let index = index_of(&planner, "10.0.1.3:80").unwrap();
     planner.step(2_000);
     let mut less = three();
-    less.versions[0]
-        .backends
-        .retain(|b| b.addr.to_string() != "10.0.1.3:80");
+    less.versions[0].backends.retain(|b| b.addr.to_string() != "10.0.1.3:80");
     let less = config(vec![less]);
     let mut next = begin(&less, maps(planner.plane()), &stored(&planner), 5_000);
     next.step(5_000);
     next.applied(5_000);
-    assert_eq!(
-        index_of(&next, "10.0.1.3:80"),
-        Some(index),
-        "its connections stay"
-    );
-    assert!(
-        next.plane().services[0]
-            .entries
-            .iter()
-            .all(|e| e.current() != index)
-    );
+    assert_eq!(index_of(&next, "10.0.1.3:80"), Some(index), "its connections stay");
+    assert!(next.plane().services[0].entries.iter().all(|e| e.current() != index));
     next.step(5_000 + 899_000);
     assert_eq!(index_of(&next, "10.0.1.3:80"), Some(index));
     next.step(5_000 + 1_000_000);
@@ -621,26 +514,14 @@ fn a_bucket_is_not_tracked_again_before_it_has_been_swept() {
     set_split(&mut planner, 0, &[("v2", "0%")]);
     planner.step(2_000_100);
     let entries = &planner.plane().services[0].entries;
-    for (old, new) in in_force
-        .iter()
-        .zip(entries.iter())
-        .filter(|(old, _)| old.tracked())
-    {
+    for (old, new) in in_force.iter().zip(entries.iter()).filter(|(old, _)| old.tracked()) {
         assert_eq!(*new, Entry::steady(old.current()), "it waits");
     }
-    assert_eq!(
-        planner.plane().sweep,
-        swept,
-        "what was not swept still is to be"
-    );
+    assert_eq!(planner.plane().sweep, swept, "what was not swept still is to be");
     assert!(planner.applied(2_000_200), "what waited can go on");
     planner.step(2_000_200);
     let entries = &planner.plane().services[0].entries;
-    for (old, new) in in_force
-        .iter()
-        .zip(entries.iter())
-        .filter(|(old, _)| old.tracked())
-    {
+    for (old, new) in in_force.iter().zip(entries.iter()).filter(|(old, _)| old.tracked()) {
         assert!(new.tracked() && new.previous() == old.current());
     }
 }
@@ -664,11 +545,7 @@ fn one_split_among_4096_services_is_quick_and_leaves_the_others_alone() {
     let mut best = Duration::MAX;
     for round in 0..20_u64 {
         let clock = Instant::now();
-        set_split(
-            &mut planner,
-            2000,
-            &[("v2", if round % 2 == 0 { "5%" } else { "1%" })],
-        );
+        set_split(&mut planner, 2000, &[("v2", if round % 2 == 0 { "5%" } else { "1%" })]);
         assert!(planner.step(2_000 + round).changed);
         best = best.min(clock.elapsed());
         planner.applied(2_000 + round);
@@ -681,8 +558,5 @@ fn one_split_among_4096_services_is_quick_and_leaves_the_others_alone() {
         .count();
     assert_eq!(same, 4095);
     println!("one split among 4,096 services: {best:?}");
-    assert!(
-        best < Duration::from_millis(if cfg!(debug_assertions) { 25 } else { 5 }),
-        "{best:?}"
-    );
+    assert!(best < Duration::from_millis(if cfg!(debug_assertions) { 25 } else { 5 }), "{best:?}");
 }

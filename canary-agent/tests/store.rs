@@ -40,14 +40,7 @@ fn on_tmpfs(dir: &Path, options: &str, test: impl FnOnce() + Send) {
                 .expect("a private mount namespace: this test needs root");
             let none = None::<&str>;
             mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
-            mount(
-                Some("none"),
-                dir,
-                Some("tmpfs"),
-                MsFlags::empty(),
-                Some(options),
-            )
-            .unwrap();
+            mount(Some("none"), dir, Some("tmpfs"), MsFlags::empty(), Some(options)).unwrap();
             test();
         });
         if let Err(panic) = run.join() {
@@ -62,10 +55,7 @@ fn what_is_committed_is_read_back_by_the_next_process() {
     let state_dir = dir.path().join("deep/state?100%#");
     let mut store = SqliteStore::new(&state_dir);
     assert_eq!(store.load().unwrap().revision, 0);
-    let commits = [
-        commit("shop", "5%", &[0, 9, 0]),
-        commit("api", "64/65536", &[7]),
-    ];
+    let commits = [commit("shop", "5%", &[0, 9, 0]), commit("api", "64/65536", &[7])];
     assert_eq!(store.commit(0, &commits).unwrap(), 2);
     assert_eq!(store.commit(2, &[commit("shop", "0.1%", &[])]).unwrap(), 3);
     drop(store);
@@ -73,32 +63,14 @@ fn what_is_committed_is_read_back_by_the_next_process() {
     let mut store = SqliteStore::new(&state_dir);
     let snapshot = store.load().unwrap();
     assert_eq!(snapshot.revision, 3);
-    assert_eq!(
-        snapshot.services,
-        [
-            commits[1].record.clone(),
-            commit("shop", "0.1%", &[]).record
-        ]
-    );
-    assert_eq!(
-        snapshot.services[0].split["v2"].to_string(),
-        "64/65536",
-        "kept as written"
-    );
+    assert_eq!(snapshot.services, [commits[1].record.clone(), commit("shop", "0.1%", &[]).record]);
+    assert_eq!(snapshot.services[0].split["v2"].to_string(), "64/65536", "kept as written");
     let trail = store.changes(1, 10).unwrap();
-    assert_eq!(
-        trail
-            .iter()
-            .map(|(revision, _)| *revision)
-            .collect::<Vec<_>>(),
-        [2, 3]
-    );
+    assert_eq!(trail.iter().map(|(revision, _)| *revision).collect::<Vec<_>>(), [2, 3]);
     assert_eq!(trail[0].1, commits[1].change);
     assert_eq!(store.changes(0, 1).unwrap().len(), 1);
     let mode = std::os::unix::fs::PermissionsExt::mode(
-        &fs::metadata(state_dir.join("state.db"))
-            .unwrap()
-            .permissions(),
+        &fs::metadata(state_dir.join("state.db")).unwrap().permissions(),
     );
     assert_eq!(mode & 0o777, 0o600);
 }
@@ -109,16 +81,10 @@ fn a_change_against_another_revision_is_refused() {
     let (mut first, mut second) = (SqliteStore::new(dir.path()), SqliteStore::new(dir.path()));
     assert_eq!(first.commit(0, &[commit("shop", "5%", &[])]).unwrap(), 1);
     match second.commit(0, &[commit("shop", "50%", &[])]) {
-        Err(StoreError::Stale {
-            expected: 0,
-            found: 1,
-        }) => {}
+        Err(StoreError::Stale { expected: 0, found: 1 }) => {}
         other => panic!("{other:?}"),
     }
-    assert_eq!(
-        second.load().unwrap().services[0].split["v2"].to_string(),
-        "5%"
-    );
+    assert_eq!(second.load().unwrap().services[0].split["v2"].to_string(), "5%");
 }
 
 #[test]
@@ -128,9 +94,7 @@ fn a_damaged_file_is_set_aside_and_never_deleted() {
         let path = dir.path().join("state.db");
         let mut store = SqliteStore::new(dir.path());
         for n in 0..40 {
-            store
-                .commit(n, &[commit(&format!("service-{n}"), "5%", &[0x5a; 2000])])
-                .unwrap();
+            store.commit(n, &[commit(&format!("service-{n}"), "5%", &[0x5a; 2000])]).unwrap();
         }
         drop(store);
         match damage {
@@ -146,14 +110,11 @@ fn a_damaged_file_is_set_aside_and_never_deleted() {
             "foreign" => {
                 fs::remove_file(&path).unwrap();
                 let other = rusqlite::Connection::open(&path).unwrap();
-                other
-                    .execute_batch("CREATE TABLE recipes (name TEXT)")
-                    .unwrap();
+                other.execute_batch("CREATE TABLE recipes (name TEXT)").unwrap();
             }
             _ => {
                 let raw = rusqlite::Connection::open(&path).unwrap();
-                raw.execute("UPDATE service SET split = '{\"v2\":\"lots\"}'", ())
-                    .unwrap();
+                raw.execute("UPDATE service SET split = '{\"v2\":\"lots\"}'", ()).unwrap();
             }
         }
         let bytes = fs::read(&path).unwrap();
@@ -162,16 +123,9 @@ fn a_damaged_file_is_set_aside_and_never_deleted() {
         assert_eq!(store.load().unwrap(), Default::default(), "{damage}");
         let aside = store.take_set_aside();
         assert_eq!(aside.len(), 1, "{damage}");
-        assert!(
-            aside[0].to_string_lossy().contains("state.db.damaged-"),
-            "{damage}"
-        );
+        assert!(aside[0].to_string_lossy().contains("state.db.damaged-"), "{damage}");
         assert_eq!(fs::read(&aside[0]).unwrap().len(), bytes.len(), "{damage}");
-        assert_eq!(
-            store.commit(0, &[commit("shop", "5%", &[])]).unwrap(),
-            1,
-            "{damage}"
-        );
+        assert_eq!(store.commit(0, &[commit("shop", "5%", &[])]).unwrap(), 1, "{damage}");
         assert!(store.take_set_aside().is_empty());
     }
 }
@@ -179,21 +133,12 @@ fn a_damaged_file_is_set_aside_and_never_deleted() {
 #[test]
 fn a_newer_schema_is_refused_and_left_alone() {
     let dir = tempfile::tempdir().unwrap();
-    SqliteStore::new(dir.path())
-        .commit(0, &[commit("shop", "5%", &[])])
-        .unwrap();
+    SqliteStore::new(dir.path()).commit(0, &[commit("shop", "5%", &[])]).unwrap();
     let path = dir.path().join("state.db");
-    rusqlite::Connection::open(&path)
-        .unwrap()
-        .pragma_update(None, "user_version", 99)
-        .unwrap();
+    rusqlite::Connection::open(&path).unwrap().pragma_update(None, "user_version", 99).unwrap();
     let mut store = SqliteStore::new(dir.path());
     match store.load() {
-        Err(StoreError::NewerSchema {
-            found: 99,
-            known: 1,
-            ..
-        }) => {}
+        Err(StoreError::NewerSchema { found: 99, known: 1, .. }) => {}
         other => panic!("{other:?}"),
     }
     assert!(path.exists() && store.take_set_aside().is_empty());
@@ -236,10 +181,7 @@ fn a_full_disk_refuses_changes_and_keeps_what_was_there() {
                 other => panic!("{other:?}"),
             }
         }
-        assert_eq!(
-            store.load().unwrap().services[0].split["v2"].to_string(),
-            "5%"
-        );
+        assert_eq!(store.load().unwrap().services[0].split["v2"].to_string(), "5%");
         fs::remove_file(&filler).unwrap();
         assert_eq!(store.commit(1, &[large]).unwrap(), 2);
     });
@@ -253,23 +195,13 @@ fn a_read_only_disk_is_still_read() {
         store.commit(0, &[commit("shop", "5%", &[])]).unwrap();
         drop(store);
         let none = None::<&str>;
-        mount(
-            none,
-            dir.path(),
-            none,
-            MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY,
-            none,
-        )
-        .unwrap();
+        mount(none, dir.path(), none, MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY, none).unwrap();
         let mut store = SqliteStore::new(dir.path());
         assert_eq!(store.load().unwrap().revision, 1);
         match store.commit(1, &[commit("shop", "50%", &[])]) {
             Err(StoreError::Unavailable { .. }) => {}
             other => panic!("{other:?}"),
         }
-        assert_eq!(
-            store.load().unwrap().services[0].split["v2"].to_string(),
-            "5%"
-        );
+        assert_eq!(store.load().unwrap().services[0].split["v2"].to_string(), "5%");
     });
 }

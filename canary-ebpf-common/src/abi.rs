@@ -27,6 +27,31 @@ pub const IPPROTO_UDP: u8 = 17;
 /// loading order; an IPv4 address fills the first four bytes, the rest is zero.
 pub type Address = [u64; 2];
 
+/// An address as map keys and values hold it.
+#[cfg(feature = "user")]
+pub fn address(ip: std::net::IpAddr) -> Address {
+    let mut bytes = [0; 16];
+    match ip {
+        std::net::IpAddr::V4(v4) => bytes[..4].copy_from_slice(&v4.octets()),
+        std::net::IpAddr::V6(v6) => bytes = v6.octets(),
+    }
+    let (halves, _) = bytes.as_chunks::<8>();
+    [halves[0], halves[1]].map(u64::from_ne_bytes)
+}
+
+/// The address that `address` made, of which the family is known otherwise.
+#[cfg(feature = "user")]
+pub fn ip(address: Address, v6: bool) -> std::net::IpAddr {
+    let [[a, b, c, d, rest @ ..], second] = address.map(u64::to_ne_bytes);
+    if !v6 {
+        return std::net::Ipv4Addr::new(a, b, c, d).into();
+    }
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&[a, b, c, d, rest[0], rest[1], rest[2], rest[3]]);
+    bytes[8..].copy_from_slice(&second);
+    std::net::Ipv6Addr::from(bytes).into()
+}
+
 /// What a packet is looked up by besides an IPv6 address: for IPv4 the address is in it.
 ///
 /// Bits 0–31 IPv4 address, 32–47 port, both in network order, 48–55 protocol,
@@ -388,3 +413,16 @@ const _: () = {
     assert!(size_of::<LedgerEntry>() == 8);
     assert!(Reason::ALL.len() <= REASON_SLOTS as usize);
 };
+
+#[cfg(all(test, feature = "user"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_read_back() {
+        for text in ["0.0.0.0", "203.0.113.10", "::", "2001:db8:1:2:3:4:5:6"] {
+            let original: std::net::IpAddr = text.parse().unwrap();
+            assert_eq!(ip(address(original), original.is_ipv6()), original);
+        }
+    }
+}

@@ -66,7 +66,6 @@ fn a_second_agent_finds_what_the_first_has_written() {
     for (found, wanted) in adopted.services.iter().zip(&wanted.services) {
         assert_eq!(found.name, wanted.name);
         assert_eq!(u32::from(found.id), wanted.record.id);
-        assert_eq!(found.family, wanted.family);
         assert_eq!(found.first_page, wanted.record.first_page);
         assert_eq!(found.entries, *wanted.entries);
         assert_eq!(found.ledger, *wanted.ledger);

@@ -4,7 +4,6 @@
 use std::{
     collections::{HashMap as StdMap, HashSet},
     io,
-    net::IpAddr,
     sync::{Arc, atomic::Ordering},
 };
 
@@ -111,7 +110,7 @@ impl Maps {
         let mut applied = Applied::default();
         if before.is_none_or(|b| b.nat_sources != *nat_sources) {
             for (i, source) in nat_sources.iter().enumerate() {
-                self.nat_sources.set(i as u32, address(*source), 0)?;
+                self.nat_sources.set(i as u32, abi::address(*source), 0)?;
             }
         }
         applied.backends += self.store_backends(before, backends)?;
@@ -164,7 +163,7 @@ impl Maps {
             if old.get(index) == Some(plan) {
                 continue;
             }
-            let record = record(plan);
+            let record = plan.record();
             let present = self
                 .backend(*index)
                 .ok_or(Error::OutOfRange { what: "backend", index: index.get().into() })?;
@@ -225,50 +224,10 @@ impl Maps {
     }
 }
 
-/// An address as map keys and values hold it.
-pub(super) fn address(addr: IpAddr) -> abi::Address {
-    let mut bytes = [0; 16];
-    match addr {
-        IpAddr::V4(v4) => bytes[..4].copy_from_slice(&v4.octets()),
-        IpAddr::V6(v6) => bytes = v6.octets(),
-    }
-    let (halves, _) = bytes.as_chunks::<8>();
-    [halves[0], halves[1]].map(u64::from_ne_bytes)
-}
-
 /// Whether the same packets find the same record.
 fn same_address(old: &Arc<ServicePlan>, new: &Arc<ServicePlan>) -> bool {
     Arc::ptr_eq(old, new)
         || (old.vips == new.vips && old.ports == new.ports && old.record == new.record)
-}
-
-/// A backend's record in map form.
-fn record(plan: &BackendPlan) -> abi::Backend {
-    let BackendPlan { addr, service, version, next_hop, nat_first, nat_count, down, maint } = *plan;
-    let mut eth = [0; 3];
-    let mut flags = 0;
-    let mut set = |bit: u32, on: bool| flags |= if on { bit } else { 0 };
-    set(abi::BACKEND_USABLE, next_hop.is_some());
-    set(abi::BACKEND_V6, addr.is_ipv6());
-    set(abi::BACKEND_MAINT, maint);
-    set(abi::BACKEND_DOWN, down);
-    if let Some(hop) = next_hop {
-        let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (hop.destination_mac, hop.source_mac);
-        eth = [[a, b, c, d], [e, f, g, h], [i, j, k, l]].map(u32::from_ne_bytes);
-    }
-    abi::Backend {
-        eth,
-        ifindex: next_hop.map_or(0, |hop| hop.ifindex),
-        addr: address(addr.ip()),
-        source: next_hop.map_or([0; 2], |hop| address(hop.source)),
-        port_be: addr.port().to_be(),
-        version,
-        nat_count,
-        nat_first,
-        service,
-        flags,
-        pad: 0,
-    }
 }
 
 const EMPTY_INFO: abi::ServiceInfo = abi::ServiceInfo {

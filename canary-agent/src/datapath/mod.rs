@@ -38,13 +38,7 @@ pub use self::{
     attach::{Attached, AttachedMode},
     reader::Reader,
 };
-use self::{
-    apply::{Maps, address},
-    flows::FlowTable,
-    mapping::Mapping,
-    pins::Pins,
-    vips::VipTable,
-};
+use self::{apply::Maps, flows::FlowTable, mapping::Mapping, pins::Pins, vips::VipTable};
 use crate::{
     config::model::{Capacity, XdpMode},
     plan::{Adopted, AdoptedService, DataPlane, Family, Sweep},
@@ -223,38 +217,6 @@ fn causes(error: &dyn std::error::Error) -> String {
         cause = error.source();
     }
     text
-}
-
-/// What the pinned maps of an earlier agent hold.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Adopted {
-    /// Services, by ascending id.
-    pub services: Vec<AdoptedService>,
-    /// Backend records that are in use, by ascending index.
-    pub backends: Vec<(BackendIndex, Backend)>,
-}
-
-/// One service of [`Adopted`].
-#[derive(Clone, Debug, PartialEq)]
-pub struct AdoptedService {
-    /// Index into `SERVICE_INFO`.
-    pub id: u16,
-    /// Its name.
-    pub name: String,
-    /// Its family.
-    pub family: Family,
-    /// Names of its versions by slot; empty for a free slot.
-    pub versions: Vec<String>,
-    /// Slot of the control version.
-    pub control: u8,
-    /// First page of its table and ledger.
-    pub first_page: u32,
-    /// Number of buckets.
-    pub buckets: u32,
-    /// Its forwarding table.
-    pub entries: Vec<Entry>,
-    /// Its ledger.
-    pub ledger: Vec<LedgerEntry>,
 }
 
 /// The loaded program and its maps.

@@ -11,7 +11,7 @@ use canary_ebpf_common::{
     vips::Placement,
 };
 
-use super::{Error, address, mapping::Mapping};
+use super::{Error, mapping::Mapping};
 use crate::plan::{ServicePlan, protocol_number};
 
 /// Words of a service's record.
@@ -139,7 +139,7 @@ pub(super) fn vips<'a>(services: impl Iterator<Item = &'a ServicePlan>) -> [Vips
         for vip in &service.vips {
             for port in &service.ports {
                 let (protocol, port_be) = (protocol_number(port.protocol), port.port.to_be());
-                let addr = address(*vip);
+                let addr = abi::address(*vip);
                 match vip {
                     IpAddr::V4(_) => {
                         let key = VipKey::v4(addr[0] as u32, port_be, protocol);

@@ -7,11 +7,11 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::SocketAddr,
 };
 
 use canary_ebpf_common::{
-    abi::{self, BACKEND_V6, LedgerEntry, MAX_VERSIONS},
+    abi::{self, LedgerEntry, MAX_VERSIONS},
     compile::{self, Change},
     entry::{BackendIndex, Entry},
 };
@@ -41,6 +41,8 @@ pub struct AdoptedService {
     pub id: u16,
     /// The service's name.
     pub name: String,
+    /// Which of its addresses and backends the table is for.
+    pub family: Family,
     /// Names of its versions by slot; empty for a free slot.
     pub versions: Vec<String>,
     /// Slot of the control version.
@@ -64,11 +66,8 @@ impl Adopted {
     /// [`super::QUARANTINE_MS`] after that agent's end. Packets are steered
     /// meanwhile as before.
     pub fn lacks_backends(&self, config: &Config) -> bool {
-        let tables: HashMap<u16, &AdoptedService> = self
-            .services
-            .iter()
-            .map(|table| (table.id, table))
-            .collect();
+        let tables: HashMap<u16, &AdoptedService> =
+            self.services.iter().map(|table| (table.id, table)).collect();
         let known: HashSet<(&str, &str, SocketAddr)> = self
             .backends
             .iter()
@@ -82,52 +81,27 @@ impl Adopted {
             let has = |version: &Version, b: &Backend| {
                 known.contains(&(service.name.as_str(), version.name.as_str(), b.addr))
             };
-            service
-                .versions
-                .iter()
-                .any(|v| v.backends.iter().any(|b| !has(v, b)))
+            service.versions.iter().any(|v| v.backends.iter().any(|b| !has(v, b)))
         };
         !self.services.is_empty() && config.services.iter().any(lacks)
-    }
-
-    /// The family of `table`: that of its backends. `None` for one without any.
-    pub(super) fn family(&self, table: &AdoptedService) -> Option<Family> {
-        let named = self.backends.iter().find(|(_, b)| b.service == table.id);
-        named.map(|(_, b)| {
-            if b.flags & BACKEND_V6 != 0 {
-                Family::V6
-            } else {
-                Family::V4
-            }
-        })
     }
 }
 
 /// The address that a record holds.
 pub(super) fn record_addr(record: &abi::Backend) -> SocketAddr {
-    SocketAddr::new(
-        ip(record.addr_be, record.flags & BACKEND_V6 != 0),
-        u16::from_be(record.port_be),
-    )
+    let ip = abi::ip(record.addr, record.flags & abi::BACKEND_V6 != 0);
+    SocketAddr::new(ip, u16::from_be(record.port_be))
 }
 
 /// The next hop that a record holds.
 pub(super) fn record_hop(record: &abi::Backend) -> Option<NextHop> {
-    let mac = |at: usize| std::array::from_fn(|i| record.eth[at + i]);
+    let [[a, b, c, d], [e, f, g, h], [i, j, k, l]] = record.eth.map(u32::to_ne_bytes);
     (record.flags & abi::BACKEND_USABLE != 0).then(|| NextHop {
         ifindex: record.ifindex,
-        destination_mac: mac(0),
-        source_mac: mac(6),
-        source: ip(record.source_be, record.flags & BACKEND_V6 != 0),
+        destination_mac: [a, b, c, d, e, f],
+        source_mac: [g, h, i, j, k, l],
+        source: abi::ip(record.source, record.flags & abi::BACKEND_V6 != 0),
     })
-}
-
-fn ip(words_be: [u32; 4], v6: bool) -> IpAddr {
-    let bytes = words_be.map(u32::to_ne_bytes).concat();
-    match v6 {
-        true => Ipv6Addr::from(std::array::from_fn::<u8, 16, _>(|i| bytes[i])).into(),
-        false => Ipv4Addr::from(std::array::from_fn::<u8, 4, _>(|i| bytes[i])).into(),
-    }
 }
 
 /// How a service begins under this agent.
@@ -159,19 +133,11 @@ pub(super) fn begin(
         (None, None) => Vec::new(),
     };
     slots.truncate(MAX_VERSIONS);
-    slots.truncate(
-        slots
-            .iter()
-            .rposition(|name| !name.is_empty())
-            .map_or(0, |last| last + 1),
-    );
+    slots.truncate(slots.iter().rposition(|name| !name.is_empty()).map_or(0, |last| last + 1));
     let names: Vec<&str> = service.versions.iter().map(|v| v.name.as_str()).collect();
     if adopted.is_none() {
         // Nothing refers to the slots but the owners, which are by name below.
-        slots
-            .iter_mut()
-            .filter(|name| !names.contains(&name.as_str()))
-            .for_each(String::clear);
+        slots.iter_mut().filter(|name| !names.contains(&name.as_str())).for_each(String::clear);
     }
     // Control first: it must have a slot, whoever waits for one.
     name_slot(&mut slots, control_name);
@@ -185,28 +151,17 @@ pub(super) fn begin(
             let name = record.slots.get(usize::from(*owner))?;
             slot_of(name)
         };
-        Some(
-            owners
-                .iter()
-                .map(|owner| known(owner).unwrap_or(control))
-                .collect::<Vec<u8>>(),
-        )
+        Some(owners.iter().map(|owner| known(owner).unwrap_or(control)).collect::<Vec<u8>>())
     });
     let adopted_owners = adopted.map(|table| {
         let owner = |entry: &LedgerEntry| {
             let name = table.versions.get(usize::from(entry.owner()))?;
             slot_of(name)
         };
-        table
-            .ledger
-            .iter()
-            .map(|entry| owner(entry).unwrap_or(control))
-            .collect::<Vec<u8>>()
+        table.ledger.iter().map(|entry| owner(entry).unwrap_or(control)).collect::<Vec<u8>>()
     });
     let from_store = stored_owners.is_some();
-    let known = stored_owners
-        .or(adopted_owners)
-        .filter(|owners| !owners.is_empty());
+    let known = stored_owners.or(adopted_owners).filter(|owners| !owners.is_empty());
     let fresh = Ownership::all_to_control(service.buckets, control, service.hash_key);
     let Some(known) = known else {
         let proposal = fresh.propose(&slots, control, service.split.clone())?;
@@ -218,26 +173,19 @@ pub(super) fn begin(
     };
 
     // A larger table repeats the smaller one: a bucket's number only gains high bits.
-    let owners: Vec<u8> = (0..service.buckets as usize)
-        .map(|bucket| known[bucket % known.len()])
-        .collect();
+    let owners: Vec<u8> =
+        (0..service.buckets as usize).map(|bucket| known[bucket % known.len()]).collect();
     let mut count = [0_u32; 256];
-    owners
-        .iter()
-        .for_each(|owner| count[usize::from(*owner)] += 1);
+    owners.iter().for_each(|owner| count[usize::from(*owner)] += 1);
     let count_of = |name: &str| slot_of(name).map_or(0, |slot| count[usize::from(slot)]);
     let guessed = |name: &str| share_of(count_of(name), service.buckets);
 
-    let before = stored
-        .map(|record| record.split.clone())
-        .unwrap_or_default();
+    let before = stored.map(|record| record.split.clone()).unwrap_or_default();
     let old_control = match (stored, adopted) {
         (Some(record), _) => record.control.clone(),
-        (None, Some(table)) => table
-            .versions
-            .get(usize::from(table.control))
-            .cloned()
-            .unwrap_or_default(),
+        (None, Some(table)) => {
+            table.versions.get(usize::from(table.control)).cloned().unwrap_or_default()
+        }
         (None, None) => control_name.clone(),
     };
     let mut split = before.clone();
@@ -273,17 +221,9 @@ pub(super) fn begin(
     });
     let news = (!unchanged).then(|| {
         let action = if from_store { "config" } else { "adopt" };
-        (
-            action,
-            before,
-            compile::encode_changes(&difference(&known, &ownership.owners)),
-        )
+        (action, before, compile::encode_changes(&difference(&known, &ownership.owners)))
     });
-    Ok(Beginning {
-        slots,
-        ownership,
-        news,
-    })
+    Ok(Beginning { slots, ownership, news })
 }
 
 /// What turns `before` into `after`, as far as both have the bucket.
@@ -291,19 +231,13 @@ fn difference(before: &[u8], after: &[u8]) -> Vec<Change> {
     let pairs = (0..).zip(before.iter().zip(after));
     pairs
         .filter(|(_, (from, to))| from != to)
-        .map(|(bucket, (from, to))| Change {
-            bucket,
-            from: *from,
-            to: *to,
-        })
+        .map(|(bucket, (from, to))| Change { bucket, from: *from, to: *to })
         .collect()
 }
 
 /// The slot of the version `name`.
 pub(super) fn slot(slots: &[String], name: &str) -> Option<u8> {
-    let at = slots
-        .iter()
-        .position(|slot| slot == name && !name.is_empty())?;
+    let at = slots.iter().position(|slot| slot == name && !name.is_empty())?;
     u8::try_from(at).ok()
 }
 
@@ -330,11 +264,8 @@ pub(super) fn sanitised(
     has_record: impl Fn(BackendIndex) -> bool,
     now_ms: BootMs,
 ) -> (Vec<Entry>, Vec<LedgerEntry>) {
-    let translate: Vec<u8> = table
-        .versions
-        .iter()
-        .map(|name| slot(slots, name).unwrap_or(control))
-        .collect();
+    let translate: Vec<u8> =
+        table.versions.iter().map(|name| slot(slots, name).unwrap_or(control)).collect();
     let length = table.entries.len().min(table.ledger.len());
     let at = |bucket: u32| (bucket as usize).checked_rem(length);
     let entry = |bucket| {
@@ -350,10 +281,7 @@ pub(super) fn sanitised(
     let entries: Vec<Entry> = (0..buckets).map(entry).collect();
     let record = |bucket: u32| {
         let old = at(bucket).map_or(LedgerEntry::default(), |at| table.ledger[at]);
-        let owner = translate
-            .get(usize::from(old.owner()))
-            .copied()
-            .unwrap_or(control);
+        let owner = translate.get(usize::from(old.owner())).copied().unwrap_or(control);
         let moved_ms = match old.moved_ms() {
             // Killed between the two writes of a move, or never moved at all.
             0 if entries[bucket as usize].tracked() => now_ms,

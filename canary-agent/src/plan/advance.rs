@@ -57,9 +57,7 @@ pub fn clear_due_ms(bucket: u32, moved_ms: BootMs, drain_ms: u64) -> BootMs {
     // Neighbouring buckets belong to no common client, but to one page: mix them anyway, so
     // that no slice depends on how owners lie in the table.
     let slice = u64::from(bucket.wrapping_mul(0x9e37_79b1) >> 16) % SLICES;
-    moved_ms
-        .saturating_add(drain_ms - tenth)
-        .saturating_add(tenth * (slice + 1) / SLICES)
+    moved_ms.saturating_add(drain_ms - tenth).saturating_add(tenth * (slice + 1) / SLICES)
 }
 
 /// Advances a table to `desired` (where new connections should go, by bucket;
@@ -144,15 +142,13 @@ fn settle(bucket: u32, old: Entry, record: LedgerEntry, policy: &Policy, now: Bo
     if !old.tracked() {
         return old;
     }
-    let drained = policy
-        .drain_ms
-        .is_some_and(|drain| now >= clear_due_ms(bucket, record.moved_ms(), drain));
+    let drained =
+        policy.drain_ms.is_some_and(|drain| now >= clear_due_ms(bucket, record.moved_ms(), drain));
     if drained || !policy.tracks {
         return Entry::steady(old.current());
     }
-    let learned = policy
-        .learn_ms
-        .is_none_or(|learn| now >= record.moved_ms().saturating_add(learn));
+    let learned =
+        policy.learn_ms.is_none_or(|learn| now >= record.moved_ms().saturating_add(learn));
     Entry::tracking(old.current(), old.previous(), old.learning() && !learned)
 }
 
@@ -161,9 +157,7 @@ fn due_ms(bucket: u32, entry: Entry, record: LedgerEntry, policy: &Policy) -> Op
     if !entry.tracked() {
         return None;
     }
-    let cleared = policy
-        .drain_ms
-        .map(|drain| clear_due_ms(bucket, record.moved_ms(), drain));
+    let cleared = policy.drain_ms.map(|drain| clear_due_ms(bucket, record.moved_ms(), drain));
     let learned = match policy.learn_ms {
         Some(learn) if entry.learning() => Some(record.moved_ms().saturating_add(learn)),
         _ => None,

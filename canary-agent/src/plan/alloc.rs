@@ -21,10 +21,7 @@ pub(super) struct Pages {
 
 impl Pages {
     pub(super) fn new(total: u32) -> Self {
-        Self {
-            total,
-            used: BTreeMap::new(),
-        }
+        Self { total, used: BTreeMap::new() }
     }
 
     /// Takes the lowest free run of `count` pages.
@@ -65,9 +62,7 @@ pub(super) struct Ids {
 
 impl Ids {
     pub(super) fn new(total: u32) -> Self {
-        Self {
-            free: (0..=u16::MAX).take(total as usize).collect(),
-        }
+        Self { free: (0..=u16::MAX).take(total as usize).collect() }
     }
 
     pub(super) fn take(&mut self) -> Option<u16> {
@@ -88,13 +83,8 @@ pub(super) struct Indices {
 
 impl Indices {
     pub(super) fn new() -> Self {
-        let free = (1..=BackendIndex::MAX.get())
-            .map(BackendIndex::new)
-            .collect();
-        Self {
-            free,
-            resting: Vec::new(),
-        }
+        let free = (1..=BackendIndex::MAX.get()).map(BackendIndex::new).collect();
+        Self { free, resting: Vec::new() }
     }
 
     pub(super) fn take(&mut self, now_ms: BootMs) -> Option<BackendIndex> {
@@ -130,15 +120,9 @@ mod tests {
         assert!(!pages.reserve(10, 2) && !pages.reserve(3, 2) && !pages.reserve(11, 3));
         assert!(!pages.reserve(18, 3) && !pages.reserve(u32::MAX, 2) && !pages.reserve(17, 0));
         assert_eq!(pages.take(5), None);
-        assert_eq!(
-            (pages.take(4), pages.take(4), pages.take(4)),
-            (Some(0), Some(12), None)
-        );
+        assert_eq!((pages.take(4), pages.take(4), pages.take(4)), (Some(0), Some(12), None));
         assert_eq!(pages.free(), 3);
-        assert_eq!(
-            (pages.take(2), pages.take(1), pages.take(1)),
-            (Some(17), Some(19), None)
-        );
+        assert_eq!((pages.take(2), pages.take(1), pages.take(1)), (Some(17), Some(19), None));
     }
 
     #[test]

@@ -30,13 +30,7 @@ pub(super) struct Claims {
 impl Claims {
     /// Nothing is given out yet of what `config` has room for.
     pub(super) fn new(config: &Config) -> Self {
-        let Capacity {
-            services,
-            vips: _,
-            backends: _,
-            buckets,
-            flows: _,
-        } = config.agent.capacity;
+        let Capacity { services, vips: _, backends: _, buckets, flows: _ } = config.agent.capacity;
         Self {
             pages: Pages::new(buckets / PAGE_BUCKETS),
             ids: Ids::new(services),
@@ -66,11 +60,10 @@ impl Claims {
                 && !table.entries.is_empty()
                 && !table.ledger.is_empty();
             let service = config.services.iter().find(|s| s.name == table.name);
-            if let (true, Some(service), Some(family)) = (sound, service, adopted.family(table)) {
+            if let (true, Some(service)) = (sound, service) {
+                let family = table.family;
                 let wanted = service.vips.iter().any(|vip| Family::of(*vip) == family);
-                let twice = kept
-                    .iter()
-                    .any(|(f, t)| *f == family && t.name == table.name);
+                let twice = kept.iter().any(|(f, t)| *f == family && t.name == table.name);
                 if wanted && !twice {
                     kept.push((family, table));
                 }
@@ -90,19 +83,13 @@ impl Claims {
     ) -> Result<Table, PlanError> {
         let service = &state.config;
         let needed = record::page_count(service);
-        let no_pages = |free| PlanError::Pages {
-            service: service.name.clone(),
-            needed,
-            free,
-        };
+        let no_pages = |free| PlanError::Pages { service: service.name.clone(), needed, free };
         let Some(old) = old else {
-            let id = self.ids.take().ok_or_else(|| PlanError::Services {
-                service: service.name.clone(),
-            })?;
-            let first_page = self
-                .pages
-                .take(needed)
-                .ok_or_else(|| no_pages(self.pages.free()))?;
+            let id = self
+                .ids
+                .take()
+                .ok_or_else(|| PlanError::Services { service: service.name.clone() })?;
+            let first_page = self.pages.take(needed).ok_or_else(|| no_pages(self.pages.free()))?;
             let owners = state.ownership.owners.iter();
             let ledger = owners.map(|owner| LedgerEntry::new(*owner, 0)).collect();
             let entries = vec![Default::default(); service.buckets as usize];
@@ -110,10 +97,7 @@ impl Claims {
         };
         let first_page = match old.buckets == service.buckets {
             true => old.first_page,
-            false => self
-                .pages
-                .take(needed)
-                .ok_or_else(|| no_pages(self.pages.free()))?,
+            false => self.pages.take(needed).ok_or_else(|| no_pages(self.pages.free()))?,
         };
         let records = || adopted.backends.iter().filter(|(_, b)| b.service == old.id);
         let known: BTreeSet<BackendIndex> = records().map(|(index, _)| *index).collect();
@@ -128,10 +112,7 @@ impl Claims {
         let mut table = Table::new(family, old.id, first_page, entries, ledger);
         for (index, backend) in records() {
             let addr = adopt::record_addr(backend);
-            let version = old
-                .versions
-                .get(usize::from(backend.version))
-                .map_or("", String::as_str);
+            let version = old.versions.get(usize::from(backend.version)).map_or("", String::as_str);
             let slot = slot(&state.slots, version);
             let configured = service
                 .versions
@@ -140,12 +121,7 @@ impl Claims {
                 .and_then(|v| v.backends.iter().find(|b| b.addr == addr));
             let hop = adopt::record_hop(backend).ok_or_else(|| NOT_ASKED_YET.to_owned());
             let down = backend.flags & BACKEND_DOWN != 0;
-            let twice = |at: u8| {
-                table
-                    .backends
-                    .iter()
-                    .any(|b| b.slot == at && b.addr == addr)
-            };
+            let twice = |at: u8| table.backends.iter().any(|b| b.slot == at && b.addr == addr);
             match (slot, configured) {
                 (Some(slot), Some(configured)) if !twice(slot) => {
                     table.backends.push(LiveBackend {
@@ -182,12 +158,7 @@ impl Claims {
         state: &mut ServiceState,
         now_ms: BootMs,
     ) -> Result<(), PlanError> {
-        let ServiceState {
-            config,
-            slots,
-            tables,
-            ..
-        } = state;
+        let ServiceState { config, slots, tables, .. } = state;
         for table in tables {
             let mut ordered = Vec::new();
             for version in &config.versions {

@@ -20,9 +20,7 @@ impl BucketSet {
 
     /// Whether it holds `bucket`.
     pub fn contains(&self, bucket: u32) -> bool {
-        self.words
-            .get(bucket as usize / 64)
-            .is_some_and(|word| word & bit(bucket) != 0)
+        self.words.get(bucket as usize / 64).is_some_and(|word| word & bit(bucket) != 0)
     }
 
     /// Puts `bucket` in.
@@ -55,9 +53,7 @@ impl BucketSet {
     /// What it holds, ascending.
     pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
         self.words.iter().zip(0_u32..).flat_map(|(word, n)| {
-            (0..64)
-                .filter(move |i| word >> i & 1 != 0)
-                .map(move |i| n * 64 + i)
+            (0..64).filter(move |i| word >> i & 1 != 0).map(move |i| n * 64 + i)
         })
     }
 }

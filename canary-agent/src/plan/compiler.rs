@@ -54,24 +54,13 @@ pub(super) fn assign(
             indices.push(candidate.index);
         }
     }
-    let versions: Vec<Version<'_>> = (0_u8..)
-        .zip(&backends)
-        .map(|(slot, backends)| Version {
-            slot,
-            backends,
-            anchor: &[],
-        })
-        .collect();
+    let versions: Vec<Version<'_>> =
+        (0_u8..).zip(&backends).map(|(slot, backends)| Version { slot, backends }).collect();
     let fallback = match fallback {
         Fallback::Control => compile::Fallback::Control,
         Fallback::None => compile::Fallback::None,
     };
-    let input = Input {
-        owners,
-        versions: &versions,
-        control,
-        fallback,
-    };
+    let input = Input { owners, versions: &versions, control, fallback };
     match compiler.compile(&input) {
         Ok(output) => Assignment {
             backends: output

@@ -135,6 +135,36 @@ pub struct BackendPlan {
     pub maint: bool,
 }
 
+impl BackendPlan {
+    /// The record in map form.
+    pub fn record(&self) -> abi::Backend {
+        let Self { addr, service, version, next_hop, nat_first, nat_count, down, maint } = *self;
+        let mut flags = 0;
+        let mut set = |bit: u32, on: bool| flags |= if on { bit } else { 0 };
+        set(abi::BACKEND_USABLE, next_hop.is_some());
+        set(abi::BACKEND_V6, addr.is_ipv6());
+        set(abi::BACKEND_MAINT, maint);
+        set(abi::BACKEND_DOWN, down);
+        let eth = next_hop.map_or([0; 3], |hop| {
+            let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (hop.destination_mac, hop.source_mac);
+            [[a, b, c, d], [e, f, g, h], [i, j, k, l]].map(u32::from_ne_bytes)
+        });
+        abi::Backend {
+            eth,
+            ifindex: next_hop.map_or(0, |hop| hop.ifindex),
+            addr: abi::address(addr.ip()),
+            source: next_hop.map_or([0; 2], |hop| abi::address(hop.source)),
+            port_be: addr.port().to_be(),
+            version,
+            nat_count,
+            nat_first,
+            service,
+            flags,
+            pad: 0,
+        }
+    }
+}
+
 /// Where frames for an address go, as the host's routes and neighbours say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct NextHop {

@@ -101,11 +101,7 @@ impl Ownership {
         Ok(Proposal {
             moved: changes.len() as u32,
             change_list: compile::encode_changes(&changes),
-            ownership: Self {
-                split,
-                salt,
-                owners,
-            },
+            ownership: Self { split, salt, owners },
         })
     }
 
@@ -173,10 +169,6 @@ mod tests {
         let again = at(&over, "1%");
         assert_ne!(again.salt, one.salt);
         assert_ne!(again.owners, one.owners);
-        assert_eq!(
-            at(&Ownership::all_to_control(4096, 0, [1, 2]), "1%"),
-            one,
-            "on every host"
-        );
+        assert_eq!(at(&Ownership::all_to_control(4096, 0, [1, 2]), "1%"), one, "on every host");
     }
 }

@@ -184,39 +184,21 @@ impl Planner {
     /// # Errors
     /// When the configuration does not fit into `agent.capacity`.
     pub fn begin(start: Start<'_>) -> Result<(Self, Vec<News>), PlanError> {
-        let Start {
-            config,
-            adopted,
-            stored,
-            now_ms,
-        } = start;
+        let Start { config, adopted, stored, now_ms } = start;
         let mut claims = Claims::new(config);
         let kept = claims.take_over(config, &adopted);
-        let stored: HashMap<&str, &ServiceRecord> = stored
-            .iter()
-            .map(|record| (record.name.as_str(), record))
-            .collect();
+        let stored: HashMap<&str, &ServiceRecord> =
+            stored.iter().map(|record| (record.name.as_str(), record)).collect();
         let mut services = Vec::with_capacity(config.services.len());
         let mut news = Vec::new();
         for service in &config.services {
-            let tables: Vec<(Family, &AdoptedService)> = kept
-                .iter()
-                .filter(|(_, table)| table.name == service.name)
-                .copied()
-                .collect();
+            let tables: Vec<(Family, &AdoptedService)> =
+                kept.iter().filter(|(_, table)| table.name == service.name).copied().collect();
             let record = stored.get(service.name.as_str()).copied();
             let beginning = adopt::begin(service, tables.first().map(|(_, t)| *t), record)
-                .map_err(|reason| PlanError::Split {
-                    service: service.name.clone(),
-                    reason,
-                })?;
+                .map_err(|reason| PlanError::Split { service: service.name.clone(), reason })?;
             if let Some((action, before, moved)) = beginning.news {
-                news.push(News {
-                    service: services.len(),
-                    action,
-                    before,
-                    moved,
-                });
+                news.push(News { service: services.len(), action, before, moved });
             }
             let control_name = &service.versions[service.control].name;
             let mut state = ServiceState {
@@ -229,10 +211,7 @@ impl Planner {
             };
             for family in [Family::V4, Family::V6] {
                 if service.vips.iter().any(|vip| Family::of(*vip) == family) {
-                    let old = tables
-                        .iter()
-                        .find(|(f, _)| *f == family)
-                        .map(|(_, table)| *table);
+                    let old = tables.iter().find(|(f, _)| *f == family).map(|(_, table)| *table);
                     let table = claims.table(&state, family, old, &adopted, now_ms)?;
                     state.tables.push(table);
                 }
@@ -249,11 +228,8 @@ impl Planner {
         for state in &mut services {
             claims.missing_backends(state, now_ms)?;
         }
-        let by_name = services
-            .iter()
-            .enumerate()
-            .map(|(n, s)| (s.config.name.clone(), n))
-            .collect();
+        let by_name =
+            services.iter().enumerate().map(|(n, s)| (s.config.name.clone(), n)).collect();
         let planner = Self {
             services,
             by_name,
@@ -339,14 +315,7 @@ impl Planner {
                 continue;
             }
             state.dirty = false;
-            let ServiceState {
-                config,
-                slots,
-                control,
-                ownership,
-                tables,
-                dirty: _,
-            } = state;
+            let ServiceState { config, slots, control, ownership, tables, dirty: _ } = state;
             for table in tables.iter_mut() {
                 let stepped = table.step(&Inputs {
                     owners: &ownership.owners,
@@ -437,18 +406,10 @@ impl Planner {
 
 /// Frees the slots of versions that are in nobody's memory any more.
 fn release_slots(state: &mut ServiceState) {
-    let ServiceState {
-        config,
-        slots,
-        ownership,
-        tables,
-        ..
-    } = state;
+    let ServiceState { config, slots, ownership, tables, .. } = state;
     let used = |at: u8| {
         ownership.owners.contains(&at)
-            || tables
-                .iter()
-                .any(|t| t.draining.iter().any(|d| d.slot == at))
+            || tables.iter().any(|t| t.draining.iter().any(|d| d.slot == at))
     };
     for (at, name) in (0_u8..).zip(slots.iter_mut()) {
         if !name.is_empty() && !config.versions.iter().any(|v| v.name == *name) && !used(at) {
@@ -475,17 +436,7 @@ fn set_service(services: &mut Vec<Arc<ServicePlan>>, plan: ServicePlan) -> bool 
 
 /// Whether two plans of a table say the same, without looking into the tables.
 fn same(a: &ServicePlan, b: &ServicePlan) -> bool {
-    let ServicePlan {
-        name,
-        family,
-        versions,
-        control,
-        record,
-        vips,
-        ports,
-        entries,
-        ledger,
-    } = a;
+    let ServicePlan { name, family, versions, control, record, vips, ports, entries, ledger } = a;
     Arc::ptr_eq(entries, &b.entries)
         && Arc::ptr_eq(ledger, &b.ledger)
         && (name, family, versions, control) == (&b.name, &b.family, &b.versions, &b.control)

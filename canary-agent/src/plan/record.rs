@@ -34,10 +34,7 @@ pub(super) fn service_record(service: &Service, id: u16, first_page: u32) -> abi
         flags: mode as u32 | whole,
         id: u32::from(id),
         hash_key: service.hash_key,
-        mask_v4_be: u32::MAX
-            .checked_shl(32 - u32::from(v4))
-            .unwrap_or(0)
-            .to_be(),
+        mask_v4_be: u32::MAX.checked_shl(32 - u32::from(v4)).unwrap_or(0).to_be(),
         udp_idle_ms: millis_u32(service.udp_idle),
         mask_v6: mask_v6(v6),
     }
@@ -62,10 +59,7 @@ pub(super) fn page_count(service: &Service) -> u32 {
 /// What `service` wants done with connections when buckets move.
 pub(super) fn policy(service: &Service) -> Policy {
     let millis = |d: std::time::Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
-    let udp = service
-        .ports
-        .iter()
-        .any(|port| port.protocol == Protocol::Udp);
+    let udp = service.ports.iter().any(|port| port.protocol == Protocol::Udp);
     Policy {
         tracks: service.forward != Forward::Nat,
         existing: service.existing,
@@ -87,12 +81,7 @@ pub(super) fn service_plan(
         versions: slots.to_vec(),
         control,
         record: service_record(config, table.id, table.first_page),
-        vips: config
-            .vips
-            .iter()
-            .copied()
-            .filter(|vip| Family::of(*vip) == table.family)
-            .collect(),
+        vips: config.vips.iter().copied().filter(|vip| Family::of(*vip) == table.family).collect(),
         ports: config.ports.clone(),
         entries: Arc::clone(&table.entries),
         ledger: Arc::clone(&table.ledger),
@@ -108,14 +97,8 @@ pub(super) fn backend_plans(
     let mut plans = Vec::new();
     for state in services {
         for table in &state.tables {
-            let live = table
-                .backends
-                .iter()
-                .map(|b| (b.index, b.slot, b.addr, b.down, &b.hop));
-            let gone = table
-                .draining
-                .iter()
-                .map(|d| (d.index, d.slot, d.addr, d.down, &d.hop));
+            let live = table.backends.iter().map(|b| (b.index, b.slot, b.addr, b.down, &b.hop));
+            let gone = table.draining.iter().map(|d| (d.index, d.slot, d.addr, d.down, &d.hop));
             for (index, version, addr, down, hop) in live.chain(gone) {
                 let next_hop = hop.as_ref().ok().copied();
                 let (nat_first, nat_count) =
@@ -151,12 +134,8 @@ fn nat_range(
         return (0, 0);
     }
     let family = Family::of(addr.ip());
-    let mut wanted: Vec<IpAddr> = service
-        .nat_source
-        .iter()
-        .copied()
-        .filter(|ip| Family::of(*ip) == family)
-        .collect();
+    let mut wanted: Vec<IpAddr> =
+        service.nat_source.iter().copied().filter(|ip| Family::of(*ip) == family).collect();
     if wanted.is_empty() {
         let source = next_hop.map(|hop| hop.source);
         wanted.extend(source.filter(|ip| !ip.is_unspecified() && Family::of(*ip) == family));
@@ -189,9 +168,7 @@ mod tests {
             let bytes = address.to_be_bytes();
             let [high, low] = mask_v6(length);
             let word = |at: usize| u64::from_ne_bytes(std::array::from_fn(|i| bytes[at + i]));
-            let out = [word(0) & high, word(8) & low]
-                .map(u64::to_ne_bytes)
-                .concat();
+            let out = [word(0) & high, word(8) & low].map(u64::to_ne_bytes).concat();
             u128::from_be_bytes(std::array::from_fn(|i| out[i]))
         };
         for length in [0, 1, 7, 48, 56, 63, 64, 65, 127, 128] {

@@ -173,9 +173,7 @@ impl Table {
 
     /// How many buckets steer new connections to `index`.
     pub fn buckets_of(&self, index: BackendIndex) -> u32 {
-        let at = self
-            .counts
-            .binary_search_by_key(&index, |(index, _)| *index);
+        let at = self.counts.binary_search_by_key(&index, |(index, _)| *index);
         at.map_or(0, |at| self.counts[at].1)
     }
 
@@ -191,26 +189,15 @@ impl Table {
 
     /// Records of a version, those that are on their way out included.
     pub fn indices_of(&self, slot: u8) -> impl Iterator<Item = BackendIndex> + '_ {
-        let live = self
-            .backends
-            .iter()
-            .filter(move |b| b.slot == slot)
-            .map(|b| b.index);
-        live.chain(
-            self.draining
-                .iter()
-                .filter(move |d| d.slot == slot)
-                .map(|d| d.index),
-        )
+        let live = self.backends.iter().filter(move |b| b.slot == slot).map(|b| b.index);
+        live.chain(self.draining.iter().filter(move |d| d.slot == slot).map(|d| d.index))
     }
 
     /// The address of the backend at `index`, on its way out or not.
     pub fn addr(&self, index: BackendIndex) -> Option<SocketAddr> {
         let live = self.backends.iter().map(|b| (b.index, b.addr));
         let gone = self.draining.iter().map(|d| (d.index, d.addr));
-        live.chain(gone)
-            .find(|(at, _)| *at == index)
-            .map(|(_, addr)| addr)
+        live.chain(gone).find(|(at, _)| *at == index).map(|(_, addr)| addr)
     }
 
     /// Every address that frames go to.
@@ -222,23 +209,14 @@ impl Table {
     /// Where new connections would go with `owners`.
     pub(super) fn desired(&mut self, inputs: &Inputs<'_>) -> compiler::Assignment {
         let candidates = self.candidates(inputs.control);
-        let Inputs {
-            owners,
-            control,
-            fallback,
-            ..
-        } = *inputs;
+        let Inputs { owners, control, fallback, .. } = *inputs;
         compiler::assign(&mut self.compiler, owners, control, fallback, &candidates)
     }
 
     fn candidates(&self, control: u8) -> Vec<Candidate> {
         // Where no backend of control passes its checks, those that can be reached at all
         // still come before those that can't.
-        let of_control = || {
-            self.backends
-                .iter()
-                .filter(|b| b.slot == control && b.weight > 0)
-        };
+        let of_control = || self.backends.iter().filter(|b| b.slot == control && b.weight > 0);
         let despite_checks = !of_control().any(|b| b.state() == BackendState::Up);
         self.backends
             .iter()
@@ -290,10 +268,7 @@ impl Table {
             for bucket in advanced.cleared {
                 self.unswept.insert(bucket);
                 for draining in &mut self.draining {
-                    draining
-                        .waiting
-                        .iter_mut()
-                        .for_each(|waiting| waiting.remove(bucket));
+                    draining.waiting.iter_mut().for_each(|waiting| waiting.remove(bucket));
                 }
             }
             if done.changed || self.counts.is_empty() {
@@ -311,27 +286,19 @@ impl Table {
         }
         let tracked = || -> BucketSet {
             let entries = (0..).zip(self.entries.iter());
-            entries
-                .filter(|(_, e)| e.tracked())
-                .map(|(bucket, _)| bucket)
-                .collect()
+            entries.filter(|(_, e)| e.tracked()).map(|(bucket, _)| bucket).collect()
         };
         for draining in self.draining.iter_mut().filter(|d| d.waiting.is_none()) {
             draining.waiting = Some(tracked());
         }
         let entries = &self.entries;
         let names = |index: BackendIndex| {
-            entries
-                .iter()
-                .any(|e| e.current() == index || e.tracked() && e.previous() == index)
+            entries.iter().any(|e| e.current() == index || e.tracked() && e.previous() == index)
         };
         self.draining.retain(|draining| {
             let flows = !inputs.policy.tracks
                 && draining.until_ms.is_none_or(|until| inputs.now_ms < until);
-            let waits = draining
-                .waiting
-                .as_ref()
-                .is_some_and(|waiting| !waiting.is_empty());
+            let waits = draining.waiting.as_ref().is_some_and(|waiting| !waiting.is_empty());
             let stays = flows || waits || names(draining.index);
             if flows && let Some(until) = draining.until_ms {
                 self.next_due_ms = Some(self.next_due_ms.map_or(until, |first| first.min(until)));
@@ -344,22 +311,14 @@ impl Table {
     }
 
     fn count(&mut self) {
-        let highest = self
-            .entries
-            .iter()
-            .map(|e| e.current().get())
-            .max()
-            .unwrap_or(0);
+        let highest = self.entries.iter().map(|e| e.current().get()).max().unwrap_or(0);
         let mut counts = vec![0_u32; usize::from(highest) + 1];
         self.tracked = 0;
         for entry in self.entries.iter() {
             counts[usize::from(entry.current().get())] += 1;
             self.tracked += u32::from(entry.tracked());
         }
-        self.counts = (0..)
-            .map(BackendIndex::new)
-            .zip(counts)
-            .filter(|(_, count)| *count > 0)
-            .collect();
+        self.counts =
+            (0..).map(BackendIndex::new).zip(counts).filter(|(_, count)| *count > 0).collect();
     }
 }

@@ -37,11 +37,7 @@ pub struct SqliteStore {
 impl SqliteStore {
     /// The store at `state_dir/state.db`. Nothing is touched before the first call.
     pub fn new(state_dir: &Path) -> Self {
-        Self {
-            path: state_dir.join("state.db"),
-            connection: None,
-            set_aside: Vec::new(),
-        }
+        Self { path: state_dir.join("state.db"), connection: None, set_aside: Vec::new() }
     }
 
     /// The damaged files that were set aside since the last call.
@@ -58,10 +54,7 @@ impl SqliteStore {
         match self.attempt(&work) {
             Err(StoreError::Damaged { path, reason }) => {
                 let aside = set_aside(&path).map_err(|e| {
-                    unavailable(
-                        &path,
-                        format!("damaged ({reason}), and can't be set aside: {e}"),
-                    )
+                    unavailable(&path, format!("damaged ({reason}), and can't be set aside: {e}"))
                 })?;
                 tracing::error!(file = %path.display(), set_aside = %aside.display(), reason, "the state file is damaged; an empty one takes its place");
                 self.set_aside.push(aside);
@@ -174,10 +167,7 @@ impl From<rusqlite::Error> for Failure {
 
 impl Failure {
     fn into_store_error(self, path: &Path) -> StoreError {
-        let damaged = |reason| StoreError::Damaged {
-            path: path.to_owned(),
-            reason,
-        };
+        let damaged = |reason| StoreError::Damaged { path: path.to_owned(), reason };
         match self {
             Self::Stale { expected, found } => StoreError::Stale { expected, found },
             Self::Damaged(reason) => damaged(reason),
@@ -194,10 +184,7 @@ impl Failure {
 }
 
 fn unavailable(path: &Path, reason: String) -> StoreError {
-    StoreError::Unavailable {
-        path: path.to_owned(),
-        reason,
-    }
+    StoreError::Unavailable { path: path.to_owned(), reason }
 }
 
 /// Opens `path`, making directory and file where they are missing, checks it
@@ -257,11 +244,9 @@ fn opened(
     let mut connection = connection.map_err(|e| into(e.into()))?;
     match prepare(&mut connection).map_err(into)? {
         Schema::Ready => Ok(connection),
-        Schema::Newer(found) => Err(StoreError::NewerSchema {
-            path: path.to_owned(),
-            found,
-            known: schema::NEWEST,
-        }),
+        Schema::Newer(found) => {
+            Err(StoreError::NewerSchema { path: path.to_owned(), found, known: schema::NEWEST })
+        }
         Schema::Foreign => Err(StoreError::Damaged {
             path: path.to_owned(),
             reason: "it is another program's database".to_owned(),
@@ -280,34 +265,20 @@ fn configure(connection: &Connection) -> Result<(), Failure> {
 
 fn check(connection: &Connection) -> Result<(), Failure> {
     let verdict: String = connection.query_row("PRAGMA quick_check(1)", (), |row| row.get(0))?;
-    if verdict == "ok" {
-        Ok(())
-    } else {
-        Err(Failure::Damaged(verdict))
-    }
+    if verdict == "ok" { Ok(()) } else { Err(Failure::Damaged(verdict)) }
 }
 
 /// Makes `path` readable by its owner only; SQLite gives its side files the same mode.
 fn make_private_file(path: &Path) -> io::Result<()> {
     if let Some(parent) = path.parent() {
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o750)
-            .create(parent)?;
+        fs::DirBuilder::new().recursive(true).mode(0o750).create(parent)?;
     }
-    OpenOptions::new()
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        .open(path)
-        .map(drop)
+    OpenOptions::new().append(true).create(true).mode(0o600).open(path).map(drop)
 }
 
 /// Renames a damaged file and its side files, and says what it is called now.
 fn set_aside(path: &Path) -> io::Result<PathBuf> {
-    let seconds = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |d| d.as_secs());
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let aside = (0_u32..)
         .map(|n| match n {
             0 => with_suffix(path, &format!(".damaged-{seconds}")),
@@ -360,37 +331,21 @@ fn insert(
     change: &Change,
     record: &ServiceRecord,
 ) -> Result<(), Failure> {
-    let Change {
-        unix_ms,
+    let Change { unix_ms, uid, service, action, reason, before, after, moved } = change;
+    let ServiceRecord { name, control, split, slots, owners, salt } = record;
+    transaction
+        .prepare_cached("INSERT INTO change VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)")?
+        .execute(params![
+        revision.cast_signed(),
+        unix_ms.cast_signed(),
         uid,
         service,
         action,
         reason,
-        before,
-        after,
-        moved,
-    } = change;
-    let ServiceRecord {
-        name,
-        control,
-        split,
-        slots,
-        owners,
-        salt,
-    } = record;
-    transaction
-        .prepare_cached("INSERT INTO change VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)")?
-        .execute(params![
-            revision.cast_signed(),
-            unix_ms.cast_signed(),
-            uid,
-            service,
-            action,
-            reason,
-            split_to_json(before),
-            split_to_json(after),
-            moved
-        ])?;
+        split_to_json(before),
+        split_to_json(after),
+        moved
+    ])?;
     transaction
         .prepare_cached(
             "INSERT INTO service VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)
@@ -412,10 +367,8 @@ fn insert(
 
 /// `{"v2":"5%"}`.
 fn split_to_json(split: &Split) -> String {
-    let object: serde_json::Map<_, _> = split
-        .iter()
-        .map(|(version, share)| (version.clone(), share.to_string().into()))
-        .collect();
+    let object: serde_json::Map<_, _> =
+        split.iter().map(|(version, share)| (version.clone(), share.to_string().into())).collect();
     serde_json::Value::Object(object).to_string()
 }
 

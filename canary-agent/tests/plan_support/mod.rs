@@ -42,14 +42,8 @@ pub(crate) fn service(name: &str, versions: &[(&str, &[(&str, u32)])]) -> Servic
         name: name.to_owned(),
         vips: vec!["203.0.113.10".parse().unwrap()],
         ports: vec![
-            Port {
-                protocol: Protocol::Tcp,
-                port: 443,
-            },
-            Port {
-                protocol: Protocol::Udp,
-                port: 443,
-            },
+            Port { protocol: Protocol::Tcp, port: 443 },
+            Port { protocol: Protocol::Udp, port: 443 },
         ],
         forward: Forward::Dsr,
         nat_source: Vec::new(),
@@ -69,10 +63,7 @@ pub(crate) fn service(name: &str, versions: &[(&str, &[(&str, u32)])]) -> Servic
                 name: (*name).to_owned(),
                 backends: backends
                     .iter()
-                    .map(|(addr, weight)| Backend {
-                        addr: addr.parse().unwrap(),
-                        weight: *weight,
-                    })
+                    .map(|(addr, weight)| Backend { addr: addr.parse().unwrap(), weight: *weight })
                     .collect(),
             })
             .collect(),
@@ -105,6 +96,7 @@ pub(crate) fn maps(plane: &DataPlane) -> Adopted {
             .map(|s| AdoptedService {
                 id: s.record.id as u16,
                 name: s.name.clone(),
+                family: s.family,
                 versions: (0..abi::MAX_VERSIONS)
                     .map(|n| s.versions.get(n).cloned().unwrap_or_default())
                     .collect(),
@@ -115,44 +107,6 @@ pub(crate) fn maps(plane: &DataPlane) -> Adopted {
                 ledger: s.ledger.to_vec(),
             })
             .collect(),
-        backends: plane
-            .backends
-            .iter()
-            .map(|(index, b)| {
-                let words = |ip: std::net::IpAddr| -> [u32; 4] {
-                    let mut bytes = [0_u8; 16];
-                    match ip {
-                        std::net::IpAddr::V4(ip) => bytes[..4].copy_from_slice(&ip.octets()),
-                        std::net::IpAddr::V6(ip) => bytes = ip.octets(),
-                    }
-                    std::array::from_fn(|i| {
-                        u32::from_ne_bytes(std::array::from_fn(|j| bytes[4 * i + j]))
-                    })
-                };
-                let mut record = abi::Backend {
-                    addr_be: words(b.addr.ip()),
-                    port_be: b.addr.port().to_be(),
-                    version: b.version,
-                    nat_count: b.nat_count,
-                    nat_first: b.nat_first,
-                    service: b.service,
-                    ..Default::default()
-                };
-                if b.addr.is_ipv6() {
-                    record.flags |= abi::BACKEND_V6;
-                }
-                if b.down {
-                    record.flags |= abi::BACKEND_DOWN;
-                }
-                if let Some(hop) = b.next_hop {
-                    record.flags |= abi::BACKEND_USABLE;
-                    record.ifindex = hop.ifindex;
-                    record.eth[..6].copy_from_slice(&hop.destination_mac);
-                    record.eth[6..].copy_from_slice(&hop.source_mac);
-                    record.source_be = words(hop.source);
-                }
-                (*index, record)
-            })
-            .collect(),
+        backends: plane.backends.iter().map(|(index, b)| (*index, b.record())).collect(),
     }
 }
