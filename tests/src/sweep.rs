@@ -21,7 +21,16 @@ fn owner(name: &str) -> Option<u32> {
 
 /// Whether a name's process is gone.
 fn stale(name: &str) -> bool {
-    owner(name).is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists())
+    owner(name).is_some_and(|pid| !alive(pid))
+}
+
+/// Whether a process runs: one that only waits to be reaped does not.
+fn alive(pid: u32) -> bool {
+    // proc(5): the state follows the program's name, which may hold anything.
+    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| {
+        let state = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
+        !state.starts_with(['Z', 'X'])
+    })
 }
 
 /// Names in a folder whose process is gone.

@@ -6,6 +6,17 @@
 mod progress;
 mod setup;
 mod supervise;
+// One source for both: the tests sweep before they start, this crate after it
+// has ended them.
+#[expect(
+    unreachable_pub,
+    reason = "public in the library that it is shared with"
+)]
+#[path = "../../tests/src/sweep.rs"]
+mod sweep;
+mod tasks;
+#[cfg(test)]
+mod tidy;
 
 use std::{
     path::{Path, PathBuf},
@@ -30,6 +41,21 @@ enum Task {
         /// Only this way to a compiler for the BPF target.
         #[arg(long, value_enum)]
         with: Option<setup::Method>,
+    },
+    /// Runs every test; arguments go to `cargo test`.
+    Test {
+        /// For `cargo test`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Checks format and lints.
+    Lint,
+    /// Shows a canary release with real traffic; `--help` says more.
+    #[command(disable_help_flag = true)]
+    Demo {
+        /// For the demo.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
     },
 }
 
@@ -59,6 +85,9 @@ fn dispatch(task: Task) -> Result<ExitCode> {
             );
             Ok(ExitCode::SUCCESS)
         }
+        Task::Test { args } => tasks::test(&workspace, &args),
+        Task::Lint => tasks::lint(&workspace),
+        Task::Demo { args } => tasks::demo(&workspace, &args),
     }
 }
 

@@ -16,17 +16,23 @@ use std::{
         mpsc,
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
 use nix::{
-    sys::signal::{SigSet, Signal, killpg},
+    sys::{
+        prctl::set_pdeathsig,
+        signal::{SigSet, Signal, killpg},
+    },
     unistd::Pid,
 };
 
 /// How long an interrupted group may clean up before it is killed.
 const GRACE: Duration = Duration::from_secs(20);
+
+/// How long a killed group may take to be gone; longer only where nobody reaps orphans.
+const DEATH: Duration = Duration::from_secs(2);
 
 /// Groups that are running.
 static GROUPS: Mutex<Vec<i32>> = Mutex::new(Vec::new());
@@ -115,8 +121,15 @@ impl Group {
         check()?;
         let program = command.get_program().to_string_lossy().into_owned();
         // Children inherit the mask, and would not hear the signals either.
-        // SAFETY: pthread_sigmask is async-signal-safe and allocates nothing.
-        unsafe { command.pre_exec(|| taken().thread_unblock().map_err(Into::into)) };
+        // SAFETY: pthread_sigmask and prctl are async-signal-safe and allocate nothing.
+        unsafe {
+            command.pre_exec(|| {
+                taken().thread_unblock()?;
+                // Where this process is killed outright. The main thread forks.
+                set_pdeathsig(Signal::SIGTERM)?;
+                Ok(())
+            });
+        }
         let mut groups = GROUPS.lock().unwrap_or_else(PoisonError::into_inner);
         let child =
             command.process_group(0).spawn().with_context(|| format!("starting {program}"))?;
@@ -143,6 +156,11 @@ impl Drop for Group {
         let _ = killpg(Pid::from_raw(self.id), Signal::SIGKILL);
         GROUPS.lock().unwrap_or_else(PoisonError::into_inner).retain(|id| *id != self.id);
         let _ = self.child.wait();
+        // Grandchildren end by themselves now; what follows may depend on it.
+        let deadline = Instant::now() + DEATH;
+        while killpg(Pid::from_raw(self.id), None).is_ok() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 }
 

@@ -1,0 +1,266 @@
+//! `cargo xtask test` and `cargo xtask lint`.
+
+use std::{
+    fmt,
+    io::Write as _,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode, ExitStatus},
+};
+
+use anyhow::{Result, bail};
+
+use crate::{setup, supervise, sweep};
+
+/// The file that skipped tests name themselves in.
+const SKIP_LOG: &str = "CANARY_SKIP_LOG";
+
+/// What all test programs of a run together did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Tally {
+    passed: u64,
+    failed: u64,
+    skipped: u64,
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} passed, {} failed, {} skipped",
+            self.passed, self.failed, self.skipped
+        )
+    }
+}
+
+impl Tally {
+    /// Adds a line `test result: ok. 5 passed; 0 failed; 1 ignored; …`.
+    fn add(&mut self, line: &str) {
+        let Some(result) = line.strip_prefix("test result: ") else {
+            return;
+        };
+        let counts = result.split_once(". ").map_or(result, |(_, counts)| counts);
+        for part in counts.split(';') {
+            let Some((number, what)) = part.trim().split_once(' ') else {
+                continue;
+            };
+            let Ok(number) = number.parse::<u64>() else {
+                continue;
+            };
+            match what {
+                "passed" => self.passed += number,
+                "failed" => self.failed += number,
+                "ignored" => self.skipped += number,
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Runs every test of the workspace, the quick native ones first; `args` go to cargo test.
+///
+/// The last line of the output counts all of them.
+///
+/// # Errors
+/// The set-up or the build fails, or the task is interrupted.
+pub(crate) fn test(workspace: &Path, args: &[String]) -> Result<ExitCode> {
+    setup::run(workspace, None)?;
+    let chosen = args
+        .iter()
+        .take_while(|arg| *arg != "--")
+        .any(|arg| matches!(arg.as_str(), "-p" | "--package") || arg.starts_with("--package="));
+    // End-to-end tests start the agent, which cargo builds for its own tests only.
+    let profile: Vec<&String> = args.iter().filter(|arg| *arg == "--release").collect();
+    let built = supervise::run(
+        cargo(workspace)
+            .args([
+                "build",
+                "--package",
+                "canary-agent",
+                "--package",
+                "canary-tests",
+                "--bins",
+            ])
+            .args(profile),
+    )?;
+    if !built.success() {
+        bail!("the agent does not build");
+    }
+    let skip_log = SkipLog::new(workspace);
+    let mut tally = Tally::default();
+    let mut success = true;
+    let runs: &[&[&str]] = if chosen {
+        &[&[]]
+    } else {
+        &[
+            &["--package", "canary-ebpf-common"],
+            &["--package", "xtask"],
+            &["--package", "canary-agent"],
+            &["--package", "canary-tests"],
+        ]
+    };
+    for packages in runs {
+        let mut command = cargo(workspace);
+        command
+            .arg("test")
+            .args(*packages)
+            // One failure does not hide the others.
+            .arg("--no-fail-fast")
+            .args(args)
+            .env(SKIP_LOG, &skip_log.path);
+        let before = tally;
+        let status = run_tests(&mut command, &mut tally)?;
+        // A package that does not compile has no result line to count.
+        if !status.success() && tally.failed == before.failed {
+            tally.failed += 1;
+        }
+        success &= status.success();
+    }
+    let skipped = skip_log.lines();
+    // They ended early and well, so cargo test has counted them as passed.
+    tally.passed = tally.passed.saturating_sub(skipped.len() as u64);
+    tally.skipped += skipped.len() as u64;
+    for line in skipped {
+        println!("{line}");
+    }
+    println!("{tally}");
+    Ok(if success {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn run_tests(command: &mut Command, tally: &mut Tally) -> Result<ExitStatus> {
+    let result = supervise::run_stdout(command, |line| {
+        tally.add(line);
+        let mut out = std::io::stdout().lock();
+        // A reader that has gone away does not stop the tests.
+        let _ = writeln!(out, "{line}");
+    });
+    if result.is_err() {
+        // Test programs that were killed could not take their namespaces away.
+        sweep::stale_leftovers();
+    }
+    result
+}
+
+/// A file in `target` that the tests add lines to; removed on drop.
+struct SkipLog {
+    path: PathBuf,
+}
+
+impl SkipLog {
+    fn new(workspace: &Path) -> Self {
+        let name = format!("skipped-tests.{}", std::process::id());
+        Self {
+            path: workspace.join("target").join(name),
+        }
+    }
+
+    fn lines(&self) -> Vec<String> {
+        let text = std::fs::read_to_string(&self.path).unwrap_or_default();
+        text.lines().map(str::to_owned).collect()
+    }
+}
+
+impl Drop for SkipLog {
+    fn drop(&mut self) {
+        // Without a skipped test there is none.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Checks format and lints; the programs for the kernel are built on the way.
+///
+/// # Errors
+/// The set-up fails, a check can't be started, or the task is interrupted.
+pub(crate) fn lint(workspace: &Path) -> Result<ExitCode> {
+    setup::run(workspace, None)?;
+    // Both are run, so that one correction takes care of all.
+    let mut success = true;
+    for args in [
+        &["fmt", "--all", "--check"][..],
+        &[
+            "clippy",
+            "--workspace",
+            "--exclude",
+            "canary-ebpf",
+            "--all-targets",
+            "--",
+            "--deny",
+            "warnings",
+        ],
+    ] {
+        success &= supervise::run(cargo(workspace).args(args))?.success();
+    }
+    Ok(if success {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// Builds agent and demo, and runs the demo.
+///
+/// # Errors
+/// The set-up or the build fails, or the task is interrupted.
+pub(crate) fn demo(workspace: &Path, args: &[String]) -> Result<ExitCode> {
+    setup::run(workspace, None)?;
+    eprintln!("building the agent and the demo (the first time takes a few minutes)");
+    let built = supervise::run(cargo(workspace).args([
+        "build",
+        "--package",
+        "canary-agent",
+        "--package",
+        "canary-tests",
+        "--bins",
+    ]))?;
+    if !built.success() {
+        bail!("agent and demo do not build");
+    }
+    let demo = target_folder(workspace).join("debug").join("demo");
+    let status = supervise::run(Command::new(demo).args(args));
+    if status.is_err() {
+        sweep::stale_leftovers();
+    }
+    let code = status?.code().and_then(|code| u8::try_from(code).ok());
+    Ok(ExitCode::from(code.unwrap_or(1)))
+}
+
+fn target_folder(workspace: &Path) -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| workspace.join("target"), |folder| workspace.join(folder))
+}
+
+fn cargo(workspace: &Path) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(workspace);
+    // What the cargo that runs this task has set for this crate.
+    for (name, _) in std::env::vars_os() {
+        if let Some(name) = name.to_str()
+            && (name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_"))
+        {
+            command.env_remove(name);
+        }
+    }
+    command
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn result_lines_add_up_and_others_do_not_count() {
+        let mut tally = Tally::default();
+        for line in [
+            "running 6 tests",
+            "test a ... ok",
+            "test result: ok. 5 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s",
+            "test result: FAILED. 2 passed; 3 failed; 0 ignored; 0 measured; 9 filtered out; finished in 1.00s",
+        ] {
+            tally.add(line);
+        }
+        assert_eq!(tally.to_string(), "7 passed, 3 failed, 1 skipped");
+    }
+}
