@@ -56,60 +56,88 @@ impl Tally {
     }
 }
 
+/// The packages with tests; features of the dependencies are those of this choice.
+const ALL: [&str; 3] = ["--workspace", "--exclude", "canary-ebpf"];
+
+/// Arguments of `cargo test` that choose packages or targets themselves.
+const CHOOSING: [&str; 10] = [
+    "-p",
+    "--package",
+    "--workspace",
+    "--lib",
+    "--bin",
+    "--bins",
+    "--test",
+    "--tests",
+    "--doc",
+    "--all-targets",
+];
+
 /// Runs every test of the workspace, the quick native ones first; `args` go to cargo test.
 ///
 /// The last line of the output counts all of them.
 ///
 /// # Errors
-/// The set-up or the build fails, or the task is interrupted.
+/// The task is interrupted.
 pub(crate) fn test(workspace: &Path, args: &[String]) -> Result<ExitCode> {
+    let mut tally = Tally::default();
+    let success = match test_all(workspace, args, &mut tally) {
+        Ok(success) => success,
+        Err(error) if error.is::<supervise::Interrupted>() => return Err(error),
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            tally.failed += 1;
+            false
+        }
+    };
+    println!("{tally}");
+    Ok(if success {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn test_all(workspace: &Path, args: &[String], tally: &mut Tally) -> Result<bool> {
     setup::run(workspace, None)?;
-    let chosen = args
-        .iter()
-        .take_while(|arg| *arg != "--")
-        .any(|arg| matches!(arg.as_str(), "-p" | "--package") || arg.starts_with("--package="));
     // End-to-end tests start the agent, which cargo builds for its own tests only.
-    let profile: Vec<&String> = args.iter().filter(|arg| *arg == "--release").collect();
+    let profile = args.iter().filter(|arg| *arg == "--release");
     let built = supervise::run(
         cargo(workspace)
-            .args([
-                "build",
-                "--package",
-                "canary-agent",
-                "--package",
-                "canary-tests",
-                "--bins",
-            ])
+            .args(["build", "--bins"])
+            .args(ALL)
             .args(profile),
     )?;
     if !built.success() {
-        bail!("the agent does not build");
+        bail!("the workspace does not build");
     }
     let skip_log = SkipLog::new(workspace);
-    let mut tally = Tally::default();
-    let mut success = true;
-    let runs: &[&[&str]] = if chosen {
+    let phases: &[&[&str]] = if chooses(args) {
         &[&[]]
     } else {
-        &[
-            &["--package", "canary-ebpf-common"],
-            &["--package", "xtask"],
-            &["--package", "canary-agent"],
-            &["--package", "canary-tests"],
-        ]
+        // Unit and property tests, then what talks to sockets, kernel and
+        // namespaces, then the examples of the documentation.
+        &[&["--lib", "--bins"], &["--test", "*"], &["--doc"]]
     };
-    for packages in runs {
+    let mut success = true;
+    for phase in phases {
         let mut command = cargo(workspace);
+        command.arg("test");
+        if !args
+            .iter()
+            .any(|arg| arg == "-p" || arg.starts_with("--package"))
+        {
+            command.args(ALL);
+        }
         command
-            .arg("test")
-            .args(*packages)
+            .args(*phase)
             // One failure does not hide the others.
             .arg("--no-fail-fast")
             .args(args)
             .env(SKIP_LOG, &skip_log.path);
-        let before = tally;
-        let status = run_tests(&mut command, &mut tally)?;
-        // A package that does not compile has no result line to count.
+        let before = *tally;
+        let status = run_tests(&mut command, tally)?;
+        // Tests that do not compile have no result line to count.
         if !status.success() && tally.failed == before.failed {
             tally.failed += 1;
         }
@@ -122,12 +150,15 @@ pub(crate) fn test(workspace: &Path, args: &[String]) -> Result<ExitCode> {
     for line in skipped {
         println!("{line}");
     }
-    println!("{tally}");
-    Ok(if success {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    Ok(success)
+}
+
+/// Whether arguments choose what is tested; those after `--` are the test programs'.
+fn chooses(args: &[String]) -> bool {
+    args.iter()
+        .take_while(|arg| *arg != "--")
+        .map(|arg| arg.split('=').next().unwrap_or(arg))
+        .any(|arg| CHOOSING.contains(&arg))
 }
 
 fn run_tests(command: &mut Command, tally: &mut Tally) -> Result<ExitStatus> {
@@ -249,6 +280,17 @@ fn cargo(workspace: &Path) -> Command {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn filters_and_options_of_test_programs_choose_no_target() {
+        let chooses =
+            |args: &[&str]| chooses(&args.iter().map(ToString::to_string).collect::<Vec<_>>());
+        assert!(!chooses(&[]));
+        assert!(!chooses(&["nat_ipv6", "--", "--test", "--nocapture"]));
+        assert!(chooses(&["-p", "xtask"]));
+        assert!(chooses(&["--package=xtask"]));
+        assert!(chooses(&["--test", "harness"]));
+    }
 
     #[test]
     fn result_lines_add_up_and_others_do_not_count() {
