@@ -8,10 +8,7 @@ mod setup;
 mod supervise;
 // One source for both: the tests sweep before they start, this crate after it
 // has ended them.
-#[expect(
-    unreachable_pub,
-    reason = "public in the library that it is shared with"
-)]
+#[expect(unreachable_pub, reason = "public in the library that it is shared with")]
 #[path = "../../tests/src/sweep.rs"]
 mod sweep;
 mod tasks;

@@ -24,11 +24,7 @@ struct Tally {
 
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} passed, {} failed, {} skipped",
-            self.passed, self.failed, self.skipped
-        )
+        write!(f, "{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped)
     }
 }
 
@@ -91,23 +87,14 @@ pub(crate) fn test(workspace: &Path, args: &[String]) -> Result<ExitCode> {
         }
     };
     println!("{tally}");
-    Ok(if success {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    Ok(if success { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn test_all(workspace: &Path, args: &[String], tally: &mut Tally) -> Result<bool> {
     setup::run(workspace, None)?;
     // End-to-end tests start the agent, which cargo builds for its own tests only.
     let profile = args.iter().filter(|arg| *arg == "--release");
-    let built = supervise::run(
-        cargo(workspace)
-            .args(["build", "--bins"])
-            .args(ALL)
-            .args(profile),
-    )?;
+    let built = supervise::run(cargo(workspace).args(["build", "--bins"]).args(ALL).args(profile))?;
     if !built.success() {
         bail!("the workspace does not build");
     }
@@ -123,10 +110,7 @@ fn test_all(workspace: &Path, args: &[String], tally: &mut Tally) -> Result<bool
     for phase in phases {
         let mut command = cargo(workspace);
         command.arg("test");
-        if !args
-            .iter()
-            .any(|arg| arg == "-p" || arg.starts_with("--package"))
-        {
+        if !args.iter().any(|arg| arg == "-p" || arg.starts_with("--package")) {
             command.args(ALL);
         }
         command
@@ -183,9 +167,7 @@ struct SkipLog {
 impl SkipLog {
     fn new(workspace: &Path) -> Self {
         let name = format!("skipped-tests.{}", std::process::id());
-        Self {
-            path: workspace.join("target").join(name),
-        }
+        Self { path: workspace.join("target").join(name) }
     }
 
     fn lines(&self) -> Vec<String> {
@@ -224,11 +206,7 @@ pub(crate) fn lint(workspace: &Path) -> Result<ExitCode> {
     ] {
         success &= supervise::run(cargo(workspace).args(args))?.success();
     }
-    Ok(if success {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    Ok(if success { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Builds agent and demo, and runs the demo.

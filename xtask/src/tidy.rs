@@ -9,13 +9,7 @@ use std::{
 const LINES_MAX: usize = 900;
 
 /// Folders of the crates.
-const CRATES: [&str; 5] = [
-    "canary-agent",
-    "canary-ebpf",
-    "canary-ebpf-common",
-    "tests",
-    "xtask",
-];
+const CRATES: [&str; 5] = ["canary-agent", "canary-ebpf", "canary-ebpf-common", "tests", "xtask"];
 
 fn workspace() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
@@ -37,11 +31,7 @@ fn files(endings: &[&str]) -> Vec<(String, String)> {
                     folders.push(path);
                 }
             } else if kind.is_file() && endings.iter().any(|ending| name.ends_with(ending)) {
-                let relative = path
-                    .strip_prefix(&root)
-                    .unwrap()
-                    .to_string_lossy()
-                    .into_owned();
+                let relative = path.strip_prefix(&root).unwrap().to_string_lossy().into_owned();
                 // Recordings and other bytes are not text.
                 if let Ok(text) = fs::read_to_string(&path) {
                     found.push((relative, text));
@@ -93,11 +83,7 @@ fn lints_are_expected_not_allowed() {
 
 #[test]
 fn nothing_is_left_to_do() {
-    let marks = [
-        concat!("TO", "DO"),
-        concat!("FIX", "ME"),
-        concat!("X", "XX"),
-    ];
+    let marks = [concat!("TO", "DO"), concat!("FIX", "ME"), concat!("X", "XX")];
     check_lines(&[".rs", ".toml", ".md", ".yml", ".yaml", ".sh"], |line| {
         marks.iter().any(|mark| {
             line.match_indices(mark).any(|(at, _)| {
@@ -120,15 +106,10 @@ fn files_can_be_read_in_one_sitting() {
 
 #[test]
 fn no_path_of_one_persons_machine_is_in_the_tree() {
-    let homes = [
-        concat!("/ho", "me/"),
-        concat!("/ro", "ot/"),
-        concat!("/Us", "ers/"),
-    ];
-    check_lines(
-        &[".rs", ".toml", ".md", ".json", ".sh", ".yml", "run"],
-        |line| homes.iter().any(|home| line.contains(home)),
-    );
+    let homes = [concat!("/ho", "me/"), concat!("/ro", "ot/"), concat!("/Us", "ers/")];
+    check_lines(&[".rs", ".toml", ".md", ".json", ".sh", ".yml", "run"], |line| {
+        homes.iter().any(|home| line.contains(home))
+    });
 }
 
 #[test]
@@ -140,9 +121,6 @@ fn licences_are_where_their_readers_look() {
     for name in CRATES {
         let text = fs::read_to_string(workspace().join(name).join("Cargo.toml")).unwrap();
         assert!(text.contains("license"), "{name} has no licence");
-        assert!(
-            text.contains("[lints]\nworkspace = true"),
-            "{name} has lints of its own"
-        );
+        assert!(text.contains("[lints]\nworkspace = true"), "{name} has lints of its own");
     }
 }

@@ -149,9 +149,7 @@ impl Load {
 
     /// New connections count for this step from now on; `None` while it changes.
     pub(crate) fn set_step(&self, step: Option<usize>) {
-        self.shared
-            .step
-            .store(step.unwrap_or(usize::MAX), Ordering::SeqCst);
+        self.shared.step.store(step.unwrap_or(usize::MAX), Ordering::SeqCst);
     }
 
     /// What clients saw during a step.
@@ -171,11 +169,7 @@ impl Load {
 
     /// The first reasons for errors and broken connections.
     pub(crate) fn reasons(&self) -> Vec<String> {
-        self.shared
-            .reasons
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.shared.reasons.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Ends all clients and closes their connections.
@@ -264,10 +258,7 @@ fn held_connection(shared: &Shared, family: Family, download: bool) {
 
 fn keep_downloading(shared: &Shared, connection: &mut Connection) -> io::Result<()> {
     connection.download(DOWNLOAD_BYTES, Some(DOWNLOAD_RATE), |bytes| {
-        shared
-            .held
-            .bytes_checked
-            .fetch_add(bytes, Ordering::Relaxed);
+        shared.held.bytes_checked.fetch_add(bytes, Ordering::Relaxed);
         !shared.stopped()
     })?;
     Ok(())

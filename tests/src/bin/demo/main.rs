@@ -141,25 +141,11 @@ fn run(arguments: &Arguments) -> bool {
     let live = Live::new();
     let mut rows = Vec::new();
     for (index, share) in STEPS.iter().enumerate() {
-        rows.push(step(
-            arguments,
-            &topology.client,
-            &agent,
-            &mut load,
-            &live,
-            index,
-            share,
-        ));
+        rows.push(step(arguments, &topology.client, &agent, &mut load, &live, index, share));
     }
     load.set_step(None);
     let still_open = load.held().open.load(Ordering::Relaxed);
-    let good = show::summary(
-        &rows,
-        held(&load),
-        still_open,
-        load.other_errors(),
-        &load.reasons(),
-    );
+    let good = show::summary(&rows, held(&load), still_open, load.other_errors(), &load.reasons());
     if arguments.keep {
         print_commands(&topology, &agent);
         keep(&agent, &load);
@@ -214,11 +200,7 @@ fn step(
     let end = started + Duration::from_secs(arguments.seconds);
     let mut shown = started;
     loop {
-        let interval = if live.in_place() {
-            REDRAW
-        } else {
-            PLAIN_INTERVAL
-        };
+        let interval = if live.in_place() { REDRAW } else { PLAIN_INTERVAL };
         shown += interval;
         wait::pause_until(shown.min(end));
         wait::check();
@@ -258,11 +240,8 @@ fn held(load: &Load) -> HeldRow {
 fn print_commands(topology: &Topology, agent: &Agent<'_>) {
     let enter = |namespace: &Namespace| format!("nsenter --net=/run/netns/{}", namespace.name());
     let balancer = enter(&topology.balancer);
-    let command = format!(
-        "{balancer} {} --socket {}",
-        agent.binary().display(),
-        agent.socket().display()
-    );
+    let command =
+        format!("{balancer} {} --socket {}", agent.binary().display(), agent.socket().display());
     println!(
         "\nEverything keeps running until Ctrl-C. To try in a second terminal, as root:\n
   # what the agent says
@@ -293,11 +272,7 @@ fn keep(agent: &Agent<'_>, load: &Load) {
     let mut before = row(load, index, "", 0.0);
     while !wait::interrupted() {
         let looked = Instant::now();
-        let interval = if live.in_place() {
-            Duration::from_secs(1)
-        } else {
-            PLAIN_INTERVAL
-        };
+        let interval = if live.in_place() { Duration::from_secs(1) } else { PLAIN_INTERVAL };
         wait::pause_until(looked + interval);
         if wait::interrupted() {
             break;

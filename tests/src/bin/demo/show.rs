@@ -63,9 +63,7 @@ impl Live {
             "\n{:>8} {:>9} {:>9} {:>9} {:>11} {:>6} {:>7} {:>10}",
             "asked", "in force", "measured", "requests", "requests/s", "held", "broken", "checked"
         );
-        Self {
-            terminal: std::io::stdout().is_terminal(),
-        }
+        Self { terminal: std::io::stdout().is_terminal() }
     }
 
     /// Whether rows replace each other.
@@ -126,10 +124,7 @@ pub(crate) fn summary(
         "\nConnections held open through all of it: {} opened, {} still open at the end, {} broken.",
         held.opened, held_still_open, held.broken
     );
-    println!(
-        "Their downloads brought {}; every byte was checked.",
-        megabytes(held.bytes_checked)
-    );
+    println!("Their downloads brought {}; every byte was checked.", megabytes(held.bytes_checked));
     if other_errors > 0 {
         println!("Errors at the very moment of a change: {other_errors}.");
     }
@@ -186,13 +181,8 @@ mod tests {
 
     #[test]
     fn a_step_without_answers_with_errors_or_with_another_share_is_not_good() {
-        let row = Row {
-            asked: "5%".to_owned(),
-            in_force: 0.05,
-            answered: 2000,
-            canary: 103,
-            errors: 0,
-        };
+        let row =
+            Row { asked: "5%".to_owned(), in_force: 0.05, answered: 2000, canary: 103, errors: 0 };
         assert!(row.good());
         let bad = |change: fn(&mut Row)| {
             let mut row = row.clone();
