@@ -521,8 +521,9 @@ fn a_thousand_splits_are_quick() {
         "1,000 splits of 65,536 buckets, stored: p50 {:?}, p99 {:?}, max {:?}",
         took[500], took[990], took[999]
     );
-    let limit = if cfg!(debug_assertions) { 100 } else { 5 };
-    assert!(took[990] < Duration::from_millis(limit), "{:?}", took[990]);
+    // Against gross mistakes, on a machine that does other things as well and without
+    // optimisation; the figure to reach is measured with the agent, under traffic.
+    assert!(took[990] < Duration::from_millis(100), "{:?}", took[990]);
 }
 
 #[test]

@@ -527,6 +527,27 @@ fn a_bucket_is_not_tracked_again_before_it_has_been_swept() {
 }
 
 #[test]
+fn what_does_not_fit_is_refused_by_name() {
+    let refused = |limit: fn(&mut Config)| {
+        let mut configured = config(vec![three()]);
+        limit(&mut configured);
+        let start =
+            Start { config: &configured, adopted: Adopted::default(), stored: &[], now_ms: 1 };
+        Planner::begin(start).err().map(|error| error.to_string()).unwrap_or_default()
+    };
+    assert_eq!(refused(|_| ()), "");
+    for (limit, key) in [
+        ((|c| c.agent.capacity.services = 0) as fn(&mut Config), "agent.capacity.services"),
+        (|c| c.agent.capacity.backends = 7, "agent.capacity.backends"),
+        (|c| c.agent.capacity.buckets = 4096, "agent.capacity.buckets"),
+    ] {
+        let message = refused(limit);
+        assert!(message.contains("`shop`") && message.contains(key), "{key}: {message}");
+    }
+    assert_eq!(refused(|c| c.agent.capacity.backends = 8), "");
+}
+
+#[test]
 fn one_split_among_4096_services_is_quick_and_leaves_the_others_alone() {
     let services: Vec<Service> = (0..4096)
         .map(|n| {

@@ -82,8 +82,9 @@ pub(super) struct Indices {
 }
 
 impl Indices {
-    pub(super) fn new() -> Self {
-        let free = (1..=BackendIndex::MAX.get()).map(BackendIndex::new).collect();
+    /// Indices up to `highest`; 0 names no backend.
+    pub(super) fn new(highest: u16) -> Self {
+        let free = (1..=highest.min(BackendIndex::MAX.get())).map(BackendIndex::new).collect();
         Self { free, resting: Vec::new() }
     }
 
@@ -127,7 +128,7 @@ mod tests {
 
     #[test]
     fn an_index_rests_before_it_is_used_again() {
-        let mut indices = Indices::new();
+        let mut indices = Indices::new(9);
         let first = indices.take(0).unwrap();
         assert_eq!(first.get(), 1);
         assert!(indices.reserve(BackendIndex::new(2)) && !indices.reserve(BackendIndex::new(2)));

@@ -23,6 +23,8 @@ pub(super) struct Claims {
     pub(super) pages: Pages,
     pub(super) ids: Ids,
     pub(super) indices: Indices,
+    /// How many more backends may be live.
+    live: u32,
     /// Indices of adopted records that are gone on with.
     pub(super) taken: BTreeSet<BackendIndex>,
 }
@@ -30,11 +32,15 @@ pub(super) struct Claims {
 impl Claims {
     /// Nothing is given out yet of what `config` has room for.
     pub(super) fn new(config: &Config) -> Self {
-        let Capacity { services, vips: _, backends: _, buckets, flows: _ } = config.agent.capacity;
+        let Capacity { services, vips: _, backends, buckets, flows: _ } = config.agent.capacity;
+        let highest = u16::try_from(backends.saturating_mul(2)).unwrap_or(u16::MAX);
         Self {
             pages: Pages::new(buckets / PAGE_BUCKETS),
-            ids: Ids::new(services),
-            indices: Indices::new(),
+            // A service can have a table for either family.
+            ids: Ids::new(services.saturating_mul(2)),
+            // Replaced backends drain beside as many new ones.
+            indices: Indices::new(highest),
+            live: backends,
             taken: BTreeSet::new(),
         }
     }
@@ -159,6 +165,7 @@ impl Claims {
         now_ms: BootMs,
     ) -> Result<(), PlanError> {
         let ServiceState { config, slots, tables, .. } = state;
+        let full = |addr| PlanError::Backends { service: config.name.clone(), addr };
         for table in tables {
             let mut ordered = Vec::new();
             for version in &config.versions {
@@ -167,16 +174,12 @@ impl Claims {
                 };
                 let of_family = |b: &&Backend| Family::of(b.addr.ip()) == table.family;
                 for backend in version.backends.iter().filter(of_family) {
+                    self.live = self.live.checked_sub(1).ok_or_else(|| full(backend.addr))?;
                     let known = |b: &LiveBackend| b.slot == slot && b.addr == backend.addr;
                     ordered.push(match table.backends.iter().position(known) {
                         Some(at) => table.backends.swap_remove(at),
                         None => LiveBackend {
-                            index: self.indices.take(now_ms).ok_or_else(|| {
-                                PlanError::Backends {
-                                    service: config.name.clone(),
-                                    addr: backend.addr,
-                                }
-                            })?,
+                            index: self.indices.take(now_ms).ok_or_else(|| full(backend.addr))?,
                             slot,
                             addr: backend.addr,
                             weight: backend.weight,
