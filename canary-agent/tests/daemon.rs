@@ -67,8 +67,8 @@ impl Kernel for Shared {
         })
     }
 
-    fn sweep(&mut self) -> Result<(), String> {
-        self.with(|host| host.log.push("sweep".to_owned()));
+    fn expire(&mut self) -> Result<(), String> {
+        self.with(|host| host.log.push("expire".to_owned()));
         Ok(())
     }
 

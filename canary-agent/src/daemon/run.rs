@@ -376,8 +376,8 @@ impl Kernel for Live {
         }
     }
 
-    fn sweep(&mut self) -> Result<(), String> {
-        self.datapath.sweep().map(drop).map_err(|error| error.to_string())
+    fn expire(&mut self) -> Result<(), String> {
+        self.datapath.expire().map_err(|error| error.to_string())
     }
 
     fn counters(&self, backends: &[BackendIndex]) -> Vec<BackendCounters> {

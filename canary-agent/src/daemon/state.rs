@@ -27,8 +27,8 @@ use crate::{
 
 /// After this time what the kernel refused is tried again.
 const RETRY_MS: u64 = 1_000;
-/// So often flow entries that have expired are let go, and what is not attached is tried again.
-const SWEEP_MS: u64 = 5_000;
+/// So often what is not attached is tried again.
+const ATTACH_MS: u64 = 5_000;
 /// Said of an interface that is not there.
 const NO_SUCH_INTERFACE: &str = "the interface does not exist; it is attached when it appears";
 
@@ -102,11 +102,11 @@ pub trait Kernel {
     /// # Errors
     /// [`AttachError`].
     fn attach(&mut self, interface: &str) -> Result<Attachment, AttachError>;
-    /// Lets flow entries go that have expired.
+    /// Lets flow entries go that have expired, a part of them at each call.
     ///
     /// # Errors
     /// What the kernel refused.
-    fn sweep(&mut self) -> Result<(), String>;
+    fn expire(&mut self) -> Result<(), String>;
     /// Counters of backends, in their order.
     fn counters(&self, backends: &[BackendIndex]) -> Vec<BackendCounters>;
     /// Packets by reason, in the order of [`canary_ebpf_common::abi::Reason::ALL`].
@@ -151,7 +151,7 @@ pub struct State<S, K> {
     alerts: BTreeMap<&'static str, Vec<String>>,
     samples: status::Samples,
     begun_ms: BootMs,
-    swept_ms: BootMs,
+    attach_ms: BootMs,
     /// The present plan is not in force, and is tried again then.
     retry_ms: Option<BootMs>,
     in_force: bool,
@@ -208,7 +208,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             alerts,
             samples: status::Samples::default(),
             begun_ms: now.boot_ms,
-            swept_ms: now.boot_ms,
+            attach_ms: now.boot_ms,
             retry_ms: None,
             in_force: false,
         };
@@ -324,18 +324,18 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             let counters = self.counters();
             self.samples.push(now_ms, counters.into_iter());
         }
-        if now_ms < self.swept_ms + SWEEP_MS {
-            return;
-        }
-        self.swept_ms = now_ms;
         let keeps_flows = |s: &ServiceState| {
             s.config().forward == Forward::Nat || s.tables().iter().any(|t| t.tracked() > 0)
         };
         if self.planner.services().iter().any(keeps_flows)
-            && let Err(error) = self.kernel.sweep()
+            && let Err(error) = self.kernel.expire()
         {
             tracing::warn!(error, "expired flow entries can't be removed");
         }
+        if now_ms < self.attach_ms + ATTACH_MS {
+            return;
+        }
+        self.attach_ms = now_ms;
         for at in 0..self.interfaces.len() {
             let interface = &self.interfaces[at];
             let there = self.links.get(&interface.name).is_some_and(Option::is_some);

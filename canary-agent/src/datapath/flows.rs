@@ -46,17 +46,26 @@ struct BatchAttr {
     flags: u64,
 }
 
-/// Calls `each` with every entry of a hash map. Entries that come or go
-/// meanwhile may be missed.
-fn walk<K: Pod, V: Pod>(map: BorrowedFd<'_>, mut each: impl FnMut(K, V)) -> io::Result<()> {
+/// Where a walk over a hash map stands: the kernel's token, or the beginning.
+type Position = Option<u32>;
+
+/// Calls `each` with the entries of a hash map from `position` on, of at most
+/// `batches` batches. Entries that come or go meanwhile may be missed. Returns
+/// where to go on; `None` at the end.
+fn walk<K: Pod, V: Pod>(
+    map: BorrowedFd<'_>,
+    position: Position,
+    batches: usize,
+    mut each: impl FnMut(K, V),
+) -> io::Result<Position> {
     let mut keys = vec![MaybeUninit::<K>::uninit(); BATCH];
     let mut values = vec![MaybeUninit::<V>::uninit(); BATCH];
-    let mut token = 0_u32;
-    let mut next = 0_u32;
-    let mut first = true;
-    loop {
+    let mut position = position;
+    for _ in 0..batches {
+        let token = position.unwrap_or_default();
+        let mut next = 0_u32;
         let mut attr = BatchAttr {
-            in_batch: if first { 0 } else { &raw const token as u64 },
+            in_batch: if position.is_some() { &raw const token as u64 } else { 0 },
             out_batch: &raw mut next as u64,
             keys: keys.as_mut_ptr() as u64,
             values: values.as_mut_ptr() as u64,
@@ -84,16 +93,16 @@ fn walk<K: Pod, V: Pod>(map: BorrowedFd<'_>, mut each: impl FnMut(K, V)) -> io::
                 _ => return Err(error),
             }
         };
-        for i in 0..attr.count as usize {
+        for (key, value) in keys.iter().zip(&values).take(attr.count as usize) {
             // SAFETY: the kernel has written `count` keys and values, and both are Pod.
-            each(unsafe { keys[i].assume_init() }, unsafe { values[i].assume_init() });
+            each(unsafe { key.assume_init() }, unsafe { value.assume_init() });
         }
         if end {
-            return Ok(());
+            return Ok(None);
         }
-        token = next;
-        first = false;
+        position = Some(next);
     }
+    Ok(position)
 }
 
 /// What a sweep found and did.
@@ -123,26 +132,42 @@ pub fn expired(flow_state: u32, silent_ns: u64, udp_idle_ns: u64) -> bool {
     silent_ns > limit
 }
 
+/// How much of a table a sweep looks at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Extent {
+    /// All of it.
+    Whole,
+    /// So many batches, from where the last such sweep ended.
+    Batches(usize),
+}
+
 /// Lets expired entries of one flow table go, and those of backends that are
 /// `gone`, and those that do not translate and of which `unwanted` says so.
+/// Returns what a complete pass has found, when one is complete.
 pub(super) fn sweep<K>(
     table: &mut FlowTable<K>,
+    extent: Extent,
     now_ns: u64,
     gone: &HashSet<u16>,
     udp_idle_ns: impl Fn(u16) -> u64,
     unwanted: impl Fn(&K, &Flow) -> bool,
-) -> io::Result<Swept>
+) -> io::Result<Option<Swept>>
 where
     K: Pod + FlowKey,
 {
-    let mut swept = Swept::default();
+    let FlowTable { map, fd, position, pass } = table;
+    let (from, batches) = match extent {
+        Extent::Whole => (None, usize::MAX),
+        Extent::Batches(batches) => (*position, batches),
+    };
+    let mut swept = if from.is_some() { *pass } else { Swept::default() };
     let mut candidates: Vec<(K, Flow)> = Vec::new();
-    let FlowTable { map, fd } = table;
-    walk(fd.as_fd(), |key: K, pod::Flow(flow)| {
+    let next = walk(fd.as_fd(), from, batches, |key: K, pod::Flow(flow)| {
         let over =
-            expired(flow.state, now_ns.saturating_sub(flow.last_ns), udp_idle_ns(flow.service));
-        let over = over || gone.contains(&flow.backend);
-        if over || (flow.state & state::NAT == 0 && unwanted(&key, &flow)) {
+            expired(flow.state, now_ns.saturating_sub(flow.last_ns), udp_idle_ns(flow.service))
+                || gone.contains(&flow.backend)
+                || (flow.state & state::NAT == 0 && unwanted(&key, &flow));
+        if over {
             candidates.push((key, flow));
         } else {
             swept.kept += 1;
@@ -161,7 +186,8 @@ where
             swept.removed += 1;
         }
     }
-    Ok(swept)
+    (*position, *pass) = (next, swept);
+    Ok(next.is_none().then_some(swept))
 }
 
 /// Whether both directions of a translated flow are over, as they are now.
@@ -219,19 +245,23 @@ pub(super) struct FlowTable<K> {
     map: HashMap<MapData, K, pod::Flow>,
     /// The same map: aya has no batch operations and keeps its own descriptor to itself.
     fd: OwnedFd,
+    /// Where the sweep that goes on from call to call stands.
+    position: Position,
+    /// What it has found so far.
+    pass: Swept,
 }
 
 impl<K: Pod> FlowTable<K> {
     /// The table in `data`, a hash map.
     pub(super) fn new(data: MapData) -> Result<Self, super::Error> {
         let fd = data.fd().as_fd().try_clone_to_owned()?;
-        Ok(Self { map: Map::HashMap(data).try_into()?, fd })
+        Ok(Self { map: Map::HashMap(data).try_into()?, fd, position: None, pass: Swept::default() })
     }
 
     /// Number of entries.
     pub(super) fn count(&self) -> io::Result<u64> {
         let mut count = 0;
-        walk(self.fd.as_fd(), |_: K, _: pod::Flow| count += 1)?;
+        walk(self.fd.as_fd(), None, usize::MAX, |_: K, _: pod::Flow| count += 1)?;
         Ok(count)
     }
 }

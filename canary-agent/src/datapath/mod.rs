@@ -15,7 +15,7 @@ mod reader;
 mod vips;
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fs, io,
     ops::RangeInclusive,
     path::{Path, PathBuf},
@@ -38,7 +38,13 @@ pub use self::{
     attach::{Attached, AttachedMode},
     reader::Reader,
 };
-use self::{apply::Maps, flows::FlowTable, mapping::Mapping, pins::Pins, vips::VipTable};
+use self::{
+    apply::Maps,
+    flows::{Extent, FlowTable},
+    mapping::Mapping,
+    pins::Pins,
+    vips::VipTable,
+};
 use crate::{
     config::model::{Capacity, XdpMode},
     plan::{Adopted, AdoptedService, DataPlane, Family, Sweep},
@@ -61,6 +67,9 @@ pub struct Options {
     /// Whether another XDP program on an interface gives way.
     pub replace: bool,
 }
+
+/// Batches of each flow table that one call of [`Datapath::expire`] looks at.
+const EXPIRE_BATCHES: usize = 4;
 
 /// Why the data plane could not be brought about.
 #[derive(Debug, thiserror::Error)]
@@ -345,52 +354,53 @@ impl Datapath {
             ("LEDGER", pages(desired)),
         ]);
         if applied.untracked > 0 || desired.sweep != Sweep::default() {
-            self.sweep()?;
+            self.sweep(Extent::Whole)?;
         }
         Ok(applied)
     }
 
-    /// Lets expired flow entries go, and those of buckets that are not tracked any more.
+    /// Lets expired flow entries go: a part of the tables at each call, so that
+    /// the caller is held up for a few milliseconds at most.
     ///
     /// # Errors
     /// When the kernel refuses to walk a flow table.
-    pub fn sweep(&mut self) -> Result<flows::Swept, Error> {
+    pub fn expire(&mut self) -> Result<(), Error> {
+        self.sweep(Extent::Batches(EXPIRE_BATCHES))
+    }
+
+    /// Lets go of expired flow entries, of those of buckets that are not tracked any
+    /// more, and of those that the plan in force asks to have swept.
+    fn sweep(&mut self, extent: Extent) -> Result<(), Error> {
         let now_ns = monotonic_ns()?;
-        let services: Vec<_> = match &self.applied {
-            Some(plane) => plane.services.iter().map(|s| s.record).collect(),
-            None => return Ok(flows::Swept::default()),
-        };
-        let gone: HashSet<u16> = match &self.applied {
-            Some(plane) => plane.sweep.backends.iter().map(|b| b.get()).collect(),
-            None => HashSet::new(),
-        };
-        let service = |id: u16| services.iter().find(|s| s.id == u32::from(id));
-        let udp_idle_ns = |id: u16| service(id).map_or(0, |s| u64::from(s.udp_idle_ms) * 1_000_000);
+        let Some(plane) = &self.applied else { return Ok(()) };
+        let services: HashMap<u16, abi::Service> =
+            plane.services.iter().map(|s| (s.record.id as u16, s.record)).collect();
+        let gone: HashSet<u16> = plane.sweep.backends.iter().map(|b| b.get()).collect();
+        let udp_idle_ns =
+            |id: u16| services.get(&id).map_or(0, |s| u64::from(s.udp_idle_ms) * 1_000_000);
         let maps = &self.maps;
-        let v4 = flows::sweep(&mut self.flows_v4, now_ns, &gone, udp_idle_ns, |key, flow| {
-            let pod::FlowKeyV4(k) = *key;
-            service(flow.service).is_none_or(|s| {
-                let h = hash::hash_v4(
-                    s,
-                    k.src_be,
-                    k.dst_be,
-                    k.src_port_be,
-                    k.dst_port_be,
-                    k.protocol as u8,
-                );
-                !maps.tracked(s, hash::bucket(s, h))
-            })
-        })?;
-        let v6 = flows::sweep(&mut self.flows_v6, now_ns, &gone, udp_idle_ns, |key, flow| {
-            let pod::FlowKeyV6(k) = *key;
-            service(flow.service).is_none_or(|s| {
-                let h =
-                    hash::hash_v6(s, k.src, k.dst, k.src_port_be, k.dst_port_be, k.protocol as u8);
-                !maps.tracked(s, hash::bucket(s, h))
-            })
-        })?;
-        self.reader.set_used(vec![("FLOWS_V4", v4.kept), ("FLOWS_V6", v6.kept)]);
-        Ok(flows::Swept { kept: v4.kept + v6.kept, removed: v4.removed + v6.removed })
+        let v4 =
+            flows::sweep(&mut self.flows_v4, extent, now_ns, &gone, udp_idle_ns, |key, flow| {
+                let pod::FlowKeyV4(k) = *key;
+                let (ports, protocol) = ((k.src_port_be, k.dst_port_be), k.protocol as u8);
+                services.get(&flow.service).is_none_or(|s| {
+                    let h = hash::hash_v4(s, k.src_be, k.dst_be, ports.0, ports.1, protocol);
+                    !maps.tracked(s, hash::bucket(s, h))
+                })
+            })?;
+        let v6 =
+            flows::sweep(&mut self.flows_v6, extent, now_ns, &gone, udp_idle_ns, |key, flow| {
+                let pod::FlowKeyV6(k) = *key;
+                let (ports, protocol) = ((k.src_port_be, k.dst_port_be), k.protocol as u8);
+                services.get(&flow.service).is_none_or(|s| {
+                    let h = hash::hash_v6(s, k.src, k.dst, ports.0, ports.1, protocol);
+                    !maps.tracked(s, hash::bucket(s, h))
+                })
+            })?;
+        let used = [("FLOWS_V4", v4), ("FLOWS_V6", v6)];
+        let used = used.into_iter().filter_map(|(map, pass)| Some((map, pass?.kept)));
+        self.reader.set_used(used.collect());
+        Ok(())
     }
 
     /// A way to read counters from any thread.
