@@ -84,9 +84,16 @@ pub(super) fn read(node: &Node<'_>, sink: &mut Sink) -> Option<Placed> {
     let forward = forward(&mut fields, sink);
     let nat_source = nat_source(&mut fields, forward, &vips, sink);
     let stickiness = stickiness(&mut fields, sink);
-    let existing = fields
-        .take("existing", sink)
-        .and_then(|node| node.choice(sink, &[("pin", Existing::Pin), ("move", Existing::Move)]));
+    let existing = fields.take("existing", sink).and_then(|node| {
+        let chosen = node.choice(sink, &[("pin", Existing::Pin), ("move", Existing::Move)]);
+        if chosen == Some(Existing::Move) && forward == Some(Forward::Nat) {
+            sink.error(
+                node.span,
+                unsupported::message("existing = \"move\"` with `forward = \"nat\""),
+            );
+        }
+        chosen
+    });
     let drain = match fields.take("drain", sink) {
         Some(node) => node.parse_loose(sink, |text| match text {
             "never" => Ok(None),
