@@ -47,6 +47,13 @@ enum Task {
     },
     /// Checks format and lints.
     Lint,
+    /// Measures what a packet costs; `--help` says more.
+    #[command(disable_help_flag = true)]
+    Bench {
+        /// For the benchmark.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
     /// Shows a canary release with real traffic; `--help` says more.
     #[command(disable_help_flag = true)]
     Demo {
@@ -84,6 +91,7 @@ fn dispatch(task: Task) -> Result<ExitCode> {
         }
         Task::Test { args } => tasks::test(&workspace, &args),
         Task::Lint => tasks::lint(&workspace),
+        Task::Bench { args } => tasks::bench(&workspace, &args),
         Task::Demo { args } => tasks::demo(&workspace, &args),
     }
 }

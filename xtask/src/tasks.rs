@@ -1,4 +1,4 @@
-//! `cargo xtask test` and `cargo xtask lint`.
+//! `cargo xtask test`, `lint`, `demo` and `bench`.
 
 use std::{
     fmt,
@@ -214,21 +214,31 @@ pub(crate) fn lint(workspace: &Path) -> Result<ExitCode> {
 /// # Errors
 /// The set-up or the build fails, or the task is interrupted.
 pub(crate) fn demo(workspace: &Path, args: &[String]) -> Result<ExitCode> {
+    run_program(workspace, "demo", "debug", args)
+}
+
+/// Builds the benchmark, optimised, and runs it.
+///
+/// # Errors
+/// The set-up or the build fails, or the task is interrupted.
+pub(crate) fn bench(workspace: &Path, args: &[String]) -> Result<ExitCode> {
+    run_program(workspace, "bench", "release", args)
+}
+
+/// Builds the agent and the programs of the tests, and runs the one that is called `name`.
+fn run_program(workspace: &Path, name: &str, folder: &str, args: &[String]) -> Result<ExitCode> {
     setup::run(workspace, None)?;
-    eprintln!("building the agent and the demo (the first time takes a few minutes)");
-    let built = supervise::run(cargo(workspace).args([
-        "build",
-        "--package",
-        "canary-agent",
-        "--package",
-        "canary-tests",
-        "--bins",
-    ]))?;
-    if !built.success() {
-        bail!("agent and demo do not build");
+    eprintln!("building the agent and the {name} (the first time takes a few minutes)");
+    let mut build = cargo(workspace);
+    build.args(["build", "--package", "canary-agent", "--package", "canary-tests", "--bins"]);
+    if folder == "release" {
+        build.arg("--release");
     }
-    let demo = target_folder(workspace).join("debug").join("demo");
-    let status = supervise::run(Command::new(demo).args(args));
+    if !supervise::run(&mut build)?.success() {
+        bail!("the agent and the {name} do not build");
+    }
+    let program = target_folder(workspace).join(folder).join(name);
+    let status = supervise::run(Command::new(program).args(args));
     if status.is_err() {
         sweep::stale_leftovers();
     }
