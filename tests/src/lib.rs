@@ -13,11 +13,15 @@
 
 pub mod agent;
 pub mod binary;
+pub mod bpf;
+pub mod cases;
 pub mod client;
 pub mod host;
 pub mod http;
 pub mod loaded;
+pub mod names;
 pub mod netns;
+pub mod notation;
 pub mod server;
 pub mod spawn;
 pub mod stats;
@@ -25,4 +29,5 @@ pub mod sweep;
 pub mod topology;
 pub mod wait;
 pub mod workdir;
+pub mod world;
 pub mod xdp_pass;

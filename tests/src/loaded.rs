@@ -1,33 +1,45 @@
 //! The real program, loaded by the real datapath, run on packets of our own
-//! with `BPF_PROG_TEST_RUN`. Packets arrive on interface 1, the loopback.
+//! with `BPF_PROG_TEST_RUN`. Packets arrive on interface 1, the loopback,
+//! unless it is said otherwise.
 
 use std::{
-    net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
+    os::fd::{AsFd as _, OwnedFd},
     path::PathBuf,
-    sync::Arc,
     time::Duration,
 };
 
 use anyhow::Result;
-use aya::programs::{TestRun as _, TestRunOptions};
+use aya::{
+    Pod,
+    maps::{HashMap, Map, MapData, MapError},
+    programs::ProgramInfo,
+};
 use canary_agent::{
-    config::model::{Capacity, Port, Protocol, XdpMode},
+    config::model::{Capacity, XdpMode},
     datapath::{Datapath, Options},
-    plan::{BackendPlan, DataPlane, Family, NextHop, ServicePlan},
+    plan::DataPlane,
 };
 use canary_ebpf_common::{
-    abi::{self, ForwardMode, LedgerEntry},
-    entry::{BackendIndex, Entry},
+    abi::{BackendCounters, Flow, FlowKeyV4, FlowKeyV6},
+    entry::BackendIndex,
 };
 
-use crate::workdir::Workdir;
+use crate::{bpf, workdir::Workdir};
 
 /// The interface that packets arrive on in a test run.
 pub const ARRIVAL_IFINDEX: u32 = 1;
 
-/// Source ports for translated flows in a loaded program.
-pub const NAT_PORTS: RangeInclusive<u16> = 10_000..=19_999;
+/// `XDP_ABORTED` (linux/bpf.h).
+pub const XDP_ABORTED: u32 = 0;
+/// `XDP_DROP`.
+pub const XDP_DROP: u32 = 1;
+/// `XDP_PASS`.
+pub const XDP_PASS: u32 = 2;
+/// `XDP_TX`.
+pub const XDP_TX: u32 = 3;
+/// `XDP_REDIRECT`.
+pub const XDP_REDIRECT: u32 = 4;
 
 /// What a packet became.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,15 +51,6 @@ pub struct Outcome {
     /// How long the kernel says the program ran.
     pub duration: Duration,
 }
-
-/// `XDP_DROP` (linux/bpf.h).
-pub const XDP_DROP: u32 = 1;
-/// `XDP_PASS`.
-pub const XDP_PASS: u32 = 2;
-/// `XDP_TX`.
-pub const XDP_TX: u32 = 3;
-/// `XDP_REDIRECT`.
-pub const XDP_REDIRECT: u32 = 4;
 
 /// A BPF file system of one's own, gone with the value.
 #[derive(Debug)]
@@ -65,156 +68,206 @@ impl BpfFs {
     }
 }
 
-/// A service to load: who is steered where.
+/// A map key of a flow table, and its bytes.
+pub trait FlowKey: Copy {
+    /// As many bytes as a key has.
+    type Bytes: Pod + AsRef<[u8]>;
+    /// The key's bytes, in the map's order.
+    fn bytes(&self) -> Self::Bytes;
+}
+
+macro_rules! flow_key {
+    ($($key:ty),+) => {$(
+        impl FlowKey for $key {
+            type Bytes = [u8; size_of::<$key>()];
+
+            fn bytes(&self) -> Self::Bytes {
+                // SAFETY: same size, and padding is spelled out: no byte is uninitialised.
+                unsafe { std::mem::transmute::<$key, Self::Bytes>(*self) }
+            }
+        }
+    )+};
+}
+
+flow_key!(FlowKeyV4, FlowKeyV6);
+
+/// An entry's bytes as they lie in the map.
+type FlowBytes = [u8; size_of::<Flow>()];
+
+/// The entry that map memory holds.
+fn flow(bytes: FlowBytes) -> Flow {
+    // SAFETY: same size, and every bit pattern is a `Flow`: integers only.
+    unsafe { std::mem::transmute::<FlowBytes, Flow>(bytes) }
+}
+
+/// What map memory holds of an entry.
+fn flow_bytes(flow: Flow) -> FlowBytes {
+    // SAFETY: same size, and padding is spelled out: no byte is uninitialised.
+    unsafe { std::mem::transmute::<Flow, FlowBytes>(flow) }
+}
+
+/// One family's flow table, seen from outside by its pin.
+pub struct Flows<K: FlowKey> {
+    map: HashMap<MapData, K::Bytes, FlowBytes>,
+}
+
+impl<K: FlowKey> Flows<K> {
+    fn open(pins: &std::path::Path, name: &str) -> Result<Self> {
+        let data = MapData::from_pin(pins.join("maps").join(name))?;
+        Ok(Self { map: Map::HashMap(data).try_into()? })
+    }
+
+    /// The entry of `key`.
+    ///
+    /// # Errors
+    /// When the kernel refuses to look.
+    pub fn get(&self, key: &K) -> Result<Option<Flow>> {
+        match self.map.get(&key.bytes(), 0) {
+            Ok(bytes) => Ok(Some(flow(bytes))),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// Changes every entry as `change` says.
+    ///
+    /// # Errors
+    /// When the kernel refuses to read or write.
+    pub fn rewrite(&mut self, mut change: impl FnMut(&mut Flow)) -> Result<()> {
+        let entries: Vec<_> = self.map.iter().collect::<Result<_, _>>()?;
+        for (key, bytes) in entries {
+            let mut entry = flow(bytes);
+            change(&mut entry);
+            self.map.insert(key, flow_bytes(entry), 0)?;
+        }
+        Ok(())
+    }
+
+    /// Number of entries.
+    pub fn len(&self) -> usize {
+        self.map.keys().flatten().count()
+    }
+
+    /// Whether there is no entry.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// How large the maps are made.
 #[derive(Clone, Debug)]
-pub struct TestService {
-    /// Its address.
-    pub vip: IpAddr,
-    /// Its ports.
-    pub ports: Vec<Port>,
-    /// How packets reach the backends.
-    pub mode: ForwardMode,
-    /// Extra bits of `abi::Service::flags`.
-    pub flags: u32,
-    /// Its backends; buckets go round them in turn.
-    pub backends: Vec<SocketAddr>,
-    /// Interface that the backends are behind.
-    pub ifindex: u32,
+pub struct Sizes {
+    /// Entries of each family's flow table.
+    pub flows: u32,
+    /// Buckets of all services.
+    pub buckets: u32,
+    /// Source ports for translated flows.
+    pub nat_ports: RangeInclusive<u16>,
 }
 
-impl TestService {
-    /// A service on TCP and UDP port 80 that hashes whole connections.
-    pub fn new(vip: IpAddr, mode: ForwardMode, backends: Vec<SocketAddr>) -> Self {
-        let port = |protocol| Port { protocol, port: 80 };
-        Self {
-            vip,
-            ports: vec![port(Protocol::Tcp), port(Protocol::Udp)],
-            mode,
-            flags: abi::SERVICE_HASH_CONNECTION,
-            backends,
-            ifindex: ARRIVAL_IFINDEX,
-        }
+impl Default for Sizes {
+    fn default() -> Self {
+        Self { flows: 1024, buckets: 64 * 4096, nat_ports: 10_000..=19_999 }
     }
-}
-
-/// Buckets of a test service: one page.
-pub const BUCKETS: u32 = 4096;
-
-/// MAC address of the interface that backends are behind.
-pub const OUR_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
-
-/// MAC address of the backend with this index.
-pub fn backend_mac(index: BackendIndex) -> [u8; 6] {
-    let [high, low] = index.get().to_be_bytes();
-    [2, 0, 0, 1, high, low]
-}
-
-/// A data plane that holds `services`, in this order of ids and pages.
-pub fn plane(services: &[TestService]) -> DataPlane {
-    let mut plane = DataPlane::default();
-    let mut next = 1;
-    for (id, service) in services.iter().enumerate() {
-        let first = next;
-        let nat_first = plane.nat_sources.len() as u16;
-        let source: IpAddr = match service.vip {
-            IpAddr::V4(_) => IpAddr::from([10, 2, 0, 1]),
-            IpAddr::V6(_) => IpAddr::from([0xfd00, 2, 0, 0, 0, 0, 0, 1]),
-        };
-        plane.nat_sources.push(source);
-        for addr in &service.backends {
-            let index = BackendIndex::new(next);
-            plane.backends.push((
-                index,
-                BackendPlan {
-                    addr: *addr,
-                    service: id as u16,
-                    version: 0,
-                    next_hop: Some(NextHop {
-                        ifindex: service.ifindex,
-                        source_mac: OUR_MAC,
-                        destination_mac: backend_mac(index),
-                        source,
-                    }),
-                    nat_first,
-                    nat_count: 1,
-                    down: false,
-                    maint: false,
-                },
-            ));
-            next += 1;
-        }
-        let count = service.backends.len() as u16;
-        let entries = (0..BUCKETS as u16)
-            .map(|b| match count {
-                0 => Entry::default(),
-                _ => Entry::steady(BackendIndex::new(first + b % count)),
-            })
-            .collect();
-        plane.services.push(Arc::new(ServicePlan {
-            name: format!("service-{id}"),
-            family: match service.vip {
-                IpAddr::V4(_) => Family::V4,
-                IpAddr::V6(_) => Family::V6,
-            },
-            versions: vec!["stable".to_owned()],
-            control: 0,
-            record: abi::Service {
-                first_page: id as u32,
-                bucket_mask: BUCKETS - 1,
-                flags: service.mode as u32 | service.flags,
-                id: id as u32,
-                hash_key: [0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210],
-                mask_v4_be: u32::MAX,
-                udp_idle_ms: 30_000,
-                mask_v6: [u64::MAX; 2],
-            },
-            vips: vec![service.vip],
-            ports: service.ports.clone(),
-            entries: Arc::new(entries),
-            ledger: Arc::new(vec![LedgerEntry::default(); BUCKETS as usize]),
-        }));
-    }
-    plane
 }
 
 /// The program, loaded over maps of its own and attached to nothing.
 pub struct Loaded {
     /// The datapath that loaded it.
     pub datapath: Datapath,
+    /// The flow table of IPv4.
+    pub flows_v4: Flows<FlowKeyV4>,
+    /// The flow table of IPv6.
+    pub flows_v6: Flows<FlowKeyV6>,
+    program: OwnedFd,
+    out: Vec<u8>,
     _bpffs: BpfFs,
 }
 
 impl Loaded {
-    /// Loads the program with room for `flows` flow entries, and puts `plane` in force.
-    pub fn new(plane: &DataPlane, flows: u32) -> Result<Self> {
+    /// Loads the program over maps of these sizes, and puts `plane` in force.
+    ///
+    /// # Errors
+    /// When the kernel refuses the program, or the plan exceeds the maps.
+    pub fn new(plane: &DataPlane, sizes: &Sizes) -> Result<Self> {
         let bpffs = BpfFs::mount();
+        let Sizes { flows, buckets, ref nat_ports } = *sizes;
         let (mut datapath, _) = Datapath::open(Options {
             bpffs: bpffs.pins(),
-            capacity: Capacity {
-                services: 64,
-                vips: 1024,
-                backends: 1024,
-                buckets: 64 * BUCKETS,
-                flows,
-            },
-            nat_ports: Some(NAT_PORTS),
+            capacity: Capacity { services: 64, vips: 1024, backends: 1024, buckets, flows },
+            nat_ports: Some(nat_ports.clone()),
             xdp_mode: XdpMode::Auto,
             replace: false,
         })?;
         datapath.apply(plane)?;
-        Ok(Self { datapath, _bpffs: bpffs })
+        let program = datapath.program()?.fd()?.as_fd().try_clone_to_owned()?;
+        Ok(Self {
+            flows_v4: Flows::open(&bpffs.pins(), "FLOWS_V4")?,
+            flows_v6: Flows::open(&bpffs.pins(), "FLOWS_V6")?,
+            datapath,
+            program,
+            out: vec![0; 64 << 10],
+            _bpffs: bpffs,
+        })
     }
 
     /// Runs the program on a frame.
+    ///
+    /// # Errors
+    /// When the kernel refuses the frame: it takes none under 14 bytes.
     pub fn run(&mut self, frame: &[u8]) -> Result<Outcome> {
-        let mut out = vec![0; frame.len() + 256];
-        let result = self.datapath.program()?.test_run(TestRunOptions {
-            data_in: Some(frame),
-            data_out: Some(&mut out),
-            repeat: 1,
-            ..TestRunOptions::default()
-        })?;
-        out.truncate(result.data_size_out as usize);
-        Ok(Outcome { action: result.return_value, frame: out, duration: result.duration })
+        self.run_from(frame, None)
+    }
+
+    /// Runs the program on a frame that came in by another interface.
+    ///
+    /// # Errors
+    /// When the kernel refuses the frame, or has no such interface.
+    pub fn run_from(&mut self, frame: &[u8], ifindex: Option<u32>) -> Result<Outcome> {
+        let bpf::Run { action, len_bytes, duration_ns } =
+            bpf::run(self.program.as_fd(), frame, ifindex, &mut self.out)?;
+        Ok(Outcome {
+            action,
+            frame: self.out[..len_bytes].to_vec(),
+            duration: Duration::from_nanos(duration_ns.into()),
+        })
+    }
+
+    /// Runs the program on a frame for the time alone, in nanoseconds.
+    ///
+    /// # Errors
+    /// When the kernel refuses the frame.
+    pub fn time_ns(&mut self, frame: &[u8]) -> Result<u32> {
+        Ok(bpf::run(self.program.as_fd(), frame, None, &mut self.out)?.duration_ns)
+    }
+
+    /// What the kernel says of the program.
+    ///
+    /// # Errors
+    /// When the kernel refuses to say.
+    pub fn info(&mut self) -> Result<ProgramInfo> {
+        Ok(self.datapath.program()?.info()?)
+    }
+
+    /// Lets time pass for every flow: as if nothing had come for so long.
+    ///
+    /// # Errors
+    /// When a flow table can't be read or written.
+    pub fn silence(&mut self, time: Duration) -> Result<()> {
+        let age = |flow: &mut Flow| {
+            flow.last_ns = flow.last_ns.saturating_sub(time.as_nanos() as u64);
+        };
+        self.flows_v4.rewrite(age)?;
+        self.flows_v6.rewrite(age)
+    }
+
+    /// Packets by reason, in the order of `Reason::ALL`.
+    pub fn reasons(&self) -> Vec<u64> {
+        self.datapath.reader().reasons()
+    }
+
+    /// Counters of backends, in their order.
+    pub fn counters(&self, backends: &[BackendIndex]) -> Vec<BackendCounters> {
+        self.datapath.reader().backend_counters(backends)
     }
 }

@@ -1,6 +1,6 @@
 //! The datapath against the kernel: pins, adoption, attaching.
 
-use std::{fs, net::SocketAddr, process::Command, sync::Arc};
+use std::{fs, process::Command, sync::Arc};
 
 use canary_agent::{
     config::model::{Capacity, XdpMode},
@@ -8,12 +8,13 @@ use canary_agent::{
     plan::DataPlane,
 };
 use canary_ebpf_common::{
-    abi::{ForwardMode, LedgerEntry},
+    abi::{LedgerEntry, PAGE_BUCKETS},
     entry::{BackendIndex, Entry},
 };
 use canary_tests::{
-    loaded::{BUCKETS, BpfFs, NAT_PORTS, TestService, plane},
+    loaded::BpfFs,
     workdir::Workdir,
+    world::{Service, World},
 };
 
 fn options(bpffs: &BpfFs) -> Options {
@@ -23,21 +24,30 @@ fn options(bpffs: &BpfFs) -> Options {
             services: 8,
             vips: 64,
             backends: 64,
-            buckets: 8 * BUCKETS,
+            buckets: 8 * PAGE_BUCKETS,
             flows: 1024,
         },
-        nat_ports: Some(NAT_PORTS),
+        nat_ports: Some(10_000..=19_999),
         xdp_mode: XdpMode::Auto,
         replace: false,
     }
 }
 
+fn world(services: Vec<Service>) -> DataPlane {
+    let world = World { service: services, arrival_sends: false, ..World::default() };
+    world.plane(|name| anyhow::bail!("no interface {name}")).unwrap().plane
+}
+
+/// Two services, each with a table for either family.
 fn two_services() -> DataPlane {
-    let v4: Vec<SocketAddr> = vec!["10.2.1.1:80".parse().unwrap(), "10.2.1.2:80".parse().unwrap()];
-    let v6: Vec<SocketAddr> = vec!["[fd00:2::1]:80".parse().unwrap()];
-    plane(&[
-        TestService::new("10.1.0.100".parse().unwrap(), ForwardMode::Dsr, v4),
-        TestService::new("fd00:1::100".parse().unwrap(), ForwardMode::Nat, v6),
+    world(vec![
+        Service { backends: vec![1, 2], ..Service::default() },
+        Service {
+            vips: vec!["vip2".to_owned()],
+            mode: "nat".to_owned(),
+            backends: vec![3],
+            ..Service::default()
+        },
     ])
 }
 
@@ -62,17 +72,20 @@ fn a_second_agent_finds_what_the_first_has_written() {
     drop(first);
 
     let (mut second, adopted) = Datapath::open(options(&bpffs)).unwrap();
-    assert_eq!(adopted.services.len(), 2);
+    assert_eq!(adopted.services.len(), 4);
     for (found, wanted) in adopted.services.iter().zip(&wanted.services) {
         assert_eq!(found.name, wanted.name);
         assert_eq!(u32::from(found.id), wanted.record.id);
         assert_eq!(found.first_page, wanted.record.first_page);
         assert_eq!(found.entries, *wanted.entries);
         assert_eq!(found.ledger, *wanted.ledger);
-        assert_eq!(found.versions[0], "stable");
+        assert_eq!(found.family, wanted.family);
+        assert_eq!(found.versions[0], wanted.versions[0]);
     }
-    let indices: Vec<_> = adopted.backends.iter().map(|(index, _)| index.get()).collect();
-    assert_eq!(indices, [1, 2, 3]);
+    let mut written: Vec<_> =
+        wanted.backends.iter().map(|(index, plan)| (*index, plan.record())).collect();
+    written.sort_by_key(|(index, _)| *index);
+    assert_eq!(adopted.backends, written);
     let applied = second.apply(&wanted).unwrap();
     assert_eq!((applied.entries, applied.backends), (0, 0), "the same plan writes nothing");
 }
@@ -84,13 +97,13 @@ fn what_the_plan_leaves_out_is_taken_away() {
     let both = two_services();
     datapath.apply(&both).unwrap();
     let mut one = both.clone();
-    one.services.pop();
-    one.backends.retain(|(_, b)| b.service == 0);
+    one.services.truncate(2);
+    one.backends.retain(|(_, b)| b.service < 2);
     datapath.apply(&one).unwrap();
     drop(datapath);
     let (_, adopted) = Datapath::open(options(&bpffs)).unwrap();
-    assert_eq!(adopted.services.len(), 1);
-    assert_eq!(adopted.backends.len(), 2);
+    assert_eq!(adopted.services.len(), 2);
+    assert_eq!(adopted.backends.len(), 4);
 }
 
 #[test]
@@ -139,13 +152,11 @@ fn the_tables_of_addresses_refuse_more_than_they_hold() {
     let mut small = options(&bpffs);
     small.capacity.vips = 1;
     let (mut datapath, _) = Datapath::open(small).unwrap();
-    let backend: SocketAddr = "10.2.1.1:80".parse().unwrap();
-    let services: Vec<_> = (0..8)
-        .map(|i| TestService::new([10, 1, 0, i].into(), ForwardMode::Dsr, vec![backend]))
-        .collect();
-    let error = datapath.apply(&plane(&services)).unwrap_err();
+    let ports = |count: u16| (1..=count).map(|port| format!("tcp/{port}")).collect();
+    let plane = |count| world(vec![Service { ports: ports(count), ..Service::default() }]);
+    let error = datapath.apply(&plane(8)).unwrap_err();
     assert!(matches!(error, Error::VipsFull), "{error}");
-    datapath.apply(&plane(&services[..1])).expect("a plan that fits repairs it");
+    datapath.apply(&plane(1)).expect("a plan that fits repairs it");
 }
 
 fn ip(arguments: &str) {

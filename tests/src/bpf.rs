@@ -1,0 +1,142 @@
+//! The few BPF commands that aya has no words for: a program of two
+//! instructions to measure against, and runs that say where a packet came in.
+
+use std::{
+    io,
+    os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+};
+
+/// `BPF_PROG_LOAD` (linux/bpf.h).
+const BPF_PROG_LOAD: libc::c_long = 5;
+/// `BPF_PROG_TEST_RUN` (linux/bpf.h; kernel 4.12, commit 1cf1cae963c2).
+const BPF_PROG_TEST_RUN: libc::c_long = 10;
+/// `BPF_PROG_TYPE_XDP` (linux/bpf.h).
+const BPF_PROG_TYPE_XDP: u32 = 6;
+
+/// The part of `union bpf_attr` that `BPF_PROG_LOAD` needs.
+#[repr(C)]
+#[derive(Default)]
+struct LoadAttr {
+    prog_type: u32,
+    insn_cnt: u32,
+    insns: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log_buf: u64,
+    kern_version: u32,
+    prog_flags: u32,
+}
+
+/// The part of `union bpf_attr` that `BPF_PROG_TEST_RUN` uses.
+#[repr(C)]
+#[derive(Default)]
+struct TestRunAttr {
+    prog_fd: u32,
+    retval: u32,
+    data_size_in: u32,
+    data_size_out: u32,
+    data_in: u64,
+    data_out: u64,
+    repeat: u32,
+    duration: u32,
+    ctx_size_in: u32,
+    ctx_size_out: u32,
+    ctx_in: u64,
+    ctx_out: u64,
+    flags: u32,
+    cpu: u32,
+    batch_size: u32,
+    pad: u32,
+}
+
+/// `struct xdp_md` (linux/bpf.h).
+#[repr(C)]
+#[derive(Default)]
+struct XdpMd {
+    data: u32,
+    data_end: u32,
+    data_meta: u32,
+    ingress_ifindex: u32,
+    rx_queue_index: u32,
+    egress_ifindex: u32,
+}
+
+/// What a run came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// The program's answer, one of `XDP_*`.
+    pub action: u32,
+    /// Bytes of the frame afterwards.
+    pub len_bytes: usize,
+    /// How long the kernel says the program ran, in nanoseconds.
+    pub duration_ns: u32,
+}
+
+/// Calls the system call with a command's attributes.
+///
+/// # Safety
+/// Every pointer in `attr` must be valid for what the command does with it.
+unsafe fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
+    // SAFETY: `attr` lives through the call; its pointers are the caller's promise.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, attr, size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// Loads `return XDP_PASS`, the program that others are measured against.
+///
+/// # Errors
+/// When the kernel refuses it, for want of rights above all.
+pub fn load_empty() -> io::Result<OwnedFd> {
+    // r0 = XDP_PASS; exit
+    let instructions: [u64; 2] = [0x0000_0002_0000_00b7, 0x95];
+    let mut attr = LoadAttr {
+        prog_type: BPF_PROG_TYPE_XDP,
+        insn_cnt: instructions.len() as u32,
+        insns: instructions.as_ptr() as u64,
+        license: c"GPL".as_ptr() as u64,
+        ..LoadAttr::default()
+    };
+    // SAFETY: both pointers are to memory that outlives the call, of the size that is said.
+    let fd = unsafe { bpf(BPF_PROG_LOAD, &mut attr)? };
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Runs an XDP program once on `frame`, which came in by `ifindex` (the
+/// loopback interface for `None`), and leaves the result in `out`.
+///
+/// # Errors
+/// When the kernel refuses: a frame under 14 bytes, a result longer than `out`.
+pub fn run(
+    program: BorrowedFd<'_>,
+    frame: &[u8],
+    ifindex: Option<u32>,
+    out: &mut [u8],
+) -> io::Result<Run> {
+    let context = XdpMd {
+        data_end: frame.len() as u32,
+        ingress_ifindex: ifindex.unwrap_or(0),
+        ..XdpMd::default()
+    };
+    let mut attr = TestRunAttr {
+        prog_fd: program.as_raw_fd() as u32,
+        data_size_in: frame.len() as u32,
+        data_in: frame.as_ptr() as u64,
+        data_size_out: out.len() as u32,
+        data_out: out.as_mut_ptr() as u64,
+        repeat: 1,
+        ..TestRunAttr::default()
+    };
+    if ifindex.is_some() {
+        attr.ctx_in = &raw const context as u64;
+        attr.ctx_size_in = size_of::<XdpMd>() as u32;
+    }
+    // SAFETY: every pointer is to memory that outlives the call, of the size that is said.
+    unsafe { bpf(BPF_PROG_TEST_RUN, &mut attr)? };
+    Ok(Run {
+        action: attr.retval,
+        len_bytes: attr.data_size_out as usize,
+        duration_ns: attr.duration,
+    })
+}
