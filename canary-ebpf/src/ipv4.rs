@@ -39,12 +39,7 @@ pub(crate) fn ingress(packet: &Packet) -> Result<u32, Reason> {
     let vip = VipKey::v4(ip.dst_be, transport.dst_port_be, protocol);
     let service = maps::service_v4(vip).ok_or(Reason::PassNoService)?;
 
-    let total_bytes = usize::from(u16::from_be(ip.total_length_be));
-    if header_bytes < size_of::<Ipv4>()
-        || total_bytes < header_bytes
-        || ETH_BYTES + total_bytes > packet.len_bytes()
-        || !transport.fits(packet, total_bytes - header_bytes)
-    {
+    if !well_formed(packet, ip, &transport) {
         return Err(Reason::DropMalformed);
     }
     let key = FlowKeyV4 {
@@ -62,6 +57,17 @@ pub(crate) fn ingress(packet: &Packet) -> Result<u32, Reason> {
     let backend = forward::usable(steering.backend)?;
     forward::count_sent(packet, steering.backend, steering.opens);
     forward::send(packet, &backend.eth, backend.ifindex)
+}
+
+/// Whether the headers' lengths can be, each within the one around it.
+#[inline(always)]
+fn well_formed(packet: &Packet, ip: &Ipv4, transport: &Transport) -> bool {
+    let header_bytes = usize::from(ip.version_ihl & 0xf) * 4;
+    let total_bytes = usize::from(u16::from_be(ip.total_length_be));
+    header_bytes >= size_of::<Ipv4>()
+        && total_bytes >= header_bytes
+        && ETH_BYTES + total_bytes <= packet.len_bytes()
+        && transport.fits(packet, total_bytes - header_bytes)
 }
 
 /// The packet's hash, and the entry of the bucket that it falls into.
@@ -92,6 +98,10 @@ fn translate(
     service: &Service,
     key: &FlowKeyV4,
 ) -> Result<u32, Reason> {
+    // Before anything is remembered: a packet that goes nowhere opens no flow.
+    if ip.ttl_protocol[0] <= 1 {
+        return Err(Reason::DropTtlExpired);
+    }
     let (flow, opens) = match nat::step(&FlowsV4, service, key, transport.segment) {
         Step::NoFlow => return Err(Reason::PassNoFlow),
         Step::Follow(flow) => (flow, false),
@@ -155,6 +165,12 @@ fn returned(packet: &Packet, ip: &mut Ipv4, transport: &Transport) -> Option<Res
     if flow.state & flow_state::REVERSE == 0 {
         return None;
     }
+    if !well_formed(packet, ip, transport) {
+        return Some(Err(Reason::DropMalformed));
+    }
+    if ip.ttl_protocol[0] <= 1 {
+        return Some(Err(Reason::DropTtlExpired));
+    }
     nat::returned(flow, segment, FlowsV4.now_ns());
     if let Err(reason) = rewrite(packet, ip, transport, flow) {
         return Some(Err(reason));
@@ -163,7 +179,8 @@ fn returned(packet: &Packet, ip: &mut Ipv4, transport: &Transport) -> Option<Res
     Some(forward::send(packet, &flow.eth, flow.ifindex))
 }
 
-/// Gives the packet the addresses and ports of `flow` and takes one from its TTL.
+/// Gives the packet the addresses and ports of `flow` and takes one from its TTL,
+/// which is above 1.
 #[inline(always)]
 fn rewrite(
     packet: &Packet,
@@ -171,9 +188,6 @@ fn rewrite(
     transport: &Transport,
     flow: &Flow,
 ) -> Result<(), Reason> {
-    if ip.ttl_protocol[0] <= 1 {
-        return Err(Reason::DropTtlExpired);
-    }
     let (src_be, dst_be) = (flow.src[0] as u32, flow.dst[0] as u32);
     let addresses = Delta::ZERO.replace(ip.src_be, src_be).replace(ip.dst_be, dst_be);
     transport.rewrite(packet, flow, addresses).ok_or(Reason::DropMalformed)?;

@@ -24,7 +24,8 @@ pub(crate) fn ingress(packet: &Packet) -> Result<u32, Reason> {
     let protocol = ip.next_header;
     // Word by word: the compiler copies a whole address by a call to a loop over bytes.
     let (src, dst) = ([ip.src[0], ip.src[1]], [ip.dst[0], ip.dst[1]]);
-    if protocol != IPPROTO_TCP && protocol != IPPROTO_UDP {
+    let version = u32::from_be(ip.version_class_flow_be) >> 28;
+    if version != 6 || (protocol != IPPROTO_TCP && protocol != IPPROTO_UDP) {
         return Err(Reason::PassOther);
     }
     let transport = Transport::read(packet, ETH_BYTES + size_of::<Ipv6>(), protocol)
@@ -37,10 +38,7 @@ pub(crate) fn ingress(packet: &Packet) -> Result<u32, Reason> {
     let vip = VipKey::v6(transport.dst_port_be, protocol);
     let service = maps::service_v6(dst, vip).ok_or(Reason::PassNoService)?;
 
-    let payload_bytes = usize::from(u16::from_be(ip.payload_length_be));
-    if ETH_BYTES + size_of::<Ipv6>() + payload_bytes > packet.len_bytes()
-        || !transport.fits(packet, payload_bytes)
-    {
+    if !well_formed(packet, ip, &transport) {
         return Err(Reason::DropMalformed);
     }
     let key = FlowKeyV6::tuple(src, dst, transport.src_port_be, transport.dst_port_be, protocol);
@@ -52,6 +50,14 @@ pub(crate) fn ingress(packet: &Packet) -> Result<u32, Reason> {
     let backend = forward::usable(steering.backend)?;
     forward::count_sent(packet, steering.backend, steering.opens);
     forward::send(packet, &backend.eth, backend.ifindex)
+}
+
+/// Whether the headers' lengths can be, each within the one around it.
+#[inline(always)]
+fn well_formed(packet: &Packet, ip: &Ipv6, transport: &Transport) -> bool {
+    let payload_bytes = usize::from(u16::from_be(ip.payload_length_be));
+    ETH_BYTES + size_of::<Ipv6>() + payload_bytes <= packet.len_bytes()
+        && transport.fits(packet, payload_bytes)
 }
 
 /// The packet's hash, and the entry of the bucket that it falls into.
@@ -82,6 +88,10 @@ fn translate(
     service: &Service,
     key: &FlowKeyV6,
 ) -> Result<u32, Reason> {
+    // Before anything is remembered: a packet that goes nowhere opens no flow.
+    if ip.hop_limit <= 1 {
+        return Err(Reason::DropTtlExpired);
+    }
     let (flow, opens) = match nat::step(&FlowsV6, service, key, transport.segment) {
         Step::NoFlow => return Err(Reason::PassNoFlow),
         Step::Follow(flow) => (flow, false),
@@ -145,6 +155,12 @@ fn returned(packet: &Packet, ip: &mut Ipv6, transport: &Transport) -> Option<Res
     if flow.state & flow_state::REVERSE == 0 {
         return None;
     }
+    if !well_formed(packet, ip, transport) {
+        return Some(Err(Reason::DropMalformed));
+    }
+    if ip.hop_limit <= 1 {
+        return Some(Err(Reason::DropTtlExpired));
+    }
     nat::returned(flow, segment, FlowsV6.now_ns());
     if let Err(reason) = rewrite(packet, ip, transport, flow) {
         return Some(Err(reason));
@@ -153,7 +169,8 @@ fn returned(packet: &Packet, ip: &mut Ipv6, transport: &Transport) -> Option<Res
     Some(forward::send(packet, &flow.eth, flow.ifindex))
 }
 
-/// Gives the packet the addresses and ports of `flow` and takes one from its hop limit.
+/// Gives the packet the addresses and ports of `flow` and takes one from its hop
+/// limit, which is above 1.
 #[inline(always)]
 fn rewrite(
     packet: &Packet,
@@ -161,9 +178,6 @@ fn rewrite(
     transport: &Transport,
     flow: &Flow,
 ) -> Result<(), Reason> {
-    if ip.hop_limit <= 1 {
-        return Err(Reason::DropTtlExpired);
-    }
     let addresses = Delta::ZERO.replace_address(ip.src, flow.src).replace_address(ip.dst, flow.dst);
     transport.rewrite(packet, flow, addresses).ok_or(Reason::DropMalformed)?;
     ip.hop_limit -= 1;
