@@ -19,6 +19,7 @@ pub mod client;
 pub mod host;
 pub mod http;
 pub mod loaded;
+pub mod model;
 pub mod names;
 pub mod netns;
 pub mod notation;

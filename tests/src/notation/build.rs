@@ -71,7 +71,7 @@ pub(super) fn number(text: &str) -> Result<u32> {
 
 fn from_hex(text: &str) -> Result<Vec<u8>> {
     let digits: String = text.chars().filter(|c| !c.is_whitespace() && *c != ':').collect();
-    ensure!(digits.is_ascii() && digits.len() % 2 == 0, "`{text}` is no row of bytes");
+    ensure!(digits.is_ascii() && digits.len().is_multiple_of(2), "`{text}` is no row of bytes");
     (0..digits.len())
         .step_by(2)
         .map(|i| {
@@ -171,7 +171,7 @@ impl Builder<'_, '_> {
         match kind(layer) {
             "text" => {
                 let text = layer.strip_suffix('"').context("the text has no end")?;
-                self.bytes.extend(text[1..].as_bytes());
+                self.bytes.extend(&text.as_bytes()[1..]);
                 return Ok(());
             }
             "hex" => {
