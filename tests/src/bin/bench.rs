@@ -1,0 +1,326 @@
+//! Figures of the packet path: `cargo run --release -p canary-tests --bin bench -- packet`.
+//!
+//! What a packet costs over an empty program, by `BPF_PROG_TEST_RUN` with a repeat of one,
+//! so that each run starts with the packet as it arrived: median, mean and 99th percentile of
+//! many runs, and the least of some rounds. Within a round the programs take turns in blocks, so
+//! that noise hits all alike.
+
+use std::os::fd::{AsFd as _, OwnedFd};
+
+use anyhow::{Context as _, Result, ensure};
+use canary_agent::plan::Family;
+use canary_tests::{
+    bpf,
+    loaded::{Loaded, XDP_PASS, XDP_TX},
+    names::Host,
+    notation::parse,
+    world::{Service, World},
+};
+use clap::Parser;
+use serde::Serialize;
+
+/// Benchmarks of canary-xdp.
+#[derive(Parser)]
+#[command(about, long_about = None)]
+enum Command {
+    /// Nanoseconds a packet, and the program's size
+    Packet(Packet),
+}
+
+#[derive(clap::Args)]
+struct Packet {
+    /// Runs of each kind of packet in a round
+    #[arg(long, default_value_t = 200_000)]
+    runs: usize,
+    /// Rounds, the least of which counts
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// Flows where there are many
+    #[arg(long, default_value_t = 50_000)]
+    flows: usize,
+    /// Runs of one kind before it is the next one's turn. The shorter, the more each finds the
+    /// others' data in the caches instead of its own: 2,000 shows what a table costs that is cold
+    #[arg(long, default_value_t = 50_000)]
+    block: usize,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// A kind of packet to measure.
+struct Kind {
+    name: &'static str,
+    family: Family,
+    frames: Vec<Vec<u8>>,
+    /// What the program answers.
+    action: u32,
+}
+
+/// Nanoseconds, net of the empty program's.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Figures {
+    median_ns: f64,
+    mean_ns: f64,
+    p99_ns: f64,
+}
+
+#[derive(Serialize)]
+struct Row {
+    packet: &'static str,
+    family: u8,
+    flows: usize,
+    #[serde(flatten)]
+    net: Figures,
+}
+
+#[derive(Serialize)]
+struct Report {
+    kernel: String,
+    runs: usize,
+    rounds: usize,
+    block: usize,
+    empty: Figures,
+    rows: Vec<Row>,
+    verified_insns: Option<u32>,
+    xlated_bytes: Option<u32>,
+    jited_bytes: u32,
+}
+
+fn main() -> Result<()> {
+    let Command::Packet(options) = Command::parse();
+    ensure!(
+        options.runs > 0 && options.rounds > 0 && options.flows > 0 && options.block > 0,
+        "nothing to measure"
+    );
+    let report = measure(&options)?;
+    if options.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print(&report);
+    }
+    Ok(())
+}
+
+/// The world that is measured: a service of each mode, and one whose buckets have moved.
+fn world(flows: usize) -> World {
+    let service = |vip: u16, mode: &str, table: &str| Service {
+        vips: vec![Host::Vip(vip).name()],
+        mode: mode.to_owned(),
+        backends: (1..=4).map(|n| vip * 10 + n).collect(),
+        table: table.to_owned(),
+        buckets: 65_536,
+        ..Service::default()
+    };
+    World {
+        service: vec![
+            service(1, "dsr", "all"),
+            service(2, "nat", "all"),
+            service(3, "dsr", "b32 was b31"),
+        ],
+        // Two entries for a translated flow and one for a tracked one, and room to spare.
+        flows: flows as u32 * 4 + 1024,
+        nat_ports: (10_000, 59_999),
+        ..World::default()
+    }
+}
+
+/// The frame of flow number `i` to a host.
+fn frame(family: Family, i: usize, to: Host, segment: &str) -> Result<Vec<u8>> {
+    let ip = if family == Family::V4 { "ip" } else { "ip6" };
+    let client = Host::Client(1 + (i % 250) as u16).name();
+    let port = 1024 + i / 250;
+    parse(&format!("eth client > us / {ip} {client} > {} / tcp {port} > 80 {segment}", to.name()))
+}
+
+/// The backend's answer to a frame that the program sent it: the same with its ends swapped.
+fn answer(sent: &[u8], family: Family) -> Vec<u8> {
+    let mut frame = sent.to_vec();
+    let mut swap = |at: usize, bytes: usize| {
+        let (left, right) = frame[at..at + 2 * bytes].split_at_mut(bytes);
+        left.swap_with_slice(right);
+    };
+    swap(0, 6);
+    match family {
+        Family::V4 => {
+            swap(26, 4);
+            swap(34, 2);
+        }
+        Family::V6 => {
+            swap(22, 16);
+            swap(54, 2);
+        }
+    }
+    frame
+}
+
+/// Every kind of packet in `flows` flows, with the entries that it meets made beforehand.
+fn kinds(loaded: &mut Loaded, flows: usize) -> Result<Vec<Kind>> {
+    let mut kinds = Vec::new();
+    for family in [Family::V4, Family::V6] {
+        let frames = |to: Host, segment: &str| -> Result<Vec<_>> {
+            (0..flows).map(|i| frame(family, i, to, segment)).collect()
+        };
+        let mut add = |name, action, frames| kinds.push(Kind { name, family, frames, action });
+        add("pass, no service", XDP_PASS, frames(Host::Us, "A seq=1001")?);
+        add("dsr", XDP_TX, frames(Host::Vip(1), "A seq=1001")?);
+        for vip in [Host::Vip(2), Host::Vip(3)] {
+            for syn in frames(vip, "S seq=1000")? {
+                ensure!(loaded.run(&syn)?.action == XDP_TX, "a flow was refused");
+            }
+        }
+        let forward = frames(Host::Vip(2), "A seq=1001")?;
+        let back: Vec<_> = forward
+            .iter()
+            .map(|f| Ok(answer(&loaded.run(f)?.frame, family)))
+            .collect::<Result<_>>()?;
+        add("nat, to the backend", XDP_TX, forward);
+        add("nat, back to the client", XDP_TX, back);
+        add("dsr tracked, hit", XDP_TX, frames(Host::Vip(3), "A seq=1001")?);
+        // Flows that nobody has opened.
+        let strangers: Vec<_> = (0..flows)
+            .map(|i| frame(family, i + 250 * 1000, Host::Vip(3), "A seq=1001"))
+            .collect::<Result<_>>()?;
+        add("dsr tracked, miss", XDP_TX, strangers);
+    }
+    for kind in &kinds {
+        for frame in &kind.frames {
+            let action = loaded.run(frame)?.action;
+            ensure!(action == kind.action, "{}: action {action}", kind.name);
+        }
+    }
+    Ok(kinds)
+}
+
+fn figures(durations: &mut [u32]) -> Figures {
+    durations.sort_unstable();
+    let at = |part: f64| f64::from(durations[((durations.len() - 1) as f64 * part) as usize]);
+    let sum: f64 = durations.iter().map(|d| f64::from(*d)).sum();
+    Figures { median_ns: at(0.5), mean_ns: sum / durations.len() as f64, p99_ns: at(0.99) }
+}
+
+fn least(rounds: &[Figures]) -> Figures {
+    let of = |field: fn(&Figures) -> f64| rounds.iter().map(field).fold(f64::INFINITY, f64::min);
+    Figures { median_ns: of(|f| f.median_ns), mean_ns: of(|f| f.mean_ns), p99_ns: of(|f| f.p99_ns) }
+}
+
+/// The empty program.
+struct Empty {
+    program: OwnedFd,
+    frame: Vec<u8>,
+    out: Vec<u8>,
+}
+
+impl Empty {
+    fn time_ns(&mut self) -> Result<u32> {
+        Ok(bpf::run(self.program.as_fd(), &self.frame, None, &mut self.out)?.duration_ns)
+    }
+}
+
+fn measure(options: &Packet) -> Result<Report> {
+    let world = world(options.flows);
+    let plane = world.plane(|name| anyhow::bail!("no interface {name}"))?;
+    // On one processor: the other's caches are cold.
+    let mut cpus = nix::sched::CpuSet::new();
+    cpus.set(0)?;
+    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &cpus)?;
+    let mut report = Report {
+        kernel: nix::sys::utsname::uname()
+            .map(|u| u.release().to_string_lossy().into_owned())
+            .unwrap_or_default(),
+        runs: options.runs,
+        rounds: options.rounds,
+        block: options.block,
+        empty: Figures { median_ns: 0.0, mean_ns: 0.0, p99_ns: 0.0 },
+        rows: Vec::new(),
+        verified_insns: None,
+        xlated_bytes: None,
+        jited_bytes: 0,
+    };
+    let mut empties = Vec::new();
+    for flows in [1, options.flows] {
+        let mut loaded = Loaded::new(&plane.plane, &world.sizes())?;
+        let info = loaded.info()?;
+        report.verified_insns = info.verified_instruction_count();
+        report.xlated_bytes = info.size_translated();
+        report.jited_bytes = info.size_jitted();
+        let kinds = kinds(&mut loaded, flows)?;
+        let mut empty = Empty {
+            program: bpf::load_empty().context("loading the empty program")?,
+            frame: frame(Family::V4, 0, Host::Us, "A")?,
+            out: vec![0; 2048],
+        };
+        let mut rounds = vec![Vec::new(); kinds.len()];
+        for _ in 0..options.rounds {
+            let mut base = Vec::with_capacity(options.runs);
+            let mut durations = vec![Vec::with_capacity(options.runs); kinds.len()];
+            while base.len() < options.runs {
+                let block = base.len()..options.runs.min(base.len() + options.block);
+                for _ in block.clone() {
+                    base.push(empty.time_ns()?);
+                }
+                for (kind, durations) in kinds.iter().zip(&mut durations) {
+                    for i in block.clone() {
+                        durations.push(loaded.time_ns(&kind.frames[i % kind.frames.len()])?);
+                    }
+                }
+            }
+            empties.push(figures(&mut base));
+            for (durations, rounds) in durations.iter_mut().zip(&mut rounds) {
+                rounds.push(figures(durations));
+            }
+        }
+        for (kind, rounds) in kinds.iter().zip(&rounds) {
+            let net = least(rounds);
+            report.rows.push(Row {
+                packet: kind.name,
+                family: if kind.family == Family::V4 { 4 } else { 6 },
+                flows,
+                net,
+            });
+        }
+    }
+    report.empty = least(&empties);
+    for Row { net, .. } in &mut report.rows {
+        net.median_ns -= report.empty.median_ns;
+        net.mean_ns -= report.empty.mean_ns;
+        net.p99_ns -= report.empty.p99_ns;
+    }
+    Ok(report)
+}
+
+fn print(report: &Report) {
+    let Report {
+        kernel,
+        runs,
+        rounds,
+        block,
+        empty,
+        rows,
+        verified_insns,
+        xlated_bytes,
+        jited_bytes,
+    } = report;
+    println!(
+        "net ns a packet over an empty program; kernel {kernel}, {runs} runs in blocks of {block}, least of {rounds} rounds"
+    );
+    println!(
+        "(the empty program: median {:.0}, mean {:.0}, p99 {:.0})\n",
+        empty.median_ns, empty.mean_ns, empty.p99_ns
+    );
+    println!(
+        "{:<26} {:<5} {:>7} {:>8} {:>8} {:>8}",
+        "packet", "", "flows", "median", "mean", "p99"
+    );
+    for Row { packet, family, flows, net } in rows {
+        println!(
+            "{packet:<26} IPv{family:<2} {flows:>7} {:>8.0} {:>8.1} {:>8.0}",
+            net.median_ns, net.mean_ns, net.p99_ns
+        );
+    }
+    let or_unknown = |n: &Option<u32>| n.map_or_else(|| "unknown".to_owned(), |n| n.to_string());
+    println!(
+        "\nprogram: {} instructions verified, {} bytes translated, {jited_bytes} bytes compiled",
+        or_unknown(verified_insns),
+        or_unknown(xlated_bytes)
+    );
+}
