@@ -216,6 +216,24 @@ pub fn tcp_echo(stream: TcpStream, payload: &[u8]) -> io::Result<String> {
     })
 }
 
+/// Asks the TCP echo server for its name on a new connection, and resets it: no
+/// tuple is left waiting.
+///
+/// # Errors
+/// Those of [`connect`], or a closed connection.
+pub fn tcp_name(source: SocketAddr, to: SocketAddr) -> io::Result<String> {
+    use std::io::BufRead as _;
+    let stream = connect(source, to)?;
+    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+    setsockopt(&stream, sockopt::Linger, &linger)?;
+    let mut name = String::new();
+    BufReader::new(stream).read_line(&mut name)?;
+    match name.strip_suffix('\n') {
+        Some(name) => Ok(name.to_owned()),
+        None => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "closed before the name")),
+    }
+}
+
 /// A UDP flow: one socket, connected to the service.
 #[derive(Debug)]
 pub struct UdpFlow {

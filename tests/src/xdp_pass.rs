@@ -12,6 +12,9 @@ use std::{
 
 use crate::netns::Namespace;
 
+/// Generic receive offload (linux/ethtool.h).
+const ETHTOOL_SGRO: u32 = 0x2c;
+
 /// `r0 = XDP_PASS; exit`.
 const PROGRAM: [u64; 2] = [0x0000_0002_0000_00b7, 0x0000_0000_0000_0095];
 
@@ -31,6 +34,11 @@ impl XdpPass {
         let link = namespace
             .run(|| attach(interface))
             .unwrap_or_else(|error| panic!("pass program on {interface}: {error}"));
+        // A veth with a program merges what it receives, unless told not to: frames
+        // are to be seen as they were sent.
+        namespace
+            .run(|| ethtool_set(interface, ETHTOOL_SGRO, 0))
+            .unwrap_or_else(|error| panic!("merging on {interface}: {error}"));
         Self { _link: link }
     }
 }
@@ -110,7 +118,6 @@ pub fn offloads_off(namespace: &Namespace, interface: &str) {
     const ETHTOOL_STXCSUM: u32 = 0x17;
     const ETHTOOL_STSO: u32 = 0x1f;
     const ETHTOOL_SGSO: u32 = 0x24;
-    const ETHTOOL_SGRO: u32 = 0x2c;
     namespace
         .run(|| {
             for command in [ETHTOOL_STXCSUM, ETHTOOL_STSO, ETHTOOL_SGSO, ETHTOOL_SGRO] {

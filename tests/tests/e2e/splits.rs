@@ -1,0 +1,154 @@
+//! The share of connections that a version gets is the one that was asked for.
+
+use canary_tests::{
+    agent::{Agent, AgentOptions},
+    host,
+    stats::assert_share,
+    topology::Family,
+    wait,
+};
+
+use crate::support::{Bench, ECHO, Transport, Way, of_version, service, version};
+
+/// New connections for each share.
+const TRIALS: u32 = 4_000;
+
+/// Shares, in the order in which they are set.
+const SHARES: [(&str, f64); 7] = [
+    ("0", 0.0),
+    ("0.1%", 0.001),
+    ("1%", 0.01),
+    ("5%", 0.05),
+    ("50%", 0.5),
+    ("99.9%", 0.999),
+    ("100%", 1.0),
+];
+
+const VERSIONS: [(&str, u8); 2] = [("stable", 3), ("v2", 2)];
+
+/// Connections that `status` has counted for a version.
+fn counted(agent: &Agent<'_>, name: &str) -> u64 {
+    version(&agent.status(), ECHO, name).connections
+}
+
+fn exercise(test: &str, way: Way, family: Family, stickiness: &str) {
+    if !host::ready(test) {
+        return;
+    }
+    let bench = Bench::new(way, &VERSIONS);
+    let mut options = AgentOptions::native(&bench.topology);
+    // Each connection of `nat` takes two entries until it has been closed for a while.
+    options.extra = "[agent.capacity]\nflows = 262144".to_owned();
+    let services = bench.services(&format!("stickiness = {stickiness:?}"));
+    let agent = Agent::start(&bench.topology, &options, &services);
+    let mut before: Vec<String> = Vec::new();
+    for ((text, share), port) in SHARES.into_iter().zip(20_000..) {
+        let report = agent.split(ECHO, "v2", text);
+        let status = agent.status();
+        let v2 = version(&status, ECHO, "v2");
+        let bucket = 1.0 / f64::from(service(&status, ECHO).buckets);
+        assert!((v2.in_force - share).abs() <= bucket, "{text}: {} in force", v2.in_force);
+        assert!((v2.asked - share).abs() < 1e-9, "{text}: {} asked", v2.asked);
+        let stated = report.versions.iter().find(|v| v.name == "v2").expect("v2");
+        assert_eq!(stated.in_force, v2.in_force, "{text}");
+        assert_eq!(
+            f64::from(v2.buckets) / f64::from(service(&status, ECHO).buckets),
+            v2.in_force,
+            "{text}"
+        );
+        let counters = ["stable", "v2"].map(|name| version(&status, ECHO, name).connections);
+
+        let names = bench.survey(family, Transport::Tcp, 0..TRIALS, port);
+        let hits = of_version(&names, "v2");
+        if share == 0.0 || share == 1.0 {
+            assert_eq!(hits, share as u64 * u64::from(TRIALS), "{text}");
+        }
+        assert_share(&format!("{test}, {text}"), hits, u64::from(TRIALS), share);
+        println!("{test}: asked {text}, in force {}, {hits} of {TRIALS}", v2.in_force);
+        for (name, (counter, seen)) in ["stable", "v2"]
+            .into_iter()
+            .zip(counters.into_iter().zip([u64::from(TRIALS) - hits, hits]))
+        {
+            assert_eq!(counted(&agent, name) - counter, seen, "{text}: connections of {name}");
+        }
+        if stickiness == "client" && !before.is_empty() {
+            let left = before
+                .iter()
+                .zip(&names)
+                .filter(|(then, now)| then.starts_with("v2") && !now.starts_with("v2"));
+            assert_eq!(left.count(), 0, "{text}: clients that v2 had have left it");
+        }
+        before = names;
+    }
+    agent.split(ECHO, "v2", "0");
+    let names = bench.survey(family, Transport::Tcp, 0..TRIALS, 20_100);
+    assert_eq!(of_version(&names, "v2"), 0, "back at 0");
+}
+
+#[test]
+fn shares_are_the_asked_ones_by_connection_in_nat() {
+    let test = "shares_are_the_asked_ones_by_connection_in_nat";
+    exercise(test, Way::NatTwoArmed, Family::V4, "connection");
+}
+
+#[test]
+fn shares_are_the_asked_ones_by_client_in_dsr() {
+    exercise("shares_are_the_asked_ones_by_client_in_dsr", Way::Dsr, Family::V6, "client");
+}
+
+#[test]
+fn udp_shares_and_the_measured_share_are_the_asked_ones() {
+    if !host::ready("udp_shares_and_the_measured_share_are_the_asked_ones") {
+        return;
+    }
+    let bench = Bench::new(Way::NatOneArmed, &VERSIONS);
+    for (text, share) in [("5%", 0.05), ("50%", 0.5)] {
+        // A first split, so that no bucket has moved.
+        let agent = bench.agent(&format!("split = {{ v2 = {text:?} }}"));
+        let names = bench.survey(Family::V6, Transport::Udp, 0..TRIALS, 20_000);
+        let hits = of_version(&names, "v2");
+        assert_share(text, hits, u64::from(TRIALS), share);
+        let status = agent.status();
+        let v2 = version(&status, ECHO, "v2");
+        // An ask that is repeated is no new flow.
+        assert_eq!(v2.connections, hits, "{text}");
+        assert_eq!(version(&status, ECHO, "stable").connections, u64::from(TRIALS) - hits);
+        // Of the last ten seconds only: all of them, unless the host is slow.
+        let measured = v2.measured.expect("a measured share");
+        assert_share(&format!("measured at {text}"), hits, u64::from(TRIALS), measured);
+        for backend in status.services.iter().flat_map(|s| &s.versions).flat_map(|v| &v.backends) {
+            assert_eq!(backend.state, "up", "{backend:?}");
+        }
+    }
+}
+
+#[test]
+fn new_udp_flows_follow_a_change_after_the_idle_time_and_old_ones_stay() {
+    if !host::ready("new_udp_flows_follow_a_change_after_the_idle_time_and_old_ones_stay") {
+        return;
+    }
+    use canary_tests::{client::UdpFlow, server::ECHO_PORT};
+    use std::net::SocketAddr;
+    for way in [Way::Dsr, Way::NatTwoArmed] {
+        let bench = Bench::new(way, &VERSIONS);
+        let agent = bench.agent("udp_idle = \"1s\"");
+        let to = SocketAddr::new(Family::V4.vip(), ECHO_PORT);
+        let old = UdpFlow::open(bench.client(), SocketAddr::new(Family::V4.client(1), 0), to)
+            .expect("a socket");
+        let name = old.ask(b"first").expect("an answer");
+        assert!(name.starts_with("stable"), "{name}");
+        agent.split(ECHO, "v2", "100%");
+        let mut index = 1_000;
+        wait::until("new flows on v2", || {
+            // Kept from being silent for the idle time.
+            let still = old.ask(b"still").expect("an answer");
+            assert_eq!(still, name, "{way:?}");
+            index += 1;
+            let new = bench.survey(Family::V4, Transport::Udp, index..index + 1, 20_000);
+            if new[0].starts_with("v2") { Ok(()) } else { Err(new[0].clone()) }
+        });
+        let names = bench.survey(Family::V4, Transport::Udp, 10_000..10_500, 20_000);
+        assert_eq!(of_version(&names, "v2"), 500, "{way:?}");
+        assert_eq!(old.ask(b"to the last").expect("an answer"), name, "{way:?}");
+    }
+}
