@@ -1,6 +1,10 @@
 //! End to end: the real agent on a real balancer, real servers and clients, real
 //! packets between them, in network namespaces of each test's own.
 
+mod explain;
+mod latency;
+mod open_connections;
+mod passes;
 mod payloads;
 mod splits;
 mod stickiness;
