@@ -1,8 +1,12 @@
 //! End to end: the real agent on a real balancer, real servers and clients, real
 //! packets between them, in network namespaces of each test's own.
 
+mod bad_input;
+mod commands;
 mod explain;
+mod hosts;
 mod latency;
+mod lifecycle;
 mod open_connections;
 mod passes;
 mod payloads;
