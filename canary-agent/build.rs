@@ -51,18 +51,32 @@ fn run() -> Result<(), String> {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-env-changed={OBJECT_DIR}");
     let out = PathBuf::from(variable("OUT_DIR")?);
-    let folder = match env::var_os(OBJECT_DIR).filter(|folder| !folder.is_empty()) {
+    let finished = env::var_os(OBJECT_DIR).filter(|folder| !folder.is_empty());
+    let folder = match &finished {
         Some(folder) => PathBuf::from(folder),
         None => build(&out)?,
     };
     for program in PROGRAMS {
         let from = folder.join(program);
         let to = out.join(program);
-        println!("cargo::rerun-if-changed={}", from.display());
-        fs::copy(&from, &to).map_err(|error| format!("{}: {error}", from.display()))?;
+        // An object that this script makes is newer than the script's start: to watch it
+        // would run the script again at the next build, and make everything after it stale.
+        if finished.is_some() {
+            println!("cargo::rerun-if-changed={}", from.display());
+        }
+        copy_if_different(&from, &to).map_err(|error| format!("{}: {error}", from.display()))?;
         println!("cargo::rustc-env=CANARY_EBPF_{}={}", program.to_uppercase(), to.display());
     }
     Ok(())
+}
+
+/// Copies a file, and leaves a copy that is the same already as it is, time and all.
+fn copy_if_different(from: &Path, to: &Path) -> std::io::Result<()> {
+    let object = fs::read(from)?;
+    if fs::read(to).is_ok_and(|present| present == object) {
+        return Ok(());
+    }
+    fs::write(to, object)
 }
 
 /// Builds the programs and returns the folder that holds them.
