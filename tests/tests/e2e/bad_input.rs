@@ -326,7 +326,7 @@ fn the_socket_takes_anything_and_traffic_goes_on() {
         ("PUT", target, b"{\"split\": {\"v2\": \"5%\"}", 400, "malformed_json"),
         ("PUT", target, b"", 400, "malformed_json"),
         ("PUT", target, b"\xff\xfe\x00", 400, "malformed_json"),
-        ("PUT", target, &deep, 400, "malformed_json"),
+        ("PUT", target, &deep, 400, "bad_body"),
         ("PUT", target, b"[1, 2]", 400, "bad_body"),
         ("PUT", target, b"{\"split\": {\"v2\": 5}}", 400, "bad_body"),
         ("PUT", target, b"{\"split\": {}, \"force\": true}", 400, "bad_body"),

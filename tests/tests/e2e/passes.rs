@@ -202,6 +202,9 @@ fn what_is_no_services_works_as_without_dsr() {
     exercise("what_is_no_services_works_as_without_dsr", Way::Dsr);
 }
 
+/// Name of a frame that says it is IPv4 and is too short for it.
+const CUT_HEADER: &str = "a cut header";
+
 /// Frames of every kind that is not steered, each with a mark of its own.
 fn unsteered(from: [u8; 6], to: [u8; 6]) -> Vec<(&'static str, Vec<u8>)> {
     let link = || PacketBuilder::ethernet2(from, to);
@@ -242,7 +245,7 @@ fn unsteered(from: [u8; 6], to: [u8; 6]) -> Vec<(&'static str, Vec<u8>)> {
     // Not IP at all: an EtherType for experiments (IEEE 802), and one that is too short.
     for (name, bytes) in [
         ("an unknown EtherType", &b"\x88\xb5 mark: unknown"[..]),
-        ("a cut header", b"\x08\x00\x45\x00mark"),
+        (CUT_HEADER, b"\x08\x00\x45\x00mark"),
     ] {
         frames.push((name, [&to[..], &from, bytes].concat()));
     }
@@ -267,7 +270,11 @@ fn frames_that_are_not_steered_pass_bit_for_bit() {
         let agent = bench.agent("");
         let to = wire::mac(&bench.topology.balancer, "eth0");
         let from = wire::mac(bench.client(), "eth0");
-        let frames = unsteered(from, to);
+        let mut frames = unsteered(from, to);
+        if way == Way::Dsr {
+            // A switch with netfilter drops what is no IPv4 header itself.
+            frames.retain(|(name, _)| *name != CUT_HEADER);
+        }
         let watch = Watch::frames(&bench.topology.balancer, "eth0");
         for (_, frame) in &frames {
             wire::send(bench.client(), "eth0", frame);
