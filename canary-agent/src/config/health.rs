@@ -127,7 +127,9 @@ fn request_target(text: &str) -> Result<String, Problem> {
     if text.len() > MAX {
         return Err(Problem::new(format!("`path` has at most {MAX} bytes")));
     }
-    match text.chars().find(|c| !c.is_ascii_graphic() || *c == '#') {
+    // Nor what RFC 3986 has no place for: servers refuse it, and the check could not be sent.
+    let odd = |c: &char| !c.is_ascii_graphic() || "#\"<>\\^`{|}".contains(*c);
+    match text.chars().find(odd) {
         Some(odd) => Err(Problem::with(
             format!("`path` can't have the character {}", quote(&odd.to_string())),
             "write it percent-encoded, such as `%20` for a blank",
