@@ -11,12 +11,13 @@ use std::{
 
 use canary_agent::{
     api::model::{ChangeReport, Explain, MapStatus, SplitRequest, Status},
-    config::model::{Config, Stickiness},
+    config::model::{Config, Fallback, Health, Stickiness, Timing},
     daemon::{
         AttachError, Attachment, BeginError, Event, ExplainQuery, Kernel, LinkStates, Moment, Peer,
         Refusal, Request, State,
         lock::{LockError, lock_pins, lock_state_dir},
     },
+    health::{Change as HealthChange, Failure},
     plan::{Adopted, DataPlane},
     store::{Change, Commit, Snapshot, SqliteStore, StateStore, StoreError},
     telemetry::Metrics,
@@ -454,6 +455,132 @@ fn interfaces_are_attached_when_they_appear_and_again_when_they_come_back() {
     agent.event(Event::Links(links(Some(9))));
     assert_eq!(modes(&mut agent), [native.clone(), native]);
     assert_eq!(agent.host.with(|host| host.log.clone()), ["attach eth1"]);
+}
+
+/// The shop with checks, the other service without.
+fn checked() -> Config {
+    let mut config = shop();
+    config.services[0].health = Health::Tcp(Timing {
+        interval: Duration::from_secs(2),
+        timeout: Duration::from_secs(1),
+        rise: 2,
+        fall: 3,
+    });
+    config
+}
+
+impl Agent {
+    fn checks(&mut self, down: bool, backends: &[&str]) {
+        let change = |service: &str, addr: &str| HealthChange {
+            service: service.into(),
+            addr: addr.parse().unwrap(),
+            down,
+            why: down.then_some(Failure::Closed),
+        };
+        // A service that is not there any more, and one that is not checked any more.
+        let mut changes = vec![change("gone", "10.0.1.1:443"), change("api", "10.0.1.1:443")];
+        changes.extend(backends.iter().map(|addr| change("shop", addr)));
+        self.event(Event::Health(changes));
+    }
+
+    /// State and buckets of each backend of the shop.
+    fn backends(&mut self) -> BTreeMap<String, (String, u32)> {
+        let status = self.status();
+        assert_eq!(status.services[1].versions[0].backends[0].state, "up");
+        let backends = status.services[0].versions.iter().flat_map(|v| &v.backends);
+        backends.map(|b| (b.addr.to_string(), (b.state.clone(), b.buckets))).collect()
+    }
+}
+
+#[test]
+fn health_moves_buckets_between_backends_and_never_between_versions() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut agent = Agent::start(dir.path(), &checked(), Shared::default(), Adopted::default());
+    agent.split(&[("v2", "25%"), ("v3", "10%")]).unwrap();
+    let (owners, revision) = (agent.owners(), agent.status().agent.revision);
+    let before = agent.backends();
+    agent.checks(true, &["10.0.1.2:443"]);
+    let after = agent.backends();
+    assert_eq!(after["10.0.1.2:443"], ("down".to_owned(), 0));
+    assert_eq!(after["10.0.1.1:443"].1, before["10.0.1.1:443"].1 + before["10.0.1.2:443"].1);
+    assert_eq!(
+        (&after["10.0.2.1:443"], &after["10.0.3.1:443"]),
+        (&before["10.0.2.1:443"], &before["10.0.3.1:443"])
+    );
+    assert!(agent.status().alerts.is_empty());
+
+    // The last backend of v2: control takes its clients, v3 is left alone.
+    agent.checks(true, &["10.0.2.1:443"]);
+    let after = agent.backends();
+    assert_eq!(after["10.0.2.1:443"], ("down".to_owned(), 0));
+    assert_eq!(after["10.0.3.1:443"], before["10.0.3.1:443"]);
+    assert!(agent.status().alerts[0].contains("`v2` has no usable IPv4 backend; control takes"));
+
+    // All of control: its backends are all used, whatever the checks say.
+    agent.checks(true, &["10.0.1.1:443"]);
+    let after = agent.backends();
+    assert!(after["10.0.1.1:443"].1 > 0 && after["10.0.1.2:443"].1 > 0);
+    assert!(agent.status().alerts.iter().any(|a| a.contains("all of them are tried")));
+
+    agent.checks(false, &["10.0.1.1:443", "10.0.1.2:443", "10.0.2.1:443"]);
+    assert_eq!(agent.backends(), before);
+    assert!(agent.status().alerts.is_empty());
+    assert_eq!((agent.owners(), agent.status().agent.revision), (owners, revision));
+}
+
+#[test]
+fn without_fallback_a_version_that_is_down_gets_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = checked();
+    config.services[0].fallback = Fallback::None;
+    let mut agent = Agent::start(dir.path(), &config, Shared::default(), Adopted::default());
+    agent.split(&[("v2", "25%")]).unwrap();
+    let before = agent.backends();
+    agent.checks(true, &["10.0.2.1:443"]);
+    let after = agent.backends();
+    assert_eq!(after["10.0.1.1:443"], before["10.0.1.1:443"]);
+    let nobody = agent.state.plane().services[0].entries.iter().filter(|e| e.current().is_none());
+    assert_eq!(nobody.count(), 1024);
+    assert!(agent.status().alerts[0].contains("its clients get nothing"));
+}
+
+#[test]
+fn what_is_down_stays_down_over_a_restart_unless_it_is_not_checked_any_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut first = Agent::start(dir.path(), &checked(), Shared::default(), Adopted::default());
+    first.split(&[("v2", "25%")]).unwrap();
+    first.checks(true, &["10.0.1.2:443", "10.0.2.1:443"]);
+    let before = first.backends();
+    let plane = first.host.with(|host| host.plane.clone());
+    drop(first);
+
+    let host = Shared::default();
+    let mut next = Agent::start(dir.path(), &checked(), host.clone(), maps(&plane));
+    assert_eq!(next.backends(), before);
+    assert!(host.with(|host| host.plane.services.clone()) == plane.services, "not a bucket moves");
+    let down = |agent: &Agent| {
+        let down = agent.state.targets().into_iter().filter(|target| target.down);
+        down.map(|target| target.addr.to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(down(&next), ["10.0.1.2:443", "10.0.2.1:443"]);
+    assert_eq!(next.state.targets().len(), 4, "the other service is not checked");
+    let message = next.status().services[0].versions[1].backends[0].message.clone().unwrap();
+    assert!(message.contains("before the agent started"), "{message}");
+    drop(next);
+
+    // An address that another version gets too is as down there.
+    let mut more = checked();
+    let shared = more.services[0].versions[1].backends[0];
+    more.services[0].versions[2].backends.push(shared);
+    let next = Agent::start(dir.path(), &more, Shared::default(), maps(&plane));
+    let of_both = next.state.plane().backends.iter().filter(|(_, b)| b.addr == shared.addr);
+    assert_eq!(of_both.map(|(_, b)| b.down).collect::<Vec<_>>(), [true, true]);
+    assert_eq!(next.state.targets().len(), 4, "and is checked once");
+    drop(next);
+
+    let mut next = Agent::start(dir.path(), &shop(), Shared::default(), maps(&plane));
+    assert!(next.backends().values().all(|(state, _)| state == "up"), "no check, no failure");
+    assert!(next.state.targets().is_empty());
 }
 
 #[test]

@@ -116,6 +116,25 @@ pub struct BackendStatus {
     pub bytes: u64,
     /// New connections steered to it.
     pub connections: u64,
+    /// Its health checks; absent where none are made.
+    pub check: Option<CheckStatus>,
+}
+
+/// The health checks of a [`BackendStatus`] since the agent started.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct CheckStatus {
+    /// Checks that passed.
+    pub passes: u64,
+    /// Checks that failed.
+    pub failures: u64,
+    /// Seconds since they last took it down or brought it up, or since they began.
+    pub since_seconds: f64,
+    /// How long the last one took that passed.
+    pub latency_seconds: Option<f64>,
+    /// Why the last one failed that did.
+    pub last_failure: Option<String>,
+    /// Seconds since then.
+    pub last_failure_seconds: Option<f64>,
 }
 
 /// Packets counted under one reason.

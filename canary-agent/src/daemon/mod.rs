@@ -1,6 +1,7 @@
 //! The one loop that owns the state, and the handle by which others reach it.
 
 mod explain;
+mod health;
 pub mod lock;
 mod run;
 mod split;

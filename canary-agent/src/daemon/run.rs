@@ -32,6 +32,7 @@ use crate::{
     cli::RunOptions,
     config::{self, Config, model::Forward},
     datapath::{self, Datapath, Reader},
+    health::{self, Prober},
     plan::{Adopted, BootMs, DataPlane, NextHop, QUARANTINE_MS},
     resolve::{self, Resolver, Unresolved, VipManager},
     store::{SqliteStore, StateStore},
@@ -170,7 +171,7 @@ async fn serve(config: Arc<Config>, datapath: Datapath, adopted: Adopted) -> any
     let store = SqliteStore::new(&config.agent.state_dir);
     let mut state = State::begin(&config, store, kernel, adopted, metrics.clone(), moment()?)?;
 
-    let resolver = Resolver::start()?;
+    let resolver = Arc::new(Resolver::start()?);
     resolver.set_interfaces(config.agent.interfaces.iter().cloned());
     resolver.set_destinations(state.addresses());
     let mut updates = resolver.updates();
@@ -189,6 +190,12 @@ async fn serve(config: Arc<Config>, datapath: Datapath, adopted: Adopted) -> any
     let wakeup = state.go(moment()?)?;
     tracing::info!(services = config.services.len(), "steering");
 
+    // What fails a check may have another MAC address by now.
+    let doubts = Arc::clone(&resolver);
+    let prober = Prober::start(health::checks_at_once(), move |addr| doubts.suspect(addr));
+    prober.set_targets(state.targets());
+    state.show_checks(prober.reports());
+
     let (stop, stopping) = watch::channel(false);
     let loop_thread = {
         let runtime = tokio::runtime::Handle::current();
@@ -197,6 +204,7 @@ async fn serve(config: Arc<Config>, datapath: Datapath, adopted: Adopted) -> any
             .spawn(move || runtime.block_on(drive(state, requests, received, wakeup)))
             .context("can't start the loop's thread")?
     };
+    let checks = tokio::spawn(watch_checks(prober.changes(), events.clone()));
     let watcher = tokio::spawn(watch_host(Arc::clone(&config), updates, events));
     let (_operators, operators) = watch::channel(config.agent.operators.clone());
     let api = Api::new(handle, operators, metrics);
@@ -226,8 +234,10 @@ async fn serve(config: Arc<Config>, datapath: Datapath, adopted: Adopted) -> any
     if let Some(read_only) = read_only {
         let _ = read_only.await;
     }
-    watcher.abort();
-    let _ = watcher.await;
+    for task in [watcher, checks] {
+        task.abort();
+        let _ = task.await;
+    }
     let ended = tokio::task::spawn_blocking(move || loop_thread.join()).await?;
     match (ended, failed) {
         (Ok(Ok(())), false) => Ok(()),
@@ -312,6 +322,18 @@ async fn watch_host(
             let _ = events.send(Event::Alerts("resolver", vec![lost])).await;
             return;
         }
+    }
+}
+
+/// Follows the health checks. While the loop has no time, changes become one.
+async fn watch_checks(mut changes: health::Changes, events: mpsc::Sender<Event>) {
+    while let Ok(place) = events.reserve().await {
+        let Some(changes) = changes.next().await else {
+            let lost = "backends are not checked any more: restart the agent".to_owned();
+            place.send(Event::Alerts("health", vec![lost]));
+            return;
+        };
+        place.send(Event::Health(changes));
     }
 }
 

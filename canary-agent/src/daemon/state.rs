@@ -17,6 +17,7 @@ use super::{Peer, Refusal, Request, explain, split, status};
 use crate::{
     api::model::{ChangeReport, InterfaceStatus, MapStatus, SplitRequest, Status},
     config::model::{Config, Forward},
+    health,
     plan::{
         Adopted, BootMs, DataPlane, News, NextHop, PlanError, Planner, ServicePlan, ServiceState,
         Start,
@@ -57,6 +58,8 @@ pub enum Event {
     /// The host's routes or neighbours have changed. Addresses that are not named
     /// keep what was known of them.
     NextHops(HashMap<IpAddr, Result<NextHop, String>>),
+    /// Backends fail their checks, or pass them again.
+    Health(Vec<health::Change>),
     /// Interfaces have come or gone.
     Links(LinkStates),
     /// What an operator should know from one part of the agent, in place of what it
@@ -139,7 +142,8 @@ pub enum BeginError {
 
 /// The state, and the two things that it acts on.
 pub struct State<S, K> {
-    planner: Planner,
+    pub(super) planner: Planner,
+    pub(super) checks: health::Reports,
     store: S,
     kernel: K,
     metrics: Metrics,
@@ -198,6 +202,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             .collect();
         let mut state = Self {
             planner,
+            checks: health::Reports::default(),
             store,
             kernel,
             metrics,
@@ -266,6 +271,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         match event {
             Event::Request { request, arrived } => self.request(request, arrived, now),
             Event::NextHops(hops) => self.planner.set_next_hops(&hops),
+            Event::Health(changes) => self.health(changes),
             Event::Links(links) => self.links(links),
             Event::Alerts(from, alerts) => {
                 for alert in alerts
@@ -406,6 +412,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             status::Sources {
                 counters: self.counters(),
                 samples: &self.samples,
+                checks: &self.checks,
                 reasons: self.kernel.reasons(),
                 maps: self.kernel.maps(),
                 interfaces: &self.interfaces,

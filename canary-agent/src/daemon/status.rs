@@ -10,10 +10,11 @@ use canary_ebpf_common::{
 use super::{explain::protocol_name, split};
 use crate::{
     api::model::{
-        BackendStatus, InterfaceStatus, MapStatus, ReasonCount, ServiceStatus, Status,
+        BackendStatus, CheckStatus, InterfaceStatus, MapStatus, ReasonCount, ServiceStatus, Status,
         VersionStatus,
     },
     config::model::{Forward, Stickiness},
+    health::{Report, Reports},
     plan::{BackendState, BootMs, Planner, ServiceState, Table},
 };
 
@@ -68,6 +69,7 @@ impl Samples {
 pub(super) struct Sources<'a> {
     pub(super) counters: HashMap<BackendIndex, BackendCounters>,
     pub(super) samples: &'a Samples,
+    pub(super) checks: &'a Reports,
     pub(super) reasons: Vec<u64>,
     pub(super) maps: Vec<MapStatus>,
     pub(super) interfaces: &'a [InterfaceStatus],
@@ -82,6 +84,7 @@ pub(super) fn status(planner: &Planner, sources: Sources<'_>) -> Status {
     let Sources {
         counters: _,
         samples: _,
+        checks,
         reasons,
         maps,
         interfaces,
@@ -90,6 +93,12 @@ pub(super) fn status(planner: &Planner, sources: Sources<'_>) -> Status {
         uptime_ms,
     } = sources;
     planner.services().iter().for_each(|state| service_alerts(state, &mut alerts));
+    if let Some(errno) = checks.trouble() {
+        alerts.push(format!(
+            "this host can't check its backends, which stay as they are: {}",
+            errno.desc()
+        ));
+    }
     let mut status = Status {
         interfaces: interfaces.to_vec(),
         services,
@@ -120,6 +129,7 @@ pub(super) fn status(planner: &Planner, sources: Sources<'_>) -> Status {
 
 fn service_status(state: &ServiceState, sources: &Sources<'_>) -> ServiceStatus {
     let config = state.config();
+    let checks = sources.checks.of_service(&config.name);
     let owned = state.ownership().counts();
     let new_connections: Vec<(u8, u64)> = (0_u8..)
         .zip(state.slots())
@@ -149,7 +159,7 @@ fn service_status(state: &ServiceState, sources: &Sources<'_>) -> ServiceStatus 
             backends: version
                 .backends
                 .iter()
-                .map(|b| backend_status(state, slot, b, sources))
+                .map(|b| backend_status(state, slot, b, checks.get(&b.addr), sources))
                 .collect(),
         }
     });
@@ -183,6 +193,7 @@ fn backend_status(
     state: &ServiceState,
     slot: Option<u8>,
     backend: &crate::config::model::Backend,
+    report: Option<&Report>,
     sources: &Sources<'_>,
 ) -> BackendStatus {
     let found = state.tables().iter().find_map(|table| {
@@ -199,11 +210,12 @@ fn backend_status(
         packets: 0,
         bytes: 0,
         connections: 0,
+        check: report.map(check_status),
     };
     if let Some((table, live)) = found {
         let (word, message) = match (live.state(), &live.hop) {
             (BackendState::Up, _) => ("up", None),
-            (BackendState::Down, _) => ("down", Some("it fails its checks".to_owned())),
+            (BackendState::Down, _) => ("down", Some(why_down(report))),
             (BackendState::NoNextHop, hop) => ("no-next-hop", hop.as_ref().err().cloned()),
         };
         let counted = counter(sources, live.index);
@@ -215,6 +227,25 @@ fn backend_status(
         status.connections = counted.connections;
     }
     status
+}
+
+fn why_down(report: Option<&Report>) -> String {
+    match report.and_then(|report| report.last_failure) {
+        Some((failure, _)) => format!("it fails its checks: {failure}"),
+        None => "it failed its checks before the agent started, and is checked again".to_owned(),
+    }
+}
+
+fn check_status(report: &Report) -> CheckStatus {
+    let Report { down: _, since, passes, failures, last_failure, latency } = report;
+    CheckStatus {
+        passes: *passes,
+        failures: *failures,
+        since_seconds: since.elapsed().as_secs_f64(),
+        latency_seconds: latency.map(|latency| latency.as_secs_f64()),
+        last_failure: last_failure.map(|(failure, _)| failure.to_string()),
+        last_failure_seconds: last_failure.map(|(_, at)| at.elapsed().as_secs_f64()),
+    }
 }
 
 fn counter(sources: &Sources<'_>, index: BackendIndex) -> BackendCounters {

@@ -1,7 +1,10 @@
 //! What services are given when an agent starts: the numbers and tables that
 //! they had under an earlier one, and new ones for what is new.
 
-use std::collections::BTreeSet;
+use std::{
+    collections::{BTreeSet, HashSet},
+    net::SocketAddr,
+};
 
 use canary_ebpf_common::{
     abi::{BACKEND_DOWN, LedgerEntry, PAGE_BUCKETS},
@@ -16,7 +19,7 @@ use super::{
     record,
     table::{Draining, LiveBackend, Table},
 };
-use crate::config::model::{Backend, Capacity, Config};
+use crate::config::model::{Backend, Capacity, Config, Health};
 
 /// What is given out while services begin.
 pub(super) struct Claims {
@@ -126,7 +129,7 @@ impl Claims {
                 .find(|v| v.name == version)
                 .and_then(|v| v.backends.iter().find(|b| b.addr == addr));
             let hop = adopt::record_hop(backend).ok_or_else(|| NOT_ASKED_YET.to_owned());
-            let down = backend.flags & BACKEND_DOWN != 0;
+            let down = backend.flags & BACKEND_DOWN != 0 && service.health != Health::None;
             let twice = |at: u8| table.backends.iter().any(|b| b.slot == at && b.addr == addr);
             match (slot, configured) {
                 (Some(slot), Some(configured)) if !twice(slot) => {
@@ -168,6 +171,9 @@ impl Claims {
         let full = |addr| PlanError::Backends { service: config.name.clone(), addr };
         for table in tables {
             let mut ordered = Vec::new();
+            // An address is checked once, for all versions that name it.
+            let down: HashSet<SocketAddr> =
+                table.backends.iter().filter(|b| b.down).map(|b| b.addr).collect();
             for version in &config.versions {
                 let Some(slot) = slot(slots, &version.name) else {
                     continue;
@@ -177,13 +183,16 @@ impl Claims {
                     self.live = self.live.checked_sub(1).ok_or_else(|| full(backend.addr))?;
                     let known = |b: &LiveBackend| b.slot == slot && b.addr == backend.addr;
                     ordered.push(match table.backends.iter().position(known) {
-                        Some(at) => table.backends.swap_remove(at),
+                        Some(at) => LiveBackend {
+                            down: down.contains(&backend.addr),
+                            ..table.backends.swap_remove(at)
+                        },
                         None => LiveBackend {
                             index: self.indices.take(now_ms).ok_or_else(|| full(backend.addr))?,
                             slot,
                             addr: backend.addr,
                             weight: backend.weight,
-                            down: false,
+                            down: down.contains(&backend.addr),
                             hop: Err(NOT_ASKED_YET.to_owned()),
                         },
                     });

@@ -294,12 +294,20 @@ impl Planner {
 
     /// Takes over whether a backend of a service fails its checks.
     pub fn set_down(&mut self, service: usize, addr: SocketAddr, down: bool) {
+        self.set_health(service, &HashMap::from([(addr, down)]));
+    }
+
+    /// Takes over which backends of a service fail their checks. Those that `down` does not
+    /// name keep what was known of them.
+    pub fn set_health(&mut self, service: usize, down: &HashMap<SocketAddr, bool>) {
         let Some(state) = self.services.get_mut(service) else {
             return;
         };
         for backend in state.tables.iter_mut().flat_map(|t| &mut t.backends) {
-            if backend.addr == addr && backend.down != down {
-                backend.down = down;
+            if let Some(down) = down.get(&backend.addr)
+                && backend.down != *down
+            {
+                backend.down = *down;
                 state.dirty = true;
                 self.backends_changed = true;
             }

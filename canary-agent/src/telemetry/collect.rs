@@ -131,13 +131,13 @@ fn services(page: &mut DescriptorEncoder, services: &[ServiceStatus]) -> fmt::Re
 }
 
 fn backends(page: &mut DescriptorEncoder, services: &[ServiceStatus]) -> fmt::Result {
-    let of_backend = |value: fn(&BackendStatus) -> u64| -> Samples<u64> {
+    let of_backend = |value: fn(&BackendStatus) -> Option<u64>| -> Samples<u64> {
         versions(services)
             .flat_map(|(labels, version)| {
-                version.backends.iter().map(move |backend| {
+                version.backends.iter().filter_map(move |backend| {
                     let mut labels = labels.clone();
                     labels.push(("backend", backend.addr.to_string()));
-                    (labels, value(backend))
+                    Some((labels, value(backend)?))
                 })
             })
             .collect()
@@ -148,37 +148,43 @@ fn backends(page: &mut DescriptorEncoder, services: &[ServiceStatus]) -> fmt::Re
         page,
         "canary_backend_packets",
         "Packets sent to the backend",
-        of_backend(|backend| backend.packets),
+        of_backend(|backend| Some(backend.packets)),
     )?;
     counter(
         page,
         "canary_backend_bytes",
         "Bytes of those packets",
-        of_backend(|backend| backend.bytes),
+        of_backend(|backend| Some(backend.bytes)),
     )?;
     counter(
         page,
         "canary_backend_connections",
         "New connections steered to the backend",
-        of_backend(|backend| backend.connections),
+        of_backend(|backend| Some(backend.connections)),
+    )?;
+    counter(
+        page,
+        "canary_backend_check_failures",
+        "Health checks that the backend has failed since the agent started",
+        of_backend(|backend| backend.check.as_ref().map(|check| check.failures)),
     )?;
     gauge(
         page,
         "canary_backend_up",
-        "1 if the backend takes connections",
-        as_gauge(|backend| u64::from(backend.state == "up")),
+        "1 if the backend passes its checks and can be reached",
+        as_gauge(|backend| Some(u64::from(backend.state == "up"))),
     )?;
     gauge(
         page,
         "canary_backend_weight",
         "Weight of the backend inside its version",
-        as_gauge(|backend| backend.weight.into()),
+        as_gauge(|backend| Some(backend.weight.into())),
     )?;
     gauge(
         page,
         "canary_backend_buckets",
         "Buckets that steer new connections to the backend",
-        as_gauge(|backend| backend.buckets.into()),
+        as_gauge(|backend| Some(backend.buckets.into())),
     )
 }
 

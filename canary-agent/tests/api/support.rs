@@ -17,8 +17,9 @@ use canary_agent::{
     api::{
         self, Api, ControlSocket, Limits,
         model::{
-            AgentStatus, BackendStatus, ChangeReport, Explain, InterfaceStatus, MapStatus,
-            ReasonCount, ServiceStatus, ShareChange, SplitRequest, Status, VersionStatus,
+            AgentStatus, BackendStatus, ChangeReport, CheckStatus, Explain, InterfaceStatus,
+            MapStatus, ReasonCount, ServiceStatus, ShareChange, SplitRequest, Status,
+            VersionStatus,
         },
     },
     config::model::Operators,
@@ -257,6 +258,12 @@ pub(crate) fn status() -> Status {
         packets: connections * 10,
         bytes: connections * 12_000,
         connections,
+        check: Some(CheckStatus {
+            passes: 1_000,
+            failures: 7,
+            last_failure: Some("no connection within 1s".to_owned()),
+            ..CheckStatus::default()
+        }),
     };
     let version = |name: &str, asked: f64, text: &str, buckets: u32, backends| VersionStatus {
         name: name.to_owned(),

@@ -1,0 +1,75 @@
+//! What the loop has to do with health checks: what is to be checked, and what
+//! follows from what comes out.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::SocketAddr,
+    sync::Arc,
+};
+
+use super::{Kernel, State};
+use crate::{
+    config::model,
+    health::{Change, Reports, Target},
+    store::StateStore,
+};
+
+impl<S: StateStore, K: Kernel> State<S, K> {
+    /// What is to be checked, with what the maps say of it: a backend that was down under an
+    /// earlier agent is down until it has passed.
+    pub fn targets(&self) -> Vec<Target> {
+        let mut targets = Vec::new();
+        for state in self.planner.services() {
+            let config = state.config();
+            if config.health == model::Health::None {
+                continue;
+            }
+            let service: Arc<str> = config.name.as_str().into();
+            let health = Arc::new(config.health.clone());
+            // In two versions, a backend is still checked once.
+            let mut down: BTreeMap<SocketAddr, bool> = BTreeMap::new();
+            for backend in state.tables().iter().flat_map(|table| table.backends()) {
+                *down.entry(backend.addr).or_default() |= backend.down;
+            }
+            targets.extend(down.into_iter().map(|(addr, down)| Target {
+                service: Arc::clone(&service),
+                addr,
+                health: Arc::clone(&health),
+                down,
+            }));
+        }
+        targets
+    }
+
+    /// Shows what the checks know in status, from now on.
+    pub fn show_checks(&mut self, reports: Reports) {
+        self.checks = reports;
+    }
+
+    /// Takes over what has gone down and come up.
+    pub(super) fn health(&mut self, changes: Vec<Change>) {
+        let mut by_service: HashMap<Arc<str>, HashMap<SocketAddr, bool>> = HashMap::new();
+        for Change { service, addr, down, why } in changes {
+            match why {
+                Some(why) if down => {
+                    tracing::warn!(%service, backend = %addr, %why, "the backend is down");
+                }
+                _ => tracing::info!(
+                    %service,
+                    backend = %addr,
+                    "the backend is {}",
+                    if down { "down" } else { "up again" }
+                ),
+            }
+            by_service.entry(service).or_default().insert(addr, down);
+        }
+        for (service, down) in by_service {
+            // A change may have been on its way while the configuration became another.
+            if let Some((at, state)) = self.planner.service(&service)
+                && state.config().health != model::Health::None
+            {
+                self.planner.set_health(at, &down);
+            }
+        }
+    }
+}
