@@ -100,6 +100,13 @@ impl Report {
     }
 }
 
+/// Whether two checksums say the same: in one's complement, all zeros and all ones are
+/// both zero, and a receiver accepts either (RFC 1071; Linux sends ones,
+/// `CSUM_MANGLED_0`).
+const fn same(a: u16, b: u16) -> bool {
+    a == b || (a == 0 && b == 0xffff) || (a == 0xffff && b == 0)
+}
+
 /// Verifies a frame's checksums: says what it is, if it is TCP or UDP over IP.
 ///
 /// # Errors
@@ -113,7 +120,7 @@ pub fn check(frame: &[u8]) -> Result<Option<&'static str>, String> {
     let addresses = match &packet.net {
         Some(NetSlice::Ipv4(ip)) => {
             let header = ip.header().to_header();
-            if header.calc_header_checksum() != header.header_checksum {
+            if !same(header.calc_header_checksum(), header.header_checksum) {
                 return wrong("IPv4 checksum");
             }
             Ok((header.source, header.destination))
@@ -126,13 +133,13 @@ pub fn check(frame: &[u8]) -> Result<Option<&'static str>, String> {
     }
     match (&packet.transport, addresses) {
         (Some(TransportSlice::Tcp(tcp)), Ok((from, to))) => {
-            if tcp.calc_checksum_ipv4(from, to).ok() != Some(tcp.checksum()) {
+            if !tcp.calc_checksum_ipv4(from, to).is_ok_and(|sum| same(sum, tcp.checksum())) {
                 return wrong("TCP checksum");
             }
             Ok(Some("IPv4 TCP"))
         }
         (Some(TransportSlice::Tcp(tcp)), Err((from, to))) => {
-            if tcp.calc_checksum_ipv6(from, to).ok() != Some(tcp.checksum()) {
+            if !tcp.calc_checksum_ipv6(from, to).is_ok_and(|sum| same(sum, tcp.checksum())) {
                 return wrong("TCP checksum");
             }
             Ok(Some("IPv6 TCP"))
@@ -149,7 +156,8 @@ pub fn check(frame: &[u8]) -> Result<Option<&'static str>, String> {
                     ("IPv6 UDP", header.calc_checksum_ipv6_raw(from, to, udp.payload()))
                 }
             };
-            if sum.ok() != Some(header.checksum) {
+            // Zero says that there is none; a sum of zero is sent as ones (RFC 768).
+            if header.checksum == 0 || !sum.is_ok_and(|sum| same(sum, header.checksum)) {
                 return wrong("UDP checksum");
             }
             Ok(Some(kind))
@@ -346,5 +354,23 @@ mod tests {
             }
         }
         assert_eq!(check(&[0; 60]), Ok(None));
+    }
+
+    #[test]
+    fn both_zeros_are_right_but_for_a_udp_checksum_that_is_missing() {
+        // The urgent pointer, which means nothing here, makes the sum zero.
+        let mut tcp = frame(true, true);
+        let at = 14 + 40;
+        let left = u16::from_be_bytes([tcp[at + 16], tcp[at + 17]]);
+        tcp[at + 18..at + 20].copy_from_slice(&left.to_be_bytes());
+        for sum in [0_u16, 0xffff] {
+            tcp[at + 16..at + 18].copy_from_slice(&sum.to_be_bytes());
+            assert_eq!(check(&tcp), Ok(Some("IPv6 TCP")), "{sum:#06x}");
+        }
+        tcp[at + 17] ^= 1;
+        assert!(check(&tcp).is_err());
+        let mut udp = frame(true, false);
+        udp[at + 6..at + 8].fill(0);
+        assert!(check(&udp).is_err(), "IPv6 has no datagrams without a checksum");
     }
 }
