@@ -22,15 +22,16 @@ use crate::support::{Bench, ECHO, SHOP, Transport, Way, backends, finish, settle
 /// Clients whose buckets are compared.
 const CLIENTS: u32 = 25;
 
-/// Bucket, version and backend of clients of both families.
-fn explained(agent: &Agent<'_>) -> Vec<(String, Option<u32>, Option<String>, Option<String>)> {
+/// Bucket, version and backend of clients of both families, in words.
+fn explained(agent: &Agent<'_>) -> Vec<String> {
     let mut control = Control::open(&agent.socket()).expect("the socket");
     let clients = Family::ALL.into_iter().flat_map(|f| (0..CLIENTS).map(move |i| f.client(i)));
     let asked = clients.map(|client| {
         let from = client.to_string().replace(':', "%3A");
         let target = format!("/v1/services/{SHOP}/explain?from={from}");
         let explain: Explain = control.ask("GET", &target, b"").expect("an answer").json();
-        (explain.from, explain.bucket, explain.version, explain.backend)
+        let Explain { from, bucket, version, backend, .. } = explain;
+        format!("{from} {bucket:?} {version:?} {backend:?}")
     });
     asked.collect()
 }

@@ -112,7 +112,7 @@ fn a_subnet_stays_together() {
                     }
                     // The /56 ends in the middle of the fourth group.
                     Family::V6 => {
-                        let fourth = network << 8 | host * 25;
+                        let fourth = (network << 8) | (host * 25);
                         Ipv6Addr::new(0xfd00, 9, 1, fourth, host, 0, 0, 1).into()
                     }
                 };
