@@ -514,11 +514,15 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let state = &self.planner.services()[service];
         let mut touched = BTreeSet::new();
         for (old, table) in tables.iter().zip(state.tables()) {
-            let moved =
-                old.entries.iter().zip(table.entries()).filter(|(a, b)| a.current() != b.current());
-            let indices: BTreeSet<_> =
-                moved.flat_map(|(a, b)| [a.current(), b.current()]).collect();
-            touched.extend(indices.into_iter().filter_map(|index| table.addr(index)));
+            let mut named = vec![false; usize::from(BackendIndex::MAX.get()) + 1];
+            for (a, b) in old.entries.iter().zip(table.entries()) {
+                if a.current() != b.current() {
+                    named[usize::from(a.current().get())] = true;
+                    named[usize::from(b.current().get())] = true;
+                }
+            }
+            let indices = (0..).zip(named).filter(|(_, named)| *named);
+            touched.extend(indices.filter_map(|(i, _)| table.addr(BackendIndex::new(i))));
         }
         touched.iter().map(ToString::to_string).collect()
     }

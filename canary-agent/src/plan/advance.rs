@@ -87,6 +87,9 @@ pub fn advance(
                 None => break,
             },
         };
+        if wanted == entry.current() && !entry.tracked() && record.owner() == owner {
+            continue;
+        }
         let (entry_now, record_now) = if wanted == entry.current() {
             let settled = settle(bucket, entry, record, policy, now_ms);
             (settled, LedgerEntry::new(owner, record.moved_ms()))

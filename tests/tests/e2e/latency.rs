@@ -22,6 +22,9 @@ use canary_tests::{
 
 use crate::support::{Bench, ECHO, Way};
 
+/// From one new connection to the next: 2,000 a second leave two processors some time.
+const PACE: Duration = Duration::from_micros(500);
+
 /// How often the split is set.
 ///
 /// Fewer in a build that is not optimised, in which each takes ten times as long.
@@ -74,7 +77,9 @@ fn measure(bench: &Bench, agent: &Agent<'_>) -> Times {
         let (stop, connections) = (Arc::clone(&stop), Arc::clone(&connections));
         bench.client().spawn_thread("traffic", move || {
             let to = SocketAddr::new(Family::V4.vip(), ECHO_PORT);
+            let start = Instant::now();
             for index in 0.. {
+                wait::pause_until(start + PACE * index);
                 if stop.load(Ordering::Relaxed) {
                     break;
                 }
