@@ -131,11 +131,16 @@ fn a_split_is_in_force_at_once_under_traffic() {
     }
     let bench = Bench::new(Way::Dsr, &[("stable", 3), ("v2", 2)]);
     let mut slow = Vec::new();
-    for in_memory in [false, true] {
+    let runs = [(false, &Family::ALL[..1]), (false, &Family::ALL[..]), (true, &Family::ALL[..])];
+    for (in_memory, families) in runs {
         let options = AgentOptions::native(&bench.topology);
         let balancer = &bench.topology.balancer;
         let memory = tempfile::tempdir_in(MEMORY).expect("a folder in memory");
-        let mut agent = Agent::prepare(balancer, &options, &bench.services(""));
+        let mut agent = Agent::prepare(
+            balancer,
+            &options,
+            &bench.service_on(families, ECHO, ECHO_PORT, &["tcp", "udp"], ""),
+        );
         if in_memory {
             let state = agent.folder().join("state");
             std::os::unix::fs::symlink(memory.path(), state).expect("a link");
@@ -144,6 +149,7 @@ fn a_split_is_in_force_at_once_under_traffic() {
         agent.wait_ready();
         let Times { seen, took, connections, computed, waited } = measure(&bench, &agent);
         let place = if in_memory { "in memory" } else { "on the host's disk" };
+        let place = format!("{place}, families {families:?}");
         println!(
             "{CALLS} splits, state {place}: each {computed:?} of the loop on a processor, \
              {waited:?} waiting for one"

@@ -76,13 +76,25 @@ impl Bench {
 
     /// One service on both families.
     pub(crate) fn service(&self, name: &str, port: u16, protocols: &[&str], keys: &str) -> String {
+        self.service_on(&Family::ALL, name, port, protocols, keys)
+    }
+
+    /// One service on these families.
+    pub(crate) fn service_on(
+        &self,
+        families: &[Family],
+        name: &str,
+        port: u16,
+        protocols: &[&str],
+        keys: &str,
+    ) -> String {
         let forward = if self.way == Way::Dsr { "dsr" } else { "nat" };
         let ports: Vec<String> = protocols.iter().map(|one| format!("{one}/{port}")).collect();
-        let vips = Family::ALL.map(|family| family.vip().to_string());
+        let vips: Vec<String> = families.iter().map(|family| family.vip().to_string()).collect();
         format!(
             "[[service]]\nname = {name:?}\nvip = {vips:?}\nports = {ports:?}\nforward = {forward:?}\n\
              control = \"stable\"\nhealth = {{ type = \"none\" }}\n{keys}\n{}\n",
-            self.topology.versions_toml(&Family::ALL, port)
+            self.topology.versions_toml(families, port)
         )
     }
 
