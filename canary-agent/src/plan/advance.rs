@@ -87,8 +87,15 @@ pub fn advance(
                 None => break,
             },
         };
-        if wanted == entry.current() && !entry.tracked() && record.owner() == owner {
-            continue;
+        if wanted == entry.current() && record.owner() == owner {
+            // Nearly every bucket: nothing moves it, and nothing of it is due.
+            let due = due_ms(bucket, entry, record, policy);
+            if !entry.tracked() || policy.tracks && due.is_none_or(|due| due > now_ms) {
+                if let Some(due) = due {
+                    done.next_due_ms = Some(done.next_due_ms.map_or(due, |first| first.min(due)));
+                }
+                continue;
+            }
         }
         let (entry_now, record_now) = if wanted == entry.current() {
             let settled = settle(bucket, entry, record, policy, now_ms);
