@@ -514,15 +514,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let state = &self.planner.services()[service];
         let mut touched = BTreeSet::new();
         for (old, table) in tables.iter().zip(state.tables()) {
-            let mut named = vec![false; usize::from(BackendIndex::MAX.get()) + 1];
-            for (a, b) in old.entries.iter().zip(table.entries()) {
-                if a.current() != b.current() {
-                    named[usize::from(a.current().get())] = true;
-                    named[usize::from(b.current().get())] = true;
-                }
-            }
-            let indices = (0..).zip(named).filter(|(_, named)| *named);
-            touched.extend(indices.filter_map(|(i, _)| table.addr(BackendIndex::new(i))));
+            touched.extend(table.touched(|bucket| old.entries[bucket].current()));
         }
         touched.iter().map(ToString::to_string).collect()
     }

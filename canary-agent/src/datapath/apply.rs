@@ -18,7 +18,7 @@ use canary_ebpf_common::{
 
 use super::{
     Error,
-    mapping::{Mapping, store32, store64},
+    mapping::{Mapping, store},
     pod,
     vips::{VipTable, vips},
 };
@@ -75,7 +75,9 @@ impl Maps {
             .ok_or(Error::OutOfRange { what: "backend", index: index.get().into() })?;
         // SAFETY: same size, and padding is spelled out: no byte is uninitialised.
         let new = unsafe { std::mem::transmute::<abi::Backend, [u64; RECORD_WORDS]>(*record) };
-        Ok(store64(words, new.into_iter()) > 0)
+        let mut stored = false;
+        store(words, None, &new, |_, _| stored = true);
+        Ok(stored)
     }
 
     /// Number of records that the map holds.
@@ -203,19 +205,21 @@ impl Maps {
         applied: &mut Applied,
     ) -> Result<(), Error> {
         let range = self.range(service)?;
-        if old.is_none_or(|o| !Arc::ptr_eq(&o.entries, &service.entries)) {
-            let words = &self.table.words32()[range.clone()];
-            applied.untracked += words
-                .iter()
-                .zip(service.entries.iter())
-                .filter(|(w, e)| Entry(w.load(Ordering::Relaxed)).tracked() && !e.tracked())
-                .count();
-            // The ledger first: an agent that is killed in between finds moves that
-            // have not happened yet, and makes them again, never moves without a time.
-            store64(&self.ledger.words64()[range.clone()], service.ledger.iter().map(|l| l.0));
-            applied.entries += store32(words, service.entries.iter().map(|e| e.0));
-        } else if old.is_none_or(|o| !Arc::ptr_eq(&o.ledger, &service.ledger)) {
-            store64(&self.ledger.words64()[range], service.ledger.iter().map(|l| l.0));
+        // The ledger first: an agent that is killed in between finds moves that
+        // have not happened yet, and makes them again, never moves without a time.
+        let old_ledger = old.map(|o| &o.ledger);
+        if old_ledger.is_none_or(|old| !Arc::ptr_eq(old, &service.ledger)) {
+            let words = &self.ledger.words64()[range.clone()];
+            store(words, old_ledger.map(|old| &old[..]), &service.ledger, |_, _| {});
+        }
+        let old_entries = old.map(|o| &o.entries);
+        if old_entries.is_none_or(|old| !Arc::ptr_eq(old, &service.entries)) {
+            let words = &self.table.words32()[range];
+            let count = |before: Entry, after: Entry| {
+                applied.untracked += usize::from(before.tracked() && !after.tracked());
+                applied.entries += usize::from(before != after);
+            };
+            store(words, old_entries.map(|old| &old[..]), &service.entries, count);
         }
         if old.is_none_or(|o| info(o) != info(service)) {
             self.info.set(service.record.id, pod::ServiceInfo(info(service)), 0)?;

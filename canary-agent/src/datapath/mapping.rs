@@ -8,6 +8,7 @@ use std::{
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
+use canary_ebpf_common::{abi::LedgerEntry, entry::Entry};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 /// The values of a `BPF_F_MMAPABLE` array map. Stores are seen by the program
@@ -62,32 +63,58 @@ impl Drop for Mapping {
     }
 }
 
-/// Stores what differs of `new` and returns the number of words stored.
-pub(super) fn store32(words: &[AtomicU32], new: impl Iterator<Item = u32>) -> usize {
-    words
-        .iter()
-        .zip(new)
-        .filter(|(word, value)| {
-            let differs = word.load(Ordering::Relaxed) != *value;
-            if differs {
-                word.store(*value, Ordering::Release);
-            }
-            differs
-        })
-        .count()
+/// A word of a mapping that says a `V`.
+pub(super) trait Word<V> {
+    fn get(&self) -> V;
+    fn set(&self, value: V);
 }
 
-/// Stores what differs of `new` and returns the number of words stored.
-pub(super) fn store64(words: &[AtomicU64], new: impl Iterator<Item = u64>) -> usize {
-    words
-        .iter()
-        .zip(new)
-        .filter(|(word, value)| {
-            let differs = word.load(Ordering::Relaxed) != *value;
-            if differs {
-                word.store(*value, Ordering::Release);
+macro_rules! words {
+    ($($word:ty: $value:ty, $of:expr, $raw:expr;)*) => { $(
+        impl Word<$value> for $word {
+            fn get(&self) -> $value {
+                $of(self.load(Ordering::Relaxed))
             }
-            differs
-        })
-        .count()
+            fn set(&self, value: $value) {
+                self.store($raw(value), Ordering::Release);
+            }
+        }
+    )* };
+}
+
+words! {
+    AtomicU32: Entry, Entry, |entry: Entry| entry.0;
+    AtomicU64: LedgerEntry, LedgerEntry, |entry: LedgerEntry| entry.0;
+    AtomicU64: u64, std::convert::identity, std::convert::identity;
+}
+
+/// A cache line holds so many of the smallest words.
+const LINE: usize = 16;
+
+/// Stores `new` where it differs from `old`, which is what the words hold; without `old` they
+/// are read. Calls `changed` with what was and what is, also for some words that stay.
+///
+/// Line by line: no other is touched than those in which something changes, and there is one
+/// branch for each, not one for each word.
+pub(super) fn store<W: Word<V>, V: Copy + PartialEq>(
+    words: &[W],
+    old: Option<&[V]>,
+    new: &[V],
+    mut changed: impl FnMut(V, V),
+) {
+    let read: Vec<V>;
+    let old = match old {
+        Some(old) => old,
+        None => {
+            read = words.iter().map(W::get).collect();
+            &read
+        }
+    };
+    for ((words, old), new) in words.chunks(LINE).zip(old.chunks(LINE)).zip(new.chunks(LINE)) {
+        let pairs = || old.iter().zip(new);
+        if pairs().fold(false, |differs, (old, new)| differs | (old != new)) {
+            words.iter().zip(new).for_each(|(word, new)| word.set(*new));
+            pairs().for_each(|(old, new)| changed(*old, *new));
+        }
+    }
 }

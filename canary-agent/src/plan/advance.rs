@@ -7,14 +7,12 @@
 //! move; and it is not watched again before the flow entries of its former life
 //! have been swept.
 
-use std::sync::Arc;
-
 use canary_ebpf_common::{
     abi::LedgerEntry,
     entry::{BackendIndex, Entry},
 };
 
-use super::{BootMs, BucketSet};
+use super::{BootMs, BucketSet, numbers};
 use crate::config::model::Existing;
 
 /// In how many parts a table lets go of its old connections.
@@ -35,13 +33,24 @@ pub struct Policy {
     pub learn_ms: Option<u64>,
 }
 
-/// What [`advance`] did.
+/// A bucket whose entry or ledger changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Update {
+    /// Which.
+    pub bucket: u32,
+    /// Its entry before.
+    pub before: Entry,
+    /// Its entry now.
+    pub after: Entry,
+    /// Its ledger now.
+    pub record: LedgerEntry,
+}
+
+/// What [`Advance::run`] found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Advanced {
-    /// Whether entries or ledger changed at all.
-    pub changed: bool,
-    /// How many buckets steer new connections elsewhere now.
-    pub moved: u32,
+    /// What changed, ascending by bucket.
+    pub updates: Vec<Update>,
     /// Buckets that were tracked and are not any more.
     pub cleared: Vec<u32>,
     /// Buckets that should have moved but wait for a sweep.
@@ -60,76 +69,76 @@ pub fn clear_due_ms(bucket: u32, moved_ms: BootMs, drain_ms: u64) -> BootMs {
     moved_ms.saturating_add(drain_ms - tenth).saturating_add(tenth * (slice + 1) / SLICES)
 }
 
-/// Advances a table to `desired` (where new connections should go, by bucket;
-/// `None` to leave that as it is) and `owners`, at `now_ms`.
-///
-/// `unswept` are the buckets that were cleared by plans not applied yet: one of
-/// those does not begin to be tracked, so its move waits.
-///
-/// Lengths that differ are cut to the shortest.
-pub fn advance(
-    entries: &mut Arc<Vec<Entry>>,
-    ledger: &mut Arc<Vec<LedgerEntry>>,
-    desired: Option<&[BackendIndex]>,
-    owners: &[u8],
-    unswept: &BucketSet,
-    policy: &Policy,
-    now_ms: BootMs,
-) -> Advanced {
-    let mut done = Advanced::default();
-    let mut updates: Vec<(u32, Entry, LedgerEntry)> = Vec::new();
-    let rows = entries.iter().zip(ledger.iter()).zip(owners);
-    for (bucket, ((&entry, &record), &owner)) in (0_u32..).zip(rows) {
-        let wanted = match desired {
-            None => entry.current(),
-            Some(desired) => match desired.get(bucket as usize) {
-                Some(wanted) => *wanted,
-                None => break,
-            },
-        };
-        if wanted == entry.current() && record.owner() == owner {
-            // Nearly every bucket: nothing moves it, and nothing of it is due.
-            let due = due_ms(bucket, entry, record, policy);
-            if !entry.tracked() || policy.tracks && due.is_none_or(|due| due > now_ms) {
-                if let Some(due) = due {
-                    done.next_due_ms = Some(done.next_due_ms.map_or(due, |first| first.min(due)));
-                }
-                continue;
-            }
-        }
-        let (entry_now, record_now) = if wanted == entry.current() {
-            let settled = settle(bucket, entry, record, policy, now_ms);
-            (settled, LedgerEntry::new(owner, record.moved_ms()))
+/// A table as it is, and what it should become. Lengths that differ are cut to the shortest.
+#[derive(Clone, Copy, Debug)]
+pub struct Advance<'a> {
+    /// Its entries.
+    pub entries: &'a [Entry],
+    /// Its ledger.
+    pub ledger: &'a [LedgerEntry],
+    /// Where new connections should go, by bucket; `None` to leave that as it is.
+    pub desired: Option<&'a [BackendIndex]>,
+    /// Who should own each bucket.
+    pub owners: &'a [u8],
+    /// Buckets that were cleared by plans not applied yet: one of those does not begin to be
+    /// tracked, so its move waits.
+    pub unswept: &'a BucketSet,
+    /// What the service wants.
+    pub policy: &'a Policy,
+    /// Nothing of any bucket is due before this, as an earlier call said; `BootMs::MAX` for
+    /// never. Until then only the buckets that move are looked at.
+    pub quiet_until_ms: BootMs,
+    /// When.
+    pub now_ms: BootMs,
+}
+
+impl Advance<'_> {
+    /// What has to change.
+    pub fn run(&self) -> Advanced {
+        let Self { entries, ledger, desired, owners, .. } = *self;
+        let of = entries.len().min(ledger.len()).min(owners.len());
+        let of = desired.map_or(of, |desired| of.min(desired.len()));
+        let mut done = Advanced::default();
+        if self.now_ms < self.quiet_until_ms {
+            done.next_due_ms = (self.quiet_until_ms < BootMs::MAX).then_some(self.quiet_until_ms);
+            let moves = |bucket: usize| {
+                let stays =
+                    desired.is_none_or(|desired| desired[bucket] == entries[bucket].current());
+                !(stays & (ledger[bucket].owner() == owners[bucket]))
+            };
+            numbers(of, moves).for_each(|bucket| self.bucket(bucket, &mut done));
         } else {
-            let moved = follow(entry, wanted, record.owner() != owner, policy);
-            if moved.tracked() && !entry.tracked() && unswept.contains(bucket) {
+            (0..of).for_each(|bucket| self.bucket(bucket, &mut done));
+        }
+        done
+    }
+
+    fn bucket(&self, at: usize, done: &mut Advanced) {
+        let Self { entries, ledger, desired, owners, unswept, policy, now_ms, .. } = *self;
+        let (before, recorded, owner, bucket) = (entries[at], ledger[at], owners[at], at as u32);
+        let wanted = desired.map_or(before.current(), |desired| desired[at]);
+        let (after, record) = if wanted == before.current() {
+            let settled = settle(bucket, before, recorded, policy, now_ms);
+            (settled, LedgerEntry::new(owner, recorded.moved_ms()))
+        } else {
+            let moved = follow(before, wanted, recorded.owner() != owner, policy);
+            if moved.tracked() && !before.tracked() && unswept.contains(bucket) {
                 done.deferred += 1;
-                (entry, record)
+                (before, recorded)
             } else {
-                done.moved += 1;
                 (moved, LedgerEntry::new(owner, now_ms))
             }
         };
-        if entry.tracked() && !entry_now.tracked() {
+        if before.tracked() && !after.tracked() {
             done.cleared.push(bucket);
         }
-        if let Some(due) = due_ms(bucket, entry_now, record_now, policy) {
+        if let Some(due) = due_ms(bucket, after, record, policy) {
             done.next_due_ms = Some(done.next_due_ms.map_or(due, |first| first.min(due)));
         }
-        if entry_now != entry || record_now != record {
-            updates.push((bucket, entry_now, record_now));
+        if after != before || record != recorded {
+            done.updates.push(Update { bucket, before, after, record });
         }
     }
-    if !updates.is_empty() {
-        done.changed = true;
-        let entries = Arc::make_mut(entries);
-        let ledger = Arc::make_mut(ledger);
-        for (bucket, entry, record) in updates {
-            entries[bucket as usize] = entry;
-            ledger[bucket as usize] = record;
-        }
-    }
-    done
 }
 
 /// The entry of a bucket that moves.

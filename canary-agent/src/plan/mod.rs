@@ -14,6 +14,7 @@ mod alloc;
 mod begin;
 mod bucket_set;
 mod compiler;
+mod numbers;
 mod ownership;
 mod planner;
 mod record;
@@ -32,9 +33,10 @@ use canary_ebpf_common::{
 use crate::config::model::{Port, Protocol};
 
 pub use adopt::{Adopted, AdoptedService};
-pub use advance::{Advanced, Policy, advance, clear_due_ms};
+pub use advance::{Advance, Advanced, Policy, Update, clear_due_ms};
 pub use alloc::QUARANTINE_MS;
 pub use bucket_set::BucketSet;
+pub(crate) use numbers::numbers;
 pub use ownership::{Ownership, Proposal};
 pub use planner::{News, PlanError, Planner, ServiceState, Start, Step};
 pub use table::{BackendState, LiveBackend, Table};

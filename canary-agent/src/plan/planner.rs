@@ -400,14 +400,7 @@ impl Planner {
                 policy: record::policy(&state.config),
                 now_ms: 0,
             });
-            let indices: BTreeSet<BackendIndex> = table
-                .entries
-                .iter()
-                .zip(&assignment.backends)
-                .filter(|(entry, desired)| entry.current() != **desired)
-                .flat_map(|(entry, desired)| [entry.current(), *desired])
-                .collect();
-            touched.extend(indices.into_iter().filter_map(|index| table.addr(index)));
+            touched.extend(table.touched(|bucket| assignment.backends[bucket]));
         }
         touched.into_iter().collect()
     }

@@ -2,6 +2,7 @@
 //! are on their way out.
 
 use std::{
+    collections::BTreeSet,
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
@@ -13,8 +14,9 @@ use canary_ebpf_common::{
 };
 
 use super::{
-    BootMs, BucketSet, Family, NextHop, Policy, advance,
+    Advance, BootMs, BucketSet, Family, NextHop, Policy, Update,
     compiler::{self, Candidate},
+    numbers,
 };
 use crate::config::model::Fallback;
 
@@ -200,6 +202,19 @@ impl Table {
         live.chain(gone).find(|(at, _)| *at == index).map(|(_, addr)| addr)
     }
 
+    /// The backends that buckets go from or come to where `other` says something else than
+    /// the entries.
+    pub fn touched(&self, other: impl Fn(usize) -> BackendIndex) -> BTreeSet<SocketAddr> {
+        let mut named = vec![false; usize::from(BackendIndex::MAX.get()) + 1];
+        let current = |at: usize| self.entries[at].current();
+        for at in numbers(self.entries.len(), |at| current(at) != other(at)) {
+            named[usize::from(current(at).get())] = true;
+            named[usize::from(other(at).get())] = true;
+        }
+        let indices = (0..).zip(named).filter(|(_, named)| *named);
+        indices.filter_map(|(index, _)| self.addr(BackendIndex::new(index))).collect()
+    }
+
     /// Every address that frames go to.
     pub(super) fn addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
         let live = self.backends.iter().map(|b| b.addr.ip());
@@ -252,16 +267,23 @@ impl Table {
                     assignment.control_checks_ignored || !self.backends.iter().any(up);
                 self.fell_back = assignment.fell_back;
             }
-            let advanced = advance(
-                &mut self.entries,
-                &mut self.ledger,
-                assignment.as_ref().map(|a| &a.backends[..]),
-                inputs.owners,
-                &self.unswept,
-                &inputs.policy,
-                inputs.now_ms,
-            );
-            done.changed = advanced.changed;
+            let quiet_until_ms = match &self.compiled {
+                Some(_) => self.next_due_ms.unwrap_or(BootMs::MAX),
+                None => 0,
+            };
+            let advanced = Advance {
+                entries: &self.entries,
+                ledger: &self.ledger,
+                desired: assignment.as_ref().map(|a| &a.backends[..]),
+                owners: inputs.owners,
+                unswept: &self.unswept,
+                policy: &inputs.policy,
+                quiet_until_ms,
+                now_ms: inputs.now_ms,
+            }
+            .run();
+            done.changed = !advanced.updates.is_empty();
+            self.update(&advanced.updates);
             self.next_due_ms = advanced.next_due_ms;
             self.deferred = advanced.deferred > 0;
             self.compiled = Some((Arc::clone(inputs.owners), candidates));
@@ -270,9 +292,6 @@ impl Table {
                 for draining in &mut self.draining {
                     draining.waiting.iter_mut().for_each(|waiting| waiting.remove(bucket));
                 }
-            }
-            if done.changed || self.counts.is_empty() {
-                self.count();
             }
         }
         self.release(inputs, &mut done);
@@ -310,15 +329,40 @@ impl Table {
         });
     }
 
-    fn count(&mut self) {
-        let highest = self.entries.iter().map(|e| e.current().get()).max().unwrap_or(0);
-        let mut counts = vec![0_u32; usize::from(highest) + 1];
-        self.tracked = 0;
-        for entry in self.entries.iter() {
-            counts[usize::from(entry.current().get())] += 1;
-            self.tracked += u32::from(entry.tracked());
+    /// Takes `updates` over, into the entries, the ledger and what is counted of them.
+    fn update(&mut self, updates: &[Update]) {
+        if self.counts.is_empty() {
+            self.tracked = self.entries.iter().map(|e| u32::from(e.tracked())).sum();
+            self.counts = counted(&[], self.entries.iter().map(|e| (e.current(), 1)));
         }
-        self.counts =
-            (0..).map(BackendIndex::new).zip(counts).filter(|(_, count)| *count > 0).collect();
+        if updates.is_empty() {
+            return;
+        }
+        let entries = Arc::make_mut(&mut self.entries);
+        let ledger = Arc::make_mut(&mut self.ledger);
+        for &Update { bucket, before, after, record } in updates {
+            entries[bucket as usize] = after;
+            ledger[bucket as usize] = record;
+            self.tracked += u32::from(after.tracked());
+            self.tracked -= u32::from(before.tracked());
+        }
+        let gives = updates.iter().map(|u| (u.before.current(), u32::MAX));
+        let gets = updates.iter().map(|u| (u.after.current(), 1));
+        self.counts = counted(&self.counts, gives.chain(gets));
     }
+}
+
+/// `counts` with `more` added, wrapping; what comes to nothing is left out.
+fn counted(
+    counts: &[(BackendIndex, u32)],
+    more: impl Iterator<Item = (BackendIndex, u32)> + Clone,
+) -> Vec<(BackendIndex, u32)> {
+    let all = || counts.iter().copied().chain(more.clone());
+    let highest = all().map(|(index, _)| index.get()).max().unwrap_or(0);
+    let mut sums = vec![0_u32; usize::from(highest) + 1];
+    for (index, count) in all() {
+        let sum = &mut sums[usize::from(index.get())];
+        *sum = sum.wrapping_add(count);
+    }
+    (0..).map(BackendIndex::new).zip(sums).filter(|(_, count)| *count > 0).collect()
 }
