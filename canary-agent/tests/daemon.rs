@@ -636,21 +636,27 @@ fn a_thousand_splits_are_quick() {
     let mut configured = shop();
     configured.services[0].buckets = 65_536;
     let mut agent = Agent::start(dir.path(), &configured, Shared::default(), Adopted::default());
+    // Time on a processor: how long others keep it is not the agent's doing.
+    let on_processor = || {
+        let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap();
+        Duration::from(now)
+    };
     let mut took: Vec<Duration> = (0..1000)
         .map(|n| {
             agent.boot_ms += 100;
-            let report = agent.split(&[("v2", &format!("{}%", 1 + n * 7 % 60))]).unwrap();
-            Duration::from_micros(report.took_us)
+            let before = on_processor();
+            agent.split(&[("v2", &format!("{}%", 1 + n * 7 % 60))]).unwrap();
+            on_processor() - before
         })
         .collect();
     took.sort();
     println!(
-        "1,000 splits of 65,536 buckets, stored: p50 {:?}, p99 {:?}, max {:?}",
+        "1,000 splits of 65,536 buckets, stored, on a processor: p50 {:?}, p99 {:?}, max {:?}",
         took[500], took[990], took[999]
     );
-    // Against gross mistakes, on a machine that does other things as well and without
-    // optimisation; the figure to reach is measured with the agent, under traffic.
-    assert!(took[990] < Duration::from_millis(100), "{:?}", took[990]);
+    // Against gross mistakes, in a build that is not optimised; the figure to reach is measured
+    // with the agent, under traffic.
+    assert!(took[990] < Duration::from_millis(50), "{:?}", took[990]);
 }
 
 #[test]
