@@ -145,6 +145,15 @@ impl<'a> Agent<'a> {
     /// It runs already, or can't be started.
     #[track_caller]
     pub fn run(&mut self) {
+        self.run_with(|_| {});
+    }
+
+    /// The same after a change to the command.
+    ///
+    /// # Panics
+    /// It runs already, or can't be started.
+    #[track_caller]
+    pub fn run_with(&mut self, change: impl FnOnce(&mut Command)) {
         assert!(self.child.is_none(), "the agent is running");
         let log = File::options()
             .create(true)
@@ -153,6 +162,7 @@ impl<'a> Agent<'a> {
             .expect("the agent's log");
         let mut command = self.command(&["run"]);
         command.stdout(log.try_clone().expect("the agent's log")).stderr(log);
+        change(&mut command);
         self.child = Some(spawn::spawn(command).expect("starting the agent"));
         self.ran = true;
     }

@@ -19,6 +19,7 @@ pub mod client;
 pub mod control;
 pub mod host;
 pub mod http;
+pub mod lacking;
 pub mod loaded;
 pub mod model;
 pub mod names;

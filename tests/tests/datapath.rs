@@ -1,6 +1,6 @@
 //! The datapath against the kernel: pins, adoption, attaching.
 
-use std::{fs, process::Command, sync::Arc};
+use std::{fs, process::Command, sync::Arc, thread};
 
 use canary_agent::{
     config::model::{Capacity, XdpMode},
@@ -12,10 +12,12 @@ use canary_ebpf_common::{
     entry::{BackendIndex, Entry},
 };
 use canary_tests::{
+    lacking,
     loaded::BpfFs,
     workdir::Workdir,
     world::{Service, World},
 };
+use nix::sys::utsname::uname;
 
 fn options(bpffs: &BpfFs) -> Options {
     Options {
@@ -142,8 +144,38 @@ fn a_directory_outside_the_bpf_file_system_is_refused_with_what_to_do() {
     let directory = Workdir::new("no-bpffs");
     elsewhere.bpffs = directory.path().join("pins");
     let error = open_error(elsewhere);
-    assert!(error.to_string().contains("mount -t bpf"), "{error}");
+    assert!(error.help().is_some_and(|help| help.contains("mount -t bpf")), "{error}");
     assert!(!directory.path().join("pins").exists());
+}
+
+#[test]
+fn a_program_that_the_kernel_refuses_is_named_and_leaves_no_pin() {
+    let bpffs = BpfFs::mount();
+    // aya tries out what the kernel can do by loading programs: before the filter.
+    let _ = aya::features();
+    let refused = |options| {
+        let thread = thread::spawn(|| {
+            lacking::bpf_command_here(lacking::BPF_PROG_LOAD, libc::EINVAL);
+            open_error(options)
+        });
+        thread.join().unwrap()
+    };
+    let error = refused(options(&bpffs));
+    assert!(matches!(error, Error::Refused(_)), "{error}");
+    let release = uname().unwrap().release().to_string_lossy().into_owned();
+    for said in ["program `ingress`", "os error 22", &release] {
+        assert!(error.to_string().contains(said), "{error}");
+    }
+    assert!(error.help().is_some_and(|help| help.contains("6.1")), "{error}");
+    assert!(!bpffs.pins().exists(), "something is left");
+
+    // What was there before stays.
+    let (mut datapath, _) = Datapath::open(options(&bpffs)).unwrap();
+    datapath.apply(&two_services()).unwrap();
+    drop(datapath);
+    refused(options(&bpffs));
+    let (_, adopted) = Datapath::open(options(&bpffs)).unwrap();
+    assert_eq!(adopted.services.len(), 4);
 }
 
 #[test]
@@ -166,7 +198,7 @@ fn ip(arguments: &str) {
 
 /// Runs `body` in a network namespace of its own that holds a pair `near`–`far`.
 fn with_veth(body: impl FnOnce() + Send + 'static) {
-    let thread = std::thread::spawn(|| {
+    let thread = thread::spawn(|| {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
         ip("link add near type veth peer name far");
         ip("link set near up");

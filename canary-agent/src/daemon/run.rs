@@ -72,7 +72,7 @@ pub fn run(options: RunOptions) -> anyhow::Result<ExitCode> {
     if let Some(socket) = socket_override {
         config.agent.socket = socket;
     }
-    let (_state_lock, _pins_lock) = locks(&config)?;
+    let (_state_lock, _pins_lock, made) = locks(&config)?;
     let locked = Instant::now();
 
     let nat = config.services.iter().any(|s| s.forward == Forward::Nat);
@@ -83,7 +83,10 @@ pub fn run(options: RunOptions) -> anyhow::Result<ExitCode> {
         xdp_mode: config.agent.xdp_mode,
         replace,
     })
-    .map_err(permitted)?;
+    .map_err(|error| {
+        made.undo();
+        refusal(error)
+    })?;
     tracing::info!(
         tables = adopted.services.len(),
         backends = adopted.backends.len(),
@@ -118,14 +121,16 @@ fn come_first() {
     }
 }
 
-/// Makes sure that no other agent works here.
-fn locks(config: &Config) -> anyhow::Result<(Option<lock::Lock>, lock::Lock)> {
+/// Makes sure that an agent can work here, and that no other does; makes the
+/// directories of the pins.
+fn locks(config: &Config) -> anyhow::Result<(Option<lock::Lock>, lock::Lock, datapath::Made)> {
     let refused = |error: LockError| Refusal {
         code: "already_running",
         message: error.to_string(),
         help: None,
         exit_code: 1,
     };
+    datapath::ready(&config.agent.bpffs).map_err(refusal)?;
     let state = match lock::lock_state_dir(&config.agent.state_dir) {
         Ok(lock) => Some(lock),
         Err(error @ LockError::Held { .. }) => return Err(refused(error).into()),
@@ -135,24 +140,20 @@ fn locks(config: &Config) -> anyhow::Result<(Option<lock::Lock>, lock::Lock)> {
             None
         }
     };
-    datapath::prepare(&config.agent.bpffs).map_err(permitted)?;
+    let made = datapath::prepare(&config.agent.bpffs).map_err(refusal)?;
     let pins = lock::lock_pins(&config.agent.bpffs).map_err(refused)?;
-    Ok((state, pins))
+    Ok((state, pins, made))
 }
 
-fn permitted(error: datapath::Error) -> anyhow::Error {
-    match error.not_permitted() {
-        true => Refusal {
-            code: "not_permitted",
-            message: error.to_string(),
-            help: Some(
-                "run it as root, or give it CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON".to_owned(),
-            ),
-            exit_code: NOT_PERMITTED,
-        }
-        .into(),
-        false => error.into(),
-    }
+fn refusal(error: datapath::Error) -> anyhow::Error {
+    let (code, exit_code) = match &error {
+        error if error.not_permitted() => ("not_permitted", NOT_PERMITTED),
+        datapath::Error::Bpffs { .. } => ("no_bpffs", 1),
+        datapath::Error::OldKernel(_) => ("old_kernel", 1),
+        datapath::Error::Refused(_) => ("refused_by_kernel", 1),
+        _ => ("failed", 1),
+    };
+    Refusal { code, message: error.to_string(), help: error.help(), exit_code }.into()
 }
 
 /// Brings everything up, serves until a signal comes, and winds down.

@@ -7,6 +7,7 @@
 mod apply;
 mod attach;
 pub mod flows;
+mod kernel;
 mod links;
 mod mapping;
 mod pins;
@@ -36,11 +37,13 @@ use canary_ebpf_common::{
 pub use self::{
     apply::Applied,
     attach::{Attached, AttachedMode},
+    pins::Made,
     reader::Reader,
 };
 use self::{
     apply::Maps,
     flows::{Extent, FlowTable},
+    kernel::{Refused, Release},
     mapping::Mapping,
     pins::Pins,
     vips::VipTable,
@@ -75,16 +78,24 @@ const EXPIRE_BATCHES: usize = 4;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The pins' directory can't be used.
-    #[error(
-        "{path} can't hold pins: {reason}; mount a BPF file system (`mount -t bpf bpf /sys/fs/bpf`) \
-         and set `agent.bpffs` to a directory in it", path = path.display()
-    )]
+    #[error("{path} can't hold pins: {reason}", path = path.display())]
     Bpffs {
         /// The directory.
         path: PathBuf,
         /// Why.
         reason: String,
+        /// Whether the caller lacks the rights.
+        denied: bool,
     },
+    /// The kernel is older than what the programs are made for.
+    #[error(
+        "this host runs Linux {0}, and {major}.{minor} or newer is needed",
+        major = kernel::OLDEST.0, minor = kernel::OLDEST.1
+    )]
+    OldKernel(Release),
+    /// The kernel did not take a map or a program.
+    #[error("{0}")]
+    Refused(Box<Refused>),
     /// The pinned maps are not what this build would make.
     #[error(
         "the maps pinned at {path} are not this release's: {what}; traffic goes on by the program that is \
@@ -155,7 +166,7 @@ pub enum Error {
     #[error("loading the XDP program failed: {}", causes(.0))]
     Load(#[source] Box<EbpfError>),
     /// The kernel refused the program.
-    #[error("the kernel refused the XDP program (6.1 or newer is needed): {}", causes(.0))]
+    #[error("the XDP program could not be used: {}", causes(.0))]
     Program(#[source] Box<ProgramError>),
     /// A map could not be read or written.
     #[error("a BPF map could not be used: {}", causes(.0))]
@@ -168,49 +179,30 @@ pub enum Error {
 impl Error {
     /// Whether the caller lacks the rights.
     pub fn not_permitted(&self) -> bool {
-        matches!(self, Self::NotPermitted(_))
+        matches!(self, Self::NotPermitted(_) | Self::Bpffs { denied: true, .. })
     }
-}
 
-impl From<EbpfError> for Error {
-    fn from(error: EbpfError) -> Self {
-        match not_permitted(&error) {
-            true => Self::NotPermitted(causes(&error)),
-            false => Self::Load(Box::new(error)),
-        }
+    /// The next step, where the message does not say it.
+    pub fn help(&self) -> Option<String> {
+        Some(match self {
+            Self::Bpffs { denied: true, .. } => {
+                "run it as root; or, as root, `mount -t bpf bpf /sys/fs/bpf` and make the directory that \
+                 `agent.bpffs` names the agent's own"
+                    .to_owned()
+            }
+            Self::Bpffs { denied: false, .. } => {
+                "mount a BPF file system (`mount -t bpf bpf /sys/fs/bpf`) and set `agent.bpffs` to a \
+                 directory in it"
+                    .to_owned()
+            }
+            Self::NotPermitted(_) => {
+                "run it as root, or give it CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON".to_owned()
+            }
+            Self::OldKernel(_) => "boot a newer kernel; nothing was changed".to_owned(),
+            Self::Refused(refused) => refused.help(),
+            _ => return None,
+        })
     }
-}
-
-impl From<ProgramError> for Error {
-    fn from(error: ProgramError) -> Self {
-        match not_permitted(&error) {
-            true => Self::NotPermitted(causes(&error)),
-            false => Self::Program(Box::new(error)),
-        }
-    }
-}
-
-impl From<MapError> for Error {
-    fn from(error: MapError) -> Self {
-        match not_permitted(&error) {
-            true => Self::NotPermitted(causes(&error)),
-            false => Self::Map(Box::new(error)),
-        }
-    }
-}
-
-/// Whether an error goes back to EPERM or EACCES.
-fn not_permitted(error: &(dyn std::error::Error + 'static)) -> bool {
-    let mut cause = Some(error);
-    while let Some(error) = cause {
-        if let Some(io) = error.downcast_ref::<io::Error>()
-            && io.kind() == io::ErrorKind::PermissionDenied
-        {
-            return true;
-        }
-        cause = error.source();
-    }
-    false
 }
 
 /// An error's causes in one line, without those that repeat what was said.
@@ -247,11 +239,22 @@ impl Datapath {
     /// [`apply`](Self::apply).
     ///
     /// # Errors
-    /// When the BPF file system can't be used, the pins are of another release or
-    /// size, the kernel refuses the program, or the rights are missing.
+    /// When the kernel is too old, the BPF file system can't be used, the pins are of
+    /// another release or size, the kernel refuses a map or the program, or the rights
+    /// are missing. What was pinned on the way is gone then.
     pub fn open(options: Options) -> Result<(Self, Adopted), Error> {
+        Release::running().recent_enough()?;
         let pins = Pins::new(&options.bpffs);
-        pins.prepare()?;
+        let made = pins.prepare()?;
+        let before = pins.present(&pins::layouts(&options));
+        Self::load(options, &pins).inspect_err(|_| {
+            // aya pins each map as it makes it: those before the one that failed are there.
+            pins.remove_but(&before);
+            made.undo();
+        })
+    }
+
+    fn load(options: Options, pins: &Pins) -> Result<(Self, Adopted), Error> {
         let layouts = pins::layouts(&options);
         let adopt = pins.adoptable(&layouts)?;
         let paths: Vec<_> = layouts.iter().map(|l| (l.name, pins.map(l.name), l.entries)).collect();
@@ -274,12 +277,12 @@ impl Datapath {
         let mut meta: Array<_, pod::Meta> = take(&mut ebpf, "META")?.try_into()?;
         meta.set(0, pod::Meta(abi::Meta { abi_version: ABI_VERSION, pad: 0 }), 0)?;
         let flow_table = |name| aya::maps::MapData::from_pin(pins.map(name));
-        let reader = Reader::open(&pins, &layouts)?;
+        let reader = Reader::open(pins, &layouts)?;
         let datapath = Self {
             flows_v4: FlowTable::new(flow_table("FLOWS_V4")?)?,
             flows_v6: FlowTable::new(flow_table("FLOWS_V6")?)?,
             options,
-            pins,
+            pins: pins.clone(),
             ebpf,
             maps,
             reader,
@@ -334,7 +337,7 @@ impl Datapath {
             }
             fs::remove_file(&path)?;
         }
-        program.pin(&path).map_err(|e| Error::Bpffs { path, reason: e.to_string() })
+        program.pin(&path).map_err(|e| Error::Bpffs { path, reason: e.to_string(), denied: false })
     }
 
     /// Brings the maps to what is desired. Call it with the whole plan: what is
@@ -417,13 +420,23 @@ impl Datapath {
     }
 }
 
-/// Makes the directory of the pins, mounting the BPF file system where that is
-/// missing from its usual place. [`Datapath::open`] does it as well; before it, the
+/// Whether an agent can work here at all: a kernel that is recent enough, and a BPF
+/// file system that can be written to. Mounts that file system where it is missing
+/// from its usual place; changes nothing else.
+///
+/// # Errors
+/// [`Error::OldKernel`], or [`Error::Bpffs`].
+pub fn ready(bpffs: &Path) -> Result<(), Error> {
+    Release::running().recent_enough()?;
+    Pins::new(bpffs).ready().map(drop)
+}
+
+/// Makes the directory of the pins. [`Datapath::open`] does it as well; before it, the
 /// directory is there to be locked.
 ///
 /// # Errors
 /// [`Error::Bpffs`] where it can't be on a BPF file system.
-pub fn prepare(bpffs: &Path) -> Result<(), Error> {
+pub fn prepare(bpffs: &Path) -> Result<Made, Error> {
     Pins::new(bpffs).prepare()
 }
 

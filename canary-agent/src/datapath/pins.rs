@@ -8,8 +8,10 @@ use std::{
 use aya::maps::{Array, Map, MapData, MapInfo, MapType};
 use canary_ebpf_common::abi::{self, PAGE_BUCKETS};
 use nix::{
+    errno::Errno,
     mount::{MsFlags, mount},
     sys::statfs::statfs,
+    unistd::{AccessFlags, eaccess},
 };
 
 use super::{Error, Options, links, pod};
@@ -137,26 +139,90 @@ impl Pins {
         self.maps().join(name)
     }
 
-    /// Makes the directories, mounting the BPF file system in its usual place where it is missing.
-    pub(super) fn prepare(&self) -> Result<(), Error> {
-        let unusable = |reason: String| Error::Bpffs { path: self.root.clone(), reason };
+    /// Checks that pins can be made, mounting the BPF file system in its usual place
+    /// where it is missing. Returns the part of the path that exists.
+    pub(super) fn ready(&self) -> Result<&Path, Error> {
+        let mut existing = self.existing()?;
+        if !self.on_bpffs(existing)? && self.root.starts_with(BPFFS) {
+            mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), None::<&str>)
+                .map_err(|e| self.unusable(format!("mounting {BPFFS} failed: {e}"), Some(e)))?;
+            tracing::info!("a BPF file system was missing at {BPFFS} and has been mounted");
+            // What was below it, if anything, is hidden now.
+            existing = self.existing()?;
+        }
+        if !self.on_bpffs(existing)? {
+            return Err(self.unusable("it is not on a BPF file system", None));
+        }
+        eaccess(existing, AccessFlags::W_OK | AccessFlags::X_OK).map_err(|e| {
+            self.unusable(format!("{} can't be written to: {e}", existing.display()), Some(e))
+        })?;
+        Ok(existing)
+    }
+
+    /// The longest part of the path that exists; a directory.
+    fn existing(&self) -> Result<&Path, Error> {
         let existing = self
             .root
             .ancestors()
             .find(|p| p.exists())
-            .ok_or_else(|| unusable("no part of the path exists".to_owned()))?;
-        if !on_bpffs(existing).map_err(|e| unusable(e.to_string()))? {
-            if !self.root.starts_with(BPFFS) {
-                return Err(unusable("it is not on a BPF file system".to_owned()));
+            .ok_or_else(|| self.unusable("no part of the path exists", None))?;
+        if !existing.is_dir() {
+            let reason = format!("{} is not a directory", existing.display());
+            return Err(self.unusable(reason, None));
+        }
+        Ok(existing)
+    }
+
+    /// Whether `path` lies on a BPF file system.
+    fn on_bpffs(&self, path: &Path) -> Result<bool, Error> {
+        let found = statfs(path).map_err(|e| {
+            self.unusable(format!("{} can't be looked at: {e}", path.display()), Some(e))
+        })?;
+        Ok(found.filesystem_type().0 as i64 == BPF_FS_MAGIC)
+    }
+
+    fn unusable(&self, reason: impl Into<String>, errno: Option<Errno>) -> Error {
+        let denied = matches!(errno, Some(Errno::EPERM | Errno::EACCES));
+        Error::Bpffs { path: self.root.clone(), reason: reason.into(), denied }
+    }
+
+    /// Makes the directories, where they can be made.
+    pub(super) fn prepare(&self) -> Result<Made, Error> {
+        let existing = self.ready()?;
+        let mut made = Made::default();
+        let mut missing: Vec<&Path> =
+            self.root.ancestors().take_while(|path| *path != existing).collect();
+        missing.reverse();
+        let (links, maps) = (self.links(), self.maps());
+        missing.extend([links.as_path(), maps.as_path()]);
+        for path in missing {
+            match fs::create_dir(path) {
+                Ok(()) => made.0.push(path.to_owned()),
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(e) => {
+                    let errno = e.raw_os_error().map(Errno::from_raw);
+                    let reason = format!("making {} failed: {e}", path.display());
+                    made.undo();
+                    return Err(self.unusable(reason, errno));
+                }
             }
-            mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), None::<&str>)
-                .map_err(|e| unusable(format!("mounting {BPFFS} failed: {e}")))?;
         }
-        for directory in [self.root.clone(), self.links(), self.maps()] {
-            fs::create_dir_all(&directory)
-                .map_err(|e| unusable(format!("making {} failed: {e}", directory.display())))?;
+        Ok(made)
+    }
+
+    /// Maps whose pins are there.
+    pub(super) fn present(&self, layouts: &[Layout]) -> Vec<&'static str> {
+        layouts.iter().map(|l| l.name).filter(|name| self.map(name).exists()).collect()
+    }
+
+    /// Removes the pins of all maps but those of these names.
+    pub(super) fn remove_but(&self, keep: &[&str]) {
+        for entry in fs::read_dir(self.maps()).into_iter().flatten().flatten() {
+            if !keep.iter().any(|name| entry.file_name() == *name) {
+                // What can't be removed is found, and refused or used, by the next start.
+                let _ = fs::remove_file(entry.path());
+            }
         }
-        Ok(())
     }
 
     /// Whether maps of an earlier agent stand here.
@@ -211,10 +277,19 @@ impl Pins {
     }
 }
 
-/// Whether `path` lies on a BPF file system.
-fn on_bpffs(path: &Path) -> io::Result<bool> {
-    let kind = statfs(path)?.filesystem_type();
-    Ok(kind.0 as i64 == BPF_FS_MAGIC)
+/// Directories that were made, in order.
+#[derive(Debug, Default)]
+#[must_use = "they stay when nothing comes of it"]
+pub struct Made(Vec<PathBuf>);
+
+impl Made {
+    /// Removes those that nothing was put into.
+    pub fn undo(self) {
+        for path in self.0.iter().rev() {
+            // In use by now: that is what it was made for.
+            let _ = fs::remove_dir(path);
+        }
+    }
 }
 
 /// Removes every pin below `root`, links first, and then the directories.

@@ -5,6 +5,7 @@ mod bad_input;
 mod commands;
 mod explain;
 mod hosts;
+mod lacking;
 mod latency;
 mod lifecycle;
 mod open_connections;
