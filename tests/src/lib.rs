@@ -25,6 +25,7 @@ pub mod model;
 pub mod names;
 pub mod netns;
 pub mod notation;
+pub mod planned;
 pub mod server;
 pub mod spawn;
 pub mod stats;

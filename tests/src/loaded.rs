@@ -18,7 +18,7 @@ use aya::{
 use canary_agent::{
     config::model::{Capacity, XdpMode},
     datapath::{Datapath, Options},
-    plan::DataPlane,
+    plan::{Adopted, DataPlane},
 };
 use canary_ebpf_common::{
     abi::{BackendCounters, Flow, FlowKeyV4, FlowKeyV6},
@@ -143,6 +143,26 @@ impl<K: FlowKey> Flows<K> {
         Ok(())
     }
 
+    /// Stores an entry.
+    ///
+    /// # Errors
+    /// When the kernel refuses, for want of room above all.
+    pub fn insert(&mut self, key: &K, entry: Flow) -> Result<()> {
+        Ok(self.map.insert(key.bytes(), flow_bytes(entry), 0)?)
+    }
+
+    /// Removes every entry.
+    ///
+    /// # Errors
+    /// When the kernel refuses to read or remove.
+    pub fn clear(&mut self) -> Result<()> {
+        let keys: Vec<_> = self.map.keys().collect::<Result<_, _>>()?;
+        for key in keys {
+            self.map.remove(&key)?;
+        }
+        Ok(())
+    }
+
     /// Number of entries.
     pub fn len(&self) -> usize {
         self.map.keys().flatten().count()
@@ -181,6 +201,7 @@ pub struct Loaded {
     pub flows_v6: Flows<FlowKeyV6>,
     program: OwnedFd,
     out: Vec<u8>,
+    options: Options,
     _bpffs: BpfFs,
 }
 
@@ -192,13 +213,14 @@ impl Loaded {
     pub fn new(plane: &DataPlane, sizes: &Sizes) -> Result<Self> {
         let bpffs = BpfFs::mount();
         let Sizes { flows, buckets, ref nat_ports } = *sizes;
-        let (mut datapath, _) = Datapath::open(Options {
+        let options = Options {
             bpffs: bpffs.pins(),
             capacity: Capacity { services: 64, vips: 1024, backends: 1024, buckets, flows },
             nat_ports: Some(nat_ports.clone()),
             xdp_mode: XdpMode::Auto,
             replace: false,
-        })?;
+        };
+        let (mut datapath, _) = Datapath::open(options.clone())?;
         datapath.apply(plane)?;
         let program = datapath.program()?.fd()?.as_fd().try_clone_to_owned()?;
         Ok(Self {
@@ -207,8 +229,21 @@ impl Loaded {
             datapath,
             program,
             out: vec![0; 64 << 10],
+            options,
             _bpffs: bpffs,
         })
+    }
+
+    /// Loads the program anew over the pinned maps, as the next agent does, and gives what
+    /// that one adopts.
+    ///
+    /// # Errors
+    /// When the kernel refuses the program, or the pins are not what they were.
+    pub fn reopen(&mut self) -> Result<Adopted> {
+        let (mut datapath, adopted) = Datapath::open(self.options.clone())?;
+        self.program = datapath.program()?.fd()?.as_fd().try_clone_to_owned()?;
+        self.datapath = datapath;
+        Ok(adopted)
     }
 
     /// Runs the program on a frame.

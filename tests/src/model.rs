@@ -226,6 +226,11 @@ pub const fn family(addr: IpAddr) -> Family {
 pub struct Random(u64);
 
 impl Random {
+    /// Those that `seed` gives.
+    pub const fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
     /// Those of the environment's `CANARY_SEED`, else of the clock's; says which.
     pub fn from_environment(purpose: &str) -> Self {
         let clock = || {

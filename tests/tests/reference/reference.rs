@@ -1,0 +1,422 @@
+//! The reference: a map of every open connection to its backend, and what each bucket has been
+//! through. It shares nothing with the steering decision: it says what a client may expect.
+//!
+//! Where more than one thing is right (a flow that has been silent for just about `udp_idle`,
+//! a port that is used again over a connection that was never closed) it takes what it sees
+//! and holds the program to it from then on.
+
+use std::collections::{BTreeSet, HashMap};
+
+use canary_tests::{model::Tuple, planned::Went};
+
+/// After so much silence a half-open connection is not counted on any more: its entry goes
+/// after 10 s.
+const HALF_OPEN_MS: u64 = 8_000;
+/// After so much silence a closing connection is not counted on any more.
+const CLOSING_MS: u64 = 8_000;
+
+/// What a bucket has been through, as far as anybody outside sees.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Bucket {
+    /// Where new connections go.
+    pub(crate) current: Option<u16>,
+    /// Whose it is.
+    pub(crate) owner: u8,
+    /// Where it went before it moved, as long as that is remembered.
+    pub(crate) origin: Option<u16>,
+    moved_ms: u64,
+    /// Until when UDP flows that nobody knows count as old ones.
+    learn_until_ms: u64,
+    /// How often it has begun to be remembered.
+    epoch: u32,
+}
+
+/// How far a connection has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum State {
+    /// It has sent a SYN.
+    HalfOpen,
+    /// It is open.
+    Open,
+    /// The last thing that came in its name was a FIN or RST.
+    Closing,
+}
+
+/// A connection or UDP flow that is open.
+#[derive(Clone, Debug)]
+pub(crate) struct Connection {
+    /// Its backend, which must stay the same.
+    pub(crate) backend: u16,
+    /// How far it has come.
+    pub(crate) state: State,
+    /// Its SYN's sequence number.
+    pub(crate) isn: u32,
+    /// Bytes that the client has sent.
+    pub(crate) sent: u32,
+    /// The source port that its packets leave with (`nat`).
+    pub(crate) port: u16,
+    /// Whether nothing but its own SYN can have made its flow entry: not for one that was opened
+    /// over a connection that had never been closed.
+    sure: bool,
+    seen_ms: u64,
+    syn_ms: u64,
+    /// Its bucket's epoch when the SYN came, if the bucket was remembered then.
+    syn_epoch: Option<u32>,
+}
+
+/// What a client sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sent {
+    /// A SYN for a new connection.
+    Open { isn: u32 },
+    /// The SYN again.
+    Resend,
+    /// A copy of the SYN, late.
+    Duplicate,
+    /// Data.
+    Data,
+    /// A FIN or RST.
+    Close,
+    /// A SYN that is not the client's.
+    Forged,
+    /// A datagram.
+    Datagram,
+}
+
+/// What the reference has to know of the service.
+#[derive(Clone, Debug)]
+pub(crate) struct Rules {
+    pub(crate) nat: bool,
+    pub(crate) moves: bool,
+    pub(crate) small: bool,
+    pub(crate) drain_ms: Option<u64>,
+    pub(crate) idle_ms: u64,
+}
+
+/// Every open connection, and where it has to go.
+#[derive(Debug)]
+pub(crate) struct Reference {
+    pub(crate) rules: Rules,
+    pub(crate) now_ms: u64,
+    /// What real time may add to the silence of flows.
+    pub(crate) slack_ms: u64,
+    /// By family (0 for IPv4).
+    pub(crate) buckets: [Vec<Bucket>; 2],
+    pub(crate) open: HashMap<Tuple, Connection>,
+    /// Every backend that a tuple has ever been at: entries may be left.
+    been: HashMap<Tuple, BTreeSet<u16>>,
+    pub(crate) down: BTreeSet<u16>,
+    pub(crate) unreachable: BTreeSet<u16>,
+    /// Backends that were removed, and when.
+    removed: HashMap<u16, u64>,
+}
+
+/// What the tables say of a bucket after a change.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Seen {
+    pub(crate) current: Option<u16>,
+    pub(crate) owner: u8,
+    pub(crate) tracked: bool,
+}
+
+impl Reference {
+    pub(crate) fn new(rules: Rules, now_ms: u64) -> Self {
+        Self {
+            rules,
+            now_ms,
+            slack_ms: 0,
+            buckets: [Vec::new(), Vec::new()],
+            open: HashMap::new(),
+            been: HashMap::new(),
+            down: BTreeSet::new(),
+            unreachable: BTreeSet::new(),
+            removed: HashMap::new(),
+        }
+    }
+
+    /// A backend has left the configuration, or is in it again.
+    pub(crate) fn configured(&mut self, n: u16, configured: bool) {
+        if configured {
+            self.removed.remove(&n);
+        } else {
+            self.removed.entry(n).or_insert(self.now_ms);
+        }
+    }
+
+    /// Takes over where the tables send new connections, and lets go of what may be let go.
+    pub(crate) fn observe(
+        &mut self,
+        family: usize,
+        seen: &[Seen],
+        bucket_of: impl Fn(&Tuple) -> u32,
+    ) {
+        let Rules { nat, moves, drain_ms, idle_ms, .. } = self.rules;
+        let now = self.now_ms;
+        let begins = self.buckets[family].len() != seen.len();
+        self.buckets[family].resize(seen.len(), Bucket::default());
+        let mut let_go: BTreeSet<u32> = BTreeSet::new();
+        for (number, (bucket, seen)) in (0..).zip(self.buckets[family].iter_mut().zip(seen)) {
+            let changes_owner = bucket.owner != seen.owner;
+            bucket.owner = seen.owner;
+            let before = std::mem::replace(&mut bucket.current, seen.current);
+            if begins || nat {
+                continue;
+            }
+            if before != seen.current {
+                if moves && changes_owner || before.is_none() && bucket.origin.is_none() {
+                    bucket.origin = None;
+                    let_go.insert(number);
+                } else {
+                    if bucket.origin.is_none() {
+                        bucket.origin = before;
+                        bucket.epoch += 1;
+                        bucket.learn_until_ms = now + idle_ms;
+                    }
+                    bucket.moved_ms = now;
+                }
+            } else if let (Some(_), Some(drain)) = (bucket.origin, drain_ms) {
+                let over = now >= bucket.moved_ms + drain;
+                // In the last tenth it is anybody's guess: there the table is believed.
+                let may_be = now >= bucket.moved_ms + drain - drain / 10;
+                if over || may_be && !seen.tracked {
+                    bucket.origin = None;
+                    let_go.insert(number);
+                }
+            }
+        }
+        let buckets = &self.buckets[family];
+        self.open.retain(|tuple, connection| {
+            if usize::from(tuple.src.is_ipv6()) != family {
+                return true;
+            }
+            let number = bucket_of(tuple);
+            !let_go.contains(&number)
+                || buckets[number as usize].current == Some(connection.backend)
+        });
+    }
+
+    /// Whether `tuple` is open, and how; what has been silent for too long to be counted on is
+    /// forgotten.
+    pub(crate) fn connection(&mut self, tuple: &Tuple) -> Option<&mut Connection> {
+        let connection = self.open.get(tuple)?;
+        let silent_ms = self.now_ms - connection.seen_ms + self.slack_ms;
+        let patience_ms = match connection.state {
+            State::HalfOpen => HALF_OPEN_MS,
+            State::Closing => CLOSING_MS,
+            State::Open => u64::MAX,
+        };
+        // Translated connections of a removed backend live for its drain.
+        let gone = self.rules.nat
+            && self.removed.get(&connection.backend).is_some_and(|since| {
+                self.rules.drain_ms.is_some_and(|drain| self.now_ms >= since + drain - drain / 10)
+            });
+        if silent_ms > patience_ms || gone {
+            self.open.remove(tuple);
+            return None;
+        }
+        self.open.get_mut(tuple)
+    }
+
+    /// Whether a copy of the SYN that comes now can't be taken for a new one: its bucket was
+    /// watched when it came first, or has not moved since. (Otherwise it is what rule 10 is
+    /// about, and the reference does not send it.)
+    pub(crate) fn may_duplicate(&mut self, tuple: &Tuple, number: u32) -> bool {
+        let family = usize::from(tuple.src.is_ipv6());
+        let (nat, small) = (self.rules.nat, self.rules.small);
+        let bucket = self.buckets[family][number as usize].clone();
+        let down = self.down.clone();
+        self.connection(tuple).is_some_and(|c| {
+            c.state == State::Open
+                && !small
+                && !down.contains(&c.backend)
+                && (nat
+                    || c.syn_epoch == Some(bucket.epoch) && bucket.origin.is_some()
+                    || c.syn_epoch.is_none() && bucket.moved_ms < c.syn_ms)
+        })
+    }
+
+    /// Whether a forged SYN can't be told from a port that is used again.
+    pub(crate) fn may_forge(&mut self, tuple: &Tuple) -> bool {
+        let (down, unreachable) = (self.down.clone(), self.unreachable.clone());
+        self.connection(tuple).is_some_and(|c| {
+            c.state == State::Open
+                && !down.contains(&c.backend)
+                && !unreachable.contains(&c.backend)
+        })
+    }
+
+    /// Holds what a packet became against what it should.
+    ///
+    /// # Errors
+    /// What would have been right.
+    pub(crate) fn judge(
+        &mut self,
+        tuple: &Tuple,
+        number: u32,
+        sent: Sent,
+        went: (Went, u16),
+    ) -> Result<(), String> {
+        let (went, port) = went;
+        let known = self.connection(tuple).map(|c| c.clone());
+        let bucket = self.buckets[usize::from(tuple.src.is_ipv6())][number as usize].clone();
+        let fresh = !self.been.contains_key(tuple);
+        let allowed = match sent {
+            Sent::Datagram => self.datagram(tuple, &bucket, known.as_ref()),
+            _ => self.segment(tuple, &bucket, sent, known.as_ref()),
+        };
+        let becomes = |n: &Option<u16>| match n {
+            Some(n) if !self.unreachable.contains(n) => Went::To(*n),
+            _ => Went::Dropped,
+        };
+        let Some(at) = allowed.iter().find(|n| becomes(n) == went) else {
+            let right: Vec<String> = allowed.iter().map(|n| format!("{:?}", becomes(n))).collect();
+            return Err(format!(
+                "{sent:?} went {went:?} instead of {}; fresh: {fresh}, connection: {known:?}, bucket {number}: {bucket:?}",
+                right.join(" or ")
+            ));
+        };
+        self.remember(tuple, &bucket, sent, known, *at, went, port, fresh);
+        Ok(())
+    }
+
+    /// Where a UDP packet may go.
+    fn datagram(
+        &self,
+        tuple: &Tuple,
+        bucket: &Bucket,
+        known: Option<&Connection>,
+    ) -> Vec<Option<u16>> {
+        let Rules { nat, idle_ms, .. } = self.rules;
+        let learning = !nat && bucket.origin.is_some() && self.now_ms < bucket.learn_until_ms;
+        let new = if learning { bucket.origin } else { bucket.current };
+        match known {
+            None => {
+                // Entries of former flows of the tuple are older than `udp_idle`, or were let go
+                // of: those may be followed no more, and nobody counts on it.
+                let mut allowed = vec![new];
+                if self.been.contains_key(tuple) {
+                    allowed.extend(self.been[tuple].iter().map(|n| Some(*n)));
+                }
+                allowed
+            }
+            Some(flow) => {
+                let silent_ms = self.now_ms - flow.seen_ms;
+                if silent_ms + 500 + self.slack_ms < idle_ms {
+                    vec![Some(flow.backend)]
+                } else if silent_ms > idle_ms {
+                    vec![new]
+                } else {
+                    vec![Some(flow.backend), new]
+                }
+            }
+        }
+    }
+
+    /// Where a TCP packet may go.
+    fn segment(
+        &self,
+        tuple: &Tuple,
+        bucket: &Bucket,
+        sent: Sent,
+        known: Option<&Connection>,
+    ) -> Vec<Option<u16>> {
+        let small = self.rules.small;
+        let been = || self.been.get(tuple).into_iter().flatten().map(|n| Some(*n));
+        let fails = |n: u16| self.down.contains(&n) || self.unreachable.contains(&n);
+        let mut allowed = match (sent, known) {
+            (Sent::Open { .. }, None) => {
+                let mut allowed = vec![bucket.current];
+                allowed.extend(been());
+                allowed
+            }
+            // Half-open and closing ones are over when another SYN comes.
+            (Sent::Open { .. }, Some(c))
+                if c.state == State::Closing || c.state == State::HalfOpen && c.sure =>
+            {
+                vec![bucket.current]
+            }
+            (Sent::Open { .. }, Some(_)) => {
+                let mut allowed = vec![bucket.current];
+                allowed.extend(been());
+                allowed
+            }
+            (Sent::Resend, Some(c)) => {
+                let watched = c.syn_epoch == Some(bucket.epoch) && bucket.origin.is_some();
+                if fails(c.backend) || !watched && !self.rules.nat {
+                    vec![bucket.current]
+                } else {
+                    vec![Some(c.backend)]
+                }
+            }
+            (Sent::Forged, Some(c)) => vec![Some(c.backend), bucket.current],
+            (_, Some(c)) => vec![Some(c.backend)],
+            (_, None) => vec![bucket.current, bucket.origin],
+        };
+        if small && matches!(sent, Sent::Open { .. } | Sent::Resend | Sent::Forged) {
+            // No room: it goes where the bucket's old connections are.
+            allowed.extend(bucket.origin.map(Some));
+            allowed.push(bucket.current);
+        }
+        allowed
+    }
+
+    /// Takes over what a packet has changed.
+    #[expect(clippy::too_many_arguments, reason = "what is known of one packet")]
+    fn remember(
+        &mut self,
+        tuple: &Tuple,
+        bucket: &Bucket,
+        sent: Sent,
+        known: Option<Connection>,
+        at: Option<u16>,
+        went: Went,
+        port: u16,
+        fresh: bool,
+    ) {
+        let now = self.now_ms;
+        if sent == Sent::Forged {
+            return;
+        }
+        // A translated packet that is dropped opens nothing.
+        let opens = matches!(sent, Sent::Open { .. } | Sent::Resend | Sent::Datagram);
+        let stays = known.as_ref().is_some_and(|c| at == Some(c.backend));
+        let Some(backend) = at.filter(|_| went != Went::Dropped || !self.rules.nat || stays) else {
+            if opens {
+                self.open.remove(tuple);
+            }
+            return;
+        };
+        if opens {
+            self.been.entry(*tuple).or_default().insert(backend);
+        }
+        let epoch = bucket.origin.is_some().then_some(bucket.epoch);
+        let sure = fresh
+            || known
+                .as_ref()
+                .is_some_and(|c| c.state == State::Closing || c.state == State::HalfOpen && c.sure);
+        let new = |isn| Connection {
+            sure,
+            backend,
+            state: State::HalfOpen,
+            isn,
+            sent: 0,
+            port,
+            seen_ms: now,
+            syn_ms: now,
+            syn_epoch: epoch,
+        };
+        let next = match (sent, known) {
+            (Sent::Open { isn }, _) => new(isn),
+            (Sent::Resend, Some(c)) if c.backend == backend => {
+                Connection { seen_ms: now, port, ..c }
+            }
+            (Sent::Resend, Some(c)) => new(c.isn),
+            (Sent::Datagram, _) => Connection { state: State::Open, ..new(0) },
+            (Sent::Duplicate, Some(c)) => Connection { seen_ms: now, ..c },
+            (Sent::Data, Some(c)) => Connection { state: State::Open, seen_ms: now, port, ..c },
+            (Sent::Close, Some(c)) => Connection { state: State::Closing, seen_ms: now, port, ..c },
+            (_, None) | (Sent::Forged, _) => return,
+        };
+        self.open.insert(*tuple, next);
+    }
+}
