@@ -6,11 +6,11 @@
 
 use crate::{
     abi::{
-        Address, BACKEND_DOWN, BACKEND_MAINT, Backend, Flow, FlowKeyV4, FlowKeyV6, IPPROTO_TCP,
-        Reason, Service, flow_state as state,
+        Address, BACKEND_MAINT, Backend, Flow, FlowKeyV4, FlowKeyV6, IPPROTO_TCP, Reason, Service,
+        flow_state as state,
     },
     entry::BackendIndex,
-    steer::{Flows, Inserted, Segment, TCP_FIN, TCP_RST},
+    steer::{Flows, Inserted, Segment, TCP_FIN, TCP_RST, unfit},
 };
 
 /// Source ports that are tried for a new flow before it is refused.
@@ -101,11 +101,9 @@ pub fn step<K: TupleKey, F: Flows<K>>(
         // A SYN on a tuple that has a flow: a retransmission, or the tuple is used again.
         let over = state::PROVISIONAL | state::CLOSING;
         flags & BACKEND_MAINT != 0
-            || (flags & BACKEND_DOWN != 0 && was & state::PROVISIONAL != 0)
+            || (unfit(flags) && was & state::PROVISIONAL != 0)
             || (flow.syn_seq != segment.seq
-                && (was & over != 0
-                    || flags & BACKEND_DOWN != 0
-                    || closed_by_server(flows, &reverse)))
+                && (was & over != 0 || unfit(flags) || closed_by_server(flows, &reverse)))
     } else {
         flags & BACKEND_MAINT != 0
             || udp_silent_ns(flows, flow, &reverse, now)

@@ -8,7 +8,10 @@
 //! the guards against spoofed SYNs follow the reasoning of RFC 5961.
 
 use crate::{
-    abi::{BACKEND_DOWN, BACKEND_MAINT, Flow, IPPROTO_TCP, Service, flow_state as state},
+    abi::{
+        BACKEND_DOWN, BACKEND_MAINT, BACKEND_USABLE, Flow, IPPROTO_TCP, Service,
+        flow_state as state,
+    },
     entry::{BackendIndex, Entry},
 };
 
@@ -52,6 +55,13 @@ impl Segment {
     const fn follows(self, syn_seq: u32) -> bool {
         self.seq.wrapping_sub(syn_seq).wrapping_sub(1) < CONFIRM_WINDOW
     }
+}
+
+/// Whether a backend with these `BACKEND_*` flags can't take what is being opened: it fails its
+/// checks, can't be reached, is in maintenance, or is none at all.
+#[inline(always)]
+pub(crate) const fn unfit(flags: u32) -> bool {
+    flags & (BACKEND_USABLE | BACKEND_DOWN | BACKEND_MAINT) != BACKEND_USABLE
 }
 
 /// What became of an insertion.
@@ -143,11 +153,13 @@ fn steer_tcp<K, F: Flows<K>>(
     let was = flow.state;
     let backend = BackendIndex::new(flow.backend);
     if segment.opens() {
-        let down = flows.backend_flags(backend) & BACKEND_DOWN != 0;
+        let flags = flows.backend_flags(backend);
+        let unfit = unfit(flags);
         let provisional = was & state::PROVISIONAL != 0;
         let same = flow.syn_seq == segment.seq;
-        let replace =
-            (down && provisional) || (!same && (provisional || down || was & state::CLOSING != 0));
+        let replace = flags & BACKEND_MAINT != 0
+            || (unfit && provisional)
+            || (!same && (provisional || unfit || was & state::CLOSING != 0));
         flow.last_ns = now;
         if !replace {
             return Steering { backend, opens: false };
@@ -170,7 +182,11 @@ fn steer_tcp<K, F: Flows<K>>(
 
 #[inline(always)]
 fn steer_udp<K, F: Flows<K>>(flows: &F, service: &Service, entry: Entry, key: &K) -> Steering {
-    let target = if entry.learning() { entry.previous() } else { entry.current() };
+    let passed_over = |backend: BackendIndex| {
+        backend.is_none() || flows.backend_flags(backend) & BACKEND_MAINT != 0
+    };
+    let learned = entry.learning() && !passed_over(entry.previous());
+    let target = if learned { entry.previous() } else { entry.current() };
     let now = flows.now_ns();
     let mut flow = flows.lookup(key);
     if flow.is_null() {
@@ -188,8 +204,9 @@ fn steer_udp<K, F: Flows<K>>(flows: &F, service: &Service, entry: Entry, key: &K
     let flow = unsafe { &mut *flow };
     let silent_ns = now.saturating_sub(flow.last_ns);
     flow.last_ns = now;
-    if silent_ns <= u64::from(service.udp_idle_ms) * 1_000_000 {
-        return Steering { backend: BackendIndex::new(flow.backend), opens: false };
+    let backend = BackendIndex::new(flow.backend);
+    if silent_ns <= u64::from(service.udp_idle_ms) * 1_000_000 && !passed_over(backend) {
+        return Steering { backend, opens: false };
     }
     flow.backend = target.get();
     Steering { backend: target, opens: true }
@@ -226,7 +243,7 @@ pub mod model {
         hash::Hash,
     };
 
-    use super::{BackendIndex, Flow, Flows, Inserted};
+    use super::{BACKEND_USABLE, BackendIndex, Flow, Flows, Inserted};
 
     /// A flow table over a `HashMap`, with a clock that is set by hand.
     #[derive(Debug, Default)]
@@ -236,7 +253,7 @@ pub mod model {
         pub capacity: Cell<usize>,
         /// What `now_ns` answers.
         pub clock_ns: Cell<u64>,
-        /// Flags of backends; others have none.
+        /// Flags of backends; others are usable, and nothing else.
         pub flags: RefCell<HashMap<BackendIndex, u32>>,
     }
 
@@ -292,7 +309,7 @@ pub mod model {
         }
 
         fn backend_flags(&self, backend: BackendIndex) -> u32 {
-            self.flags.borrow().get(&backend).copied().unwrap_or(0)
+            self.flags.borrow().get(&backend).copied().unwrap_or(BACKEND_USABLE)
         }
 
         fn now_ns(&self) -> u64 {

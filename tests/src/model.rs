@@ -99,7 +99,8 @@ impl<K: TupleKey + Eq + Hash> Model<K> {
         self.backends = plane.backends.iter().copied().collect();
         self.nat_sources.clone_from(&plane.nat_sources);
         let flags = |b: &BackendPlan| {
-            (if b.down { abi::BACKEND_DOWN } else { 0 })
+            (if b.next_hop.is_some() { abi::BACKEND_USABLE } else { 0 })
+                | (if b.down { abi::BACKEND_DOWN } else { 0 })
                 | (if b.maint { abi::BACKEND_MAINT } else { 0 })
         };
         *self.flows.flags.borrow_mut() =
