@@ -205,6 +205,22 @@ pub struct Loaded {
     _bpffs: BpfFs,
 }
 
+/// The loaded program in another thread's hands.
+pub struct Runner {
+    program: OwnedFd,
+    out: Vec<u8>,
+}
+
+impl Runner {
+    /// Runs the program on a frame; its answer, one of `XDP_*`.
+    ///
+    /// # Errors
+    /// When the kernel refuses the frame.
+    pub fn run(&mut self, frame: &[u8]) -> Result<u32> {
+        Ok(bpf::run(self.program.as_fd(), frame, None, &mut self.out)?.action)
+    }
+}
+
 impl Loaded {
     /// Loads the program over maps of these sizes, and puts `plane` in force.
     ///
@@ -266,6 +282,14 @@ impl Loaded {
             frame: self.out[..len_bytes].to_vec(),
             duration: Duration::from_nanos(duration_ns.into()),
         })
+    }
+
+    /// The program, to be run by another thread at the same time.
+    ///
+    /// # Errors
+    /// When there is no further descriptor.
+    pub fn runner(&self) -> Result<Runner> {
+        Ok(Runner { program: self.program.try_clone()?, out: vec![0; 64 << 10] })
     }
 
     /// Runs the program on a frame for the time alone, in nanoseconds.

@@ -422,6 +422,13 @@ impl Planned {
         (went, u16::from_be_bytes([seen.frame[at], seen.frame[at + 1]]))
     }
 
+    /// The frame of a client's packet.
+    pub fn frame(&self, tuple: &Tuple, segment: Segment) -> Vec<u8> {
+        let mut frame = Vec::new();
+        write_frame(&mut frame, Host::Client(1), tuple, segment);
+        frame
+    }
+
     /// Sends what backend `n` answers to a translated packet that came from `port`; whether it
     /// goes to the client.
     #[track_caller]
