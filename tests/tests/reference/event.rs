@@ -42,14 +42,17 @@ pub(crate) enum Event {
     Answer { c: u8 },
     /// The client sends a datagram.
     Datagram { c: u8 },
-    /// Every client that has something open sends something.
-    Everybody,
+    /// Every client that has something open sends something; if `again`, those that wait for an
+    /// answer to their SYN send that.
+    Everybody { again: bool },
     /// Nobody sends anything.
     Idle { ms: u32 },
     /// Shares of `v2` and `v3`, percent.
     Split { v2: u8, v3: u8 },
     /// A backend fails its checks, or passes.
     Down { n: u16, down: bool },
+    /// All backends of a version do.
+    Fails { version: u8, down: bool },
     /// A backend's next hop goes or comes.
     Reachable { n: u16, reachable: bool },
     /// A backend's weight, by a restart.
@@ -128,7 +131,7 @@ fn event(kind: Kind, random: &mut Random) -> Event {
             Event::Datagram { c }
         }
         650..790 => Event::Data { c, bytes },
-        790..870 => Event::Everybody,
+        790..870 => Event::Everybody { again: bits.is_multiple_of(2) },
         870..910 => {
             let ms = [
                 500, 3_000, 3_000, 7_000, 7_000, 19_000, 19_000, 45_000, 150_000, 400_000,
@@ -142,7 +145,8 @@ fn event(kind: Kind, random: &mut Random) -> Event {
             let v3 = random.one_of(&shares).min(100 - v2);
             Event::Split { v2, v3 }
         }
-        940..962 => Event::Down { n, down: random.below(2) == 0 },
+        940..956 => Event::Down { n, down: random.below(2) == 0 },
+        956..962 => Event::Fails { version: (bits % 3) as u8, down: random.below(2) == 0 },
         962..976 => Event::Reachable { n, reachable: random.below(2) > 0 },
         976..984 => Event::Weight { n, weight: random.below(4) as u32 },
         984..994 => Event::Configured { n, configured: random.below(2) == 0 },

@@ -389,6 +389,11 @@ impl Reference {
         if opens {
             self.been.entry(*tuple).or_default().insert(backend);
         }
+        // A packet that is dropped leaves with no port of ours.
+        let port = match (&known, went) {
+            (Some(c), Went::Dropped) => c.port,
+            _ => port,
+        };
         let epoch = bucket.origin.is_some().then_some(bucket.epoch);
         let sure = fresh
             || known

@@ -158,16 +158,17 @@ impl Run<'_> {
             }
             Event::Answer { c } => self.answer(c)?,
             Event::Datagram { c } => self.datagram(c)?,
-            Event::Everybody => {
+            Event::Everybody { again } => {
                 for c in 0..CONNECTIONS {
                     let tuple = self.tuple(c);
-                    if self.reference.connection(&tuple).is_none() {
-                        continue;
-                    }
-                    if c < CONNECTIONS - DATAGRAMS {
-                        self.data(c, 100)?;
-                    } else {
+                    let Some(connection) = self.reference.connection(&tuple) else { continue };
+                    let (state, isn) = (connection.state, connection.isn);
+                    if c >= CONNECTIONS - DATAGRAMS {
                         self.datagram(c)?;
+                    } else if again && state == State::HalfOpen {
+                        self.tcp(&tuple, Sent::Resend, TCP_SYN, isn)?;
+                    } else {
+                        self.data(c, 100)?;
                     }
                 }
             }
@@ -190,14 +191,10 @@ impl Run<'_> {
                 let (v2, v3) = (format!("{v2}%"), format!("{v3}%"));
                 self.planned.split(&[("v2", &v2), ("v3", &v3)]);
             }
-            Event::Down { n, down } => {
-                let set = &mut self.reference.down;
-                if down {
-                    set.insert(n)
-                } else {
-                    set.remove(&n)
-                };
-                self.planned.down(n, down);
+            Event::Down { n, down } => self.down(n, down),
+            Event::Fails { version, down } => {
+                let backends = self.shop.versions[usize::from(version)].backends.clone();
+                backends.iter().for_each(|(n, _)| self.down(*n, down));
             }
             Event::Reachable { n, reachable } => {
                 let set = &mut self.reference.unreachable;
@@ -239,6 +236,17 @@ impl Run<'_> {
             }
             _ => self.restart(),
         }
+    }
+
+    fn down(&mut self, n: u16, down: bool) {
+        let set = &mut self.reference.down;
+        if down {
+            set.insert(n)
+        } else {
+            set.remove(&n)
+        };
+        self.planned.down(n, down);
+        self.observe();
     }
 
     fn restart(&mut self) {
