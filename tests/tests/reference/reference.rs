@@ -25,8 +25,11 @@ pub(crate) struct Bucket {
     /// Where it went before it moved, as long as that is remembered.
     pub(crate) origin: Option<u16>,
     moved_ms: u64,
-    /// Until when UDP flows that nobody knows count as old ones.
+    /// Until when UDP flows that nobody knows count as old ones: for `udp_idle` since the first
+    /// move.
     learn_until_ms: u64,
+    /// Until when they may: a bucket that moves again meanwhile goes on learning.
+    learn_may_until_ms: u64,
     /// How often it has begun to be remembered.
     epoch: u32,
 }
@@ -171,6 +174,10 @@ impl Reference {
                         bucket.origin = before;
                         bucket.epoch += 1;
                         bucket.learn_until_ms = now + idle_ms;
+                        bucket.learn_may_until_ms = now + idle_ms;
+                    }
+                    if now < bucket.learn_may_until_ms {
+                        bucket.learn_may_until_ms = now + idle_ms;
                     }
                     bucket.moved_ms = now;
                 }
@@ -183,6 +190,12 @@ impl Reference {
                     let_go.insert(number);
                 }
             }
+        }
+        // Translated connections of a removed backend live for its drain.
+        let over = |since: &u64| drain_ms.is_some_and(|drain| now >= since + drain - drain / 10);
+        if nat && self.removed.values().any(over) {
+            let removed = &self.removed;
+            self.open.retain(|_, c| !removed.get(&c.backend).is_some_and(over));
         }
         let buckets = &self.buckets[family];
         self.open.retain(|tuple, connection| {
@@ -205,12 +218,7 @@ impl Reference {
             State::Closing => CLOSING_MS,
             State::Open => u64::MAX,
         };
-        // Translated connections of a removed backend live for its drain.
-        let gone = self.rules.nat
-            && self.removed.get(&connection.backend).is_some_and(|since| {
-                self.rules.drain_ms.is_some_and(|drain| self.now_ms >= since + drain - drain / 10)
-            });
-        if silent_ms > patience_ms || gone {
+        if silent_ms > patience_ms {
             self.open.remove(tuple);
             return None;
         }
@@ -287,16 +295,18 @@ impl Reference {
         known: Option<&Connection>,
     ) -> Vec<Option<u16>> {
         let Rules { nat, idle_ms, .. } = self.rules;
-        let learning = !nat && bucket.origin.is_some() && self.now_ms < bucket.learn_until_ms;
-        let new = if learning { bucket.origin } else { bucket.current };
+        let remembered = !nat && bucket.origin.is_some();
+        let new = match remembered {
+            true if self.now_ms < bucket.learn_until_ms => vec![bucket.origin],
+            true if self.now_ms < bucket.learn_may_until_ms => vec![bucket.current, bucket.origin],
+            _ => vec![bucket.current],
+        };
         match known {
             None => {
                 // Entries of former flows of the tuple are older than `udp_idle`, or were let go
                 // of: those may be followed no more, and nobody counts on it.
-                let mut allowed = vec![new];
-                if self.been.contains_key(tuple) {
-                    allowed.extend(self.been[tuple].iter().map(|n| Some(*n)));
-                }
+                let mut allowed = new;
+                allowed.extend(self.been.get(tuple).into_iter().flatten().map(|n| Some(*n)));
                 allowed
             }
             Some(flow) => {
@@ -304,9 +314,9 @@ impl Reference {
                 if silent_ms + 500 + self.slack_ms < idle_ms {
                     vec![Some(flow.backend)]
                 } else if silent_ms > idle_ms {
-                    vec![new]
+                    new
                 } else {
-                    vec![Some(flow.backend), new]
+                    [vec![Some(flow.backend)], new].concat()
                 }
             }
         }

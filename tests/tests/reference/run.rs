@@ -239,6 +239,11 @@ impl Run<'_> {
     }
 
     fn down(&mut self, n: u16, down: bool) {
+        let mut configured = self.shop.versions.iter().flat_map(|v| &v.backends);
+        if !configured.any(|(b, _)| *b == n) {
+            // Nobody checks it.
+            return;
+        }
         let set = &mut self.reference.down;
         if down {
             set.insert(n)
