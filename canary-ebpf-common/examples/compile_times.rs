@@ -56,8 +56,10 @@ mod measure {
     pub(super) fn all() {
         for heaviest in [1, 10] {
             let (stable, canary) = (backends(0, 100, heaviest), backends(1, 100, heaviest));
-            let versions =
-                [Version { slot: 0, backends: &stable }, Version { slot: 1, backends: &canary }];
+            let versions = [
+                Version { slot: 0, backends: &stable, placement: None },
+                Version { slot: 1, backends: &canary, placement: None },
+            ];
             let weights = if heaviest == 1 { "equal weights" } else { "weights 1 to 10" };
 
             let owners = initial_owners(BUCKETS, 0);
@@ -88,7 +90,7 @@ mod measure {
             for down in [1, 10, 50] {
                 let mut failing = stable.clone();
                 failing.iter_mut().take(down).for_each(|backend| backend.healthy = false);
-                let after = [Version { slot: 0, backends: &failing }];
+                let after = [Version { slot: 0, backends: &failing, placement: None }];
                 report(&format!("{down} of 100 backends fail, {weights}"), || {
                     let mut compiler = Compiler::new();
                     compiler.compile(&table_of(&owners, &versions)).expect("valid");

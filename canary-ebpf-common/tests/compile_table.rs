@@ -1,11 +1,15 @@
 //! SPEC §4.5 and §4.6: weights to one bucket, health, fallback, and the same table on every host.
 #![cfg(feature = "user")]
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use canary_ebpf_common::compile::{
-    Backend, Compiler, Fallback, Input, InputError, Output, Target, Targets, Version, apply,
-    counts, identity, initial_owners, plan, quotas,
+    Backend, BackendsError, Compiler, DecodeError, Fallback, Input, InputError, Output, Placement,
+    Target, Targets, Version, apply, counts, decode_placement, encode_placement, identity,
+    initial_owners, plan, quotas,
 };
 use proptest::prelude::*;
 
@@ -28,8 +32,26 @@ fn compile_with(
     fleet: &[Vec<Backend>],
     fallback: Fallback,
 ) -> Output {
-    let versions: Vec<Version<'_>> =
-        fleet.iter().zip(0..).map(|(backends, slot)| Version { slot, backends }).collect();
+    let versions: Vec<Version<'_>> = fleet
+        .iter()
+        .zip(0..)
+        .map(|(backends, slot)| Version { slot, backends, placement: None })
+        .collect();
+    compiler.compile(&Input { owners, versions: &versions, control: 0, fallback }).unwrap()
+}
+
+/// The same with placements that have a past.
+fn compile_placed(
+    compiler: &mut Compiler,
+    owners: &[u8],
+    fleet: &[Vec<Backend>],
+    placements: &[Arc<Placement>],
+    fallback: Fallback,
+) -> Output {
+    let versions: Vec<Version<'_>> = (0..)
+        .zip(fleet.iter().zip(placements))
+        .map(|(slot, (backends, placement))| Version { slot, backends, placement: Some(placement) })
+        .collect();
     compiler.compile(&Input { owners, versions: &versions, control: 0, fallback }).unwrap()
 }
 
@@ -126,14 +148,15 @@ fn an_input_that_makes_no_table_says_why() {
             .compile(&Input { owners: &owners, versions, control, fallback: Fallback::None })
             .unwrap_err()
     };
-    let version = |slot| Version { slot, backends: &backends };
+    let version = |slot| Version { slot, backends: &backends, placement: None };
     assert_eq!(try_it(&[version(0)], 0), InputError::MissingVersion(1));
     assert_eq!(try_it(&[version(1)], 0), InputError::MissingVersion(0));
     assert_eq!(try_it(&[version(0), version(1)], 200), InputError::MissingVersion(200));
     assert_eq!(try_it(&[version(0), version(0)], 0), InputError::DuplicateSlot(0));
     assert_eq!(try_it(&[version(16)], 0), InputError::UnknownSlot(16));
-    let duplicate = InputError::DuplicateBackend { slot: 0, identity: backends[0].identity };
-    assert_eq!(try_it(&[Version { slot: 0, backends: &twice }], 0), duplicate);
+    let duplicate =
+        InputError::Backends { slot: 0, error: BackendsError::Duplicate(backends[0].identity) };
+    assert_eq!(try_it(&[Version { slot: 0, backends: &twice, placement: None }], 0), duplicate);
 }
 
 /// FNV-1a over slot and backend of every bucket.
@@ -185,6 +208,62 @@ fn the_result_for_a_fixed_input_is_pinned() {
         0xad1d_88b3_26ae_d05c,
         "table with failures"
     );
+}
+
+#[test]
+fn a_placement_after_changes_and_its_bytes_are_pinned() {
+    let buckets = 65_536;
+    let owners = owners_with(buckets, &[(1, 20_000)], 0x5eed);
+    let fleet = |hosts: std::ops::RangeInclusive<u8>, heavy: u8| -> Vec<Vec<Backend>> {
+        let weight = |host| 1 + u32::from(host == heavy);
+        let list = |v| hosts.clone().map(|host| backend(v, host, weight(host), true)).collect();
+        (0..2).map(list).collect()
+    };
+    let mut now = fleet(1..=20, 0);
+    let mut placed: Vec<Arc<Placement>> =
+        now.iter().map(|b| Arc::new(Placement::new(b, buckets).unwrap())).collect();
+    assert_eq!(encode_placement(&placed[0]).len(), 5 + 20 * 9);
+    for next in [fleet(2..=20, 0), fleet(2..=22, 0), fleet(2..=22, 5), fleet(2..=22, 6)] {
+        now = next;
+        follow(&mut placed, &owners, &now);
+    }
+    let table = compile_placed(&mut Compiler::new(), &owners, &now, &placed, Fallback::Control);
+    assert_eq!(hash_of(&table), 0xd2ce_2416_dee3_6de0, "table");
+    let bytes: Vec<Vec<u8>> = placed.iter().map(|p| encode_placement(p)).collect();
+    println!("{} and {} bytes", bytes[0].len(), bytes[1].len());
+    assert!(bytes.iter().all(|bytes| bytes.len() < 12_000), "two or three for each exception");
+    let hash = bytes.concat().iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, &byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    });
+    assert_eq!(hash, 0x5bd3_7ec1_4ec1_fb94, "bytes");
+}
+
+#[test]
+fn bytes_that_are_no_placement_say_why() {
+    use DecodeError::{Backends, Format, Number, TooMany, Truncated, UnknownBackend};
+    let of = |identity: u8| [identity, 0, 0, 0, 0, 0, 0, 0];
+    let good = [&[3, 16, 2][..], &of(1), &[1], &of(2), &[5], &[3, 1, 0, 0]].concat();
+    let placement = decode_placement(&good).unwrap();
+    assert_eq!(encode_placement(&placement), good);
+    assert_eq!(placement.buckets(), 16);
+    for (bytes, error) in [
+        (vec![], Format { expected: 3, found: None }),
+        (vec![1, 0, 4], Format { expected: 3, found: Some(1) }),
+        (vec![3], Truncated),
+        (vec![3, 16, 1, 0, 0], Truncated),
+        (vec![3, 16, 0xff, 0xff, 0x0f], Backends),
+        (vec![3, 0x81, 0x80, 0x40, 0], TooMany),
+        (vec![3, 0x80, 0, 0], Number),
+        ([&[3, 16, 1][..], &of(1), &[0]].concat(), Backends),
+        ([&[3, 16, 2][..], &of(2), &[1], &of(1), &[1]].concat(), Backends),
+        ([&[3, 16, 2][..], &of(1), &[1], &of(1), &[1]].concat(), Backends),
+        ([&good[..], &[11, 0]].concat(), TooMany),
+        ([&good[..], &[0, 2]].concat(), UnknownBackend(2)),
+        ([&good[..], &[0]].concat(), Truncated),
+        ([&good[..], &[0xff, 0xff, 0xff, 0xff, 0x0f, 0]].concat(), TooMany),
+    ] {
+        assert_eq!(decode_placement(&bytes), Err(error), "{bytes:?}");
+    }
 }
 
 /// What must hold of any table.
@@ -288,8 +367,35 @@ fn happen(event: &Event, owners: &mut [u8], fleet: &mut [Vec<Backend>]) {
     }
 }
 
+/// The placements of a fleet that become those of another, as an agent does it when its
+/// configuration changes; and as the store gives them back.
+fn follow(placements: &mut [Arc<Placement>], owners: &[u8], fleet: &[Vec<Backend>]) {
+    for (slot, (placement, backends)) in (0..).zip(placements.iter_mut().zip(fleet)) {
+        if !placement.is_of(backends, owners.len() as u32) {
+            let owned: Vec<u32> =
+                (0..).zip(owners).filter(|(_, o)| **o == slot).map(|(b, _)| b).collect();
+            let next = placement.follow(&owned, backends, owners.len() as u32).unwrap();
+            let stored = decode_placement(&encode_placement(&next)).unwrap();
+            assert_eq!(stored, next);
+            *placement = Arc::new(stored);
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn any_bytes_make_a_placement_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..60), small in any::<bool>()) {
+        let mut bytes = bytes;
+        if small && bytes.len() > 2 {
+            bytes[0] = 3;
+            bytes[2] %= 4;
+        }
+        if let Ok(placement) = decode_placement(&bytes) {
+            prop_assert_eq!(encode_placement(&placement), bytes);
+        }
+    }
 
     #[test]
     fn any_sequence_of_changes_keeps_every_rule_on_every_host(
@@ -299,18 +405,26 @@ proptest! {
         let mut owners = initial_owners(4096, 0);
         let mut fleet: Vec<Vec<Backend>> =
             (0..3).map(|v| (0..5).map(|h| backend(v, h, 1 + u32::from(h % 3), true)).collect()).collect();
+        let placements = |fleet: &[Vec<Backend>]| -> Vec<Arc<Placement>> {
+            fleet.iter().map(|b| Arc::new(Placement::new(b, 4096).unwrap())).collect()
+        };
+        let mut placed = placements(&fleet);
         let mut compiler = Compiler::new();
         let mut last = compile(&owners, &fleet, fallback);
+        prop_assert_eq!(&compile_placed(&mut compiler, &owners, &fleet, &placed, fallback), &last);
         for event in events {
             let before = (owners.clone(), fleet.clone());
             happen(&event, &mut owners, &mut fleet);
-            let table = compile_with(&mut compiler, &owners, &fleet, fallback);
+            follow(&mut placed, &owners, &fleet);
+            let table = compile_placed(&mut compiler, &owners, &fleet, &placed, fallback);
             check(&owners, &fleet, fallback, &table)?;
+            check(&owners, &fleet, fallback, &compile(&owners, &fleet, fallback))?;
 
-            // Another host, which knows nothing of the past and lists backends otherwise.
+            // Another host, which was given the state only now and lists backends otherwise.
             let mut turned = fleet.clone();
             turned.iter_mut().for_each(|list| list.reverse());
-            let elsewhere = compile(&owners, &turned, fallback);
+            let elsewhere =
+                compile_placed(&mut Compiler::new(), &owners, &turned, &placed, fallback);
             let names = |table: &Output, fleet: &[Vec<Backend>]| -> Vec<Option<u64>> {
                 let of = |t: Target| fleet[usize::from(t.slot)][usize::from(t.backend)].identity;
                 table.targets.iter().map(|t| t.map(of)).collect()

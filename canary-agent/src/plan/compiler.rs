@@ -54,8 +54,10 @@ pub(super) fn assign(
             indices.push(candidate.index);
         }
     }
-    let versions: Vec<Version<'_>> =
-        (0_u8..).zip(&backends).map(|(slot, backends)| Version { slot, backends }).collect();
+    let versions: Vec<Version<'_>> = (0_u8..)
+        .zip(&backends)
+        .map(|(slot, backends)| Version { slot, backends, placement: None })
+        .collect();
     let fallback = match fallback {
         Fallback::Control => compile::Fallback::Control,
         Fallback::None => compile::Fallback::None,

@@ -5,24 +5,27 @@
 //!
 //! 1. *Quotas.* Each backend's number of buckets is its weight's part of all, by largest
 //!    remainder, ties by identity: exact to one bucket.
-//! 2. *Base placement*, over all configured backends, available or not: bucket after bucket
-//!    takes the backend it wants most (weighted rendezvous) among those below their quota.
-//! 3. *Settling.* With the quotas of the available backends, the buckets of the others, and
-//!    no more than that, take the available backend they want most that has room.
+//! 2. *Base placement*, over all backends of the placement, available or not: bucket after
+//!    bucket takes the backend it prefers, if that is below its quota, else the one it wants
+//!    most (weighted rendezvous) among those that are.
+//! 3. *Settling*, where weights or health differ from the placement's for the time being: with
+//!    the quotas that hold now, those that have too much give just that to those that have
+//!    too little.
 //!
 //! So a backend that fails or is drained, alone, moves not one bucket more than it must, and
 //! when it comes back everything is as it was. A placement over the available backends alone
 //! would shift others too, because quotas change for all.
+//!
+//! Settling is also how a placement follows its backends: what a drained backend gave is what
+//! it gives when it is removed.
 
-use super::score::{BackendKey, BucketKey, draw, exponential, unit};
+use std::sync::Arc;
 
-/// A backend as placement sees it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Weighted {
-    pub(super) identity: u64,
-    /// Above 0.
-    pub(super) weight: u32,
-}
+use super::{
+    Placement,
+    placement::Weighted,
+    score::{BackendKey, BucketKey, draw, exponential, unit},
+};
 
 /// Each backend's number of buckets: `buckets` divided in proportion to `weights`, by
 /// largest remainder, the earlier of equal ones first. All zero if all weights are.
@@ -46,7 +49,7 @@ pub fn quotas(buckets: u32, weights: &[u32]) -> Vec<u32> {
 }
 
 /// Backends as the inner loops want them.
-struct Field {
+pub(super) struct Field {
     keys: Vec<BackendKey>,
     /// 1 / weight.
     inverse: Vec<f64>,
@@ -55,7 +58,7 @@ struct Field {
 }
 
 impl Field {
-    fn new(backends: &[Weighted]) -> Self {
+    pub(super) fn new(backends: &[Weighted]) -> Self {
         Self {
             keys: backends.iter().map(|b| BackendKey::new(b.identity)).collect(),
             inverse: backends.iter().map(|b| 1.0 / f64::from(b.weight)).collect(),
@@ -64,7 +67,7 @@ impl Field {
     }
 
     /// The backend that a bucket wants most, of all. `bounds` is scratch space.
-    fn first(&self, bucket: u32, bounds: &mut Vec<f64>) -> usize {
+    pub(super) fn first(&self, bucket: u32, bounds: &mut Vec<f64>) -> usize {
         let key = BucketKey::new(bucket);
         let mut best = Best::new(0);
         if self.uniform {
@@ -99,6 +102,22 @@ impl Field {
 
     /// The backend that a bucket wants most, of `open` ones (not empty).
     fn first_of(&self, bucket: u32, open: &[u16]) -> usize {
+        self.best_of(bucket, open).index
+    }
+
+    /// What it costs a bucket to be on a backend.
+    fn cost(&self, bucket: u32, index: usize) -> f64 {
+        let draw = draw(BucketKey::new(bucket), self.keys[index]);
+        exponential(unit(draw)) * self.inverse[index]
+    }
+
+    /// How much more it costs a bucket to be on its backend than on the best of `open` ones.
+    fn regret(&self, bucket: u32, index: usize, open: &[u16]) -> f64 {
+        let best = self.best_of(bucket, open);
+        self.cost(bucket, index) - self.cost(bucket, best.index)
+    }
+
+    fn best_of(&self, bucket: u32, open: &[u16]) -> Best {
         let key = BucketKey::new(bucket);
         let mut best = Best::new(open.first().map_or(0, |&i| i.into()));
         for i in open.iter().map(|&i| usize::from(i)) {
@@ -109,7 +128,7 @@ impl Field {
                 best.offer_cost(i, draw, self.inverse[i]);
             }
         }
-        best.index
+        best
     }
 }
 
@@ -161,55 +180,47 @@ const UNKNOWN: u16 = u16::MAX;
 /// Backends of one version, at most: an index must fit, and one value is spare.
 pub const MAX_BACKENDS: usize = UNKNOWN as usize;
 
-/// Places buckets on the backends of one configuration, and remembers each bucket's first
-/// choice. What it remembers changes its speed only.
+/// Places buckets by one [`Placement`], and remembers each bucket's first choice. What it
+/// remembers changes its speed only.
 ///
 /// Memory: two bytes for each bucket of the table.
 pub(super) struct Placer {
-    backends: Vec<Weighted>,
+    placement: Arc<Placement>,
     field: Field,
     first_choice: Vec<u16>,
 }
 
 impl Placer {
-    /// `backends` in order of identity, at most [`MAX_BACKENDS`].
-    pub(super) fn new(backends: Vec<Weighted>, table_buckets: usize) -> Self {
-        let field = Field::new(&backends);
-        Self { backends, field, first_choice: vec![UNKNOWN; table_buckets] }
+    pub(super) fn new(placement: Arc<Placement>) -> Self {
+        let mut first_choice = vec![UNKNOWN; placement.buckets() as usize];
+        for &(bucket, index) in placement.exceptions() {
+            first_choice[bucket as usize] = index;
+        }
+        Self { field: Field::new(placement.backends()), placement, first_choice }
     }
 
-    pub(super) fn backends(&self) -> &[Weighted] {
-        &self.backends
-    }
-
-    pub(super) fn table_buckets(&self) -> usize {
-        self.first_choice.len()
+    pub(super) fn placement(&self) -> &Arc<Placement> {
+        &self.placement
     }
 
     /// For each of `buckets` (ascending), the index of its backend.
     ///
-    /// `available`: one for each backend, at least one of them true.
-    pub(super) fn place(&mut self, buckets: &[u32], available: &[bool]) -> Vec<u16> {
-        let count = buckets.len() as u32;
-        let configured = quotas(count, &self.weights(|_| true));
-        let mut placed = self.base(buckets, configured.clone());
-        if !available.iter().all(|&available| available) {
-            self.settle(buckets, &mut placed, &configured, available);
+    /// `weights`: one for each backend, what it is to get now; at least one of them above 0.
+    pub(super) fn place(&mut self, buckets: &[u32], weights: &[u32]) -> Vec<u16> {
+        let (mut placed, has) = self.base(buckets);
+        let wants = quotas(buckets.len() as u32, weights);
+        if has != wants {
+            rebalance(&self.field, buckets, &mut placed, &has, &wants);
         }
         placed
     }
 
-    fn weights(&self, counts: impl Fn(usize) -> bool) -> Vec<u32> {
-        self.backends
-            .iter()
-            .enumerate()
-            .map(|(i, b)| if counts(i) { b.weight } else { 0 })
-            .collect()
-    }
-
-    fn base(&mut self, buckets: &[u32], quotas: Vec<u32>) -> Vec<u16> {
-        let mut room = Room::new(quotas);
-        let mut bounds = Vec::with_capacity(self.backends.len());
+    /// The base placement, and each backend's number of buckets in it.
+    pub(super) fn base(&mut self, buckets: &[u32]) -> (Vec<u16>, Vec<u32>) {
+        let weights: Vec<u32> = self.placement.backends().iter().map(|b| b.weight).collect();
+        let has = quotas(buckets.len() as u32, &weights);
+        let mut room = Room::new(has.clone());
+        let mut bounds = Vec::with_capacity(weights.len());
         let mut placed = Vec::with_capacity(buckets.len());
         for &bucket in buckets {
             let choice = &mut self.first_choice[bucket as usize];
@@ -223,30 +234,44 @@ impl Placer {
             room.take(index);
             placed.push(index as u16);
         }
-        placed
+        (placed, has)
     }
+}
 
-    fn settle(&self, buckets: &[u32], placed: &mut [u16], has: &[u32], available: &[bool]) {
-        let wants = quotas(buckets.len() as u32, &self.weights(|i| available[i]));
-        let mut room =
-            Room::new(has.iter().zip(&wants).map(|(h, w)| w.saturating_sub(*h)).collect());
-        // Of the available ones, too, some may have one more than they should: a larger part
-        // can have a smaller remainder. They give the last.
-        let mut gives: Vec<u32> =
-            has.iter().zip(&wants).map(|(h, w)| h.saturating_sub(*w)).collect();
-        let mut free = Vec::with_capacity(gives.iter().sum::<u32>() as usize);
-        for (at, &index) in placed.iter().enumerate().rev() {
-            let gives = &mut gives[usize::from(index)];
-            if *gives > 0 {
-                *gives -= 1;
-                free.push(at);
-            }
+/// Moves the least number of buckets that turns what each backend `has` into what it `wants`.
+///
+/// A backend gives those of its buckets that would rather be on one of those that gain, and
+/// each takes the one that it wants most and that has room.
+pub(super) fn rebalance(
+    field: &Field,
+    buckets: &[u32],
+    placed: &mut [u16],
+    has: &[u32],
+    wants: &[u32],
+) {
+    let mut room = Room::new(has.iter().zip(wants).map(|(h, w)| w.saturating_sub(*h)).collect());
+    let gives: Vec<usize> =
+        has.iter().zip(wants).map(|(h, w)| h.saturating_sub(*w) as usize).collect();
+    let mut free: Vec<usize> = Vec::with_capacity(gives.iter().sum());
+    let mut some: Vec<Vec<(f64, usize)>> = vec![Vec::new(); gives.len()];
+    for (at, &index) in placed.iter().enumerate() {
+        let index = usize::from(index);
+        if gives[index] > 0 && wants[index] == 0 {
+            free.push(at);
+        } else if gives[index] > 0 {
+            some[index].push((-field.regret(buckets[at], index, &room.open), at));
         }
-        for &at in free.iter().rev() {
-            let index = self.field.first_of(buckets[at], &room.open);
-            room.take(index);
-            placed[at] = index as u16;
-        }
+    }
+    for (mut candidates, gives) in some.into_iter().zip(gives).filter(|(c, _)| !c.is_empty()) {
+        candidates
+            .select_nth_unstable_by(gives - 1, |a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+        free.extend(candidates[..gives].iter().map(|&(_, at)| at));
+    }
+    free.sort_unstable();
+    for at in free {
+        let index = field.first_of(buckets[at], &room.open);
+        room.take(index);
+        placed[at] = index as u16;
     }
 }
 

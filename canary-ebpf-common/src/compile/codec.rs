@@ -1,6 +1,6 @@
-//! Owners and changes as bytes, for the store.
+//! Owners, changes and placements as bytes, for the store.
 //!
-//! Owns the two formats. Each begins with a byte that says which it is, so that a later
+//! Owns the three formats. Each begins with a byte that says which it is, so that a later
 //! format can stand beside it. Whatever the bytes, decoding ends with a value or an error.
 //!
 //! Numbers are LEB128 varints of at most 32 bits, in their shortest form.
@@ -10,16 +10,21 @@
 //!   split (two versions, half each).
 //! - Changes: `2`, then groups of *from, to, number, distances between buckets*. A byte or
 //!   two for each change.
+//! - Placement: `3`, *buckets, number of backends*, for each its identity (eight bytes, least
+//!   first) and *weight*, then *distance from the last bucket, backend* for each bucket that
+//!   prefers another backend than rendezvous hashing says. Some ten bytes for each backend,
+//!   and two or three for each such bucket.
 
 use std::fmt;
 
-use super::{Change, MAX_BUCKETS};
+use super::{Change, MAX_BACKENDS, MAX_BUCKETS, Placement, placement::Weighted};
 use crate::abi::MAX_VERSIONS;
 
 const OWNERS_FORMAT: u8 = 1;
 const CHANGES_FORMAT: u8 = 2;
+const PLACEMENT_FORMAT: u8 = 3;
 
-/// Why bytes are no owners, or no changes.
+/// Why bytes are no owners, no changes or no placement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DecodeError {
     /// The first byte names another format, of a later release or another thing.
@@ -39,6 +44,10 @@ pub enum DecodeError {
     Empty,
     /// More than [`MAX_BUCKETS`] buckets, or a bucket beyond that.
     TooMany,
+    /// More than [`MAX_BACKENDS`] backends, not by ascending identity, or one of weight 0.
+    Backends,
+    /// A bucket prefers a backend beyond the last.
+    UnknownBackend(u32),
 }
 
 impl fmt::Display for DecodeError {
@@ -55,6 +64,8 @@ impl fmt::Display for DecodeError {
             Self::UnknownSlot(slot) => write!(f, "slot {slot}: slots end at {}", MAX_VERSIONS - 1),
             Self::Empty => f.write_str("a run of nothing"),
             Self::TooMany => write!(f, "more than {MAX_BUCKETS} buckets"),
+            Self::Backends => write!(f, "more than {MAX_BACKENDS} backends, or not in order"),
+            Self::UnknownBackend(index) => write!(f, "there is no backend {index}"),
         }
     }
 }
@@ -138,6 +149,65 @@ pub fn decode_changes(bytes: &[u8]) -> Result<Vec<Change>, DecodeError> {
         }
     }
     Ok(changes)
+}
+
+/// A placement as bytes.
+pub fn encode_placement(placement: &Placement) -> Vec<u8> {
+    let mut bytes = vec![PLACEMENT_FORMAT];
+    put(&mut bytes, placement.buckets());
+    put(&mut bytes, placement.backends().len() as u32);
+    for backend in placement.backends() {
+        bytes.extend(backend.identity.to_le_bytes());
+        put(&mut bytes, backend.weight);
+    }
+    let mut next = 0;
+    for &(bucket, index) in placement.exceptions() {
+        put(&mut bytes, bucket - next);
+        put(&mut bytes, index.into());
+        next = bucket + 1;
+    }
+    bytes
+}
+
+/// The placement that [`encode_placement`] wrote.
+///
+/// # Errors
+///
+/// Any [`DecodeError`].
+pub fn decode_placement(bytes: &[u8]) -> Result<Placement, DecodeError> {
+    let mut rest = after_format(bytes, PLACEMENT_FORMAT)?;
+    let buckets = take(&mut rest)?;
+    let count = take(&mut rest)?;
+    if buckets > MAX_BUCKETS {
+        return Err(DecodeError::TooMany);
+    }
+    if count as usize > MAX_BACKENDS {
+        return Err(DecodeError::Backends);
+    }
+    let mut backends: Vec<Weighted> = Vec::new();
+    for _ in 0..count {
+        let (identity, others) = rest.split_first_chunk().ok_or(DecodeError::Truncated)?;
+        rest = others;
+        let backend =
+            Weighted { identity: u64::from_le_bytes(*identity), weight: take(&mut rest)? };
+        if backend.weight == 0 || backends.last().is_some_and(|b| b.identity >= backend.identity) {
+            return Err(DecodeError::Backends);
+        }
+        backends.push(backend);
+    }
+    let mut exceptions = Vec::new();
+    let mut next = 0_u32;
+    while !rest.is_empty() {
+        let bucket = next.checked_add(take(&mut rest)?).filter(|&bucket| bucket < buckets);
+        let bucket = bucket.ok_or(DecodeError::TooMany)?;
+        let index = take(&mut rest)?;
+        if index >= count {
+            return Err(DecodeError::UnknownBackend(index));
+        }
+        exceptions.push((bucket, index as u16));
+        next = bucket + 1;
+    }
+    Ok(Placement::from_parts(buckets, backends, exceptions))
 }
 
 fn after_format(bytes: &[u8], expected: u8) -> Result<&[u8], DecodeError> {

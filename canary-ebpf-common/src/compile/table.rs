@@ -3,13 +3,9 @@
 //! Owns which backends a version's buckets may go to, and what is remembered from one
 //! compilation to the next. Must not know how buckets are placed among them.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
-use super::{
-    MAX_BACKENDS, OwnersError,
-    backends::{Placer, Weighted},
-    owners,
-};
+use super::{BackendsError, OwnersError, Placement, backends::Placer, owners, placement};
 use crate::abi::MAX_VERSIONS;
 
 /// One server of a version.
@@ -17,10 +13,11 @@ use crate::abi::MAX_VERSIONS;
 pub struct Backend {
     /// [`super::identity`] of its address; distinct within a version.
     pub identity: u64,
-    /// Its part of the version's buckets, relative to the others'; 0 for none.
+    /// Its part of the version's buckets, relative to the others'; 0 for none. In a
+    /// [`Placement`], what it gets for good; in a [`Version`], what it gets now.
     pub weight: u32,
     /// Whether it may get new connections: it passes its checks and is neither drained nor
-    /// in maintenance. Prefer this to a weight of 0 for what will come back: it moves less.
+    /// in maintenance.
     pub healthy: bool,
 }
 
@@ -31,6 +28,10 @@ pub struct Version<'a> {
     pub slot: u8,
     /// All that are configured, in any order.
     pub backends: &'a [Backend],
+    /// Where its buckets prefer to be; `None` for that of these backends without a past. It
+    /// names the same backends; where weights differ from its own, those in `backends` hold
+    /// for the time being, as health does.
+    pub placement: Option<&'a Arc<Placement>>,
 }
 
 /// Where the buckets of a version go that has no healthy backend.
@@ -88,15 +89,15 @@ pub enum InputError {
     DuplicateSlot(u8),
     /// The version that a bucket belongs to, or control, is not given.
     MissingVersion(u8),
-    /// A version has more than [`MAX_BACKENDS`] backends.
-    TooManyBackends(u8),
-    /// Two backends of one version have one identity.
-    DuplicateBackend {
+    /// A version has too many backends, or one twice.
+    Backends {
         /// The version's slot.
         slot: u8,
-        /// The identity.
-        identity: u64,
+        /// What is wrong with them.
+        error: BackendsError,
     },
+    /// A version's placement is for another table, or lacks one of its backends.
+    OtherPlacement(u8),
 }
 
 impl fmt::Display for InputError {
@@ -106,13 +107,11 @@ impl fmt::Display for InputError {
             Self::UnknownSlot(slot) => write!(f, "slot {slot}: slots end at {}", MAX_VERSIONS - 1),
             Self::DuplicateSlot(slot) => write!(f, "two versions have slot {slot}"),
             Self::MissingVersion(slot) => write!(f, "the version in slot {slot} is missing"),
-            Self::TooManyBackends(slot) => {
-                write!(f, "the version in slot {slot} has more than {MAX_BACKENDS} backends")
-            }
-            Self::DuplicateBackend { slot, identity } => {
+            Self::Backends { slot, error } => write!(f, "the version in slot {slot}: {error}"),
+            Self::OtherPlacement(slot) => {
                 write!(
                     f,
-                    "two backends of the version in slot {slot} have identity {identity:016x}"
+                    "the placement of the version in slot {slot} is not one of its backends in this table"
                 )
             }
         }
@@ -123,6 +122,7 @@ impl std::error::Error for InputError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Self::Owners(error) => Some(error),
+            Self::Backends { error, .. } => Some(error),
             _ => None,
         }
     }
@@ -140,7 +140,7 @@ impl std::error::Error for InputError {
 /// let owners = initial_owners(4096, 0);
 /// let input = Input {
 ///     owners: &owners,
-///     versions: &[Version { slot: 0, backends: &[a, b] }],
+///     versions: &[Version { slot: 0, backends: &[a, b], placement: None }],
 ///     control: 0,
 ///     fallback: Fallback::Control,
 /// };
@@ -162,13 +162,12 @@ struct Remembered {
 /// A version, checked and put in order.
 struct Ordered {
     slot: u8,
-    /// Those of weight above 0, by identity.
-    backends: Vec<Weighted>,
-    /// Index of each of them in the caller's list.
+    placement: Arc<Placement>,
+    /// Index of each backend of the placement in the caller's list.
     given: Vec<u16>,
-    /// Which of them may get buckets.
-    available: Vec<bool>,
-    /// Whether any may.
+    /// The weight of each that counts now, health included.
+    weights: Vec<u32>,
+    /// Whether any of those is above 0.
     usable: bool,
     checks_ignored: bool,
 }
@@ -201,7 +200,7 @@ impl Compiler {
             if slot.is_some() {
                 return Err(InputError::DuplicateSlot(version.slot));
             }
-            *slot = Some(Ordered::new(version, version.slot == control)?);
+            *slot = Some(Ordered::new(version, version.slot == control, owners.len() as u32)?);
         }
         let of_control = by_slot
             .get(usize::from(control))
@@ -231,7 +230,7 @@ impl Compiler {
                     }
                 }
             };
-            let placed = self.placer(version, owners.len()).place(buckets, &version.available);
+            let placed = self.placer(&version.placement).place(buckets, &version.weights);
             for (&bucket, &index) in buckets.iter().zip(&placed) {
                 let backend = version.given[usize::from(index)];
                 targets[bucket as usize] = Some(Target { slot: version.slot, backend });
@@ -241,12 +240,11 @@ impl Compiler {
         Ok(Output { targets, control_checks_ignored: of_control.checks_ignored, fell_back })
     }
 
-    /// The placer for a version's backends, remembered or new.
-    fn placer(&mut self, version: &Ordered, table_buckets: usize) -> &mut Placer {
-        let fits =
-            |p: &Placer| p.backends() == version.backends && p.table_buckets() == table_buckets;
+    /// The placer for a placement, remembered or new.
+    fn placer(&mut self, placement: &Arc<Placement>) -> &mut Placer {
+        let fits = |p: &Placer| Arc::ptr_eq(p.placement(), placement) || p.placement() == placement;
         let at = self.placers.iter().position(|r| fits(&r.placer)).unwrap_or_else(|| {
-            let placer = Placer::new(version.backends.clone(), table_buckets);
+            let placer = Placer::new(Arc::clone(placement));
             self.placers.push(Remembered { placer, used: true });
             self.placers.len() - 1
         });
@@ -257,35 +255,37 @@ impl Compiler {
 }
 
 impl Ordered {
-    fn new(version: &Version<'_>, is_control: bool) -> Result<Self, InputError> {
-        let &Version { slot, backends } = version;
-        if backends.len() > MAX_BACKENDS {
-            return Err(InputError::TooManyBackends(slot));
-        }
+    fn new(version: &Version<'_>, is_control: bool, buckets: u32) -> Result<Self, InputError> {
+        let &Version { slot, backends, placement } = version;
+        let order =
+            placement::order(backends).map_err(|error| InputError::Backends { slot, error })?;
         let of = |i: &u16| backends[usize::from(*i)];
-        let mut given: Vec<u16> = (0..backends.len() as u16).collect();
-        given.sort_unstable_by_key(|i| of(i).identity);
-        if let Some(pair) =
-            given.windows(2).find(|pair| of(&pair[0]).identity == of(&pair[1]).identity)
+        let placement = match placement {
+            Some(placement) => Arc::clone(placement),
+            None => Placement::new(backends, buckets)
+                .map(Arc::new)
+                .map_err(|error| InputError::Backends { slot, error })?,
+        };
+        let mut given = order;
+        given.retain(|i| placement.has(of(i).identity));
+        let known = |b: &Backend| b.weight == 0 || placement.has(b.identity);
+        if placement.buckets() != buckets
+            || given.len() != placement.backends().len()
+            || !backends.iter().all(known)
         {
-            return Err(InputError::DuplicateBackend { slot, identity: of(&pair[0]).identity });
+            return Err(InputError::OtherPlacement(slot));
         }
-        given.retain(|i| of(i).weight > 0);
-        let mut available: Vec<bool> = given.iter().map(|i| of(i).healthy).collect();
-        let checks_ignored = is_control && !given.is_empty() && !available.contains(&true);
+        let weight = |i: &u16, despite_checks: bool| match of(i) {
+            Backend { weight, healthy, .. } if despite_checks || healthy => weight,
+            _ => 0,
+        };
+        let mut weights: Vec<u32> = given.iter().map(|i| weight(i, false)).collect();
+        let mut usable = weights.iter().any(|&weight| weight > 0);
+        let checks_ignored = is_control && !usable && given.iter().any(|i| weight(i, true) > 0);
         if checks_ignored {
-            available.fill(true);
+            weights = given.iter().map(|i| weight(i, true)).collect();
+            usable = true;
         }
-        let backends = given.iter().map(of);
-        Ok(Self {
-            slot,
-            backends: backends
-                .map(|Backend { identity, weight, healthy: _ }| Weighted { identity, weight })
-                .collect(),
-            usable: available.contains(&true),
-            given,
-            available,
-            checks_ignored,
-        })
+        Ok(Self { slot, placement, given, weights, usable, checks_ignored })
     }
 }
