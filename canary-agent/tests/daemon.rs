@@ -384,6 +384,33 @@ fn a_restart_goes_on_where_the_last_agent_was() {
 }
 
 #[test]
+fn other_backends_are_noted_in_the_audit_trail_and_their_placement_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = agent(&dir);
+    let host = first.host.clone();
+    let plane = host.with(|host| host.plane.clone());
+    let revision = first.state.status(first.now()).agent.revision;
+    drop(first);
+    let mut other = shop();
+    other.services[0].versions[0].backends[1].weight = 3;
+    let mut next = Agent::start(dir.path(), &other, host.clone(), maps(&plane));
+    assert_eq!(next.status().agent.revision, revision + 1);
+    let trail = SqliteStore::new(dir.path()).changes(revision, 10).unwrap();
+    assert_eq!((trail[0].1.service.as_str(), trail[0].1.action.as_str()), ("shop", "config"));
+    let placements =
+        |dir: &Path| SqliteStore::new(dir).load().unwrap().services.remove(1).placements.unwrap();
+    let kept = placements(dir.path());
+    assert_eq!(kept.len(), 3);
+    next.split(&[("v2", "5%")]).unwrap();
+    assert_eq!(placements(dir.path()), kept, "a split leaves it alone");
+    // Moving by the least leads to a place of its own, which the next start finds again.
+    let plane = host.with(|host| host.plane.clone());
+    drop(next);
+    Agent::start(dir.path(), &other, host.clone(), maps(&plane));
+    assert!(host.with(|host| host.plane.clone()) == plane, "not a bit differs");
+}
+
+#[test]
 fn a_newer_state_is_not_touched() {
     let dir = tempfile::tempdir().unwrap();
     drop(agent(&dir));

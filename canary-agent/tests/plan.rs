@@ -12,7 +12,10 @@ use std::{
 
 use canary_agent::{
     config::model::{Config, Existing, Forward, Service},
-    plan::{Adopted, DataPlane, Family, NextHop, Planner, QUARANTINE_MS, Start, clear_due_ms},
+    plan::{
+        Adopted, DataPlane, Family, NextHop, Planner, QUARANTINE_MS, ServiceState, Start,
+        clear_due_ms,
+    },
     store::{ServiceRecord, Split},
 };
 use canary_ebpf_common::entry::{BackendIndex, Entry};
@@ -48,7 +51,7 @@ fn started(config: &Config) -> Planner {
 }
 
 fn stored(planner: &Planner) -> Vec<ServiceRecord> {
-    planner.services().iter().map(|s| s.stored(s.ownership())).collect()
+    planner.services().iter().map(ServiceState::stored_whole).collect()
 }
 
 fn set_split(planner: &mut Planner, service: usize, shares: &[(&str, &str)]) -> bool {
@@ -498,6 +501,150 @@ fn a_removed_backend_drains_and_its_index_rests_before_another_gets_it() {
     next.step(5_000 + 1_000_000);
     assert_eq!(index_of(&next, "10.0.1.3:80"), None);
     assert_eq!(next.plane().sweep.backends, [index]);
+}
+
+/// A service whose control has `count` backends of either family, and v2 four.
+fn many(count: u8, buckets: u32) -> Service {
+    let addr = |version: u8, n: u8, v6: bool| match v6 {
+        true => format!("[2001:db8:{version}::{n:x}]:80"),
+        false => format!("10.0.{version}.{n}:80"),
+    };
+    let list = |version: u8, count: u8| -> Vec<(String, u32)> {
+        [false, true]
+            .iter()
+            .flat_map(|v6| (1..=count).map(move |n| (addr(version, n, *v6), 1)))
+            .collect()
+    };
+    let (stable, v2) = (list(1, count), list(2, 4));
+    let borrowed = |list: &'static [(String, u32)]| -> Vec<(&str, u32)> {
+        list.iter().map(|(addr, weight)| (addr.as_str(), *weight)).collect()
+    };
+    let (stable, v2) = (borrowed(stable.leak()), borrowed(v2.leak()));
+    let mut many = service("many", &[("stable", &stable), ("v2", &v2)]);
+    many.vips.push("2001:db8::10".parse().unwrap());
+    many.buckets = buckets;
+    many
+}
+
+/// By table, the address that each bucket steers new connections to.
+fn addresses(planner: &Planner) -> Vec<Vec<Option<SocketAddr>>> {
+    let by_index: HashMap<BackendIndex, SocketAddr> =
+        planner.plane().backends.iter().map(|(index, b)| (*index, b.addr)).collect();
+    let of = |e: &Entry| by_index.get(&e.current()).copied();
+    planner.plane().services.iter().map(|s| s.entries.iter().map(of).collect()).collect()
+}
+
+/// The planner of the next start, stepped, and what it wants stored.
+fn restarted(config: &Config, before: &Planner, now_ms: u64) -> (Planner, Vec<&'static str>) {
+    let adopted = maps(before.plane());
+    let stored = stored(before);
+    let (mut next, news) =
+        Planner::begin(Start { config, adopted, stored: &stored, now_ms }).unwrap();
+    next.set_next_hops(&all_hops(config));
+    next.step(now_ms);
+    next.applied(now_ms);
+    (next, news.into_iter().map(|news| news.action).collect())
+}
+
+#[test]
+fn backends_that_come_go_or_change_weight_move_only_the_buckets_that_must() {
+    let buckets = 16_384;
+    let mut now = 10_000;
+    let mut planner = started(&config(vec![many(12, buckets)]));
+    assert!(set_split(&mut planner, 0, &[("v2", "30%")]));
+    planner.step(2_000);
+    planner.applied(2_000);
+    let v2 = planner.services()[0].ownership().counts()[1];
+    let control = buckets - v2;
+    let weigh = |service: &mut Service, addrs: &[&str], weight| {
+        let backends = service.versions.iter_mut().flat_map(|v| &mut v.backends);
+        backends
+            .filter(|b| addrs.contains(&b.addr.to_string().as_str()))
+            .for_each(|b| b.weight = weight);
+    };
+    let one = ["10.0.1.3:80", "[2001:db8:1::3]:80"];
+    let mut less = many(12, buckets);
+    less.versions[0].backends.retain(|b| !one.contains(&b.addr.to_string().as_str()));
+    let mut heavy = many(12, buckets);
+    weigh(&mut heavy, &one, 2);
+    let mut of_v2 = heavy.clone();
+    of_v2.versions[1].backends.retain(|b| !b.addr.to_string().contains("2.4:80"));
+    for (what, service, least) in [
+        ("nothing", many(12, buckets), [0, 0]),
+        ("removal", less, [control / 12; 2]),
+        ("addition", many(12, buckets), [control / 12; 2]),
+        ("weight", heavy, [2 * control / 13 - control / 12; 2]),
+        ("removal from v2, of one family", of_v2, [v2 / 4, 0]),
+        ("several", many(13, buckets), [v2 / 4, 0]),
+    ] {
+        let before = addresses(&planner);
+        let configured = config(vec![service]);
+        let (next, news) = restarted(&configured, &planner, now);
+        let after = addresses(&next);
+        for ((before, after), least) in before.iter().zip(&after).zip(least) {
+            let moved = before.iter().zip(after).filter(|(b, a)| b != a).count() as u32;
+            match what {
+                "several" => assert!(moved > 0, "{what}"),
+                _ => assert!(moved.abs_diff(least) <= 1, "{what}: {moved}, not {least}"),
+            }
+        }
+        assert_eq!(news, if what == "nothing" { vec![] } else { vec!["config"] }, "{what}");
+        now += 10_000;
+        let (again, news) = restarted(&configured, &next, now);
+        assert!(addresses(&again) == after && news.is_empty(), "{what}, and again: {news:?}");
+        // A host without maps, or with nothing but the state of another, gets the same.
+        let mut copy = begin(&configured, Adopted::default(), &stored(&next), now);
+        copy.set_next_hops(&all_hops(&configured));
+        copy.step(now);
+        assert_eq!(addresses(&copy), after, "{what}, on another host");
+        planner = again;
+        now += 10_000;
+    }
+}
+
+#[test]
+fn a_service_with_twice_the_buckets_moves_nobody() {
+    let small = config(vec![many(12, 4096)]);
+    let mut less = many(12, 4096);
+    less.versions[0].backends.remove(2);
+    let less = config(vec![less]);
+    let planner = restarted(&less, &started(&small), 5_000).0;
+    let mut large = less;
+    large.services[0].buckets = 8192;
+    let next = restarted(&large, &planner, 9_000).0;
+    for (small, large) in addresses(&planner).iter().zip(addresses(&next)) {
+        let moved = (0..8192).filter(|b| small[b % 4096] != large[*b]).count();
+        assert!(moved <= 12, "{moved}: no more than quotas round otherwise");
+    }
+}
+
+#[test]
+fn a_placement_that_is_missing_or_can_not_be_read_is_made_anew() {
+    let configured = config(vec![many(12, 4096)]);
+    let planner = started(&configured);
+    let records = stored(&planner);
+    for what in ["missing", "of an older release", "unreadable", "for another table"] {
+        let mut stored = records.clone();
+        let placements = stored[0].placements.as_mut().unwrap();
+        match what {
+            "missing" => stored[0].placements = None,
+            "of an older release" => placements.clear(),
+            "unreadable" => placements.iter_mut().for_each(|p| p.placement = vec![9, 9]),
+            // It names buckets that nobody owns.
+            _ => placements.iter_mut().for_each(|p| p.placement[1..3].fill(0x80)),
+        }
+        let start = Start {
+            config: &configured,
+            adopted: maps(planner.plane()),
+            stored: &stored,
+            now_ms: 5_000,
+        };
+        let (mut next, news) = Planner::begin(start).unwrap();
+        next.step(5_000);
+        assert!(next.plane().services == planner.plane().services, "{what}");
+        assert_eq!(news.len(), 1, "{what}: it has to be stored");
+        assert!(self::stored(&next) == records, "{what}");
+    }
 }
 
 #[test]

@@ -2,7 +2,9 @@
 
 use std::{fs, os::unix::fs::FileExt, path::Path, thread};
 
-use canary_agent::store::{Change, Commit, ServiceRecord, SqliteStore, StateStore, StoreError};
+use canary_agent::store::{
+    Change, Commit, PlacementRecord, ServiceRecord, SqliteStore, StateStore, StoreError,
+};
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
@@ -28,6 +30,7 @@ fn commit(service: &str, share: &str, owners: &[u8]) -> Commit {
             slots: vec!["stable".to_owned(), String::new(), "v2".to_owned()],
             owners: owners.to_vec(),
             salt: u64::MAX - 5,
+            placements: Some(Vec::new()),
         },
     }
 }
@@ -73,6 +76,48 @@ fn what_is_committed_is_read_back_by_the_next_process() {
         &fs::metadata(state_dir.join("state.db")).unwrap().permissions(),
     );
     assert_eq!(mode & 0o777, 0o600);
+}
+
+#[test]
+fn placements_stay_until_a_commit_brings_others() {
+    let placement = |version: &str, family, bytes: &[u8]| PlacementRecord {
+        version: version.to_owned(),
+        family,
+        placement: bytes.to_vec(),
+    };
+    let with = |service: &str, placements: Option<Vec<PlacementRecord>>| {
+        let mut commit = commit(service, "5%", &[0]);
+        commit.record.placements = placements;
+        commit
+    };
+    let both = vec![placement("stable", 4, &[3, 1]), placement("stable", 6, &[])];
+    let one = vec![placement("v2", 4, &[0; 5000])];
+    let dir = tempfile::tempdir().unwrap();
+    let mut store = SqliteStore::new(dir.path());
+    let commits = [with("shop", Some(both.clone())), with("api", Some(one.clone()))];
+    assert_eq!(store.commit(0, &commits).unwrap(), 2);
+    // A change of the split alone.
+    assert_eq!(store.commit(2, &[with("shop", None)]).unwrap(), 3);
+    let placements = |store: &mut SqliteStore| -> Vec<Vec<PlacementRecord>> {
+        store.load().unwrap().services.into_iter().map(|s| s.placements.unwrap()).collect()
+    };
+    assert_eq!(placements(&mut SqliteStore::new(dir.path())), [one.clone(), both]);
+    store.commit(3, &[with("shop", Some(one.clone())), with("api", Some(Vec::new()))]).unwrap();
+    assert_eq!(placements(&mut store), [Vec::new(), one]);
+}
+
+#[test]
+fn a_file_of_the_first_schema_is_gone_on_with() {
+    let dir = tempfile::tempdir().unwrap();
+    SqliteStore::new(dir.path()).commit(0, &[commit("shop", "5%", &[0, 7])]).unwrap();
+    let raw = rusqlite::Connection::open(dir.path().join("state.db")).unwrap();
+    raw.execute_batch("DROP TABLE placement; PRAGMA user_version = 1").unwrap();
+    drop(raw);
+    let mut store = SqliteStore::new(dir.path());
+    let snapshot = store.load().unwrap();
+    assert_eq!(snapshot.services, [commit("shop", "5%", &[0, 7]).record]);
+    assert!(store.take_set_aside().is_empty());
+    assert_eq!(store.commit(1, &[commit("shop", "6%", &[1])]).unwrap(), 2);
 }
 
 #[test]
@@ -138,7 +183,7 @@ fn a_newer_schema_is_refused_and_left_alone() {
     rusqlite::Connection::open(&path).unwrap().pragma_update(None, "user_version", 99).unwrap();
     let mut store = SqliteStore::new(dir.path());
     match store.load() {
-        Err(StoreError::NewerSchema { found: 99, known: 1, .. }) => {}
+        Err(StoreError::NewerSchema { found: 99, known: 1..99, .. }) => {}
         other => panic!("{other:?}"),
     }
     assert!(path.exists() && store.take_set_aside().is_empty());

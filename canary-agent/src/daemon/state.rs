@@ -580,7 +580,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 after: ownership.split.clone(),
                 moved,
             },
-            record: state.stored(ownership),
+            record: state.stored_whole(),
         }
     }
 }

@@ -15,6 +15,7 @@ use super::{
     Adopted, AdoptedService, BootMs, Family,
     adopt::{self, slot},
     alloc::{Ids, Indices, Pages},
+    placements::Placements,
     planner::{NOT_ASKED_YET, PlanError, ServiceState},
     record,
     table::{Draining, LiveBackend, Table},
@@ -88,6 +89,7 @@ impl Claims {
         family: Family,
         old: Option<&AdoptedService>,
         adopted: &Adopted,
+        placements: Placements,
         now_ms: BootMs,
     ) -> Result<Table, PlanError> {
         let service = &state.config;
@@ -102,7 +104,7 @@ impl Claims {
             let owners = state.ownership.owners.iter();
             let ledger = owners.map(|owner| LedgerEntry::new(*owner, 0)).collect();
             let entries = vec![Default::default(); service.buckets as usize];
-            return Ok(Table::new(family, id, first_page, entries, ledger));
+            return Ok(Table::new(family, id, first_page, entries, ledger, placements));
         };
         let first_page = match old.buckets == service.buckets {
             true => old.first_page,
@@ -118,7 +120,7 @@ impl Claims {
             |index| known.contains(&index),
             now_ms,
         );
-        let mut table = Table::new(family, old.id, first_page, entries, ledger);
+        let mut table = Table::new(family, old.id, first_page, entries, ledger, placements);
         for (index, backend) in records() {
             let addr = adopt::record_addr(backend);
             let version = old.versions.get(usize::from(backend.version)).map_or("", String::as_str);

@@ -8,6 +8,7 @@ use canary_ebpf_common::{
     entry::BackendIndex,
 };
 
+use super::placements::Placements;
 use crate::config::model::Fallback;
 
 /// A backend that buckets may be given to.
@@ -16,6 +17,7 @@ pub(super) struct Candidate {
     pub(super) index: BackendIndex,
     pub(super) slot: u8,
     pub(super) addr: SocketAddr,
+    /// What it is to get now. What it gets for good is in its version's placement.
     pub(super) weight: u32,
     pub(super) usable: bool,
 }
@@ -39,6 +41,7 @@ pub(super) fn assign(
     owners: &[u8],
     control: u8,
     fallback: Fallback,
+    placements: &Placements,
     candidates: &[Candidate],
 ) -> Assignment {
     let mut backends: [Vec<Backend>; 16] = Default::default();
@@ -56,7 +59,7 @@ pub(super) fn assign(
     }
     let versions: Vec<Version<'_>> = (0_u8..)
         .zip(&backends)
-        .map(|(slot, backends)| Version { slot, backends, placement: None })
+        .map(|(slot, backends)| Version { slot, backends, placement: placements.get(slot) })
         .collect();
     let fallback = match fallback {
         Fallback::Control => compile::Fallback::Control,

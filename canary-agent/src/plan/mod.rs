@@ -16,6 +16,7 @@ mod bucket_set;
 mod compiler;
 mod numbers;
 mod ownership;
+mod placements;
 mod planner;
 mod record;
 mod table;

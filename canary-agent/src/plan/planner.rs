@@ -14,12 +14,13 @@ use super::{
     alloc::Indices,
     begin::Claims,
     ownership::{Ownership, ProposeError},
+    placements::Placements,
     record,
     table::{Inputs, Table, TableStep},
 };
 use crate::{
     config::model::{Config, Service},
-    store::{ServiceRecord, Split},
+    store::{PlacementRecord, ServiceRecord, Split},
 };
 
 /// Said of a backend until the host's routes have been asked.
@@ -143,7 +144,7 @@ impl ServiceState {
         &self.tables
     }
 
-    /// What the store should hold of it.
+    /// What the store should hold of it with other owners, everything else being stored.
     pub fn stored(&self, ownership: &Ownership) -> ServiceRecord {
         ServiceRecord {
             name: self.config.name.clone(),
@@ -152,7 +153,21 @@ impl ServiceState {
             slots: self.slots.clone(),
             owners: compile::encode_owners(&ownership.owners),
             salt: ownership.salt,
+            placements: None,
         }
+    }
+
+    /// All that the store should hold of it.
+    pub fn stored_whole(&self) -> ServiceRecord {
+        ServiceRecord { placements: Some(self.placement_records()), ..self.stored(&self.ownership) }
+    }
+
+    /// In the order in which the store gives them.
+    fn placement_records(&self) -> Vec<PlacementRecord> {
+        let of = |table: &Table| table.placements.stored(table.family, &self.slots);
+        let mut records: Vec<PlacementRecord> = self.tables.iter().flat_map(of).collect();
+        records.sort_by(|a, b| (&a.version, a.family).cmp(&(&b.version, b.family)));
+        records
     }
 
     /// What setting `split` leads to.
@@ -197,9 +212,6 @@ impl Planner {
             let record = stored.get(service.name.as_str()).copied();
             let beginning = adopt::begin(service, tables.first().map(|(_, t)| *t), record)
                 .map_err(|reason| PlanError::Split { service: service.name.clone(), reason })?;
-            if let Some((action, before, moved)) = beginning.news {
-                news.push(News { service: services.len(), action, before, moved });
-            }
             let control_name = &service.versions[service.control].name;
             let mut state = ServiceState {
                 config: Arc::new(service.clone()),
@@ -212,9 +224,19 @@ impl Planner {
             for family in [Family::V4, Family::V6] {
                 if service.vips.iter().any(|vip| Family::of(*vip) == family) {
                     let old = tables.iter().find(|(f, _)| *f == family).map(|(_, table)| *table);
-                    let table = claims.table(&state, family, old, &adopted, now_ms)?;
+                    let placements = Placements::begin(service, family, &state.slots, record);
+                    let table = claims.table(&state, family, old, &adopted, placements, now_ms)?;
                     state.tables.push(table);
                 }
+            }
+            let placed = record.and_then(|record| record.placements.as_ref());
+            let other_backends = || {
+                let moved = compile::encode_changes(&[]);
+                (placed != Some(&state.placement_records()))
+                    .then(|| ("config", state.ownership.split.clone(), moved))
+            };
+            if let Some((action, before, moved)) = beginning.news.or_else(other_backends) {
+                news.push(News { service: services.len(), action, before, moved });
             }
             services.push(state);
         }

@@ -17,6 +17,7 @@ use super::{
     Advance, BootMs, BucketSet, Family, NextHop, Policy, Update,
     compiler::{self, Candidate},
     numbers,
+    placements::Placements,
 };
 use crate::config::model::Fallback;
 
@@ -84,6 +85,7 @@ pub struct Table {
     pub(super) draining: Vec<Draining>,
     /// Buckets cleared by plans that have not been applied yet.
     pub(super) unswept: BucketSet,
+    pub(super) placements: Placements,
     compiler: Compiler,
     /// What the entries were compiled for last.
     compiled: Option<(Arc<Vec<u8>>, Vec<Candidate>)>,
@@ -122,6 +124,7 @@ impl Table {
         first_page: u32,
         entries: Vec<Entry>,
         ledger: Vec<LedgerEntry>,
+        placements: Placements,
     ) -> Self {
         Self {
             family,
@@ -132,6 +135,7 @@ impl Table {
             backends: Vec::new(),
             draining: Vec::new(),
             unswept: BucketSet::default(),
+            placements,
             compiler: Compiler::new(),
             compiled: None,
             counts: Vec::new(),
@@ -225,7 +229,14 @@ impl Table {
     pub(super) fn desired(&mut self, inputs: &Inputs<'_>) -> compiler::Assignment {
         let candidates = self.candidates(inputs.control);
         let Inputs { owners, control, fallback, .. } = *inputs;
-        compiler::assign(&mut self.compiler, owners, control, fallback, &candidates)
+        compiler::assign(
+            &mut self.compiler,
+            owners,
+            control,
+            fallback,
+            &self.placements,
+            &candidates,
+        )
     }
 
     fn candidates(&self, control: u8) -> Vec<Candidate> {

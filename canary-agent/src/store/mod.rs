@@ -1,8 +1,8 @@
-//! Splits, owners and the audit trail, kept over restarts.
+//! Splits, owners, placements and the audit trail, kept over restarts.
 //!
 //! Owns what is durable and the order of changes: every change has a revision,
 //! and a change that was made against another revision is refused. Must not
-//! know of the kernel or of what a split means: owners and change lists are
+//! know of the kernel or of what a split means: owners, placements and change lists are
 //! opaque bytes here, encoded by the table compiler.
 
 mod schema;
@@ -32,6 +32,20 @@ pub struct ServiceRecord {
     pub owners: Vec<u8>,
     /// Keys the order in which buckets are given out, until the next rollout.
     pub salt: u64,
+    /// Where the buckets of its versions prefer to be, by version and family. Always there
+    /// when loaded; `None` in a commit leaves what is stored.
+    pub placements: Option<Vec<PlacementRecord>>,
+}
+
+/// Where the buckets of one version prefer to be in the table of one address family.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlacementRecord {
+    /// The version's name.
+    pub version: String,
+    /// 4 or 6.
+    pub family: u8,
+    /// The placement, encoded.
+    pub placement: Vec<u8>,
 }
 
 /// One line of the audit trail.

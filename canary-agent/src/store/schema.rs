@@ -8,7 +8,8 @@ use rusqlite::{Connection, Transaction, TransactionBehavior};
 pub(super) const APPLICATION_ID: i64 = 0x636e_7279;
 
 /// Migration `n` leads from schema `n` to `n + 1`.
-const MIGRATIONS: &[&str] = &["CREATE TABLE change (
+const MIGRATIONS: &[&str] = &[
+    "CREATE TABLE change (
         revision INTEGER PRIMARY KEY,
         unix_ms INTEGER NOT NULL,
         uid INTEGER,
@@ -27,7 +28,15 @@ const MIGRATIONS: &[&str] = &["CREATE TABLE change (
         slots TEXT NOT NULL,
         owners BLOB NOT NULL,
         salt INTEGER NOT NULL
-    ) STRICT, WITHOUT ROWID;"];
+    ) STRICT, WITHOUT ROWID;",
+    "CREATE TABLE placement (
+        service TEXT NOT NULL REFERENCES service (name),
+        version TEXT NOT NULL,
+        family INTEGER NOT NULL CHECK (family IN (4, 6)),
+        placement BLOB NOT NULL,
+        PRIMARY KEY (service, version, family)
+    ) STRICT, WITHOUT ROWID;",
+];
 
 /// The newest schema known here.
 pub(super) const NEWEST: i64 = MIGRATIONS.len() as i64;

@@ -15,7 +15,7 @@ use rusqlite::{
 };
 
 use super::{
-    Change, Commit, ServiceRecord, Snapshot, Split, StateStore, StoreError,
+    Change, Commit, PlacementRecord, ServiceRecord, Snapshot, Split, StateStore, StoreError,
     schema::{self, Schema},
 };
 
@@ -100,8 +100,10 @@ impl StateStore for SqliteStore {
                         .map_err(|e| Failure::Damaged(format!("slots: {e}")))?,
                     owners: row.get(4)?,
                     salt: row.get::<_, i64>(5)?.cast_unsigned(),
+                    placements: Some(Vec::new()),
                 });
             }
+            placements(&transaction, &mut services)?;
             Ok(Snapshot { revision, services })
         })
     }
@@ -335,7 +337,7 @@ fn insert(
     record: &ServiceRecord,
 ) -> Result<(), Failure> {
     let Change { unix_ms, uid, service, action, reason, before, after, moved } = change;
-    let ServiceRecord { name, control, split, slots, owners, salt } = record;
+    let ServiceRecord { name, control, split, slots, owners, salt, placements } = record;
     transaction
         .prepare_cached("INSERT INTO change VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)")?
         .execute(params![
@@ -365,6 +367,37 @@ fn insert(
             owners,
             salt.cast_signed()
         ])?;
+    if let Some(placements) = placements {
+        transaction.execute("DELETE FROM placement WHERE service = ?1", [name])?;
+        let mut statement =
+            transaction.prepare_cached("INSERT INTO placement VALUES (?1, ?2, ?3, ?4)")?;
+        for PlacementRecord { version, family, placement } in placements {
+            statement.execute(params![name, version, family, placement])?;
+        }
+    }
+    Ok(())
+}
+
+/// Gives `services`, which are in order of name, their placements.
+fn placements(
+    transaction: &Transaction<'_>,
+    services: &mut [ServiceRecord],
+) -> Result<(), Failure> {
+    let mut statement = transaction.prepare(
+        "SELECT service, version, family, placement FROM placement ORDER BY service, version, family",
+    )?;
+    let mut rows = statement.query(())?;
+    while let Some(row) = rows.next()? {
+        let service: String = row.get(0)?;
+        let at = services.binary_search_by(|s| s.name.cmp(&service)).map_err(|_| {
+            Failure::Damaged(format!("a placement of service {service}, which does not exist"))
+        })?;
+        services[at].placements.get_or_insert_default().push(PlacementRecord {
+            version: row.get(1)?,
+            family: row.get(2)?,
+            placement: row.get(3)?,
+        });
+    }
     Ok(())
 }
 
