@@ -4,7 +4,10 @@
 //! decides about every connection itself. Answers have a length; the servers
 //! here send no others.
 
-use std::io::{self, BufRead, Read, Write};
+use std::{
+    io::{self, BufRead, Read, Write},
+    sync::LazyLock,
+};
 
 /// Largest head of an answer, in bytes.
 const HEAD_BYTES_MAX: u64 = 16 * 1024;
@@ -65,23 +68,49 @@ pub fn read_head(from: &mut impl BufRead) -> io::Result<Head> {
     }
 }
 
-/// The byte at an offset of every `/bytes/N` body: a mix of the offset, so that
-/// bytes that are lost, doubled or out of order show.
-pub fn byte_at(offset: u64) -> u8 {
+/// After so many bytes the bodies repeat: a prime, so that nothing that a network
+/// loses or doubles is a multiple of it.
+const PERIOD: usize = 65_521;
+
+/// The bytes of every `/bytes/N` body: a mix of the offset, so that bytes that are
+/// lost, doubled or out of order show.
+///
+/// Made once, because they are compared by the megabyte, in builds that are not optimised.
+static BYTES: LazyLock<Box<[u8]>> = LazyLock::new(|| {
     // Fibonacci hashing; its high bits vary with every offset.
-    (offset.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8
+    (0..PERIOD as u64).map(|at| (at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect()
+});
+
+/// The bytes from an offset on, as many of `length` as lie in one piece.
+fn piece(offset: u64, length: usize) -> &'static [u8] {
+    let rest = &BYTES[(offset % PERIOD as u64) as usize..];
+    &rest[..rest.len().min(length)]
 }
 
 /// Fills a buffer with the body's bytes from an offset on.
-pub fn fill(buffer: &mut [u8], offset: u64) {
-    for (byte, at) in buffer.iter_mut().zip(offset..) {
-        *byte = byte_at(at);
+pub fn fill(mut buffer: &mut [u8], mut offset: u64) {
+    while !buffer.is_empty() {
+        let piece = piece(offset, buffer.len());
+        let (now, rest) = buffer.split_at_mut(piece.len());
+        now.copy_from_slice(piece);
+        offset += piece.len() as u64;
+        buffer = rest;
     }
 }
 
 /// The first offset at which received bytes differ from the body's.
-pub fn first_difference(bytes: &[u8], offset: u64) -> Option<u64> {
-    bytes.iter().zip(offset..).find_map(|(byte, at)| (*byte != byte_at(at)).then_some(at))
+pub fn first_difference(mut bytes: &[u8], mut offset: u64) -> Option<u64> {
+    while !bytes.is_empty() {
+        let piece = piece(offset, bytes.len());
+        let (now, rest) = bytes.split_at(piece.len());
+        if now != piece {
+            let at = now.iter().zip(piece).position(|(is, should)| is != should);
+            return at.map(|at| offset + at as u64);
+        }
+        offset += piece.len() as u64;
+        bytes = rest;
+    }
+    None
 }
 
 #[cfg(test)]
@@ -112,5 +141,12 @@ mod tests {
         assert!(first_difference(&body, 1001).is_some());
         body[77] ^= 1;
         assert_eq!(first_difference(&body, 1000), Some(1077));
+        // Across the end of the period as well.
+        let start = 3 * PERIOD as u64 - 100;
+        fill(&mut body, start);
+        assert_eq!(first_difference(&body, start), None);
+        assert!(first_difference(&body, start + 1).is_some());
+        body[300] ^= 1;
+        assert_eq!(first_difference(&body, start), Some(start + 300));
     }
 }
