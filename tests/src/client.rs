@@ -34,6 +34,18 @@ const UDP_ATTEMPTS: u32 = 6;
 /// # Errors
 /// Those of `bind` and `connect`; `WouldBlock` or `EINPROGRESS` after [`TIMEOUT`].
 pub fn connect(source: SocketAddr, to: SocketAddr) -> io::Result<TcpStream> {
+    connect_within(TIMEOUT, source, to)
+}
+
+/// The same with another limit, which holds for the connection's reads and writes too.
+///
+/// # Errors
+/// Those of `bind` and `connect`; `WouldBlock` or `EINPROGRESS` after `limit`.
+pub fn connect_within(
+    limit: Duration,
+    source: SocketAddr,
+    to: SocketAddr,
+) -> io::Result<TcpStream> {
     let family = match to {
         SocketAddr::V4(_) => AddressFamily::Inet,
         SocketAddr::V6(_) => AddressFamily::Inet6,
@@ -44,8 +56,8 @@ pub fn connect(source: SocketAddr, to: SocketAddr) -> io::Result<TcpStream> {
     setsockopt(&fd, sockopt::IpBindAddressNoPort, &(source.port() == 0))?;
     setsockopt(&fd, sockopt::ReuseAddr, &true)?;
     let timeout = nix::sys::time::TimeVal::new(
-        i64::try_from(TIMEOUT.as_secs()).unwrap_or(i64::MAX),
-        i64::from(TIMEOUT.subsec_micros()),
+        i64::try_from(limit.as_secs()).unwrap_or(i64::MAX),
+        i64::from(limit.subsec_micros()),
     );
     // `connect` heeds the send timeout (socket(7)).
     setsockopt(&fd, sockopt::SendTimeout, &timeout)?;

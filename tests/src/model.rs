@@ -1,7 +1,7 @@
 //! What the loaded program should do, decided in user space by the very code of
 //! `canary-ebpf-common`: hash, bucket, `steer` and `nat` over a flow table of the model's own.
 
-use std::{collections::HashMap, hash::Hash, net::IpAddr, sync::Arc};
+use std::{collections::HashMap, hash::Hash, net::IpAddr, sync::Arc, time::Duration};
 
 use canary_agent::plan::{BackendPlan, DataPlane, Family, ServicePlan};
 use canary_ebpf_common::{
@@ -244,6 +244,11 @@ impl Random {
         Self(seed)
     }
 
+    /// Those of a seed.
+    pub const fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
     /// The next 64 bits.
     pub fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -256,6 +261,12 @@ impl Random {
     /// A number below `end`.
     pub fn below(&mut self, end: u64) -> u64 {
         self.bits() % end
+    }
+
+    /// A time from `least` to `most`, whole microseconds.
+    pub fn between(&mut self, least: Duration, most: Duration) -> Duration {
+        let range = most.saturating_sub(least).as_micros() as u64;
+        least + Duration::from_micros(self.below(range + 1))
     }
 
     /// One of `all`.

@@ -1,11 +1,12 @@
-//! Real servers on the backends: HTTP/1.1, TCP echo and UDP echo.
+//! Real servers on the backends: HTTP/1.1, chatter, TCP echo and UDP echo.
 //!
 //! Every answer names its server, so that a client knows where it was steered:
 //!
 //! - HTTP on [`HTTP_PORT`], keep-alive: `GET /…` answers with the server's name;
 //!   `GET /bytes/N[?rate=BYTES_PER_SECOND]` streams the bytes of
-//!   [`crate::http::byte_at`]; `POST` answers with the body it got. All carry the
-//!   name in the header `x-server`.
+//!   [`crate::http::fill`]; `POST` answers with the body it got; `GET /healthz`
+//!   answers 503 while [`Server::set_healthy`] says so. All carry the name in the
+//!   header `x-server`. `Upgrade: chatter` makes a connection one of [`crate::chatter`].
 //! - TCP echo on [`ECHO_PORT`]: the name and a newline, then every byte back.
 //! - UDP echo on [`ECHO_PORT`]: the name, a newline, and the datagram's payload,
 //!   from the address that it was sent to.
@@ -17,7 +18,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc,
     },
     task::{Context, Poll, ready},
@@ -30,6 +31,7 @@ use http_body_util::{BodyExt as _, Either, Full};
 use hyper::{
     Method, Request, Response,
     body::{Body, Frame, Incoming, SizeHint},
+    header,
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -41,13 +43,19 @@ use tokio::{
     time::{Instant, Sleep, sleep_until},
 };
 
-use crate::{http::fill, topology::Host};
+use crate::{chatter, http::fill, model::Random, pulse::Pulse, topology::Host};
 
 /// Port of the HTTP server.
 pub const HTTP_PORT: u16 = 80;
 
 /// Port of the echo servers, TCP and UDP (RFC 862).
 pub const ECHO_PORT: u16 = 7;
+
+/// Where health checks ask.
+pub const HEALTH_PATH: &str = "/healthz";
+
+/// The header of every answer that holds the server's name.
+pub const SERVER_HEADER: &str = "x-server";
 
 /// Bytes of a chunk of `/bytes/N`.
 const CHUNK_BYTES: u64 = 16 * 1024;
@@ -58,8 +66,7 @@ const CHUNKS_PER_SECOND: u64 = 20;
 /// The servers of one backend, on all its addresses; stopped on drop.
 #[derive(Debug)]
 pub struct Server {
-    name: String,
-    requests: Arc<AtomicU64>,
+    shared: Arc<Shared>,
     stop: Option<watch::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -80,24 +87,28 @@ impl Server {
     /// A port is taken.
     #[track_caller]
     pub fn start_on(host: &Host, http_port: u16, echo_port: u16) -> Self {
-        let requests = Arc::new(AtomicU64::new(0));
-        let shared = Arc::new(Shared { name: host.name.clone(), requests: Arc::clone(&requests) });
+        let shared = Arc::new(Shared {
+            name: host.name.clone(),
+            requests: AtomicU64::new(0),
+            unhealthy: AtomicBool::new(false),
+            pulse: Pulse::default(),
+        });
         let addrs = host.addrs();
         let (stop, stopped) = watch::channel(());
         let (report, started) = mpsc::channel();
+        let serving = Arc::clone(&shared);
         let thread = host.namespace.spawn_thread(&host.name, move || {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
                 .build()
                 .expect("no runtime");
-            runtime.block_on(serve(shared, addrs, http_port, echo_port, stopped, report));
+            runtime.block_on(serve(serving, addrs, http_port, echo_port, stopped, report));
         });
-        let server =
-            Self { name: host.name.clone(), requests, stop: Some(stop), thread: Some(thread) };
+        let server = Self { shared, stop: Some(stop), thread: Some(thread) };
         match started.recv() {
             Ok(Ok(())) => server,
-            Ok(Err(error)) => panic!("{}: {error}", server.name),
-            Err(_) => panic!("{}: the server's thread ended", server.name),
+            Ok(Err(error)) => panic!("{}: {error}", server.name()),
+            Err(_) => panic!("{}: the server's thread ended", server.name()),
         }
     }
 
@@ -112,12 +123,22 @@ impl Server {
 
     /// Its name.
     pub fn name(&self) -> &str {
-        &self.name
+        &self.shared.name
     }
 
     /// HTTP requests answered, TCP echo connections and UDP datagrams, together.
     pub fn requests(&self) -> u64 {
-        self.requests.load(Ordering::Relaxed)
+        self.shared.requests.load(Ordering::Relaxed)
+    }
+
+    /// Says whether `GET /healthz` is answered with 200 or 503; nothing else changes.
+    pub fn set_healthy(&self, healthy: bool) {
+        self.shared.unhealthy.store(!healthy, Ordering::Relaxed);
+    }
+
+    /// When its thread stood still.
+    pub fn pulse(&self) -> SharedPulse {
+        SharedPulse(Arc::clone(&self.shared))
     }
 }
 
@@ -131,10 +152,24 @@ impl Drop for Server {
     }
 }
 
+/// A server's pulse, which outlives the server.
+#[derive(Clone, Debug)]
+pub struct SharedPulse(Arc<Shared>);
+
+impl std::ops::Deref for SharedPulse {
+    type Target = Pulse;
+
+    fn deref(&self) -> &Pulse {
+        &self.0.pulse
+    }
+}
+
 #[derive(Debug)]
 struct Shared {
     name: String,
-    requests: Arc<AtomicU64>,
+    requests: AtomicU64,
+    unhealthy: AtomicBool,
+    pulse: Pulse,
 }
 
 impl Shared {
@@ -158,7 +193,10 @@ async fn serve(
         return;
     }
     // Dropped when the server is: then the tasks end with their connections.
-    let _ = stopped.changed().await;
+    tokio::select! {
+        _ = stopped.changed() => {}
+        () = shared.pulse.beat() => {}
+    }
     tasks.shutdown().await;
 }
 
@@ -206,14 +244,34 @@ async fn http_connection(stream: TcpStream, shared: Arc<Shared>) {
     // What goes wrong on a connection, its client sees.
     let _ = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
+        // Some clients ask at the beginning and at the end, and rest between.
+        .header_read_timeout(None)
         .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades()
         .await;
 }
 
 type Answer = Response<Either<Full<Bytes>, Pattern>>;
 
-async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Result<Answer, Infallible> {
+async fn answer(mut request: Request<Incoming>, shared: Arc<Shared>) -> Result<Answer, Infallible> {
     shared.count();
+    if request.headers().get(header::UPGRADE).is_some_and(|to| to == chatter::PROTOCOL) {
+        let upgrade = hyper::upgrade::on(&mut request);
+        // No two connections of a server chat alike.
+        let seed = shared.requests.load(Ordering::Relaxed);
+        // It ends with the server's runtime at the latest, as a connection's own task would.
+        tokio::spawn(async move {
+            if let Ok(stream) = upgrade.await {
+                // What goes wrong on a connection, its client sees.
+                let _ = chatter::serve(TokioIo::new(stream), Random::new(seed)).await;
+            }
+        });
+        let response = response(&shared, 101)
+            .header(header::CONNECTION, "upgrade")
+            .header(header::UPGRADE, chatter::PROTOCOL)
+            .body(Either::Left(Full::default()));
+        return Ok(response.expect("names are header values"));
+    }
     let (parts, body) = request.into_parts();
     let (status, body) = if parts.method == Method::POST {
         match body.collect().await {
@@ -225,15 +283,16 @@ async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Result<Answe
             Ok(length) => (200, Either::Right(Pattern::new(length, rate(parts.uri.query())))),
             Err(_) => (400, Either::Left(Full::default())),
         }
+    } else if parts.uri.path() == HEALTH_PATH && shared.unhealthy.load(Ordering::Relaxed) {
+        (503, Either::Left(Full::default()))
     } else {
         (200, Either::Left(Full::from(shared.name.clone())))
     };
-    let response = Response::builder()
-        .status(status)
-        .header("x-server", &shared.name)
-        .body(body)
-        .expect("names are header values");
-    Ok(response)
+    Ok(response(&shared, status).body(body).expect("names are header values"))
+}
+
+fn response(shared: &Shared, status: u16) -> hyper::http::response::Builder {
+    Response::builder().status(status).header(SERVER_HEADER, &shared.name)
 }
 
 /// Bytes a second in a query `rate=N`.

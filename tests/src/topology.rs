@@ -48,7 +48,7 @@ const CLIENTS_V6: &str = "fd00:9::/32";
 pub const CLIENTS: u32 = 1 << 22;
 
 /// An address family.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Family {
     /// IPv4.
     V4,
