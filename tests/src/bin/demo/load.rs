@@ -2,7 +2,6 @@
 //! that stay open while the split moves.
 
 use std::{
-    io,
     net::{IpAddr, SocketAddr},
     sync::{
         Arc, Mutex, PoisonError,
@@ -14,23 +13,15 @@ use std::{
 
 use canary_tests::{
     client::{Connection, version_of},
+    hold::{Hold, Kind, Tally},
     netns::Namespace,
-    server::HTTP_PORT,
+    server::{HTTP_PORT, Server},
     topology::{CLIENTS, Family},
     wait,
 };
 
 /// Threads that open new connections.
 const WORKERS: u32 = 4;
-
-/// Time between two requests on a connection that is kept alive.
-const KEEP_ALIVE_INTERVAL: Duration = Duration::from_millis(300);
-
-/// Bytes a second of a long download.
-const DOWNLOAD_RATE: u64 = 100_000;
-
-/// Length of a long download: longer than any demo runs.
-const DOWNLOAD_BYTES: u64 = 1 << 40;
 
 /// Reasons that are kept to be shown.
 const REASONS_MAX: usize = 5;
@@ -46,19 +37,6 @@ pub(crate) struct StepCount {
     pub(crate) errors: AtomicU64,
 }
 
-/// What the connections saw that stay open.
-#[derive(Debug, Default)]
-pub(crate) struct Held {
-    /// Opened so far.
-    pub(crate) opened: AtomicU64,
-    /// Open now.
-    pub(crate) open: AtomicU64,
-    /// Ended by anything but the demo, changed server, or brought a wrong byte.
-    pub(crate) broken: AtomicU64,
-    /// Downloaded bytes, each compared with what it must be.
-    pub(crate) bytes_checked: AtomicU64,
-}
-
 #[derive(Debug)]
 struct Shared {
     steps: Vec<StepCount>,
@@ -67,7 +45,6 @@ struct Shared {
     step: AtomicUsize,
     /// Errors of connections that began during a change.
     other_errors: AtomicU64,
-    held: Held,
     canary: String,
     next_client: AtomicU32,
     reasons: Mutex<Vec<String>>,
@@ -95,20 +72,25 @@ impl Shared {
 }
 
 /// Clients at work; they stop and close their connections on drop.
-#[derive(Debug)]
 pub(crate) struct Load {
     shared: Arc<Shared>,
+    held: Hold,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Load {
     /// Starts `rate` new connections a second, counted for no step yet.
-    pub(crate) fn start(client: &Namespace, canary: &str, steps: usize, rate: u32) -> Self {
+    pub(crate) fn start(
+        client: &Namespace,
+        servers: &[Server],
+        canary: &str,
+        steps: usize,
+        rate: u32,
+    ) -> Self {
         let shared = Arc::new(Shared {
             steps: (0..steps).map(|_| StepCount::default()).collect(),
             step: AtomicUsize::new(usize::MAX),
             other_errors: AtomicU64::new(0),
-            held: Held::default(),
             canary: canary.to_owned(),
             next_client: AtomicU32::new(0),
             reasons: Mutex::new(Vec::new()),
@@ -123,28 +105,17 @@ impl Load {
                 })
             })
             .collect();
-        Self { shared, threads }
+        Self { shared, held: Hold::start(client, servers, 0), threads }
     }
 
     /// Opens connections that stay: half of them kept alive, half long downloads.
-    pub(crate) fn hold(&mut self, client: &Namespace, connections: u32) {
-        let before = self.held().opened.load(Ordering::SeqCst);
+    pub(crate) fn hold(&mut self, connections: u32) {
         for number in 0..connections {
-            let shared = Arc::clone(&self.shared);
             let family = Family::ALL[(number / 2 % 2) as usize];
-            let download = number % 2 == 1;
-            self.threads.push(client.spawn_thread("held", move || {
-                held_connection(&shared, family, download);
-            }));
+            let kind = if number % 2 == 1 { Kind::Download } else { Kind::KeepAlive };
+            self.held.open(kind, family, self.shared.client(family));
         }
-        wait::until("the long connections", || {
-            let opened = self.held().opened.load(Ordering::SeqCst) - before;
-            if opened >= u64::from(connections) {
-                Ok(())
-            } else {
-                Err(format!("{opened} of {connections}"))
-            }
-        });
+        self.held.wait_opened();
     }
 
     /// New connections count for this step from now on; `None` while it changes.
@@ -158,8 +129,8 @@ impl Load {
     }
 
     /// What the connections saw that stay open.
-    pub(crate) fn held(&self) -> &Held {
-        &self.shared.held
+    pub(crate) fn held(&self) -> Tally {
+        self.held.tally()
     }
 
     /// Errors of connections that began while a change was under way.
@@ -169,12 +140,21 @@ impl Load {
 
     /// The first reasons for errors and broken connections.
     pub(crate) fn reasons(&self) -> Vec<String> {
-        self.shared.reasons.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        let mut reasons =
+            self.shared.reasons.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        for record in self.held.records() {
+            let (kind, from) = (record.kind, record.from);
+            let faults = record.faults.iter();
+            reasons.extend(faults.map(|fault| format!("{kind:?} from {from}: {}", fault.what)));
+        }
+        reasons.truncate(REASONS_MAX);
+        reasons
     }
 
     /// Ends all clients and closes their connections.
     pub(crate) fn stop(&mut self) {
         self.shared.stop.store(true, Ordering::Relaxed);
+        // Its connections close when the rest goes: how they end is nobody's concern by now.
         for thread in self.threads.drain(..) {
             // A client that panicked has said so.
             let _ = thread.join();
@@ -228,49 +208,4 @@ fn new_connections(shared: &Shared, interval: Duration) {
             }
         }
     }
-}
-
-fn held_connection(shared: &Shared, family: Family, download: bool) {
-    let source = shared.client(family);
-    let opened = Connection::open_here(source, vip(family))
-        .and_then(|mut connection| Ok((connection.name()?, connection)));
-    if opened.is_ok() {
-        shared.held.open.fetch_add(1, Ordering::SeqCst);
-    }
-    shared.held.opened.fetch_add(1, Ordering::SeqCst);
-    let ended = opened.and_then(|(name, mut connection)| {
-        let ended = if download {
-            keep_downloading(shared, &mut connection)
-        } else {
-            keep_asking(shared, &mut connection, &name)
-        };
-        shared.held.open.fetch_sub(1, Ordering::Relaxed);
-        ended
-    });
-    if let Err(error) = ended
-        && !shared.stopped()
-    {
-        shared.held.broken.fetch_add(1, Ordering::Relaxed);
-        let kind = if download { "download" } else { "keep-alive" };
-        shared.blame(format!("{kind} connection from {source}: {error}"));
-    }
-}
-
-fn keep_downloading(shared: &Shared, connection: &mut Connection) -> io::Result<()> {
-    connection.download(DOWNLOAD_BYTES, Some(DOWNLOAD_RATE), |bytes| {
-        shared.held.bytes_checked.fetch_add(bytes, Ordering::Relaxed);
-        !shared.stopped()
-    })?;
-    Ok(())
-}
-
-fn keep_asking(shared: &Shared, connection: &mut Connection, first: &str) -> io::Result<()> {
-    while !shared.stopped() {
-        wait::pause_until(Instant::now() + KEEP_ALIVE_INTERVAL);
-        let name = connection.name()?;
-        if name != first {
-            return Err(io::Error::other(format!("moved from {first} to {name}")));
-        }
-    }
-    Ok(())
 }

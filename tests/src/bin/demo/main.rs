@@ -19,6 +19,7 @@ use std::{
 use canary_agent::api::model::Status;
 use canary_tests::{
     agent::{Agent, AgentOptions},
+    hold::Tally,
     host,
     netns::Namespace,
     server::{HTTP_PORT, Server},
@@ -128,7 +129,7 @@ fn run(arguments: &Arguments) -> bool {
         Forward::Dsr => Options::one_armed_dsr(&versions),
     });
     wait::check();
-    let _servers = Server::start_all(&topology.backends);
+    let servers = Server::start_all(&topology.backends);
     println!("Starting canary-agent on the balancer");
     let options = AgentOptions {
         // In the balancer's namespace, so it meets nobody.
@@ -137,14 +138,14 @@ fn run(arguments: &Arguments) -> bool {
     };
     let agent = Agent::start(&topology, &options, &services(arguments, &topology));
 
-    let mut load = Load::start(&topology.client, "v2", STEPS.len() + 1, arguments.rate);
+    let mut load = Load::start(&topology.client, &servers, "v2", STEPS.len() + 1, arguments.rate);
     let live = Live::new();
     let mut rows = Vec::new();
     for (index, share) in STEPS.iter().enumerate() {
-        rows.push(step(arguments, &topology.client, &agent, &mut load, &live, index, share));
+        rows.push(step(arguments, &agent, &mut load, &live, index, share));
     }
     load.set_step(None);
-    let still_open = load.held().open.load(Ordering::Relaxed);
+    let still_open = load.held().open;
     let good = show::summary(&rows, held(&load), still_open, load.other_errors(), &load.reasons());
     if arguments.keep {
         print_commands(&topology, &agent);
@@ -176,7 +177,6 @@ fn services(arguments: &Arguments, topology: &Topology) -> String {
 /// Sets the split and watches it for a while.
 fn step(
     arguments: &Arguments,
-    client: &Namespace,
     agent: &Agent<'_>,
     load: &mut Load,
     live: &Live,
@@ -193,7 +193,7 @@ fn step(
         .map_or(0.0, |version| version.in_force);
     load.set_step(Some(index));
     if HOLD_AT.contains(&index) {
-        load.hold(client, HELD_EACH);
+        load.hold(HELD_EACH);
     }
 
     let started = Instant::now();
@@ -228,13 +228,8 @@ fn row(load: &Load, index: usize, asked: &str, in_force: f64) -> Row {
 }
 
 fn held(load: &Load) -> HeldRow {
-    let held = load.held();
-    HeldRow {
-        opened: held.opened.load(Ordering::Relaxed),
-        open: held.open.load(Ordering::Relaxed),
-        broken: held.broken.load(Ordering::Relaxed),
-        bytes_checked: held.bytes_checked.load(Ordering::Relaxed),
-    }
+    let Tally { opened, open, broken, stalled: _, bytes } = load.held();
+    HeldRow { opened, open, broken, bytes_checked: bytes }
 }
 
 fn print_commands(topology: &Topology, agent: &Agent<'_>) {
