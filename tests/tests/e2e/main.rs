@@ -4,6 +4,7 @@
 mod bad_input;
 mod commands;
 mod explain;
+mod held;
 mod hosts;
 mod lacking;
 mod latency;

@@ -17,7 +17,7 @@ use canary_tests::{
     netns::Namespace,
     server::{ECHO_PORT, HTTP_PORT, Server},
     spawn,
-    topology::{Family, Options, Topology},
+    topology::{Family, Host, Options, Topology},
 };
 
 /// The HTTP service: TCP on [`HTTP_PORT`].
@@ -58,13 +58,23 @@ impl Bench {
     /// Builds the hosts and starts a server on each backend.
     #[track_caller]
     pub(crate) fn new(way: Way, versions: &[(&str, u8)]) -> Self {
+        Self::with_servers(way, versions, Server::start)
+    }
+
+    /// The same with servers that are started another way.
+    #[track_caller]
+    pub(crate) fn with_servers(
+        way: Way,
+        versions: &[(&str, u8)],
+        start: impl FnMut(&Host) -> Server,
+    ) -> Self {
         let options = match way {
             Way::NatTwoArmed => Options::two_armed(versions),
             Way::NatOneArmed => Options::one_armed_nat(versions),
             Way::Dsr => Options::one_armed_dsr(versions),
         };
         let topology = Topology::new(&options);
-        let servers = Server::start_all(&topology.backends);
+        let servers = topology.backends.iter().map(start).collect();
         Self { way, servers, topology }
     }
 
@@ -88,12 +98,25 @@ impl Bench {
         protocols: &[&str],
         keys: &str,
     ) -> String {
+        let keys = format!("health = {{ type = \"none\" }}\n{keys}");
+        self.service_with(families, name, port, protocols, &keys)
+    }
+
+    /// One service on these families, whose `keys` say how it is checked too.
+    pub(crate) fn service_with(
+        &self,
+        families: &[Family],
+        name: &str,
+        port: u16,
+        protocols: &[&str],
+        keys: &str,
+    ) -> String {
         let forward = if self.way == Way::Dsr { "dsr" } else { "nat" };
         let ports: Vec<String> = protocols.iter().map(|one| format!("{one}/{port}")).collect();
         let vips: Vec<String> = families.iter().map(|family| family.vip().to_string()).collect();
         format!(
             "[[service]]\nname = {name:?}\nvip = {vips:?}\nports = {ports:?}\nforward = {forward:?}\n\
-             control = \"stable\"\nhealth = {{ type = \"none\" }}\n{keys}\n{}\n",
+             control = \"stable\"\n{keys}\n{}\n",
             self.topology.versions_toml(families, port)
         )
     }
