@@ -7,6 +7,7 @@ mod explain;
 mod held;
 mod hosts;
 mod lacking;
+mod killed;
 mod latency;
 mod lifecycle;
 mod open_connections;

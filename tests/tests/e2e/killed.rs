@@ -1,0 +1,201 @@
+//! A backend that is really gone: its connections fail, no others do, and new ones
+//! avoid it when its checks have failed `fall` times.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use canary_tests::{
+    agent::{Agent, AgentOptions},
+    client::{self, Connection},
+    hold::{Hold, Kind, State},
+    host,
+    server::{HEALTH_PATH, HTTP_PORT},
+    topology::Family,
+    wait,
+};
+
+use crate::support::{Bench, SHOP, Way};
+
+const INTERVAL: Duration = Duration::from_millis(500);
+const TIMEOUT: Duration = Duration::from_millis(250);
+const FALL: u32 = 3;
+
+/// From one check to the next it is the interval, give or take a tenth.
+const JITTER_PERCENT: u32 = 10;
+
+/// Connections that are held, of each family and kind.
+const HELD: u32 = 12;
+
+/// Time between two new connections.
+const PROBE: Duration = Duration::from_millis(10);
+
+/// How long a new connection and its answer may take.
+const PATIENCE: Duration = Duration::from_millis(400);
+
+/// How a backend goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// The server's process ends: the host resets what comes.
+    Process,
+    /// The host is cut off: nothing comes back any more.
+    Host,
+}
+
+/// New connections, one after the other, until it is told to stop.
+struct Probes {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Vec<(Instant, Family, std::io::Result<String>)>>,
+}
+
+impl Probes {
+    fn start(bench: &Bench, first: u32) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = bench.client().spawn_thread("probes", move || {
+            let mut probes = Vec::new();
+            for index in first.. {
+                if stopped.load(Ordering::Relaxed) {
+                    break;
+                }
+                let family = Family::ALL[(index % 2) as usize];
+                let (source, to) = (family.client(index), family.vip());
+                let (source, to) = ((source, 0).into(), (to, HTTP_PORT).into());
+                let begun = Instant::now();
+                let stream = client::connect_within(PATIENCE, source, to);
+                let name = stream.and_then(|stream| Connection::from(stream).name());
+                probes.push((begun, family, name));
+                wait::pause_until(begun + PROBE);
+            }
+            probes
+        });
+        Self { stop, thread }
+    }
+
+    fn finish(self) -> Vec<(Instant, Family, std::io::Result<String>)> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().expect("the probes' thread")
+    }
+}
+
+#[track_caller]
+fn exercise(test: &str, way: Way, end: End) {
+    if !host::ready(test) {
+        return;
+    }
+    let mut bench = Bench::new(way, &[("stable", 3)]);
+    let health = format!(
+        "health = {{ type = \"http\", path = \"{HEALTH_PATH}\", interval = \"{}ms\", \
+         timeout = \"{}ms\", rise = 2, fall = {FALL} }}",
+        INTERVAL.as_millis(),
+        TIMEOUT.as_millis()
+    );
+    let services = bench.service_with(&Family::ALL, SHOP, HTTP_PORT, &["tcp"], &health);
+    // The servers go one by one; what the agent borrows stays.
+    let mut servers: Vec<_> = std::mem::take(&mut bench.servers).into_iter().map(Some).collect();
+    let agent = Agent::start(&bench.topology, &AgentOptions::native(&bench.topology), &services);
+    let hold = Hold::start(bench.client(), &[], 1);
+    let mut next = 0;
+    for family in Family::ALL {
+        for kind in [Kind::KeepAlive, Kind::Download, Kind::Chatter, Kind::Idle] {
+            for _ in 0..HELD {
+                hold.open(kind, family, family.client(next));
+                next += 1;
+            }
+        }
+    }
+    hold.wait_opened();
+    let probes = Probes::start(&bench, 10_000);
+    wait::until("the first checks", || {
+        let status = agent.status();
+        let mut backends = status.services[0].versions.iter().flat_map(|v| &v.backends);
+        let passed = |check: &canary_agent::api::model::CheckStatus| check.passes > 0;
+        let all = backends.all(|b| b.check.as_ref().is_some_and(passed));
+        all.then_some(()).ok_or_else(|| "not all have passed".to_owned())
+    });
+
+    let victim = &bench.topology.backends[1];
+    let ended = Instant::now();
+    match end {
+        End::Process => servers[1] = None,
+        End::Host => victim.namespace.ip("link set eth0 down"),
+    }
+    let bound = INTERVAL * FALL * (100 + JITTER_PERCENT) / 100 + TIMEOUT;
+    wait::pause_until(ended + bound + Duration::from_secs(2));
+    let probes = probes.finish();
+    let is_bad = |name: &std::io::Result<String>| name.as_ref().map_or(true, |n| *n == victim.name);
+    let early = probes.iter().filter(|(at, _, name)| *at < ended && name.is_err());
+    assert_eq!(early.count(), 0, "{test}: new connections failed before");
+    for family in Family::ALL {
+        let bad = |(at, of, name): &&(Instant, Family, std::io::Result<String>)| {
+            *at >= ended && *of == family && is_bad(name)
+        };
+        let last = probes.iter().rfind(bad);
+        let (at, _, name) = last.unwrap_or_else(|| panic!("{test}: {family:?}: nobody noticed"));
+        let after = at.duration_since(ended);
+        let since = probes.iter().filter(|(began, of, _)| began > at && *of == family).count();
+        println!(
+            "{test}: {family:?}: the last of the new connections that failed began {after:.2?} after ({name:?}), {since} since"
+        );
+        assert!(after < bound, "{test}: {family:?}: {after:?} of {bound:?}: {name:?}");
+        assert!(since > 20, "{test}: {family:?}: only {since} connections since");
+    }
+
+    let records = hold.records();
+    let mut states: HashMap<(bool, State), usize> = HashMap::new();
+    for record in &records {
+        let of_victim = record.server.as_deref() == Some(victim.name.as_str());
+        *states.entry((of_victim, record.state)).or_default() += 1;
+        // A cut-off host's connections wait, which an idle one does not notice.
+        let noticed = match end {
+            End::Process => record.state == State::Broken,
+            End::Host => record.kind == Kind::Idle || !record.faults.is_empty(),
+        };
+        assert!(!of_victim || noticed, "{test}: it goes on: {record:?}");
+        assert!(of_victim || record.faults.is_empty(), "{test}: another's: {record:?}");
+    }
+    println!("{test}: connections by (the victim's, state): {states:?}");
+    assert!(states.keys().any(|(of_victim, _)| *of_victim), "{test}: it had no connection");
+}
+
+#[test]
+fn a_killed_server_is_avoided_within_fall_times_interval_in_nat() {
+    exercise(
+        "a_killed_server_is_avoided_within_fall_times_interval_in_nat",
+        Way::NatTwoArmed,
+        End::Process,
+    );
+}
+
+#[test]
+fn a_killed_server_is_avoided_within_fall_times_interval_in_dsr() {
+    exercise(
+        "a_killed_server_is_avoided_within_fall_times_interval_in_dsr",
+        Way::Dsr,
+        End::Process,
+    );
+}
+
+#[test]
+fn a_host_that_is_cut_off_is_avoided_within_fall_times_interval_in_nat() {
+    exercise(
+        "a_host_that_is_cut_off_is_avoided_within_fall_times_interval_in_nat",
+        Way::NatTwoArmed,
+        End::Host,
+    );
+}
+
+#[test]
+fn a_host_that_is_cut_off_is_avoided_within_fall_times_interval_in_dsr() {
+    exercise(
+        "a_host_that_is_cut_off_is_avoided_within_fall_times_interval_in_dsr",
+        Way::Dsr,
+        End::Host,
+    );
+}
