@@ -7,6 +7,7 @@ mod explain;
 mod held;
 mod hosts;
 mod lacking;
+mod interrupted;
 mod killed;
 mod latency;
 mod lifecycle;
