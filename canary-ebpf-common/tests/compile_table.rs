@@ -1,16 +1,14 @@
 //! SPEC §4.5 and §4.6: weights to one bucket, health, fallback, and the same table on every host.
 #![cfg(feature = "user")]
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use canary_ebpf_common::compile::{
     Backend, BackendsError, Compiler, DecodeError, Fallback, Input, InputError, Output, Placement,
     Target, Targets, Version, apply, counts, decode_placement, encode_placement, identity,
     initial_owners, plan, quotas,
 };
+use nix::time::{ClockId, clock_gettime};
 use proptest::prelude::*;
 
 fn backend(version: u8, host: u8, weight: u32, healthy: bool) -> Backend {
@@ -457,18 +455,20 @@ fn compiling_is_quick() {
     let (before, after) =
         (owners_with(65_536, &[(1, 3277)], 1), owners_with(65_536, &[(1, 3932)], 1));
     let wanted = Targets::exact(65_536, 0, &[(1, 3932)]).unwrap();
+    // Time on a processor: how long others keep it is not the compiler's doing.
+    let on_processor = || Duration::from(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap());
     let (mut whole, mut change) = (Duration::MAX, Duration::MAX);
     for _ in 0..5 {
         let mut compiler = Compiler::new();
-        let start = Instant::now();
+        let start = on_processor();
         compile_with(&mut compiler, &before, &fleet, Fallback::Control);
-        whole = whole.min(start.elapsed());
+        whole = whole.min(on_processor() - start);
         let mut owners = before.clone();
-        let start = Instant::now();
+        let start = on_processor();
         let changes = plan(&owners, &wanted, 1).unwrap();
         apply(&mut owners, &changes).unwrap();
         compile_with(&mut compiler, &owners, &fleet, Fallback::Control);
-        change = change.min(start.elapsed());
+        change = change.min(on_processor() - start);
         assert_eq!(owners, after);
     }
     println!("whole table {whole:?}, split change {change:?}");
