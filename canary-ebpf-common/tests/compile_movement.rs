@@ -423,11 +423,11 @@ fn a_change_of_share_leaves_most_of_the_version_where_it_is() {
 
 #[test]
 fn what_is_remembered_stays_small() {
-    for (count, heaviest) in [(10, 1), (10, 10), (100, 1), (100, 10)] {
+    for (count, heaviest) in [(10, 1), (100, 10)] {
         let mut random = Random(12);
         let mut backends = random.backends(count, heaviest);
         let mut canary = Canary::new(random.owners(BUCKETS), backends.clone());
-        for changes in 1..=300 {
+        for changes in 1..=150 {
             // As many come as go.
             let at = random.below(backends.len());
             match random.below(2) {
@@ -436,7 +436,7 @@ fn what_is_remembered_stays_small() {
                 _ => backends[at].weight = 1 + random.below(heaviest as usize) as u32,
             }
             canary.configure(backends.clone());
-            if [1, 10, 100, 300].contains(&changes) {
+            if [1, 10, 100, 150].contains(&changes) {
                 let bytes = encode_placement(&canary.placement).len();
                 println!(
                     "{count} backends, weights to {heaviest}, {changes} changes: {bytes} bytes"

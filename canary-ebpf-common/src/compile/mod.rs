@@ -40,7 +40,7 @@
 //! The price: hosts whose backends changed in another order, or between other splits, differ in
 //! some buckets until one copies the placements of the other, as it has to copy the owners.
 //! What a placement prefers stays close to rendezvous hashing, which needs no state, so only
-//! exceptions are kept: 300 random changes of 100 backends left 22 KB of them, of ten 2.5 KB.
+//! exceptions are kept: 300 random changes of 100 backends left 22 KB of them, of ten backends 2.5 KB.
 //!
 //! ## What still moves more than must
 //!
