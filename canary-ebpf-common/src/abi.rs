@@ -117,6 +117,8 @@ impl ForwardMode {
 
 /// [`Service::flags`]: the bucket is a hash of the whole connection, not of the source alone.
 pub const SERVICE_HASH_CONNECTION: u32 = 1 << 3;
+/// [`Service::flags`]: QUIC is spoken on its UDP ports.
+pub const SERVICE_QUIC: u32 = 1 << 4;
 
 /// Value of `VIPS_V4` and `VIPS_V6`: all that steering needs to know of a
 /// service. The same record stands under each of its addresses and ports.
@@ -139,6 +141,33 @@ pub struct Service {
     pub udp_idle_ms: u32,
     /// Which bits of an IPv6 source are hashed.
     pub mask_v6: Address,
+}
+
+/// Nanoseconds of silence after which the flow of a QUIC connection is over, unless `udp_idle` is
+/// longer. How a connection ends is encrypted, and servers have idle timeouts of their own
+/// (RFC 9000, 10.1); five minutes are what RFC 4787, REQ-5 recommends for UDP where addresses are
+/// translated, so a client's own network has let go of a flow by then.
+pub const QUIC_IDLE_NS: u64 = 300_000_000_000;
+
+impl Service {
+    /// Nanoseconds of silence after which a UDP flow counts as a new one.
+    #[inline(always)]
+    pub const fn udp_idle_ns(&self) -> u64 {
+        self.udp_idle_ms as u64 * 1_000_000
+    }
+
+    /// Nanoseconds of silence after which the flow of a QUIC connection is over.
+    #[inline(always)]
+    pub const fn quic_idle_ns(&self) -> u64 {
+        quic_idle_ns(self.udp_idle_ns())
+    }
+}
+
+/// Nanoseconds of silence after which the flow of a QUIC connection is over, `udp_idle_ns` being
+/// that for other UDP flows.
+#[inline(always)]
+pub const fn quic_idle_ns(udp_idle_ns: u64) -> u64 {
+    if udp_idle_ns > QUIC_IDLE_NS { udp_idle_ns } else { QUIC_IDLE_NS }
 }
 
 /// [`Backend::flags`]: the next hop is known; packets can be sent.
@@ -216,16 +245,19 @@ pub struct FlowKeyV6 {
 pub mod flow_state {
     /// The direction backend → client of a translated flow; other entries are client → backend.
     pub const REVERSE: u32 = 1 << 0;
-    /// Only the SYN has been seen: no packet within 64 KiB after it.
+    /// Only the SYN has been seen: no packet within 64 KiB after it. Of a QUIC connection: no
+    /// Handshake packet.
     pub const PROVISIONAL: u32 = 1 << 1;
     /// A FIN or RST of the client was seen and nothing since.
     pub const CLOSING: u32 = 1 << 2;
-    /// A UDP flow.
+    /// A UDP flow, not of QUIC.
     pub const UDP: u32 = 1 << 3;
     /// A FIN or RST of the server was seen (translated flows only).
     pub const SERVER_CLOSING: u32 = 1 << 4;
     /// The entry translates addresses: it must outlive its bucket's drain.
     pub const NAT: u32 = 1 << 5;
+    /// A QUIC connection's flow.
+    pub const QUIC: u32 = 1 << 6;
 }
 
 /// Value of `FLOWS_V4` and `FLOWS_V6`: where one direction of a flow goes.
@@ -241,7 +273,8 @@ pub struct Flow {
     pub last_ns: u64,
     /// [`flow_state`] bits.
     pub state: u32,
-    /// Sequence number of the SYN, host order.
+    /// Sequence number of the SYN, host order; of a QUIC connection, a number that follows from
+    /// the destination connection ID of the Initial packet that opened it.
     pub syn_seq: u32,
     /// The packet's new source address.
     pub src: Address,

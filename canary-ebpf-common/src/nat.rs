@@ -10,7 +10,8 @@ use crate::{
         flow_state as state,
     },
     entry::BackendIndex,
-    steer::{Flows, Inserted, Segment, TCP_FIN, TCP_RST, unfit},
+    quic::Quic,
+    steer::{Flows, Inserted, Segment, TCP_FIN, TCP_RST, quic_renews, unfit},
 };
 
 /// Source ports that are tried for a new flow before it is refused.
@@ -105,11 +106,23 @@ pub fn step<K: TupleKey, F: Flows<K>>(
             || (flow.syn_seq != segment.seq
                 && (was & over != 0 || unfit(flags) || closed_by_server(flows, &reverse)))
     } else {
-        flags & BACKEND_MAINT != 0
-            || udp_silent_ns(flows, flow, &reverse, now)
-                > u64::from(service.udp_idle_ms) * 1_000_000
+        flags & BACKEND_MAINT != 0 || {
+            let silent_ns = udp_silent_ns(flows, flow, &reverse, now);
+            match segment.quic {
+                Quic::Initial => quic_renews(flows, service, flow, segment, silent_ns),
+                _ if was & state::QUIC != 0 => false,
+                _ => silent_ns > service.udp_idle_ns(),
+            }
+        }
     };
     if !renew {
+        // Any packet but an Initial says that the handshake goes on: here no older connection
+        // than the flow can be on the tuple, which a forged one would carry off.
+        if was & (state::QUIC | state::PROVISIONAL) == state::QUIC | state::PROVISIONAL
+            && !matches!(segment.quic, Quic::Initial | Quic::Other)
+        {
+            flow.state = was & !state::PROVISIONAL;
+        }
         flow.last_ns = now;
         return Step::Follow(pointer);
     }
@@ -210,6 +223,8 @@ pub fn open<K: TupleKey, F: Flows<K>>(
 ) -> Result<*mut Flow, Reason> {
     let opened = if segment.protocol == IPPROTO_TCP {
         state::NAT | state::PROVISIONAL
+    } else if matches!(segment.quic, Quic::Initial) {
+        state::NAT | state::QUIC | state::PROVISIONAL
     } else {
         state::NAT | state::UDP
     };
@@ -320,7 +335,7 @@ mod tests {
                 ifindex: 1,
             };
             let key = FlowKeyV4::tuple(client.addr, client.vip, client.port_be, 80, IPPROTO_TCP);
-            let segment = Segment { protocol: IPPROTO_TCP, tcp_flags: TCP_SYN, seq: 1 };
+            let segment = Segment::tcp(TCP_SYN, 1);
             let index = BackendIndex::new(1);
             open(&flows, &service, index, &backend, [4, 0], ports, &client, &key, segment, 77)
                 .unwrap_or_else(|reason| panic!("connection {port}: {}", reason.name()));

@@ -9,10 +9,11 @@
 
 use crate::{
     abi::{
-        BACKEND_DOWN, BACKEND_MAINT, BACKEND_USABLE, Flow, IPPROTO_TCP, Service,
+        BACKEND_DOWN, BACKEND_MAINT, BACKEND_USABLE, Flow, IPPROTO_TCP, IPPROTO_UDP, Service,
         flow_state as state,
     },
     entry::{BackendIndex, Entry},
+    quic::Quic,
 };
 
 /// TCP FIN (RFC 9293, 3.1).
@@ -34,11 +35,26 @@ pub struct Segment {
     pub protocol: u8,
     /// TCP flags; 0 for UDP.
     pub tcp_flags: u8,
-    /// TCP sequence number, host order; 0 for UDP.
+    /// TCP sequence number, host order; for UDP what [`crate::quic::classify`] says, else 0.
     pub seq: u32,
+    /// What a datagram is of a QUIC connection; [`Quic::Other`] for TCP, for services without
+    /// QUIC, and where nothing depends on it.
+    pub quic: Quic,
 }
 
 impl Segment {
+    /// A TCP segment.
+    #[inline(always)]
+    pub const fn tcp(tcp_flags: u8, seq: u32) -> Self {
+        Self { protocol: IPPROTO_TCP, tcp_flags, seq, quic: Quic::Other }
+    }
+
+    /// A UDP datagram, of whatever is in it.
+    #[inline(always)]
+    pub const fn udp() -> Self {
+        Self { protocol: IPPROTO_UDP, tcp_flags: 0, seq: 0, quic: Quic::Other }
+    }
+
     /// Whether the segment opens a TCP connection: SYN without ACK, FIN or RST.
     #[inline(always)]
     pub const fn opens(self) -> bool {
@@ -117,8 +133,10 @@ pub fn steer<K, F: Flows<K>>(
     }
     let steering = if segment.protocol == IPPROTO_TCP {
         steer_tcp(flows, service, entry, key, segment)
-    } else {
+    } else if matches!(segment.quic, Quic::Other) {
         steer_udp(flows, service, entry, key)
+    } else {
+        steer_quic(flows, service, entry, key, segment)
     };
     if flows.backend_flags(steering.backend) & BACKEND_MAINT != 0 {
         return Steering { backend: entry.current(), ..steering };
@@ -203,13 +221,96 @@ fn steer_udp<K, F: Flows<K>>(flows: &F, service: &Service, entry: Entry, key: &K
     // SAFETY: not null, so valid for this decision by the contract of `Flows`.
     let flow = unsafe { &mut *flow };
     let silent_ns = now.saturating_sub(flow.last_ns);
+    if flow.state & state::QUIC != 0 {
+        // Nobody knows what it is. It keeps no entry alive, and takes none away.
+        return Steering { backend: BackendIndex::new(flow.backend), opens: false };
+    }
     flow.last_ns = now;
     let backend = BackendIndex::new(flow.backend);
-    if silent_ns <= u64::from(service.udp_idle_ms) * 1_000_000 && !passed_over(backend) {
+    if silent_ns <= service.udp_idle_ns() && !passed_over(backend) {
         return Steering { backend, opens: false };
     }
     flow.backend = target.get();
     Steering { backend: target, opens: true }
+}
+
+/// An Initial packet is QUIC's SYN, with these differences from TCP:
+///
+/// - A Handshake packet confirms an entry, which an open connection does not send, nor who
+///   forges or repeats an Initial packet alone. Packets with short headers do not match a
+///   provisional entry; long ones do: they belong to the handshake under way.
+/// - Another destination connection ID does not say that the tuple is used again: the client has
+///   that of its server by then (RFC 9000, 7.2), or of a Retry (17.2.5.2). Nor is a second
+///   connection on one tuple told from the first by its later packets. So an entry is followed
+///   until its flow is over by silence, or its backend is down.
+#[inline(always)]
+fn steer_quic<K, F: Flows<K>>(
+    flows: &F,
+    service: &Service,
+    entry: Entry,
+    key: &K,
+    segment: Segment,
+) -> Steering {
+    let (current, previous) = (entry.current(), entry.previous());
+    let opens = matches!(segment.quic, Quic::Initial);
+    let opened = state::QUIC | state::PROVISIONAL;
+    let now = flows.now_ns();
+    let mut flow = flows.lookup(key);
+    if flow.is_null() && opens {
+        let new = tracked_flow(service, current, opened, segment.seq, now);
+        match flows.insert(key, &new) {
+            Inserted::Stored => return Steering { backend: current, opens: true },
+            Inserted::Full => return Steering { backend: previous, opens: true },
+            Inserted::Exists => flow = flows.lookup(key),
+        }
+    }
+    if flow.is_null() {
+        return Steering { backend: previous, opens: false };
+    }
+    // SAFETY: not null, so valid for this decision by the contract of `Flows`.
+    let flow = unsafe { &mut *flow };
+    let backend = BackendIndex::new(flow.backend);
+    let silent_ns = now.saturating_sub(flow.last_ns);
+    let was = flow.state;
+    if opens {
+        if !quic_renews(flows, service, flow, segment, silent_ns) {
+            flow.last_ns = now;
+            return Steering { backend, opens: false };
+        }
+        flow.last_ns = now;
+        flow.backend = current.get();
+        flow.syn_seq = segment.seq;
+        flow.state = opened;
+        return Steering { backend: current, opens: true };
+    }
+    // Any datagram makes an entry that is not of QUIC: it must not carry a connection off.
+    if was & state::QUIC == 0
+        || (was & state::PROVISIONAL != 0 && matches!(segment.quic, Quic::Short))
+    {
+        return Steering { backend: previous, opens: false };
+    }
+    if was & state::PROVISIONAL != 0 && matches!(segment.quic, Quic::Handshake) {
+        flow.state = was & !state::PROVISIONAL;
+    }
+    flow.last_ns = now;
+    Steering { backend, opens: false }
+}
+
+/// Whether an Initial packet opens a connection where `flow` is, after `silent_ns` of silence.
+#[inline(always)]
+pub(crate) fn quic_renews<K, F: Flows<K>>(
+    flows: &F,
+    service: &Service,
+    flow: &Flow,
+    segment: Segment,
+    silent_ns: u64,
+) -> bool {
+    if flow.state & state::QUIC == 0 || silent_ns > service.quic_idle_ns() {
+        return true;
+    }
+    let flags = flows.backend_flags(BackendIndex::new(flow.backend));
+    flags & BACKEND_MAINT != 0
+        || (unfit(flags) && (flow.state & state::PROVISIONAL != 0 || flow.syn_seq != segment.seq))
 }
 
 #[inline(always)]

@@ -2,7 +2,10 @@
 
 use aya_ebpf::bindings::xdp_action;
 use canary_ebpf_common::{
-    abi::{Address, BACKEND_MAINT, BACKEND_USABLE, Backend, Flow, IPPROTO_TCP, Reason, Service},
+    abi::{
+        Address, BACKEND_MAINT, BACKEND_USABLE, Backend, Flow, IPPROTO_TCP, Reason, SERVICE_QUIC,
+        Service,
+    },
     checksum::Delta,
     entry::BackendIndex,
     headers::{Frame as _, Tcp, Udp},
@@ -32,7 +35,7 @@ impl Transport {
             return Some(Self {
                 src_port_be: tcp.ports.src_be,
                 dst_port_be: tcp.ports.dst_be,
-                segment: Segment { protocol, tcp_flags: tcp.flags, seq: u32::from_be(tcp.seq_be) },
+                segment: Segment::tcp(tcp.flags, u32::from_be(tcp.seq_be)),
                 offset,
             });
         }
@@ -42,9 +45,21 @@ impl Transport {
         Some(Self {
             src_port_be: udp.ports.src_be,
             dst_port_be: udp.ports.dst_be,
-            segment: Segment { protocol, tcp_flags: 0, seq: 0 },
+            segment: Segment::udp(),
             offset,
         })
+    }
+
+    /// What the packet is to steering, with what its payload says where that can matter: for
+    /// flows that are looked up, of services with QUIC. Its lengths fit.
+    #[inline(always)]
+    pub(crate) fn looked_up(&self, packet: &Packet, service: &Service) -> Segment {
+        let mut segment = self.segment;
+        if service.flags & SERVICE_QUIC == 0 || segment.protocol == IPPROTO_TCP {
+            return segment;
+        }
+        (segment.quic, segment.seq) = packet.quic();
+        segment
     }
 
     /// Whether the header and what it says of its length fit into `room` bytes.

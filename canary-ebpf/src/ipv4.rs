@@ -53,7 +53,10 @@ pub(crate) fn ingress(packet: &Packet) -> Result<u32, Reason> {
         return translate(packet, ip, &transport, service, &key);
     }
     let (_, entry) = bucket_entry(service, ip, &transport)?;
-    let steering = steer(&FlowsV4, service, entry, &key, transport.segment);
+    // What a datagram says of itself costs a look, which few packets need.
+    let segment =
+        if entry.tracked() { transport.looked_up(packet, service) } else { transport.segment };
+    let steering = steer(&FlowsV4, service, entry, &key, segment);
     let backend = forward::usable(steering.backend)?;
     forward::count_sent(packet, steering.backend, steering.opens);
     forward::send(packet, &backend.eth, backend.ifindex)
@@ -102,7 +105,8 @@ fn translate(
     if ip.ttl_protocol[0] <= 1 {
         return Err(Reason::DropTtlExpired);
     }
-    let (flow, opens) = match nat::step(&FlowsV4, service, key, transport.segment) {
+    let segment = transport.looked_up(packet, service);
+    let (flow, opens) = match nat::step(&FlowsV4, service, key, segment) {
         Step::NoFlow => return Err(Reason::PassNoFlow),
         Step::Follow(flow) => (flow, false),
         Step::Open => {
@@ -126,7 +130,7 @@ fn translate(
                 maps::nat_ports(),
                 &client,
                 key,
-                transport.segment,
+                segment,
                 hash,
             )?;
             (flow, true)

@@ -46,7 +46,10 @@ pub(crate) fn ingress(packet: &Packet) -> Result<u32, Reason> {
         return translate(packet, ip, &transport, service, &key);
     }
     let (_, entry) = bucket_entry(service, ip, &transport)?;
-    let steering = steer(&FlowsV6, service, entry, &key, transport.segment);
+    // What a datagram says of itself costs a look, which few packets need.
+    let segment =
+        if entry.tracked() { transport.looked_up(packet, service) } else { transport.segment };
+    let steering = steer(&FlowsV6, service, entry, &key, segment);
     let backend = forward::usable(steering.backend)?;
     forward::count_sent(packet, steering.backend, steering.opens);
     forward::send(packet, &backend.eth, backend.ifindex)
@@ -92,7 +95,8 @@ fn translate(
     if ip.hop_limit <= 1 {
         return Err(Reason::DropTtlExpired);
     }
-    let (flow, opens) = match nat::step(&FlowsV6, service, key, transport.segment) {
+    let segment = transport.looked_up(packet, service);
+    let (flow, opens) = match nat::step(&FlowsV6, service, key, segment) {
         Step::NoFlow => return Err(Reason::PassNoFlow),
         Step::Follow(flow) => (flow, false),
         Step::Open => {
@@ -116,7 +120,7 @@ fn translate(
                 maps::nat_ports(),
                 &client,
                 key,
-                transport.segment,
+                segment,
                 hash,
             )?;
             (flow, true)

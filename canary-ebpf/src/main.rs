@@ -23,6 +23,7 @@ use crate::packet::Packet;
 
 /// Steers what belongs to a service and passes everything else untouched.
 #[xdp]
+#[inline(always)]
 pub(crate) fn ingress(ctx: XdpContext) -> u32 {
     let packet = Packet::new(&ctx);
     match try_ingress(&packet) {

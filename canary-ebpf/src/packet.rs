@@ -1,7 +1,10 @@
 //! The packet at hand: its bytes and where it came in.
 
 use aya_ebpf::programs::XdpContext;
-use canary_ebpf_common::headers::Frame;
+use canary_ebpf_common::{
+    headers::{ETH_BYTES, ETHERTYPE_IPV4_BE, Eth, Frame, Ipv4, Ipv6, Udp},
+    quic::{self, Quic},
+};
 
 /// A received frame.
 pub(crate) struct Packet {
@@ -16,6 +19,42 @@ impl Packet {
     pub(crate) fn new(ctx: &XdpContext) -> Self {
         Self { start: ctx.data(), end: ctx.data_end(), ifindex: ctx.ingress_ifindex() as u32 }
     }
+
+    /// What the UDP datagram in the frame is to QUIC, whose headers' lengths fit.
+    #[inline(always)]
+    pub(crate) fn quic(&self) -> (Quic, u32) {
+        let packed = classify(self.start, self.end);
+        (Quic::unpack((packed >> 32) as u8), packed as u32)
+    }
+}
+
+/// A function of its own, which the verifier follows as if it stood where it is called, and which
+/// finds the datagram by itself: packets that are none of QUIC's keep nothing at hand for it.
+#[cold]
+#[inline(never)]
+fn classify(start: usize, end: usize) -> u64 {
+    let packet = Packet { start, end, ifindex: 0 };
+    let (quic, seq) = datagram(&packet).unwrap_or((Quic::Other, 0));
+    u64::from(quic as u8) << 32 | u64::from(seq)
+}
+
+#[inline(always)]
+fn datagram(packet: &Packet) -> Option<(Quic, u32)> {
+    let eth: *mut Eth = packet.at(0)?;
+    // SAFETY: `at` checked the bounds.
+    let ip_bytes = match unsafe { (*eth).ethertype_be } {
+        ETHERTYPE_IPV4_BE => {
+            let ip: *mut Ipv4 = packet.at(ETH_BYTES)?;
+            // SAFETY: `at` checked the bounds.
+            usize::from(unsafe { (*ip).version_ihl } & 0xf) * 4
+        }
+        _ => size_of::<Ipv6>(),
+    };
+    let udp: *mut Udp = packet.at(ETH_BYTES + ip_bytes)?;
+    // SAFETY: `at` checked the bounds.
+    let length = usize::from(u16::from_be(unsafe { (*udp).length_be }));
+    let payload = ETH_BYTES + ip_bytes + size_of::<Udp>();
+    Some(quic::classify(packet, payload, length.saturating_sub(size_of::<Udp>())))
 }
 
 // SAFETY: `at` compares with the end of the frame in the form that the verifier

@@ -13,7 +13,7 @@ use aya::{
     maps::{HashMap, Map, MapData},
 };
 use canary_ebpf_common::{
-    abi::{Flow, FlowKeyV4, FlowKeyV6, IPPROTO_TCP, flow_state as state},
+    abi::{Flow, FlowKeyV4, FlowKeyV6, IPPROTO_TCP, flow_state as state, quic_idle_ns},
     nat::opposite,
 };
 
@@ -123,6 +123,8 @@ pub fn expired(flow_state: u32, silent_ns: u64, udp_idle_ns: u64) -> bool {
         HALF_OPEN_NS
     } else if flow_state & (state::CLOSING | state::SERVER_CLOSING) != 0 {
         CLOSING_NS
+    } else if flow_state & state::QUIC != 0 {
+        quic_idle_ns(udp_idle_ns)
     } else if flow_state & state::NAT != 0 {
         ESTABLISHED_NS
     } else {
@@ -281,11 +283,16 @@ mod tests {
             ("closed by the server", state::NAT | state::SERVER_CLOSING, 121 * S, true),
             ("UDP", state::UDP, 31 * S, true),
             ("UDP, young", state::UDP, 29 * S, false),
+            ("QUIC, no answer yet", state::QUIC | state::PROVISIONAL, 11 * S, true),
+            ("QUIC, idle", state::QUIC, 299 * S, false),
+            ("QUIC, over", state::QUIC, 301 * S, true),
+            ("QUIC, translated, over", state::QUIC | state::NAT, 301 * S, true),
             ("tracked and idle for years", 0, u64::MAX, false),
             ("translated and idle for a day", state::NAT, 86_400 * S, false),
             ("translated and idle for six days", state::NAT, 518_400 * S, true),
         ] {
             assert_eq!(expired(flow_state, silent_ns, 30 * S), over, "{name}");
         }
+        assert!(!expired(state::QUIC, 599 * S, 600 * S), "QUIC, with a long `udp_idle`");
     }
 }

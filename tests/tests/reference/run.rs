@@ -402,13 +402,13 @@ impl Run<'_> {
     }
 
     fn tcp(&mut self, tuple: &Tuple, sent: Sent, tcp_flags: u8, seq: u32) -> Result<(), String> {
-        self.judged(tuple, sent, Segment { protocol: IPPROTO_TCP, tcp_flags, seq })
+        self.judged(tuple, sent, Segment::tcp(tcp_flags, seq))
     }
 
     fn datagram(&mut self, c: u8) -> Result<(), String> {
         let tuple = self.tuple(c);
         self.tally.opened += u64::from(self.reference.connection(&tuple).is_none());
-        let segment = Segment { protocol: IPPROTO_UDP, tcp_flags: 0, seq: 0 };
+        let segment = Segment::udp();
         self.judged(&tuple, Sent::Datagram, segment)
     }
 
@@ -427,7 +427,7 @@ impl Run<'_> {
         let tuple = self.tuple(c);
         let Some(connection) = self.reference.connection(&tuple) else { return Ok(()) };
         let (backend, port) = (connection.backend, connection.port);
-        let segment = Segment { protocol: IPPROTO_TCP, tcp_flags: TCP_ACK, seq: 1 };
+        let segment = Segment::tcp(TCP_ACK, 1);
         self.tally.packets += 1;
         match self.planned.answer(&tuple, backend, port, segment) {
             true => Ok(()),

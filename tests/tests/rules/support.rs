@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use canary_agent::plan::Family;
 use canary_ebpf_common::{
-    abi::{IPPROTO_TCP, IPPROTO_UDP},
+    abi::IPPROTO_TCP,
     steer::{Segment, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN},
 };
 use canary_tests::{
@@ -17,7 +17,7 @@ pub(crate) const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
 pub(crate) const S: Duration = Duration::from_secs(1);
 
 pub(crate) fn tcp(tcp_flags: u8, seq: u32) -> Segment {
-    Segment { protocol: IPPROTO_TCP, tcp_flags, seq }
+    Segment::tcp(tcp_flags, seq)
 }
 
 pub(crate) fn syn(seq: u32) -> Segment {
@@ -37,7 +37,7 @@ pub(crate) fn rst(seq: u32) -> Segment {
 }
 
 pub(crate) fn udp() -> Segment {
-    Segment { protocol: IPPROTO_UDP, tcp_flags: 0, seq: 0 }
+    Segment::udp()
 }
 
 /// `shop` over maps of the usual sizes.
