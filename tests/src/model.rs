@@ -8,7 +8,9 @@ use canary_ebpf_common::{
     abi::{self, Address, Backend, ForwardMode},
     entry::BackendIndex,
     hash::{bucket, hash_v4, hash_v6},
+    headers::Frame,
     nat::{self, Client, PortRange, Step, TupleKey},
+    quic::{self, Quic},
     steer::{Flows as _, Segment, model::ModelFlows, steer},
 };
 
@@ -55,6 +57,30 @@ impl Tuple {
             IpAddr::V6(_) => hash_v6(service, a, b, p, q, protocol),
         }
     }
+}
+
+/// A frame's bytes in memory of our own.
+struct Bytes<'a>(&'a mut [u8]);
+
+// SAFETY: `at` stays within the slice, which is borrowed mutably; x86-64 and aarch64 load unaligned
+// words as they are.
+unsafe impl Frame for Bytes<'_> {
+    fn at<T>(&self, offset: usize) -> Option<*mut T> {
+        let inside = offset.checked_add(size_of::<T>())? <= self.0.len();
+        // SAFETY: inside the slice.
+        inside.then(|| unsafe { self.0.as_ptr().add(offset).cast_mut().cast() })
+    }
+
+    fn len_bytes(&self) -> usize {
+        self.0.len()
+    }
+}
+
+/// What a datagram with `payload` is to a service with QUIC.
+pub fn datagram(payload: &[u8]) -> Segment {
+    let mut copy = payload.to_vec();
+    let (quic, seq) = quic::classify(&Bytes(&mut copy), 0, payload.len());
+    Segment { seq, quic, ..Segment::udp() }
 }
 
 /// What becomes of a packet.
@@ -129,7 +155,9 @@ impl<K: TupleKey + Eq + Hash> Model<K> {
             None => Verdict::Drop,
         };
         if record.flags & ForwardMode::MASK != ForwardMode::Nat as u32 {
-            let steering = steer(&self.flows, record, entry, &key, segment);
+            // The program does not look at the payload where nothing depends on it.
+            let quic = if entry.tracked() { segment.quic } else { Quic::Other };
+            let steering = steer(&self.flows, record, entry, &key, Segment { quic, ..segment });
             return (bucket, sent(steering.backend, None));
         }
         if ttl <= 1 {

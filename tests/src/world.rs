@@ -67,6 +67,8 @@ pub struct Service {
     pub buckets: u32,
     /// Seconds until a silent UDP flow counts as new.
     pub udp_idle_s: u32,
+    /// Whether QUIC is spoken on its UDP ports.
+    pub quic: bool,
     /// Interface that the backends are behind; that of arrival if it is empty.
     pub interface: String,
     /// Names of backends that fail their checks.
@@ -89,6 +91,7 @@ impl Default for Service {
             table: "all".to_owned(),
             buckets: PAGE_BUCKETS,
             udp_idle_s: 30,
+            quic: false,
             interface: String::new(),
             down: Vec::new(),
             maint: Vec::new(),
@@ -237,7 +240,7 @@ impl Service {
         };
         Ok(abi::Service {
             bucket_mask: self.buckets - 1,
-            flags: mode as u32 | flags,
+            flags: mode as u32 | flags | if self.quic { abi::SERVICE_QUIC } else { 0 },
             hash_key: [0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210],
             mask_v4_be,
             udp_idle_ms: self.udp_idle_s * 1000,

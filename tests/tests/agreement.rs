@@ -13,7 +13,7 @@ use canary_ebpf_common::{
 };
 use canary_tests::{
     loaded::{FlowKey, Loaded, Outcome, XDP_DROP, XDP_PASS, XDP_TX},
-    model::{Model, Random, Tuple, Verdict, family},
+    model::{Model, Random, Tuple, Verdict, datagram, family},
     names::Host,
     notation::parse,
     world::{Plane, Service, World, addr},
@@ -27,6 +27,11 @@ const EVENTS: usize = 10_000;
 /// Numbers of a service's backends. Two groups: where buckets lie now, and where they lay.
 fn backends(service: usize) -> Vec<u16> {
     (1..=32).map(|n| service as u16 * 40 + n).collect()
+}
+
+/// Whether a service speaks QUIC.
+const fn quic(service: usize) -> bool {
+    service % 2 == 1
 }
 
 /// Services of every kind, in tables of 4,096 to 65,536 buckets.
@@ -49,6 +54,7 @@ fn services() -> Vec<Service> {
             stickiness: (*stickiness).to_owned(),
             backends: backends(i),
             buckets: *buckets,
+            quic: quic(i),
             ..Service::default()
         })
         .collect()
@@ -79,7 +85,15 @@ fn letters(flags: u8) -> String {
     if set.is_empty() { "-".to_owned() } else { set }
 }
 
-fn frame(tuple: &Tuple, segment: Segment, ttl: u8, options: &str, eth: &str) -> Vec<u8> {
+/// A client's packet; `payload` is in the notation, and nothing for TCP.
+fn frame(
+    tuple: &Tuple,
+    segment: Segment,
+    payload: &str,
+    ttl: u8,
+    options: &str,
+    eth: &str,
+) -> Vec<u8> {
     let Tuple { src, dst, src_port, dst_port, protocol } = tuple;
     let ip = if src.is_ipv4() {
         format!("ip {src} > {dst} {options}")
@@ -94,9 +108,51 @@ fn frame(tuple: &Tuple, segment: Segment, ttl: u8, options: &str, eth: &str) -> 
                 segment.seq
             )
         }
-        _ => format!("udp {src_port} > {dst_port}"),
+        _ => format!("udp {src_port} > {dst_port}{payload}"),
     };
     parse(&format!("eth {eth} / {ip} ttl={ttl} / {transport}")).expect("a packet")
+}
+
+/// A datagram's payload in the notation, and what it is to a service with QUIC or without.
+fn random_payload(random: &mut Random, quic: bool) -> (String, Segment) {
+    let version = random.one_of(&["1", "1", "1", "0x6b3343cf", "0x6b3343cf", "7"]);
+    // Few, so that some come again.
+    let dcid = |random: &mut Random| {
+        let bytes = random.one_of(&[8, 8, 8, 20, 7, 0, 12]);
+        format!("{:02x}", random.below(3)).repeat(bytes)
+    };
+    let kind = random.one_of(&["initial", "initial", "handshake", "handshake", "0rtt", "retry"]);
+    let width = random.one_of(&[2, 2, 4, 8]);
+    let greased = random.one_of(&["", "", "greased"]);
+    let to = random.one_of(&[100, 1199, 1200, 1200, 1252]);
+    let text = match random.below(8) {
+        0 => String::new(),
+        1 => " / \"garbage\"".to_owned(),
+        2 => format!(" / quic short {greased} to={}", random.one_of(&[20, 21, 60, 1300])),
+        3 => {
+            let dcid = dcid(random);
+            format!(
+                " / quic initial version={version} dcid={dcid} token=0102 width={width} to=150 \
+                 / quic {kind} version={version} dcid={dcid} to={to}",
+                to = to.max(300)
+            )
+        }
+        4 => {
+            let bytes: Vec<String> =
+                (0..random.below(40)).map(|_| format!("{:02x}", random.bits() as u8)).collect();
+            format!(" / hex {}", bytes.concat())
+        }
+        _ => format!(
+            " / quic {kind} version={version} {greased} dcid={} scid={} width={width} to={to}",
+            dcid(random),
+            dcid(random)
+        ),
+    };
+    let plain = Segment::udp();
+    let udp = parse(&format!("eth client > us / ip client > vip / udp 1 > 2{text}"));
+    let payload = &udp.expect("a packet")[14 + 20 + 8..];
+    let segment = if quic { datagram(payload) } else { plain };
+    (text, segment)
 }
 
 fn random_mac(random: &mut Random) -> String {
@@ -125,14 +181,17 @@ fn random_case(random: &mut Random, services: usize) -> Case {
         0 => random.bits() as u8,
         _ => TCP_SYN,
     };
-    let segment = match protocol {
-        IPPROTO_TCP => Segment { protocol, tcp_flags: flags, seq: random.bits() as u32 },
-        _ => Segment { protocol, tcp_flags: 0, seq: 0 },
+    let (payload, segment) = match protocol {
+        IPPROTO_TCP => {
+            let seq = random.bits() as u32;
+            (String::new(), Segment::tcp(flags, seq))
+        }
+        _ => random_payload(random, quic(service)),
     };
     let ttl = random.one_of(&[1, 2, 3, 64, 128, 255]);
     let options = random.one_of(&["", "", "options=01010101", "options=9404000001010101"]);
     let eth = format!("{} > {}", random_mac(random), random_mac(random));
-    let frame = frame(&tuple, segment, ttl, options, &eth);
+    let frame = frame(&tuple, segment, &payload, ttl, options, &eth);
     Case { service, tuple, segment, ttl, frame }
 }
 
@@ -248,10 +307,10 @@ fn random_packets_go_where_the_decision_says() {
 }
 
 /// What happens in a sequence: how likely, out of 100.
-fn event(random: &mut Random, tuple: &Tuple, seq: &mut u32) -> Segment {
+fn event(random: &mut Random, tuple: &Tuple, seq: &mut u32, quic: bool) -> (String, Segment) {
     let protocol = tuple.protocol;
     if protocol == IPPROTO_UDP {
-        return Segment { protocol, tcp_flags: 0, seq: 0 };
+        return random_payload(random, quic);
     }
     let (tcp_flags, seq) = match random.below(100) {
         0..20 => (TCP_SYN, *seq),
@@ -266,7 +325,7 @@ fn event(random: &mut Random, tuple: &Tuple, seq: &mut u32) -> Segment {
         90..95 => (TCP_SYN | TCP_ACK, seq.wrapping_add(1)),
         _ => (random.bits() as u8, seq.wrapping_add(1)),
     };
-    Segment { protocol, tcp_flags, seq }
+    (String::new(), Segment::tcp(tcp_flags, seq))
 }
 
 /// Fields of an entry that do not depend on the clock or on MAC addresses.
@@ -276,12 +335,13 @@ fn comparable(flow: Option<Flow>) -> Option<Flow> {
 
 fn sequence<K>(
     mode: &str,
+    quic: bool,
     family: Family,
     flows_of: impl Fn(&Loaded) -> &canary_tests::loaded::Flows<K>,
 ) where
     K: TupleKey + FlowKey + Eq + std::hash::Hash + std::fmt::Debug,
 {
-    let mut random = Random::from_environment(&format!("{mode} {family:?}"));
+    let mut random = Random::from_environment(&format!("{mode} {family:?} QUIC: {quic}"));
     // Too few entries and ports for all tuples: the table and the ports run out.
     let flows = if mode == "nat" { 80 } else { 40 };
     let tables = [
@@ -296,6 +356,7 @@ fn sequence<K>(
         mode: mode.to_owned(),
         backends: vec![1, 2, 3],
         table: tables[0].to_owned(),
+        quic,
         ..Service::default()
     };
     let mut world =
@@ -323,9 +384,11 @@ fn sequence<K>(
                 1 => service.down = vec![random.one_of(&["b1", "b2", "b3", "b9"]).to_owned()],
                 2 => service.maint = vec![random.one_of(&["b1", "b2", "b9", "b9"]).to_owned()],
                 _ => {
-                    // Far from udp_idle's 30 s on either side, whatever the test itself takes.
-                    loaded.silence(Duration::from_secs(20)).expect("flow entries");
-                    tuples.iter().for_each(|t| model.silence(t, 20_000_000_000));
+                    // Far from udp_idle's 30 s on either side, whatever the test itself takes, and
+                    // so with what ends a QUIC connection's flow.
+                    let time = Duration::from_secs(random.one_of(&[20, 20, 20, 170]));
+                    loaded.silence(time).expect("flow entries");
+                    tuples.iter().for_each(|t| model.silence(t, time.as_nanos() as u64));
                 }
             }
             plane = made(&world);
@@ -333,7 +396,8 @@ fn sequence<K>(
             model.apply(&plane.plane);
         }
         let tuple = random.one_of(&tuples);
-        let segment = event(&mut random, &tuple, seqs.entry(tuple).or_insert(1000));
+        let (payload, segment) =
+            event(&mut random, &tuple, seqs.entry(tuple).or_insert(1000), quic);
         let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).expect("a clock");
         model.flows.clock_ns.set(now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64);
         let key: K = tuple.key();
@@ -352,7 +416,8 @@ fn sequence<K>(
                 protocol: tuple.protocol,
             };
             let answered = model.answer(&tuple, segment);
-            let seen = loaded.run(&frame(&packet, segment, 64, "", "b1 > us")).expect("a run");
+            let seen =
+                loaded.run(&frame(&packet, segment, &payload, 64, "", "b1 > us")).expect("a run");
             assert!(answered && seen.action == XDP_TX, "{place}: an answer: {}", seen.action);
             assert_eq!(seen.frame[..6], Host::Client(1).mac(), "{place}");
             *seen_kinds.entry("answers").or_default() += 1;
@@ -360,7 +425,8 @@ fn sequence<K>(
             let id = plane.ids[0][usize::from(family == Family::V6)];
             let (_, verdict) =
                 model.decide(&plane.plane.services[usize::from(id)], &tuple, segment, 64);
-            let seen = loaded.run(&frame(&tuple, segment, 64, "", "client > us")).expect("a run");
+            let frame = frame(&tuple, segment, &payload, 64, "", "client > us");
+            let seen = loaded.run(&frame).expect("a run");
             if let Err(e) = agrees(&plane, family, &seen, verdict) {
                 panic!("{place}: {e}");
             }
@@ -389,26 +455,49 @@ fn sequence<K>(
             assert_eq!(table.len(), model.flows.len(), "{place}: entries");
         }
     }
-    println!("{mode} {family:?}: {seen_kinds:?}, {} entries at the end", model.flows.len());
+    println!(
+        "{mode} {family:?}, QUIC: {quic}: {seen_kinds:?}, {} entries at the end",
+        model.flows.len()
+    );
     assert!(seen_kinds["sent"] > EVENTS as u32 / 10, "a sequence that shows little");
 }
 
 #[test]
 fn sequences_leave_the_same_entries_dsr_v4() {
-    sequence("dsr", Family::V4, |l| &l.flows_v4);
+    sequence("dsr", false, Family::V4, |l| &l.flows_v4);
 }
 
 #[test]
 fn sequences_leave_the_same_entries_dsr_v6() {
-    sequence("dsr", Family::V6, |l| &l.flows_v6);
+    sequence("dsr", false, Family::V6, |l| &l.flows_v6);
 }
 
 #[test]
 fn sequences_leave_the_same_entries_nat_v4() {
-    sequence("nat", Family::V4, |l| &l.flows_v4);
+    sequence("nat", false, Family::V4, |l| &l.flows_v4);
 }
 
 #[test]
 fn sequences_leave_the_same_entries_nat_v6() {
-    sequence("nat", Family::V6, |l| &l.flows_v6);
+    sequence("nat", false, Family::V6, |l| &l.flows_v6);
+}
+
+#[test]
+fn sequences_leave_the_same_entries_quic_dsr_v4() {
+    sequence("dsr", true, Family::V4, |l| &l.flows_v4);
+}
+
+#[test]
+fn sequences_leave_the_same_entries_quic_dsr_v6() {
+    sequence("dsr", true, Family::V6, |l| &l.flows_v6);
+}
+
+#[test]
+fn sequences_leave_the_same_entries_quic_nat_v4() {
+    sequence("nat", true, Family::V4, |l| &l.flows_v4);
+}
+
+#[test]
+fn sequences_leave_the_same_entries_quic_nat_v6() {
+    sequence("nat", true, Family::V6, |l| &l.flows_v6);
 }

@@ -75,6 +75,28 @@ fn a_udp_flow_goes_after_its_services_time() {
 }
 
 #[test]
+fn a_quic_flow_goes_after_ten_seconds_unanswered_and_after_five_minutes_else() {
+    let moved = Service {
+        backends: vec![1, 2],
+        table: "b2 was b1".to_owned(),
+        quic: true,
+        ..Service::default()
+    };
+    let nat = Service { mode: "nat".to_owned(), quic: true, ..Service::default() };
+    for (service, entries) in [(moved, 1), (nat, 2)] {
+        let mut loaded = loaded(service);
+        for port in [40_000, 40_001] {
+            client(&mut loaded, port, "udp PORT > 80 / quic initial dcid=0102030405060708");
+        }
+        client(&mut loaded, 40_000, "udp PORT > 80 / quic handshake dcid=1112131415161718");
+        assert_eq!(left_after(&mut loaded, 9 * S), 2 * entries);
+        assert_eq!(left_after(&mut loaded, 2 * S), entries, "the unanswered one goes");
+        assert_eq!(left_after(&mut loaded, 288 * S), entries);
+        assert_eq!(left_after(&mut loaded, 2 * S), 0);
+    }
+}
+
+#[test]
 fn a_tracked_connection_stays_while_its_bucket_is_tracked() {
     let mut loaded = loaded(Service {
         backends: vec![1, 2],

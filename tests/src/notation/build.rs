@@ -81,6 +81,16 @@ fn from_hex(text: &str) -> Result<Vec<u8>> {
         .collect()
 }
 
+/// A variable-length integer in so many bytes (RFC 9000, 16).
+fn varint(value: usize, bytes: u32) -> Result<Vec<u8>> {
+    let prefix = match bytes {
+        1 | 2 | 4 | 8 => u64::from(bytes.trailing_zeros()) << (8 * bytes - 2),
+        _ => bail!("an integer has 1, 2, 4 or 8 bytes"),
+    };
+    ensure!((value as u64) < 1 << (8 * bytes - 2), "{value} needs more than {bytes} bytes");
+    Ok((prefix | value as u64).to_be_bytes()[8 - bytes as usize..].to_vec())
+}
+
 /// `key=value` and bare words of a layer.
 struct Fields<'a> {
     words: Vec<&'a str>,
@@ -207,6 +217,7 @@ impl Builder<'_, '_> {
             "ip6" => self.ip6(&mut fields, next)?,
             "tcp" => self.tcp(&mut fields)?,
             "udp" => self.udp(&mut fields)?,
+            "quic" => self.quic(&mut fields)?,
             "icmp" | "icmp6" => self.icmp(kind(layer) == "icmp6", &mut fields)?,
             other => bail!("`{other}` is no layer"),
         }
@@ -392,6 +403,52 @@ impl Builder<'_, '_> {
         self.bytes.extend(to.to_be_bytes());
         self.bytes.extend([0; 4]);
         self.place("udp", start, 8, fields)
+    }
+
+    /// A QUIC packet (RFC 9000, 17; RFC 9369, 3.2). Its payload, and the packet number in it, are
+    /// zeros: nothing on the way can read them.
+    fn quic(&mut self, fields: &mut Fields<'_>) -> Result<()> {
+        ensure!(!fields.words.is_empty(), "the type is missing");
+        let word = fields.words.remove(0);
+        let fixed = if fields.flag("greased") { 0 } else { 0x40 };
+        let version = fields.number("version", 1)?;
+        let (dcid, scid) = (fields.bytes("dcid")?, fields.bytes("scid")?);
+        let dcid_bytes = fields.number("dcidlen", dcid.len() as u32)? as u8;
+        let token = fields.bytes("token")?;
+        let width = fields.number("width", 2)?;
+        let datagram = self.placed.iter().rfind(|p| p.kind == "udp");
+        let start = datagram.context("QUIC is in UDP")?.start + 8;
+        let kind = match word {
+            "initial" => Some(0),
+            "0rtt" => Some(1),
+            "handshake" => Some(2),
+            "retry" => Some(3),
+            "short" => None,
+            _ => bail!("`{word}` is no type of a QUIC packet"),
+        };
+        let to = start + fields.number("to", if word == "initial" { 1200 } else { 60 })? as usize;
+        let Some(kind) = kind else {
+            self.bytes.push(fixed);
+            self.bytes.extend(dcid);
+            ensure!(to >= self.bytes.len(), "longer than it is to be");
+            self.bytes.resize(to, 0);
+            return Ok(());
+        };
+        let shift = if version == 0x6b33_43cf { 1 } else { 0 };
+        self.bytes.push(0x80 | fixed | ((kind + shift) & 3) << 4);
+        self.bytes.extend(version.to_be_bytes());
+        self.bytes.push(dcid_bytes);
+        self.bytes.extend(dcid);
+        self.bytes.push(fields.number("scidlen", scid.len() as u32)? as u8);
+        self.bytes.extend(scid);
+        if kind == 0 {
+            self.bytes.extend(varint(token.len(), width)?);
+            self.bytes.extend(token);
+        }
+        let rest = to.checked_sub(self.bytes.len() + width as usize);
+        self.bytes.extend(varint(rest.context("longer than it is to be")?, width)?);
+        self.bytes.resize(to, 0);
+        Ok(())
     }
 
     fn icmp(&mut self, v6: bool, fields: &mut Fields<'_>) -> Result<()> {

@@ -5,7 +5,7 @@
 //! ```
 //!
 //! Layers from the outside in, between ` / `: `eth`, `ip`, `ip6`, `tcp`, `udp`,
-//! `icmp`, `icmp6`, `"text"`, `hex 0a0b`, `zeros 100`; at the end `pad 6` (bytes
+//! `icmp`, `icmp6`, `quic`, `"text"`, `hex 0a0b`, `zeros 100`; at the end `pad 6` (bytes
 //! behind the IP packet) and `cut 20` (the frame's first bytes only). `same`
 //! stands for the rest of the packet that came in. Hosts go by the names of
 //! [`crate::names`] or by plain addresses. Lengths, checksums, header lengths and
@@ -20,6 +20,10 @@
 //! | `tcp P > Q FLAGS` | `seq ack win urg offset csum options`; flags of `FSRPAUEC`, `-` for none |
 //! | `udp P > Q` | `len csum` |
 //! | `icmp`, `icmp6` | `type code rest csum` |
+//! | `quic TYPE` | `version dcid dcidlen scid scidlen token width to`, word `greased`; types `initial 0rtt handshake retry short` |
+//!
+//! A QUIC packet reaches to byte `to` of the datagram's payload: 1,200 for an
+//! Initial, else 60. `width` is that of its variable-length integers, in bytes.
 //!
 //! In a packet that is expected, `$name` stands for a port, a MAC address or an
 //! address that the program chooses: bound where it comes first, the same from
