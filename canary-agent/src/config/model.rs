@@ -106,6 +106,8 @@ pub struct Service {
     pub drain: Option<Duration>,
     /// Silence after which a UDP flow is a new one.
     pub udp_idle: Duration,
+    /// Whether QUIC is spoken on its UDP ports.
+    pub quic: bool,
     /// What a version without a usable backend gets.
     pub fallback: Fallback,
     /// Initial split by version name, control left out.

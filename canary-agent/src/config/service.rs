@@ -102,6 +102,7 @@ pub(super) fn read(node: &Node<'_>, sink: &mut Sink) -> Option<Placed> {
         None => Some(Some(DEFAULT_DRAIN)),
     };
     let udp_idle = fields.take("udp_idle", sink).and_then(|node| node.parse_loose(sink, udp_idle));
+    let quic = fields.take("quic", sink).and_then(|node| quic(&node, &ports, &label, sink));
     let fallback = fields.take("fallback", sink).and_then(|node| {
         node.choice(sink, &[("control", Fallback::Control), ("none", Fallback::None)])
     });
@@ -149,6 +150,7 @@ pub(super) fn read(node: &Node<'_>, sink: &mut Sink) -> Option<Placed> {
             existing: existing.unwrap_or(Existing::Pin),
             drain: drain.unwrap_or(Some(DEFAULT_DRAIN)),
             udp_idle: udp_idle.unwrap_or(DEFAULT_UDP_IDLE),
+            quic: quic.unwrap_or(false),
             fallback: fallback.unwrap_or(Fallback::Control),
             split,
             health: health.unwrap_or_else(health::default),
@@ -299,6 +301,22 @@ fn udp_idle(text: &str) -> Result<Duration, Problem> {
         return Err(Problem::new(format!("`udp_idle` is at most 49 days, not {}", quote(text))));
     }
     Ok(duration)
+}
+
+fn quic(node: &Node<'_>, ports: &List<At<Port>>, label: &str, sink: &mut Sink) -> Option<bool> {
+    let quic = node.boolean(sink)?;
+    let udp = ports.items.iter().any(|port| port.value.protocol == Protocol::Udp);
+    if quic && !udp && ports.complete {
+        let finding = sink.error(node.span, format!("`quic` is true, but {label} has no UDP port"));
+        match ports.items.first() {
+            Some(port) => finding.help(format!(
+                "add the port that QUIC is spoken on to `ports`, such as \"udp/{}\"",
+                port.value.port
+            )),
+            None => finding,
+        };
+    }
+    Some(quic)
 }
 
 fn buckets(node: &Node<'_>, sink: &mut Sink) -> Option<u32> {

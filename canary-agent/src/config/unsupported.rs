@@ -9,7 +9,6 @@ const KEYS: &[&str] = &[
     "rollout",
     "gate",
     "service.route",
-    "service.quic",
     "service.slow_start",
     "service.mss",
     "service.health.via",

@@ -138,9 +138,8 @@ fn describe(answer: &mut Explain, state: &crate::plan::ServiceState, table: &Tab
             "the bucket has moved: connections older than that stay at {previous}, those that came since stay where they went"
         ));
         if entry.learning() {
-            answer
-                .why
-                .push("UDP flows are still being learned: new ones go there as well".to_owned());
+            let flows = if state.config().quic { "UDP flows without QUIC" } else { "UDP flows" };
+            answer.why.push(format!("{flows} are still being learned: new ones go there as well"));
         }
     }
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use canary_ebpf_common::{
-    abi::{self, ForwardMode, PAGE_BUCKETS, SERVICE_HASH_CONNECTION},
+    abi::{self, ForwardMode, PAGE_BUCKETS, SERVICE_HASH_CONNECTION, SERVICE_QUIC},
     entry::BackendIndex,
 };
 
@@ -31,7 +31,7 @@ pub(super) fn service_record(service: &Service, id: u16, first_page: u32) -> abi
     abi::Service {
         first_page,
         bucket_mask: service.buckets - 1,
-        flags: mode as u32 | whole,
+        flags: mode as u32 | whole | if service.quic { SERVICE_QUIC } else { 0 },
         id: u32::from(id),
         hash_key: service.hash_key,
         mask_v4_be: u32::MAX.checked_shl(32 - u32::from(v4)).unwrap_or(0).to_be(),

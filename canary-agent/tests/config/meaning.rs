@@ -67,6 +67,7 @@ fn the_contracts_example_is_read_whole() {
         existing: Existing::Pin,
         drain: Some(Duration::from_secs(1800)),
         udp_idle: Duration::from_secs(30),
+        quic: false,
         fallback: Fallback::Control,
         split: [("v2".to_owned(), "5%".parse().expect("a share"))].into(),
         health: Health::Tcp(timing()),
@@ -101,6 +102,7 @@ fn what_is_left_out_has_its_default() {
     assert_eq!(service.existing, Existing::Pin);
     assert_eq!(service.drain, Some(Duration::from_secs(1800)));
     assert_eq!(service.udp_idle, Duration::from_secs(30));
+    assert!(!service.quic);
     assert_eq!(service.fallback, Fallback::Control);
     assert_eq!(service.health, Health::Tcp(timing()));
     assert_eq!(service.buckets, 65_536);
@@ -125,8 +127,9 @@ fn every_key_reaches_the_model() {
         [[service]]
         name = "web.1_a-b"
         vip = "2001:db8::1"
-        ports = ["tcp/80", "tcp/443"]
+        ports = ["tcp/80", "tcp/443", "udp/443"]
         forward = "dsr"
+        quic = true
         stickiness = "subnet"
         prefix = { v6 = 48 }
         control = "old"
@@ -174,6 +177,7 @@ fn every_key_reaches_the_model() {
     assert_eq!(service.existing, Existing::Move);
     assert_eq!(service.drain, None);
     assert_eq!(service.udp_idle, Duration::from_millis(1500));
+    assert!(service.quic);
     assert_eq!(service.fallback, Fallback::None);
     assert_eq!(service.buckets, 4096);
     assert_eq!(service.hash_key[0], 0x0001_0203_0405_0607);

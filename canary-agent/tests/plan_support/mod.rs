@@ -52,6 +52,7 @@ pub(crate) fn service(name: &str, versions: &[(&str, &[(&str, u32)])]) -> Servic
         existing: Existing::Pin,
         drain: Some(Duration::from_secs(1000)),
         udp_idle: Duration::from_secs(30),
+        quic: false,
         fallback: Fallback::Control,
         split: Default::default(),
         health: Health::None,
