@@ -5,7 +5,6 @@ use canary_tests::{
     host,
     stats::assert_share,
     topology::Family,
-    wait,
 };
 
 use crate::support::{Bench, ECHO, Transport, Way, of_version, service, version};
@@ -152,36 +151,5 @@ fn udp_shares(bench: &Bench, family: Family) {
         for backend in status.services.iter().flat_map(|s| &s.versions).flat_map(|v| &v.backends) {
             assert_eq!(backend.state, "up", "{backend:?}");
         }
-    }
-}
-
-#[test]
-fn new_udp_flows_follow_a_change_after_the_idle_time_and_old_ones_stay() {
-    if !host::ready("new_udp_flows_follow_a_change_after_the_idle_time_and_old_ones_stay") {
-        return;
-    }
-    use canary_tests::{client::UdpFlow, server::ECHO_PORT};
-    use std::net::SocketAddr;
-    for way in [Way::Dsr, Way::NatTwoArmed] {
-        let bench = Bench::new(way, &VERSIONS);
-        let agent = bench.agent("udp_idle = \"1s\"");
-        let to = SocketAddr::new(Family::V4.vip(), ECHO_PORT);
-        let old = UdpFlow::open(bench.client(), SocketAddr::new(Family::V4.client(1), 0), to)
-            .expect("a socket");
-        let name = old.ask(b"first").expect("an answer");
-        assert!(name.starts_with("stable"), "{name}");
-        agent.split(ECHO, "v2", "100%");
-        let mut index = 1_000;
-        wait::until("new flows on v2", || {
-            // Kept from being silent for the idle time.
-            let still = old.ask(b"still").expect("an answer");
-            assert_eq!(still, name, "{way:?}");
-            index += 1;
-            let new = bench.survey(Family::V4, Transport::Udp, index..index + 1, 20_000);
-            if new[0].starts_with("v2") { Ok(()) } else { Err(new[0].clone()) }
-        });
-        let names = bench.survey(Family::V4, Transport::Udp, 10_000..10_500, 20_000);
-        assert_eq!(of_version(&names, "v2"), 500, "{way:?}");
-        assert_eq!(old.ask(b"to the last").expect("an answer"), name, "{way:?}");
     }
 }
