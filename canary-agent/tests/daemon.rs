@@ -11,7 +11,7 @@ use std::{
 
 use canary_agent::{
     api::model::{ChangeReport, Explain, MapStatus, SplitRequest, Status},
-    config::model::{Config, Fallback, Health, Stickiness, Timing},
+    config::model::{Ask, Check, Config, Fallback, Health, Stickiness, Timing, Via},
     daemon::{
         AttachError, Attachment, BeginError, Event, ExplainQuery, Kernel, LinkStates, Moment, Peer,
         Refusal, Request, State,
@@ -487,12 +487,14 @@ fn interfaces_are_attached_when_they_appear_and_again_when_they_come_back() {
 /// The shop with checks, the other service without.
 fn checked() -> Config {
     let mut config = shop();
-    config.services[0].health = Health::Tcp(Timing {
+    let timing = Timing {
         interval: Duration::from_secs(2),
+        jitter_percent: 10,
         timeout: Duration::from_secs(1),
         rise: 2,
         fall: 3,
-    });
+    };
+    config.services[0].health = Health::Check(Check { ask: Ask::Tcp, via: Via::Backend, timing });
     config
 }
 

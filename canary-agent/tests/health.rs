@@ -12,8 +12,9 @@ use std::{
 };
 
 use canary_agent::{
-    config::model::{Health, Timing},
+    config::model::{Ask, Check, Health, Http, Timing, Tls, Via},
     health::{Change, Changes, Failure, Prober, Report, Target},
+    resolve::Update,
 };
 use nix::{
     errno::Errno,
@@ -24,11 +25,21 @@ use nix::{
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
+    sync::watch,
     time::timeout,
+};
+use tokio_rustls::{
+    TlsAcceptor,
+    rustls::{
+        ServerConfig,
+        crypto::ring,
+        pki_types::{CertificateDer, PrivatePkcs8KeyDer},
+    },
 };
 
 const TIMING: Timing = Timing {
     interval: Duration::from_millis(50),
+    jitter_percent: 10,
     timeout: Duration::from_millis(300),
     rise: 2,
     fall: 3,
@@ -38,15 +49,33 @@ const TIMING: Timing = Timing {
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn target(addr: SocketAddr, health: &Health) -> Target {
-    Target { service: "shop".into(), addr, health: Arc::new(health.clone()), down: false }
+    let health = Arc::new(health.clone());
+    Target { service: "shop".into(), addr, health, vips: [].into(), down: false }
+}
+
+fn check(ask: Ask, timing: Timing) -> Health {
+    Health::Check(Check { ask, via: Via::Backend, timing })
+}
+
+fn tcp(timing: Timing) -> Health {
+    check(Ask::Tcp, timing)
+}
+
+fn request(expect: &[u16], tls: Option<Tls>) -> Http {
+    Http { path: "/healthz?deep=1".to_owned(), expect: expect.to_vec(), host: None, tls }
 }
 
 fn http(expect: &[u16]) -> Health {
-    Health::Http { path: "/healthz?deep=1".to_owned(), expect: expect.to_vec(), timing: TIMING }
+    check(Ask::Http(request(expect, None)), TIMING)
+}
+
+/// One that is told of failures; next hops are of no use to these checks.
+fn started(at_once: usize, on_failure: impl Fn(IpAddr) + Send + 'static) -> Prober {
+    Prober::start(at_once, watch::channel(Update::default()).1, on_failure)
 }
 
 fn prober(targets: Vec<Target>) -> Prober {
-    let prober = Prober::start(64, |_| {});
+    let prober = started(64, |_| {});
     prober.set_targets(targets);
     prober
 }
@@ -86,10 +115,10 @@ async fn tcp_passes_where_somebody_listens_and_does_not_wake_him() {
     let v4 = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let v6 = TcpListener::bind("[::1]:0").await.unwrap();
     let addrs = [v4.local_addr().unwrap(), v6.local_addr().unwrap()];
-    let prober = prober(addrs.map(|addr| target(addr, &Health::Tcp(TIMING))).into());
+    let prober = prober(addrs.map(|addr| target(addr, &tcp(TIMING))).into());
     for addr in addrs {
         let report = report(&prober, addr, |r| r.passes >= 10).await;
-        assert_eq!((report.failures, report.down, report.last_failure), (0, false, None));
+        assert_eq!((report.failures, report.down, &report.last_failure), (0, false, &None));
         assert!(report.latency.unwrap() < TIMING.timeout);
     }
     drop(prober);
@@ -114,8 +143,8 @@ async fn tcp_fails_where_nobody_listens_and_where_nobody_accepts() {
 
     let suspects = Arc::new(Mutex::new(BTreeMap::<IpAddr, u32>::new()));
     let told = Arc::clone(&suspects);
-    let prober = Prober::start(64, move |addr| *told.lock().unwrap().entry(addr).or_default() += 1);
-    let health = Health::Tcp(TIMING);
+    let prober = started(64, move |addr| *told.lock().unwrap().entry(addr).or_default() += 1);
+    let health = tcp(TIMING);
     let mut changes = prober.changes();
     prober.set_targets(vec![target(refused, &health), target(silent, &health)]);
     let mut down = BTreeMap::new();
@@ -207,11 +236,11 @@ async fn http_fails_with_its_reason_and_takes_in_a_bounded_answer() {
     let one_huge = format!("HTTP/1.1 200 OK\r\na: {}\r\n\r\n", "b".repeat(1 << 20));
     let slow = Failure::NoAnswer(TIMING.timeout);
     let broken = Failure::Broken(Errno::ECONNRESET);
-    for (answer, then, failure) in [
+    for (answer, then, expected) in [
         ("HTTP/1.1 503 Service Unavailable\r\n\r\n", Then::Close, Failure::Status(503)),
         ("HTTP/1.1 301 Moved\r\nlocation: /\r\n\r\n", Then::Hold, Failure::Status(301)),
-        ("", Then::Hold, slow),
-        ("HTTP/1.1 200 OK\r\ncontent-le", Then::Hold, slow),
+        ("", Then::Hold, slow.clone()),
+        ("HTTP/1.1 200 OK\r\ncontent-le", Then::Hold, slow.clone()),
         ("HTTP/1.1 100 Continue\r\n\r\n", Then::Hold, slow),
         ("", Then::Close, Failure::Closed),
         ("HTTP/1.1 200 OK\r\ncontent-le", Then::Close, Failure::Closed),
@@ -232,7 +261,7 @@ async fn http_fails_with_its_reason_and_takes_in_a_bounded_answer() {
         let report = report(&prober, addr, |r| r.down).await;
         let why = report.last_failure.map(|(why, _)| why);
         let shown = &answer[..answer.len().min(60)];
-        assert_eq!((report.passes, why), (0, Some(failure)), "{shown:?}");
+        assert_eq!((report.passes, why), (0, Some(expected)), "{shown:?}");
     }
     let (_held, addr) = refusing();
     let prober = prober(vec![target(addr, &http(&[200]))]);
@@ -240,10 +269,125 @@ async fn http_fails_with_its_reason_and_takes_in_a_bounded_answer() {
     assert_eq!(report.last_failure.unwrap().0, Failure::Connect(Errno::ECONNREFUSED));
 }
 
+/// A server that speaks first.
+async fn greeter(greeting: &'static str, then: Then) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let then = then.clone();
+            tokio::spawn(async move {
+                // Not before the client has spoken: unread bytes would make the end a reset.
+                let _ = stream.read(&mut [0; 4096]).await;
+                let _ = stream.write_all(greeting.as_bytes()).await;
+                if let Then::Repeat(piece) = then {
+                    while stream.write_all(piece).await.is_ok() {}
+                }
+            });
+        }
+    });
+    addr
+}
+
+/// A server whose certificate, signed by itself, is for `names`. Returns its address and the
+/// certificate.
+async fn tls_server(
+    names: &[&str],
+    answer: &'static [u8],
+) -> (SocketAddr, CertificateDer<'static>) {
+    let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+    let made = rcgen::generate_simple_self_signed(names).unwrap();
+    let certificate = made.cert.der().clone();
+    let key = PrivatePkcs8KeyDer::from(made.signing_key.serialize_der());
+    let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate.clone()], key.into())
+        .unwrap();
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let acceptor = acceptor.clone();
+            tokio::spawn(async move {
+                let Ok(mut stream) = acceptor.accept(stream).await else { return };
+                let mut request = Vec::new();
+                while !request.ends_with(b"\r\n\r\n") {
+                    match stream.read_buf(&mut request).await {
+                        Ok(1..) => {}
+                        _ => return,
+                    }
+                }
+                let _ = stream.write_all(answer).await;
+                let _ = stream.read(&mut [0]).await;
+            });
+        }
+    });
+    (addr, certificate)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn https_passes_with_an_expected_status_and_fails_with_what_tls_says() {
+    const OK: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
+    const BUSY: &[u8] = b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n";
+    // A handshake takes a loaded machine longer than a connection.
+    let timing = Timing { timeout: Duration::from_secs(2), ..TIMING };
+    let https = |tls, host: Option<&str>| {
+        let host = host.map(str::to_owned);
+        check(Ask::Http(Http { host, ..request(&[200], Some(tls)) }), timing)
+    };
+    let (named, named_certificate) = tls_server(&["shop.example"], OK).await;
+    let (addressed, its_certificate) = tls_server(&["127.0.0.1"], OK).await;
+    let (busy, busy_certificate) = tls_server(&["shop.example"], BUSY).await;
+    let (plain, _) = server(b"HTTP/1.1 200 OK\r\n\r\n".to_vec(), Then::Hold).await;
+    let trusting = |one: &CertificateDer<'static>| Tls::Verified([one.clone()].into());
+    let name = Some("shop.example");
+    for (addr, health, expected) in [
+        (named, https(Tls::Unverified, None), None),
+        (named, https(Tls::Unverified, name), None),
+        (named, https(trusting(&named_certificate), name), None),
+        (addressed, https(trusting(&its_certificate), None), None),
+        (busy, https(trusting(&busy_certificate), name), Some("answered with status 503")),
+        (
+            named,
+            https(trusting(&its_certificate), name),
+            Some("TLS: invalid peer certificate: Unk"),
+        ),
+        (named, https(trusting(&named_certificate), None), Some("TLS: invalid peer certificate: ")),
+        (
+            addressed,
+            https(trusting(&its_certificate), name),
+            Some("TLS: invalid peer certificate: "),
+        ),
+        (plain, https(Tls::Unverified, None), Some("connected, but no answer within 2s")),
+    ] {
+        let prober = prober(vec![target(addr, &health)]);
+        let report = report(&prober, addr, |r| r.passes >= 2 || r.down).await;
+        let said = report.last_failure.map(|(why, _)| why.to_string());
+        match (&said, expected) {
+            (None, None) => assert!(report.passes >= 2),
+            (Some(said), Some(part)) => assert!(said.contains(part), "{said}"),
+            _ => panic!("{said:?}, not {expected:?}, with {health:?}"),
+        }
+    }
+    // What does not speak TLS says so as soon as it says anything.
+    for (greeting, then, expected) in [
+        ("220 mail.example ESMTP\r\n", Then::Repeat(b"\r\n"), "TLS: its answer is not TLS"),
+        ("", Then::Close, "closed the connection without an answer"),
+    ] {
+        let addr = greeter(greeting, then).await;
+        let prober = prober(vec![target(addr, &https(Tls::Unverified, None))]);
+        let report = report(&prober, addr, |r| r.down).await;
+        assert_eq!(report.last_failure.unwrap().0.to_string(), expected);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backend_goes_down_and_comes_up_by_fall_and_rise() {
     let (held, addr) = refusing();
-    let prober = prober(vec![target(addr, &Health::Tcp(TIMING))]);
+    let prober = prober(vec![target(addr, &tcp(TIMING))]);
     let mut changes = prober.changes();
     let begun = Instant::now();
     let change = next(&mut changes).await.remove(0);
@@ -267,9 +411,9 @@ async fn targets_that_stay_keep_their_state_and_those_that_go_are_silent() {
     let open = (open.local_addr().unwrap(), open);
     let (_first, gone) = refusing();
     let (_second, stays) = refusing();
-    let tcp = Health::Tcp(TIMING);
-    let slow = Health::Tcp(Timing { interval: Duration::from_secs(3600), rise: 1, ..TIMING });
-    let prober = prober(vec![target(gone, &tcp), target(stays, &tcp), target(open.0, &tcp)]);
+    let quick = tcp(TIMING);
+    let slow = tcp(Timing { interval: Duration::from_secs(3600), rise: 1, ..TIMING });
+    let prober = prober(vec![target(gone, &quick), target(stays, &quick), target(open.0, &quick)]);
     report(&prober, stays, |r| r.down).await;
     report(&prober, gone, |r| r.down).await;
     let passes = report(&prober, open.0, |r| r.passes > 0).await.passes;
@@ -280,7 +424,7 @@ async fn targets_that_stay_keep_their_state_and_those_that_go_are_silent() {
     let none: SocketAddr = "127.0.0.1:9".parse().unwrap();
     prober.set_targets(vec![
         target(stays, &slow),
-        target(open.0, &tcp),
+        target(open.0, &quick),
         adopted.clone(),
         adopted,
         target(none, &Health::None),
@@ -291,7 +435,7 @@ async fn targets_that_stay_keep_their_state_and_those_that_go_are_silent() {
     assert_eq!(reports.len(), 3, "{reports:?}");
     assert!(reports[&stays].down && reports[&stays].failures >= 3);
     assert!(reports[&new].down, "as it was adopted, before any check");
-    assert_eq!((reports[&new].failures, reports[&new].last_failure), (0, None));
+    assert_eq!((reports[&new].failures, &reports[&new].last_failure), (0, &None));
     let mut changes = prober.changes();
     let told = next(&mut changes).await;
     assert!(told.iter().all(|change| change.addr == stays && change.down), "{told:?}");
@@ -316,9 +460,9 @@ async fn no_more_checks_are_under_way_than_may_be() {
         }
     });
     let timing = Timing { timeout: Duration::from_millis(50), ..TIMING };
-    let health = Health::Http { path: "/".to_owned(), expect: vec![200], timing };
+    let health = check(Ask::Http(request(&[200], None)), timing);
     let addrs = (1..=64).map(|n| SocketAddr::from(([127, 0, 1, n], port)));
-    let prober = Prober::start(AT_ONCE, |_| {});
+    let prober = started(AT_ONCE, |_| {});
     prober.set_targets(addrs.clone().map(|addr| target(addr, &health)).collect());
     for addr in addrs {
         report(&prober, addr, |r| r.failures >= 2).await;
@@ -336,11 +480,12 @@ async fn five_thousand_targets_are_checked_evenly() {
     let port = listener.local_addr().unwrap().port();
     let timing = Timing {
         interval: Duration::from_secs(2),
+        jitter_percent: 10,
         timeout: Duration::from_secs(2),
         rise: 2,
         fall: 3,
     };
-    let health = Health::Tcp(timing);
+    let health = tcp(timing);
     let addr = |n: u32| SocketAddr::from(((0x7f01_0000 + n).to_be_bytes(), port));
     let prober = prober((0..TARGETS).map(|n| target(addr(n), &health)).collect());
     let reports = prober.reports();

@@ -10,9 +10,9 @@ use std::{
 };
 
 use super::{
-    accounts::Accounts,
     diagnostic::Severity,
     model::{Agent, Capacity, Operators, XdpMode},
+    outside::Outside,
     scalar::{self, Problem, quote},
     sink::Sink,
     source::{At, Span},
@@ -57,7 +57,7 @@ pub(super) struct Placed {
 pub(super) fn read(
     parts: &[Node<'_>],
     main: Span,
-    accounts: &dyn Accounts,
+    outside: &dyn Outside,
     sink: &mut Sink,
 ) -> Placed {
     let span = parts.first().map_or(main, |part| part.span);
@@ -91,7 +91,7 @@ pub(super) fn read(
         Some(node) => node.parse(sink, nat_ports),
         None => None,
     };
-    let operators = operators(&mut fields, accounts, sink);
+    let operators = operators(&mut fields, outside, sink);
     let (capacity, places) = capacity(&mut fields, sink);
     fields.finish(sink);
 
@@ -212,13 +212,13 @@ fn nat_ports(text: &str) -> Result<RangeInclusive<u16>, Problem> {
 /// The number of an account's name, if there is such an account.
 type Lookup<'f> = &'f dyn Fn(&str) -> Option<u32>;
 
-fn operators(fields: &mut Fields<'_>, accounts: &dyn Accounts, sink: &mut Sink) -> Operators {
+fn operators(fields: &mut Fields<'_>, outside: &dyn Outside, sink: &mut Sink) -> Operators {
     let mut table = Fields::new("agent.operators", fields.span);
     for node in fields.take_all("operators") {
         table.merge(&node, sink);
     }
-    let uid: Lookup<'_> = &|name| accounts.uid(name);
-    let gid: Lookup<'_> = &|name| accounts.gid(name);
+    let uid: Lookup<'_> = &|name| outside.uid(name);
+    let gid: Lookup<'_> = &|name| outside.gid(name);
     let mut ids = |keys: [&'static str; 2], what: &str, lookup: Lookup<'_>| {
         let mut ids = BTreeSet::new();
         for key in keys {

@@ -10,19 +10,19 @@
 //! the combinators of `walk` and the texts of `scalar`, `across` compares
 //! services, and `sink` collects what they find into [`Diagnostic`]s.
 //!
-//! Must not know the data plane, nor the host beyond files and accounts:
+//! Must not know the data plane, nor the host beyond files, accounts and certificates:
 //! whether an interface exists or an address answers is `doctor`'s question.
 
 use std::path::{Path, PathBuf};
 
 use toml::de::DeTable;
 
-mod accounts;
 mod across;
 mod agent;
 mod diagnostic;
 mod health;
 pub mod model;
+mod outside;
 mod scalar;
 mod service;
 mod sink;
@@ -31,9 +31,9 @@ mod unsupported;
 mod versions;
 mod walk;
 
-pub use accounts::{Accounts, HostAccounts, NoAccounts};
 pub use diagnostic::{Diagnostic, Excerpt, Place, Related, Severity, render};
 pub use model::Config;
+pub use outside::{Nothing, Outside, ThisHost};
 
 use sink::Sink;
 use source::{Sources, Span};
@@ -67,11 +67,11 @@ pub struct Loaded {
 pub fn load(path: &Path) -> Result<Loaded, Vec<Diagnostic>> {
     let mut sink = Sink::default();
     let sources = Sources::read(path, &mut sink);
-    build(&sources, sink, &HostAccounts)
+    build(&sources, sink, &ThisHost)
 }
 
 /// Reads one file's `text` as the whole configuration, without touching the
-/// disk; `name` stands for its path. Names of users and groups are unknown.
+/// disk; `name` stands for its path. Users, groups and other files are not there.
 ///
 /// ```
 /// use canary_agent::config::{Severity, load_str};
@@ -90,7 +90,7 @@ pub fn load(path: &Path) -> Result<Loaded, Vec<Diagnostic>> {
 /// # Errors
 /// As [`load`].
 pub fn load_str(name: &str, text: &str) -> Result<Loaded, Vec<Diagnostic>> {
-    load_bytes(&[(Path::new(name), text.as_bytes())], &NoAccounts)
+    load_bytes(&[(Path::new(name), text.as_bytes())], &Nothing)
 }
 
 /// Reads `files` (path and content, the main file first) without touching the disk.
@@ -99,20 +99,20 @@ pub fn load_str(name: &str, text: &str) -> Result<Loaded, Vec<Diagnostic>> {
 /// As [`load`].
 pub fn load_bytes(
     files: &[(&Path, &[u8])],
-    accounts: &dyn Accounts,
+    outside: &dyn Outside,
 ) -> Result<Loaded, Vec<Diagnostic>> {
     let mut sink = Sink::default();
     let mut sources = Sources::default();
     for (path, bytes) in files {
         sources.add(path, bytes.to_vec(), &mut sink);
     }
-    build(&sources, sink, accounts)
+    build(&sources, sink, outside)
 }
 
 fn build(
     sources: &Sources,
     mut sink: Sink,
-    accounts: &dyn Accounts,
+    outside: &dyn Outside,
 ) -> Result<Loaded, Vec<Diagnostic>> {
     let documents: Vec<(usize, DeTable<'_>)> = sources
         .texts()
@@ -134,12 +134,12 @@ fn build(
                     .help("write `[[service]]`, with two brackets on each side");
             }
             for item in node.items() {
-                services.extend(service::read(&item, &mut sink));
+                services.extend(service::read(&item, outside, &mut sink));
             }
         }
         root.finish(&mut sink);
     }
-    let agent = agent::read(&agents, main, accounts, &mut sink);
+    let agent = agent::read(&agents, main, outside, &mut sink);
     if no_service {
         sink.absent_anywhere(
             Severity::Warning,

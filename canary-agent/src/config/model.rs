@@ -8,10 +8,12 @@ use std::{
     net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
     path::PathBuf,
+    sync::Arc,
     time::Duration,
 };
 
 use canary_ebpf_common::share::Share;
+use tokio_rustls::rustls::pki_types::CertificateDer;
 
 /// Everything that the configuration files say.
 #[derive(Clone, Debug, PartialEq)]
@@ -189,17 +191,59 @@ pub enum Fallback {
 pub enum Health {
     /// Every backend counts as healthy.
     None,
-    /// A connection is opened and closed.
-    Tcp(Timing),
-    /// A request must be answered with an expected status.
-    Http {
-        /// Request target.
-        path: String,
-        /// Acceptable status codes.
-        expect: Vec<u16>,
-        /// When and how often.
-        timing: Timing,
-    },
+    /// Every backend is checked.
+    Check(Check),
+}
+
+/// How backends are checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Check {
+    /// What is asked of a backend.
+    pub ask: Ask,
+    /// Where it is asked.
+    pub via: Via,
+    /// When and how often.
+    pub timing: Timing,
+}
+
+/// What a check asks of a backend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ask {
+    /// A connection is answered.
+    Tcp,
+    /// A request is answered with an expected status.
+    Http(Http),
+}
+
+/// A request and what is expected of its answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Http {
+    /// Request target.
+    pub path: String,
+    /// Acceptable status codes.
+    pub expect: Vec<u16>,
+    /// The name that is asked for; `None`: the address that is connected to.
+    pub host: Option<String>,
+    /// How the connection is secured; `None` for plain HTTP.
+    pub tls: Option<Tls>,
+}
+
+/// What a check demands of the backend's certificate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Tls {
+    /// Nothing.
+    Unverified,
+    /// That it is in date, for the name that is asked for, and signed by one of these.
+    Verified(Arc<[CertificateDer<'static>]>),
+}
+
+/// `service.health.via`: the address that a check is sent to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Via {
+    /// The backend's own.
+    Backend,
+    /// The service's, in frames to this backend: as its clients' packets come, with `dsr`.
+    Vip,
 }
 
 /// When a backend is checked and how often it must pass or fail.
@@ -207,6 +251,8 @@ pub enum Health {
 pub struct Timing {
     /// From one check to the next.
     pub interval: Duration,
+    /// How much later than at equal distances a check may come, in percent of `interval`.
+    pub jitter_percent: u8,
     /// After which a check has failed.
     pub timeout: Duration,
     /// Passes in a row that bring a backend up.

@@ -9,6 +9,7 @@ use canary_ebpf_common::{abi, share::Share};
 use super::{
     health,
     model::{Existing, Fallback, Forward, Port, Protocol, Service, Stickiness, Version},
+    outside::Outside,
     scalar::{self, Problem, nearest, quote},
     sink::Sink,
     source::{At, Span},
@@ -55,7 +56,7 @@ pub(super) fn port_text(port: Port) -> String {
 }
 
 /// Reads one `[[service]]`.
-pub(super) fn read(node: &Node<'_>, sink: &mut Sink) -> Option<Placed> {
+pub(super) fn read(node: &Node<'_>, outside: &dyn Outside, sink: &mut Sink) -> Option<Placed> {
     let mut fields = node.table("service", sink)?;
     let span = fields.span;
 
@@ -106,7 +107,8 @@ pub(super) fn read(node: &Node<'_>, sink: &mut Sink) -> Option<Placed> {
     let fallback = fields.take("fallback", sink).and_then(|node| {
         node.choice(sink, &[("control", Fallback::Control), ("none", Fallback::None)])
     });
-    let health = fields.take("health", sink).and_then(|node| health::read(&node, sink));
+    let health =
+        fields.take("health", sink).and_then(|node| health::read(&node, forward, outside, sink));
     let buckets = fields.take("buckets", sink).and_then(|node| buckets(&node, sink));
     let hash_key =
         fields.take("hash_key", sink).and_then(|node| node.parse(sink, scalar::hash_key));

@@ -11,7 +11,6 @@ const KEYS: &[&str] = &[
     "service.route",
     "service.slow_start",
     "service.mss",
-    "service.health.via",
 ];
 
 /// Values of `service.forward`.

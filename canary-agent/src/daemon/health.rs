@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
@@ -26,6 +26,9 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             }
             let service: Arc<str> = config.name.as_str().into();
             let health = Arc::new(config.health.clone());
+            let of_family =
+                |v4| config.vips.iter().copied().filter(|v| v.is_ipv4() == v4).collect();
+            let (v4, v6): (Arc<[IpAddr]>, Arc<[IpAddr]>) = (of_family(true), of_family(false));
             // In two versions, a backend is still checked once.
             let mut down: BTreeMap<SocketAddr, bool> = BTreeMap::new();
             for backend in state.tables().iter().flat_map(|table| table.backends()) {
@@ -35,6 +38,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 service: Arc::clone(&service),
                 addr,
                 health: Arc::clone(&health),
+                vips: Arc::clone(if addr.is_ipv4() { &v4 } else { &v6 }),
                 down,
             }));
         }

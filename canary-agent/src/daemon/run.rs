@@ -209,7 +209,9 @@ async fn serve(config: Arc<Config>, datapath: Datapath, adopted: Adopted) -> any
 
     // What fails a check may have another MAC address by now.
     let doubts = Arc::clone(&resolver);
-    let prober = Prober::start(health::checks_at_once(), move |addr| doubts.suspect(addr));
+    let prober = Prober::start(health::checks_at_once(), resolver.updates(), move |addr| {
+        doubts.suspect(addr);
+    });
     prober.set_targets(state.targets());
     state.show_checks(prober.reports());
 

@@ -230,7 +230,7 @@ fn backend_status(
 }
 
 fn why_down(report: Option<&Report>) -> String {
-    match report.and_then(|report| report.last_failure) {
+    match report.and_then(|report| report.last_failure.as_ref()) {
         Some((failure, _)) => format!("it fails its checks: {failure}"),
         None => "it failed its checks before the agent started, and is checked again".to_owned(),
     }
@@ -243,8 +243,8 @@ fn check_status(report: &Report) -> CheckStatus {
         failures: *failures,
         since_seconds: since.elapsed().as_secs_f64(),
         latency_seconds: latency.map(|latency| latency.as_secs_f64()),
-        last_failure: last_failure.map(|(failure, _)| failure.to_string()),
-        last_failure_seconds: last_failure.map(|(_, at)| at.elapsed().as_secs_f64()),
+        last_failure: last_failure.as_ref().map(|(failure, _)| failure.to_string()),
+        last_failure_seconds: last_failure.as_ref().map(|(_, at)| at.elapsed().as_secs_f64()),
     }
 }
 

@@ -18,7 +18,7 @@ use super::{Change, Failure, Outcome};
 const TROUBLE: Duration = Duration::from_secs(10);
 
 /// What is known of one target.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
     /// Whether it is down.
     pub down: bool,
@@ -70,12 +70,12 @@ impl Reports {
     pub fn of_service(&self, service: &str) -> HashMap<SocketAddr, Report> {
         let board = self.board();
         let slots = board.services.get(service).into_iter().flatten();
-        slots.map(|(addr, slot)| (*addr, slot.report)).collect()
+        slots.map(|(addr, slot)| (*addr, slot.report.clone())).collect()
     }
 
     /// That of one backend of a service.
     pub fn of_backend(&self, service: &str, addr: SocketAddr) -> Option<Report> {
-        Some(self.board().services.get(service)?.get(&addr)?.report)
+        Some(self.board().services.get(service)?.get(&addr)?.report.clone())
     }
 
     /// Why this host could not check a backend a moment ago, if so.
@@ -159,10 +159,11 @@ impl Reports {
                 continue;
             };
             slot.queued = false;
-            let Report { down, last_failure, .. } = slot.report;
+            let Report { down, ref last_failure, .. } = slot.report;
             if slot.told_down != down {
                 slot.told_down = down;
-                news.push(Change { service, addr, down, why: last_failure.map(|(why, _)| why) });
+                let why = last_failure.as_ref().map(|(why, _)| why.clone());
+                news.push(Change { service, addr, down, why });
             }
         }
         news

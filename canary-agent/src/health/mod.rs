@@ -7,7 +7,8 @@
 //!
 //! A check uses a source address and port that the kernel chooses, so it never takes
 //! one of those that translated flows use ([`crate::resolve::reserve_ports`]), and
-//! the program passes its answers to the host.
+//! the program passes its answers to the host. That holds for those `via = "vip"` too,
+//! which have a TCP of their own besides (`direct`).
 //!
 //! Each backend is checked at points in time of its own, computed from its service's
 //! name and its address ([`Pace`]): thousands of them make no storm, at no time. The
@@ -15,12 +16,14 @@
 //! reported ([`Changes`]), and what flaps meanwhile is reported once.
 //!
 //! `checker` and `pace` are functions of plain values; `board` is the memory that
-//! status reads; `probe` and `task` are the shell.
+//! status reads; `probe`, `direct` and `task` are the shell.
 
 mod board;
 mod checker;
+mod direct;
 mod pace;
 mod probe;
+mod secure;
 mod task;
 
 use std::{
@@ -39,12 +42,13 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
+use self::direct::Direct;
 pub use self::{
     board::{Report, Reports},
     checker::Checker,
     pace::Pace,
 };
-use crate::config::model;
+use crate::{config::model, resolve::Update};
 
 /// Changes within this time of the first are reported together.
 const COALESCE: Duration = Duration::from_millis(20);
@@ -63,13 +67,16 @@ pub struct Target {
     pub addr: SocketAddr,
     /// How. With [`model::Health::None`] it is not checked at all.
     pub health: Arc<model::Health>,
+    /// The service's addresses of its family, for checks `via = "vip"`: each has to be
+    /// answered for.
+    pub vips: Arc<[IpAddr]>,
     /// Whether it counts as down until it has passed often enough. Only for targets
     /// that are new; of the others the checks know better.
     pub down: bool,
 }
 
 /// What a check came to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// It passed, after this time.
     Passed(Duration),
@@ -80,7 +87,7 @@ pub enum Outcome {
 }
 
 /// Why a check failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Failure {
     /// The connection was refused, or there is no way to the backend.
     #[error("can't connect: {}", .0.desc())]
@@ -106,6 +113,20 @@ pub enum Failure {
     /// The answer is something else.
     #[error("its answer is not HTTP/1")]
     NotHttp,
+    /// No secure connection, or it broke: what the TLS library says.
+    #[error("TLS: {0}")]
+    Tls(Arc<str>),
+    /// There is no way to send it a frame: why not.
+    #[error("no next hop: {0}")]
+    NoNextHop(Arc<str>),
+    /// It failed at a VIP of the service.
+    #[error("through the VIP {vip}: {failure}")]
+    ThroughVip {
+        /// Which.
+        vip: IpAddr,
+        /// Why.
+        failure: Arc<Failure>,
+    },
     /// The configured path can't be sent.
     #[error("`health.path` is not a request target")]
     Path,
@@ -130,22 +151,29 @@ pub struct Change {
 /// use std::{sync::Arc, time::Duration};
 ///
 /// use canary_agent::{
-///     config::model::{Health, Timing},
+///     config::model::{Ask, Check, Health, Timing, Via},
 ///     health::{self, Prober, Target},
+///     resolve::Resolver,
 /// };
 ///
-/// # async fn follow() -> Result<(), std::net::AddrParseError> {
+/// # async fn follow() -> Result<(), Box<dyn std::error::Error>> {
 /// let timing = Timing {
 ///     interval: Duration::from_secs(2),
+///     jitter_percent: 10,
 ///     timeout: Duration::from_secs(1),
 ///     rise: 2,
 ///     fall: 3,
 /// };
-/// let prober = Prober::start(health::checks_at_once(), |addr| println!("{addr} failed a check"));
+/// // Only checks `via = "vip"` ask it.
+/// let resolver = Resolver::start()?;
+/// let prober = Prober::start(health::checks_at_once(), resolver.updates(), |addr| {
+///     println!("{addr} failed a check");
+/// });
 /// prober.set_targets(vec![Target {
 ///     service: "shop".into(),
 ///     addr: "10.0.1.1:8443".parse()?,
-///     health: Arc::new(Health::Tcp(timing)),
+///     health: Arc::new(Health::Check(Check { ask: Ask::Tcp, via: Via::Backend, timing })),
+///     vips: [].into(),
 ///     down: false,
 /// }]);
 /// let mut changes = prober.changes();
@@ -167,17 +195,28 @@ pub struct Prober {
 
 impl Prober {
     /// Starts without a target. At most `at_once` checks are under way at a time; what is due
-    /// beyond that waits. `on_failure` is told of every check that fails, on a thread of the
+    /// beyond that waits. Checks `via = "vip"` go to the next hops in `hops`, by the backends'
+    /// addresses. `on_failure` is told of every check that fails, on a thread of the
     /// runtime: it must be quick.
     ///
     /// # Panics
     /// Outside a tokio runtime.
-    pub fn start(at_once: usize, on_failure: impl Fn(IpAddr) + Send + 'static) -> Self {
+    pub fn start(
+        at_once: usize,
+        hops: watch::Receiver<Update>,
+        on_failure: impl Fn(IpAddr) + Send + 'static,
+    ) -> Self {
         let (targets, wanted) = watch::channel(Arc::default());
         let (tell, news) = watch::channel(());
         let reports = Reports::default();
-        let task =
-            task::Task::new(at_once.max(1), wanted, reports.clone(), tell, Box::new(on_failure));
+        let task = task::Task::new(
+            at_once.max(1),
+            wanted,
+            reports.clone(),
+            tell,
+            Box::new(on_failure),
+            Direct::new(hops),
+        );
         let task = tokio::spawn(task.run()).abort_handle();
         Self { targets, reports, news, task }
     }

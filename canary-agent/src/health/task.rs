@@ -15,7 +15,11 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use super::{Checker, Outcome, Pace, Reports, Target, probe::Probe};
+use super::{
+    Checker, Outcome, Pace, Reports, Target,
+    direct::Direct,
+    probe::{Method, Probe},
+};
 use crate::config::model::Health;
 
 /// A target's number. A target that is checked in another way gets another, so that
@@ -27,6 +31,7 @@ struct Entry {
     service: Arc<str>,
     addr: SocketAddr,
     health: Arc<Health>,
+    vips: Arc<[IpAddr]>,
     probe: Probe,
     checker: Checker,
     pace: Pace,
@@ -46,6 +51,7 @@ pub(super) struct Task {
     reports: Reports,
     tell: watch::Sender<()>,
     on_failure: Box<dyn Fn(IpAddr) + Send>,
+    direct: Arc<Direct>,
     began: Instant,
     next_id: Id,
     entries: HashMap<Id, Entry>,
@@ -67,6 +73,7 @@ impl Task {
         reports: Reports,
         tell: watch::Sender<()>,
         on_failure: Box<dyn Fn(IpAddr) + Send>,
+        direct: Direct,
     ) -> Self {
         Self {
             at_once,
@@ -74,6 +81,7 @@ impl Task {
             reports,
             tell,
             on_failure,
+            direct: Arc::new(direct),
             began: Instant::now(),
             next_id: 0,
             entries: HashMap::new(),
@@ -180,14 +188,20 @@ impl Task {
             .collect();
         let now = Instant::now();
         let mut entries = HashMap::with_capacity(targets.len());
-        for Target { service, addr, health, down } in targets {
-            let Some((probe, timing)) = Probe::new(*addr, health) else {
+        // What the backends of a service have in common is made once.
+        let mut methods: HashMap<*const Health, Option<Arc<Method>>> = HashMap::new();
+        for Target { service, addr, health, vips, down } in targets {
+            let method = methods
+                .entry(Arc::as_ptr(health))
+                .or_insert_with(|| Method::new(health, &self.direct).map(Arc::new));
+            let Some(method) = method else {
                 continue;
             };
+            let timing = method.timing();
             let key = (Arc::clone(service), *addr);
             let old = before.remove(&key).and_then(|id| Some((id, self.entries.remove(&id)?)));
             let up = match old {
-                Some((id, entry)) if entry.health == *health => {
+                Some((id, entry)) if entry.health == *health && entry.vips == *vips => {
                     entries.insert(id, entry);
                     continue;
                 }
@@ -198,12 +212,13 @@ impl Task {
                 }
                 None => !down,
             };
-            let pace = Pace::new(service, *addr, timing.interval);
+            let pace = Pace::new(service, *addr, timing.interval, timing.jitter_percent);
             let entry = Entry {
                 service: Arc::clone(service),
                 addr: *addr,
                 health: Arc::clone(health),
-                probe,
+                vips: Arc::clone(vips),
+                probe: Probe::new(*addr, Arc::clone(vips), Arc::clone(method)),
                 checker: Checker::new(timing.rise, timing.fall, up),
                 pace,
                 interval: timing.interval,

@@ -6,8 +6,8 @@ use std::{path::Path, time::Duration};
 use canary_agent::config::{
     load_bytes, load_str,
     model::{
-        Agent, Backend, Capacity, Config, Existing, Fallback, Forward, Health, Operators, Port,
-        Protocol, Service, Stickiness, Timing, Version, XdpMode,
+        Agent, Ask, Backend, Capacity, Check, Config, Existing, Fallback, Forward, Health, Http,
+        Operators, Port, Protocol, Service, Stickiness, Timing, Tls, Version, Via, XdpMode,
     },
     render,
 };
@@ -40,7 +40,17 @@ fn backend(addr: &str, weight: u32) -> Backend {
 }
 
 fn timing() -> Timing {
-    Timing { interval: Duration::from_secs(2), timeout: Duration::from_secs(1), rise: 2, fall: 3 }
+    Timing {
+        interval: Duration::from_secs(2),
+        jitter_percent: 10,
+        timeout: Duration::from_secs(1),
+        rise: 2,
+        fall: 3,
+    }
+}
+
+fn tcp() -> Health {
+    Health::Check(Check { ask: Ask::Tcp, via: Via::Backend, timing: timing() })
 }
 
 #[test]
@@ -70,7 +80,7 @@ fn the_contracts_example_is_read_whole() {
         quic: false,
         fallback: Fallback::Control,
         split: [("v2".to_owned(), "5%".parse().expect("a share"))].into(),
-        health: Health::Tcp(timing()),
+        health: tcp(),
         buckets: 65_536,
         hash_key: DERIVED_FOR_SHOP,
         versions: vec![
@@ -104,7 +114,7 @@ fn what_is_left_out_has_its_default() {
     assert_eq!(service.udp_idle, Duration::from_secs(30));
     assert!(!service.quic);
     assert_eq!(service.fallback, Fallback::Control);
-    assert_eq!(service.health, Health::Tcp(timing()));
+    assert_eq!(service.health, tcp());
     assert_eq!(service.buckets, 65_536);
     assert!(service.split.is_empty() && service.nat_source.is_empty());
 }
@@ -140,7 +150,14 @@ fn every_key_reaches_the_model() {
         split = { v3 = "64/65536" }
         buckets = 4096
         hash_key = "000102030405060708090a0b0c0d0e0f"
-        health = { type = "http", path = "/healthz?a=b", expect = [200, 204], interval = "200ms" }
+        health.type = "https"
+        health.path = "/healthz?a=b"
+        health.expect = [200, 204]
+        health.host = "shop.example"
+        health.verify = false
+        health.via = "vip"
+        health.interval = "200ms"
+        health.jitter = "25 %"
         versions.v3.backends = "[2001:db8::a]:80"
         versions.old.backends = [{ addr = "[2001:db8::b]:443", weight = 65535 }, { addr = "[2001:db8::c]:80", weight = 0 }]
     "#;
@@ -190,11 +207,16 @@ fn every_key_reaches_the_model() {
     let interval = Duration::from_millis(200);
     assert_eq!(
         service.health,
-        Health::Http {
-            path: "/healthz?a=b".into(),
-            expect: vec![200, 204],
-            timing: Timing { interval, timeout: interval, ..timing() },
-        }
+        Health::Check(Check {
+            ask: Ask::Http(Http {
+                path: "/healthz?a=b".into(),
+                expect: vec![200, 204],
+                host: Some("shop.example".into()),
+                tls: Some(Tls::Unverified),
+            }),
+            via: Via::Vip,
+            timing: Timing { interval, jitter_percent: 25, timeout: interval, ..timing() },
+        })
     );
 }
 

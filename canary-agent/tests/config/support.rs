@@ -1,8 +1,9 @@
 //! What the other modules share.
 
-use std::path::Path;
+use std::{io, path::Path};
 
-use canary_agent::config::{Accounts, Diagnostic, Loaded, load_str, render};
+use canary_agent::config::{Diagnostic, Loaded, Outside, load_str, render};
+use tokio_rustls::rustls::pki_types::CertificateDer;
 
 pub(crate) const MAIN: &str = "agent.toml";
 pub(crate) const AGENT: &str = "[agent]\ninterfaces = [\"eth0\"]\n";
@@ -38,16 +39,38 @@ backends = ["10.0.1.1:8443", { addr = "10.0.1.2:8443", weight = 2 }, "[2001:db8:
 backends = ["10.0.2.1:8443"]
 "#;
 
-/// A host with the users and groups that the cases name.
+/// A certificate of an authority, as a PEM file.
+pub(crate) fn authority() -> String {
+    rcgen::generate_simple_self_signed(["ca.example".to_owned()]).expect("one").cert.pem()
+}
+
+/// A host with the users, groups and files that the cases name.
 pub(crate) struct Host;
 
-impl Accounts for Host {
+impl Outside for Host {
     fn uid(&self, name: &str) -> Option<u32> {
         (name == "alice").then_some(1000)
     }
 
     fn gid(&self, name: &str) -> Option<u32> {
         (name == "ops").then_some(2000)
+    }
+
+    fn file(&self, path: &Path) -> io::Result<Vec<u8>> {
+        match path.to_str() {
+            Some("/etc/canary/ca.pem") => Ok(authority().into_bytes()),
+            Some("/etc/canary/key.pem") => {
+                Ok(b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n".into())
+            }
+            Some("/etc/canary/odd.pem") => {
+                Ok(b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n".into())
+            }
+            _ => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+
+    fn authorities(&self) -> Vec<CertificateDer<'static>> {
+        Vec::new()
     }
 }
 

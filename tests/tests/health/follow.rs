@@ -1,4 +1,4 @@
-//! Health checks end to end: real servers that stop and come back, and where the
+//! New connections follow the checks: real servers that stop and come back, and where the
 //! real agent sends real connections meanwhile.
 
 use std::{
@@ -18,21 +18,12 @@ use canary_tests::{
 };
 use nix::sys::signal::Signal;
 
-const INTERVAL: Duration = Duration::from_millis(200);
-const TIMEOUT: Duration = Duration::from_millis(150);
-const FALL: u32 = 3;
-
-/// What a loaded machine may add to a time that is asked for.
-const SLACK: Duration = Duration::from_secs(1);
+use crate::{DOWN_WITHIN, FALL, pace};
 
 /// `shop` falls back to control, `echo` to nobody, and all of `echo` is on v2.
 fn services(topology: &Topology) -> String {
     let common = "forward = \"nat\"\nstickiness = \"client\"\ncontrol = \"stable\"\nbuckets = 4096";
-    let pace = format!(
-        "interval = \"{}ms\", timeout = \"{}ms\", rise = 2, fall = {FALL}",
-        INTERVAL.as_millis(),
-        TIMEOUT.as_millis()
-    );
+    let pace = pace();
     format!(
         "[[service]]\nname = \"shop\"\nvip = \"{VIP_V4}\"\nports = \"tcp/{HTTP_PORT}\"\n{common}\n\
          split = {{ v2 = \"50%\" }}\nhealth = {{ type = \"http\", path = \"/\", {pace} }}\n{}\n\
@@ -113,7 +104,7 @@ fn new_connections_follow_the_checks_and_versions_keep_their_shares() {
     let status = wait_down(&agent, 2);
     let took = stopped.elapsed();
     println!("a stopped server was down after {took:?}");
-    assert!(took < INTERVAL * FALL * 11 / 10 + TIMEOUT + SLACK, "{took:?}");
+    assert!(took < DOWN_WITHIN, "{took:?}");
     assert_eq!(reached(&topology, 100), set(["stable-1", "stable-3", "v2-1", "v2-2"]));
     assert_eq!(shares(&status), shares(&begun));
     let (gone, before) = (backend(&status, "stable-2"), backend(&begun, "stable-2"));
