@@ -7,9 +7,10 @@
 //! network namespace of the thread that calls [`Resolver::start`],
 //! [`VipManager::open`] or [`reserve_ports`]; nothing here enters another.
 //!
-//! `wire`, `tables`, `choose`, `care` and the planning half of `vip` are functions of plain
+//! `wire`, `tables`, `choose`, `care`, `answers` and the planning half of `vip` are functions of plain
 //! values; `netlink`, `verify` and `task` are the shell around them.
 
+mod answers;
 mod care;
 mod choose;
 mod netlink;
@@ -250,7 +251,7 @@ impl Resolver {
     }
 
     /// Says that `destination` seems not to be reached, a failed probe for instance: its
-    /// neighbour is asked at once whether its MAC address is still the same. With up to sixty
+    /// neighbour is asked at once whether its MAC address is still the same. With up to 300
     /// neighbours each is asked every 600 ms in any case.
     pub fn suspect(&self, destination: IpAddr) {
         // Dropped when there are too many.

@@ -13,8 +13,8 @@ use nix::{errno::Errno, sys::socket::sockopt};
 use rtnetlink::{
     MulticastGroup,
     packet_core::{
-        NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_EXCL, NLM_F_REQUEST,
-        NLMSG_DONE, NLMSG_ERROR, NLMSG_OVERRUN, NetlinkBuffer, NetlinkMessage,
+        NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_EXCL, NLM_F_REPLACE,
+        NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NLMSG_OVERRUN, NetlinkBuffer, NetlinkMessage,
     },
     sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket, protocols::NETLINK_ROUTE},
 };
@@ -57,6 +57,8 @@ pub(super) enum Mode {
     CreateNew,
     /// Changes or removes what is there; answered with success or an error.
     Change,
+    /// As `Change`, in place of what it says; answered with success or an error.
+    Replace,
 }
 
 /// An answer: the message where one was asked for, or the kernel's refusal.
@@ -105,6 +107,7 @@ impl Requests {
                     Mode::Create => NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE,
                     Mode::CreateNew => NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL,
                     Mode::Change => NLM_F_REQUEST | NLM_F_ACK,
+                    Mode::Replace => NLM_F_REQUEST | NLM_F_ACK | NLM_F_REPLACE,
                 };
                 self.append(&mut datagram, message, flags);
                 count += 1;

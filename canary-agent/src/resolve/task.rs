@@ -16,11 +16,12 @@ use tokio::sync::{mpsc, watch};
 
 use super::{
     Unresolved, Update, Wants,
+    answers::Answers,
     care::Care,
     choose::{self, Route},
     netlink::{Heard, Mode, Monitor, Requests},
     tables::{Stale, Standing, Tables},
-    verify::{Question, Verifier},
+    verify::{Answer, Question, Verifier},
     wire::{self, Message, NeighbourKey},
 };
 
@@ -34,10 +35,10 @@ const TURN: Duration = Duration::from_millis(100);
 const ROUTE_PAUSE_MAX: Duration = Duration::from_millis(500);
 const DISCARD_PORT: u16 = 9;
 /// Known neighbours are asked whether they are still the same all in turn, some each tick:
-/// each in every sixth tick while they are few, and never more than a hundred a second.
+/// each in every sixth tick while they are few, and never more than 500 a second.
 const VERIFY_TICK: Duration = Duration::from_millis(100);
 const VERIFY_TICKS_A_ROUND: usize = 6;
-const VERIFY_IN_A_TICK_MAX: usize = 10;
+const VERIFY_IN_A_TICK_MAX: usize = 50;
 /// After the kernel could not be asked.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -67,6 +68,7 @@ pub(super) struct Task {
     /// For neighbours that can only be used by sending to them; opened when first needed.
     discard: Option<UdpSocket>,
     verifier: Option<Verifier>,
+    answers: Answers,
     /// Neighbours to ask, each with our address towards it.
     rounds: VecDeque<(NeighbourKey, IpAddr)>,
     /// Addresses whose next hop somebody doubts.
@@ -105,6 +107,7 @@ impl Task {
             turn_left: 0,
             discard: None,
             verifier,
+            answers: Answers::default(),
             rounds: VecDeque::new(),
             suspects,
             verify_at: now,
@@ -131,6 +134,7 @@ impl Task {
                 }
                 Some(address) = self.suspects.recv() => self.verify_address(address),
                 heard = self.monitor.hear() => self.take_in(heard).await,
+                answer = answer(self.verifier.as_ref()) => self.take_answer(answer),
                 () = timer => {}
             }
             if let Err(error) = self.work().await {
@@ -149,7 +153,8 @@ impl Task {
             _ => due,
         });
         let verify = (!self.rounds.is_empty()).then_some(self.verify_at);
-        [self.settle_at, self.routes_at, turn, verify].into_iter().flatten().min()
+        let moved = self.answers.next();
+        [self.settle_at, self.routes_at, turn, verify, moved].into_iter().flatten().min()
     }
 
     /// A burst is settled a fixed time after its first change, however long it goes on.
@@ -216,7 +221,7 @@ impl Task {
             self.verify_at = now + VERIFY_TICK;
             self.verify_some();
         }
-        Ok(())
+        self.tell_moves(Instant::now()).await
     }
 
     async fn settle(&mut self) -> io::Result<()> {
@@ -232,6 +237,7 @@ impl Task {
         }
         self.care.want(&needed, Instant::now());
         self.tables.keep_troubles(|key| needed.contains_key(&key));
+        self.answers.keep(|key| needed.contains_key(&key));
         // Those that stay keep their places, so that a busy host still gets round to all.
         self.rounds.retain(|(key, source)| {
             let stays = needed.get(key) == Some(source);
@@ -355,13 +361,13 @@ impl Task {
         }
     }
 
-    fn verify_address(&self, address: IpAddr) {
-        if let Some(Ok(route)) = self.routes.get(&address) {
-            self.verify(route.neighbour, route.source);
+    fn verify_address(&mut self, address: IpAddr) {
+        if let Some(Ok(Route { neighbour, source })) = self.routes.get(&address) {
+            self.verify(*neighbour, *source);
         }
     }
 
-    fn verify(&self, key: NeighbourKey, source: IpAddr) {
+    fn verify(&mut self, key: NeighbourKey, source: IpAddr) {
         let (Some(verifier), Some(link)) = (&self.verifier, self.tables.link(key.ifindex)) else {
             return;
         };
@@ -375,6 +381,52 @@ impl Task {
         if let Err(error) = verifier.ask(&question) {
             tracing::debug!(?question, %error, "cannot ask a neighbour");
         }
+        self.answers.asked(key, Instant::now());
+    }
+
+    fn take_answer(&mut self, answer: io::Result<Answer>) {
+        match answer {
+            Ok(Answer { ifindex, neighbour, mac }) => {
+                let key = NeighbourKey { ifindex, address: neighbour.into() };
+                if let Some(known) = self.tables.mac(key) {
+                    self.answers.answered(key, mac, known, Instant::now());
+                }
+            }
+            Err(error) => {
+                tracing::warn!(
+                    %error,
+                    "ARP answers can't be heard: a MAC address that changes within a second \
+                     of another change is followed a second late"
+                );
+                self.verifier = None;
+            }
+        }
+    }
+
+    /// Tells the kernel which neighbours have answered with another MAC address. If its entry
+    /// says so by now, that changes nothing.
+    async fn tell_moves(&mut self, now: Instant) -> io::Result<()> {
+        let moved = self.answers.take(now);
+        if moved.is_empty() {
+            return Ok(());
+        }
+        let (keys, messages): (Vec<_>, Vec<_>) = moved
+            .into_iter()
+            .filter(|(key, mac)| {
+                let standing = self.tables.standing(*key);
+                matches!(standing, Standing::Good | Standing::Aged)
+                    && self.tables.mac(*key) != Some(*mac)
+            })
+            .map(|(key, mac)| (key, (Mode::Replace, wire::neighbour_moved(key, mac))))
+            .unzip();
+        let answers = self.requests.exchange(messages).await?;
+        for (key, answer) in keys.into_iter().zip(answers) {
+            if let Err(errno) = answer {
+                // It is just being removed: the change is on its way.
+                tracing::debug!(?key, %errno, "a neighbour's entry can't be changed");
+            }
+        }
+        Ok(())
     }
 
     fn publish(&self) {
@@ -398,6 +450,13 @@ impl Task {
             replace(&mut update.addresses, addresses, &mut changed);
             changed
         });
+    }
+}
+
+async fn answer(verifier: Option<&Verifier>) -> io::Result<Answer> {
+    match verifier {
+        Some(verifier) => verifier.hear().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -4,9 +4,12 @@
 //! `arp_notify` or `ndisc_notify` is set), and the kernel asks only the old address, some
 //! time within a minute. So the question that anybody may answer, a broadcast ARP request
 //! or a neighbour solicitation to the solicited-node group, is sent from here. The answer
-//! goes to the kernel, whose neighbour table changes, which is heard like any change.
+//! goes to the kernel, whose neighbour table changes, which is heard like any change. ARP
+//! answers are heard here as well: the kernel does not heed all of them
+//! ([`super::answers`]).
 //!
-//! Owns a packet socket that only sends. Must not know which neighbours are asked, or when.
+//! Owns a packet socket that sends and one that hears ARP answers. Must not know which
+//! neighbours are asked, or when, nor what follows from an answer.
 
 use std::{
     io,
@@ -14,11 +17,24 @@ use std::{
     os::fd::{AsRawFd, OwnedFd},
 };
 
-use nix::sys::socket::{AddressFamily, SockFlag, SockType};
+use nix::{
+    errno::Errno,
+    sys::socket::{AddressFamily, LinkAddr, SockFlag, SockType, recvfrom},
+};
+use socket2::{Domain, Protocol, SockFilter, Socket, Type};
+use tokio::io::{Interest, unix::AsyncFd};
 
 const BROADCAST: [u8; 6] = [0xff; 6];
 /// RFC 826, for Ethernet and IPv4.
 const ARP_LEN: usize = 28;
+/// Lets ARP answers through: a link may carry thousands of questions a second. The half
+/// word at offset 6 is the operation; the codes are those of linux/bpf_common.h.
+const ANSWERS_ONLY: [SockFilter; 4] = [
+    SockFilter::new(0x28, 0, 0, 6),
+    SockFilter::new(0x15, 0, 1, 2),
+    SockFilter::new(0x06, 0, 0, u32::MAX),
+    SockFilter::new(0x06, 0, 0, 0),
+];
 /// An IPv6 header (RFC 8200), a solicitation (RFC 4861, section 4.3) and one option.
 const IPV6_LEN: usize = 40;
 const SOLICITATION_LEN: usize = 32;
@@ -41,13 +57,28 @@ pub(super) struct Question {
 /// What goes over the link: EtherType, destination and payload.
 type Frame = (u16, [u8; 6], Vec<u8>);
 
-/// The socket.
+/// Says which MAC address a neighbour has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Answer {
+    /// The interface that it came by.
+    pub(super) ifindex: u32,
+    /// The neighbour.
+    pub(super) neighbour: Ipv4Addr,
+    /// Its MAC address.
+    pub(super) mac: [u8; 6],
+}
+
+/// The sockets.
 pub(super) struct Verifier {
     socket: OwnedFd,
+    answers: AsyncFd<OwnedFd>,
 }
 
 impl Verifier {
-    /// Opens the socket in the network namespace of the calling thread.
+    /// Opens the sockets in the network namespace of the calling thread.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
     pub(super) fn open() -> io::Result<Self> {
         // Without a protocol nothing is ever received.
         let socket = nix::sys::socket::socket(
@@ -56,7 +87,35 @@ impl Verifier {
             SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
             None,
         )?;
-        Ok(Self { socket })
+        let protocol = Protocol::from(i32::from((libc::ETH_P_ARP as u16).to_be()));
+        let answers = Socket::new(Domain::PACKET, Type::DGRAM.nonblocking(), Some(protocol))?;
+        answers.attach_filter(&ANSWERS_ONLY)?;
+        let answers = OwnedFd::from(answers);
+        // SAFETY: an `OwnedFd` names the same descriptor for as long as it lives.
+        let answers = unsafe { AsyncFd::register_with_interest(answers, Interest::READABLE)? };
+        Ok(Self { socket, answers })
+    }
+
+    /// Waits for an ARP answer. Nothing is lost when the future is dropped.
+    pub(super) async fn hear(&self) -> io::Result<Answer> {
+        let mut packet = [0; ARP_LEN];
+        loop {
+            let mut ready = self.answers.readable().await?;
+            let fd = self.answers.as_raw_fd();
+            match recvfrom::<LinkAddr>(fd, &mut packet) {
+                Ok((length, from)) => {
+                    let ifindex = from.and_then(|from| u32::try_from(from.ifindex()).ok());
+                    let answer = arp_answer(&packet[..length]);
+                    if let (Some(ifindex), Some((neighbour, mac))) = (ifindex, answer) {
+                        return Ok(Answer { ifindex, neighbour, mac });
+                    }
+                }
+                Err(Errno::EAGAIN) => ready.clear_ready(),
+                // An interface went down.
+                Err(Errno::ENETDOWN | Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
     }
 
     /// Sends one question.
@@ -119,6 +178,15 @@ fn arp_request(neighbour: Ipv4Addr, source: Ipv4Addr, source_mac: [u8; 6]) -> [u
     packet
 }
 
+/// Who answers, with which MAC address (RFC 826); `None` for what is no answer.
+fn arp_answer(packet: &[u8]) -> Option<(Ipv4Addr, [u8; 6])> {
+    // Ethernet, IPv4, their lengths, reply.
+    let rest = packet.strip_prefix(&[0, 1, 8, 0, 6, 4, 0, 2])?;
+    let mac = rest.first_chunk::<6>()?;
+    let address = rest.get(6..)?.first_chunk::<4>()?;
+    Some((Ipv4Addr::from(*address), *mac))
+}
+
 fn solicitation(neighbour: Ipv6Addr, source: Ipv6Addr, source_mac: [u8; 6]) -> Vec<u8> {
     let [.., a, b, c] = neighbour.octets();
     let mut group = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 1, 0xff00, 0).octets();
@@ -177,6 +245,18 @@ mod tests {
         assert_eq!(packet, expected);
         assert_eq!(frame(&question("fe80::1", "10.0.0.1")), None);
         assert_eq!(frame(&question("fe80::1", "::")), None);
+    }
+
+    #[test]
+    fn only_arp_answers_are_answers() {
+        let (_, _, mut packet) = frame(&question("10.0.0.2", "10.0.0.1")).unwrap();
+        assert_eq!(arp_answer(&packet), None, "a question");
+        packet[7] = 2;
+        let expected = (Ipv4Addr::new(10, 0, 0, 1), MAC);
+        assert_eq!(arp_answer(&packet), Some(expected));
+        for length in 0..18 {
+            assert_eq!(arp_answer(&packet[..length]), None);
+        }
     }
 
     #[test]

@@ -244,6 +244,17 @@ pub(super) fn neighbour_use(key: NeighbourKey) -> RouteNetlinkMessage {
     RouteNetlinkMessage::NewNeighbour(message)
 }
 
+/// Tells the kernel that a neighbour has another MAC address.
+pub(super) fn neighbour_moved(key: NeighbourKey, mac: [u8; 6]) -> RouteNetlinkMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = family_of(key.address).0;
+    message.header.ifindex = key.ifindex;
+    message.header.state = NeighbourState::Reachable;
+    message.attributes.push(NeighbourAttribute::Destination(key.address.into()));
+    message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.to_vec()));
+    RouteNetlinkMessage::NewNeighbour(message)
+}
+
 /// Asks for all links.
 pub(super) fn all_links() -> RouteNetlinkMessage {
     RouteNetlinkMessage::GetLink(LinkMessage::default())

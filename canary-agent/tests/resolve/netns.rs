@@ -127,13 +127,18 @@ impl Peer {
             "link add {ours} address 02:00:00:00:00:01 type veth \
              peer name {theirs} address 02:00:00:00:00:02"
         ));
-        ip(&format!("link set {theirs} netns {}", self.path));
+        self.take(theirs);
         self.ip(&format!("address add 10.0.{net}.2/24 brd + dev {theirs}"));
         self.ip(&format!("address add 2001:db8:{net}::2/64 dev {theirs} nodad"));
         self.ip(&format!("link set {theirs} up"));
         ip(&format!("address add 10.0.{net}.1/24 brd + dev {ours}"));
         ip(&format!("address add 2001:db8:{net}::1/64 dev {ours} nodad"));
         ip(&format!("link set {ours} up"));
+    }
+
+    /// Moves a link of the calling thread's namespace here.
+    pub(crate) fn take(&self, link: &str) {
+        ip(&format!("link set {link} netns {}", self.path));
     }
 
     /// `ip` on the peer.

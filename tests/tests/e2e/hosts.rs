@@ -130,14 +130,6 @@ fn follow_mac(test: &str, way: Way, family: Family) {
     flow.ask(b"before").expect("an answer");
     let mut outages = Vec::new();
     for round in 1..=ROUNDS {
-        // The kernel lets no answer change an entry that has just changed
-        // (`locktime` in arp(7)); until then, all goes on.
-        let settled = agent.status().agent.uptime_seconds + 2.0 * FOLLOWED.as_secs_f64();
-        wait::until("the neighbour's entry to be older", || {
-            flow.ask(b"before").expect("an answer");
-            let uptime = agent.status().agent.uptime_seconds;
-            if uptime >= settled { Ok(()) } else { Err(format!("{uptime} s")) }
-        });
         let mac = format!("02:00:00:00:be:0{round}");
         backend.namespace.ip(&format!("link set eth0 address {mac}"));
         let changed = Instant::now();

@@ -15,7 +15,7 @@ use std::{
 
 use bytes::Bytes;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, Type};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     sync::mpsc,
@@ -94,23 +94,10 @@ fn filter(own: IpAddr, vips: &BTreeSet<IpAddr>) -> Vec<libc::sock_filter> {
     steps
 }
 
-fn attach(socket: &impl std::os::fd::AsFd, steps: &[libc::sock_filter]) -> io::Result<()> {
-    let program = libc::sock_fprog {
-        len: u16::try_from(steps.len()).map_err(io::Error::other)?,
-        // The kernel copies and never writes it.
-        filter: steps.as_ptr().cast_mut(),
-    };
-    // SAFETY: the pointers are to live values of the lengths that go with them.
-    let done = unsafe {
-        libc::setsockopt(
-            socket.as_fd().as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_ATTACH_FILTER,
-            (&raw const program).cast(),
-            size_of::<libc::sock_fprog>() as libc::socklen_t,
-        )
-    };
-    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+fn attach(socket: SockRef<'_>, steps: &[libc::sock_filter]) -> io::Result<()> {
+    let steps: Vec<_> =
+        steps.iter().map(|step| SockFilter::new(step.code, step.jt, step.jf, step.k)).collect();
+    socket.attach_filter(&steps)
 }
 
 fn link_address(ifindex: u32, own: IpAddr, to: [u8; 6]) -> io::Result<libc::sockaddr_ll> {
@@ -167,7 +154,7 @@ impl Tap {
             SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
             None,
         )?;
-        attach(&socket, &[step(RETURN, 0)])?;
+        attach(SockRef::from(&socket), &[step(RETURN, 0)])?;
         let address = link_address(ifindex, own, [0; 6])?;
         // SAFETY: the pointer is to a live value of the length that goes with it.
         let bound = unsafe {
@@ -213,11 +200,11 @@ impl Tap {
         {
             let mut vips = lock(vips);
             if vips.insert(peer.ip()) {
-                attach(fd.get_ref(), &filter(*own, &vips))?;
+                attach(SockRef::from(fd.get_ref()), &filter(*own, &vips))?;
             }
         }
         let held = Socket::new(Domain::for_address(peer), Type::STREAM, Some(Protocol::TCP))?;
-        attach(&held, &[step(RETURN, 0)])?;
+        attach(SockRef::from(&held), &[step(RETURN, 0)])?;
         held.bind(&SocketAddr::new(*own, 0).into())?;
         held.listen(1)?;
         let local = held.local_addr()?.as_socket();
