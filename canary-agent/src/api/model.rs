@@ -123,6 +123,8 @@ pub struct BackendStatus {
 /// The health checks of a [`BackendStatus`] since the agent started.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 pub struct CheckStatus {
+    /// Whether it passes them, by `rise` and `fall`.
+    pub up: bool,
     /// Checks that passed.
     pub passes: u64,
     /// Checks that failed.

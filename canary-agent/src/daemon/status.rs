@@ -237,8 +237,9 @@ fn why_down(report: Option<&Report>) -> String {
 }
 
 fn check_status(report: &Report) -> CheckStatus {
-    let Report { down: _, since, passes, failures, last_failure, latency } = report;
+    let Report { down, since, passes, failures, last_failure, latency } = report;
     CheckStatus {
+        up: !down,
         passes: *passes,
         failures: *failures,
         since_seconds: since.elapsed().as_secs_f64(),

@@ -130,18 +130,24 @@ fn services(page: &mut DescriptorEncoder, services: &[ServiceStatus]) -> fmt::Re
     )
 }
 
-fn backends(page: &mut DescriptorEncoder, services: &[ServiceStatus]) -> fmt::Result {
-    let of_backend = |value: fn(&BackendStatus) -> Option<u64>| -> Samples<u64> {
-        versions(services)
-            .flat_map(|(labels, version)| {
-                version.backends.iter().filter_map(move |backend| {
-                    let mut labels = labels.clone();
-                    labels.push(("backend", backend.addr.to_string()));
-                    Some((labels, value(backend)?))
-                })
+/// One value of each backend, where there is one.
+fn each_backend<T>(
+    services: &[ServiceStatus],
+    value: fn(&BackendStatus) -> Option<T>,
+) -> Samples<T> {
+    versions(services)
+        .flat_map(|(labels, version)| {
+            version.backends.iter().filter_map(move |backend| {
+                let mut labels = labels.clone();
+                labels.push(("backend", backend.addr.to_string()));
+                Some((labels, value(backend)?))
             })
-            .collect()
-    };
+        })
+        .collect()
+}
+
+fn backends(page: &mut DescriptorEncoder, services: &[ServiceStatus]) -> fmt::Result {
+    let of_backend = |value| each_backend::<u64>(services, value);
     let as_gauge =
         |value| of_backend(value).into_iter().map(|(labels, value)| (labels, value as f64));
     counter(
@@ -167,6 +173,18 @@ fn backends(page: &mut DescriptorEncoder, services: &[ServiceStatus]) -> fmt::Re
         "canary_backend_check_failures",
         "Health checks that the backend has failed since the agent started",
         of_backend(|backend| backend.check.as_ref().map(|check| check.failures)),
+    )?;
+    gauge(
+        page,
+        "canary_backend_check_up",
+        "1 if the backend passes its health checks, whether or not it can be reached otherwise",
+        as_gauge(|backend| backend.check.as_ref().map(|check| u64::from(check.up))),
+    )?;
+    gauge(
+        page,
+        "canary_backend_check_duration_seconds",
+        "How long the backend's last health check took that passed",
+        each_backend(services, |backend| backend.check.as_ref()?.latency_seconds),
     )?;
     gauge(
         page,

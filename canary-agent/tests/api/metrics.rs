@@ -105,6 +105,11 @@ async fn the_page_says_what_the_status_says() {
             r#"canary_backend_check_failures_total{service="shop",version="v2",backend="10.0.2.1:8443"}"#,
             7.0,
         ),
+        (r#"canary_backend_check_up{service="shop",version="v2",backend="10.0.2.1:8443"}"#, 1.0),
+        (
+            r#"canary_backend_check_duration_seconds{service="shop",version="v2",backend="10.0.2.1:8443"}"#,
+            0.002,
+        ),
         (r#"canary_backend_up{service="shop",version="v2",backend="10.0.2.1:8443"}"#, 1.0),
         (
             r#"canary_backend_up{service="shop",version="stable",backend="[2001:db8:1::1]:8443"}"#,

@@ -259,8 +259,10 @@ pub(crate) fn status() -> Status {
         bytes: connections * 12_000,
         connections,
         check: Some(CheckStatus {
+            up: true,
             passes: 1_000,
             failures: 7,
+            latency_seconds: Some(0.002),
             last_failure: Some("no connection within 1s".to_owned()),
             ..CheckStatus::default()
         }),

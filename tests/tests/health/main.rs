@@ -2,6 +2,7 @@
 
 mod follow;
 mod killed;
+mod many;
 mod vip;
 
 use std::time::Duration;

@@ -14,7 +14,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, Type};
 use tokio::{
     io::{Interest, unix::AsyncFd},
@@ -28,8 +28,13 @@ const TCP: u8 = 6;
 const QUEUE: usize = 32;
 /// A packet that the kernel has put together out of many is at most as large as this.
 const PACKET_BYTES_MAX: usize = 65_536;
-/// Packets read before others get their turn.
-const AT_A_TIME: usize = 64;
+/// Bytes; room for a thousand packets, each of which may count for a page or two. Answers to
+/// 256 checks can come while the reader waits for a processor, and one that is lost is
+/// missed for a second.
+const RECEIVE_BUFFER: usize = 8 << 20;
+/// Packets read before others get their turn: many, as among a thousand checks that wait
+/// for them the reader has but one turn.
+const AT_A_TIME: usize = 1024;
 /// With more VIPs than these the filter lets any source through: it would be long.
 const VIPS_MAX: usize = 64;
 /// Accepts a packet whole.
@@ -155,6 +160,10 @@ impl Tap {
             None,
         )?;
         attach(SockRef::from(&socket), &[step(RETURN, 0)])?;
+        // Beyond rmem_max where we may, else up to it.
+        if setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_err() {
+            setsockopt(&socket, sockopt::RcvBuf, &RECEIVE_BUFFER)?;
+        }
         let address = link_address(ifindex, own, [0; 6])?;
         // SAFETY: the pointer is to a live value of the length that goes with it.
         let bound = unsafe {
