@@ -14,6 +14,7 @@ mod sweep;
 mod tasks;
 #[cfg(test)]
 mod tidy;
+mod vm;
 
 use std::{
     path::{Path, PathBuf},
@@ -54,6 +55,8 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Runs the tests, or a command, on another kernel in a virtual machine.
+    Vm(vm::Request),
     /// Shows a canary release with real traffic; `--help` says more.
     #[command(disable_help_flag = true)]
     Demo {
@@ -92,6 +95,7 @@ fn dispatch(task: Task) -> Result<ExitCode> {
         Task::Test { args } => tasks::test(&workspace, &args),
         Task::Lint => tasks::lint(&workspace),
         Task::Bench { args } => tasks::bench(&workspace, &args),
+        Task::Vm(request) => vm::run(&workspace, &request),
         Task::Demo { args } => tasks::demo(&workspace, &args),
     }
 }

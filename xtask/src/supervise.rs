@@ -188,6 +188,33 @@ pub(crate) fn run_stdout(
     group.wait()
 }
 
+/// The same with a limit, after which the command and all it has started are killed:
+/// `None` then.
+///
+/// # Errors
+/// It can't be started, or the task is interrupted.
+pub(crate) fn run_stdout_within(
+    command: &mut Command,
+    limit: Duration,
+    mut on_line: impl FnMut(&str),
+) -> Result<Option<ExitStatus>> {
+    let deadline = Instant::now() + limit;
+    let mut group = Group::spawn(command.stdin(Stdio::null()).stdout(Stdio::piped()))?;
+    let stdout = group.child.stdout.take().context("no output")?;
+    let (sender, lines) = mpsc::channel::<String>();
+    forward(stdout, sender);
+    loop {
+        match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(line) => on_line(&line),
+            Err(mpsc::RecvTimeoutError::Disconnected) => return group.wait().map(Some),
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                check()?;
+                return Ok(None);
+            }
+        }
+    }
+}
+
 /// Runs a command and hands over each line of both outputs as it comes, or
 /// `None` once a second while nothing comes.
 ///

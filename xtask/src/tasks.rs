@@ -9,10 +9,15 @@ use std::{
 
 use anyhow::{Result, bail};
 
-use crate::{setup, supervise, sweep};
+use crate::{setup, supervise, sweep, vm};
 
 /// The file that skipped tests name themselves in.
 const SKIP_LOG: &str = "CANARY_SKIP_LOG";
+
+/// The folder of what is built with these arguments of cargo's.
+pub(crate) fn profile_folder(args: &[String]) -> &'static str {
+    if args.iter().any(|arg| arg == "--release") { "release" } else { "debug" }
+}
 
 /// What all test programs of a run together did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -127,12 +132,44 @@ fn test_all(workspace: &Path, args: &[String], tally: &mut Tally) -> Result<bool
         }
         success &= status.success();
     }
+    if !chosen(args) {
+        println!("\nOn other kernels, in virtual machines");
+        success &= on_other_kernels(workspace, args, tally)?;
+    }
     let skipped = skip_log.lines();
     // They ended early and well, so cargo test has counted them as passed.
     tally.passed = tally.passed.saturating_sub(skipped.len() as u64);
     tally.skipped += skipped.len() as u64;
     for line in skipped {
         println!("{line}");
+    }
+    Ok(success)
+}
+
+/// Whether only a part of the tests is asked for.
+fn chosen(args: &[String]) -> bool {
+    args.iter().any(|arg| arg != "--release")
+}
+
+/// Adds the tests that run in virtual machines to the tally.
+fn on_other_kernels(workspace: &Path, args: &[String], tally: &mut Tally) -> Result<bool> {
+    if let Some(obstacle) = vm::obstacle() {
+        // Where a host is chosen for tests, what can't run is not proven.
+        if std::env::var_os("CI").is_some() {
+            bail!(obstacle);
+        }
+        println!("skipped: virtual machines: {obstacle}");
+        tally.skipped += 1;
+        return Ok(true);
+    }
+    let failed = tally.failed;
+    let success = vm::test(workspace, args, vm::SIZE, |line| {
+        tally.add(line);
+        println!("{line}");
+    })?;
+    // A test program that was killed has no result line to count.
+    if !success && tally.failed == failed {
+        tally.failed += 1;
     }
     Ok(success)
 }
@@ -246,12 +283,12 @@ fn run_program(workspace: &Path, name: &str, folder: &str, args: &[String]) -> R
     Ok(ExitCode::from(code.unwrap_or(1)))
 }
 
-fn target_folder(workspace: &Path) -> PathBuf {
+pub(crate) fn target_folder(workspace: &Path) -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR")
         .map_or_else(|| workspace.join("target"), |folder| workspace.join(folder))
 }
 
-fn cargo(workspace: &Path) -> Command {
+pub(crate) fn cargo(workspace: &Path) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(workspace);
     // What the cargo that runs this task has set for this crate.

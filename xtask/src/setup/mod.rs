@@ -6,11 +6,11 @@
 //! is used, what can be installed is installed, and otherwise the commands are
 //! printed. The result is `target/ebpf-toolchain.json` ([`toolchain`]).
 
-mod apt;
+pub(crate) mod apt;
 mod debian;
-mod linker;
+pub(crate) mod linker;
 mod nightly;
-mod probe;
+pub(crate) mod probe;
 mod toolchain;
 
 use std::path::{Path, PathBuf};
