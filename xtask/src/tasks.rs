@@ -318,6 +318,16 @@ mod tests {
     }
 
     #[test]
+    fn other_kernels_are_left_out_where_a_part_is_asked_for() {
+        let chosen =
+            |args: &[&str]| chosen(&args.iter().map(ToString::to_string).collect::<Vec<_>>());
+        assert!(!chosen(&[]) && !chosen(&["--release"]));
+        assert!(
+            chosen(&["nat_ipv6"]) && chosen(&["-p", "xtask"]) && chosen(&["--", "--nocapture"])
+        );
+    }
+
+    #[test]
     fn result_lines_add_up_and_others_do_not_count() {
         let mut tally = Tally::default();
         for line in [

@@ -48,12 +48,12 @@ fn counters(status: &Status) -> BTreeMap<String, [u64; 3]> {
     counters
 }
 
-fn exercise(test: &str, way: Way) {
+fn exercise(test: &str, way: Way, keys: &str) {
     if !host::ready(test) {
         return;
     }
     let bench = Bench::new(way, &[("stable", 3), ("v2", 2)]);
-    let mut agent = bench.agent("stickiness = \"client\"");
+    let mut agent = bench.agent(&format!("stickiness = \"client\"\n{keys}"));
     let mut pool = bench.connect(Family::V4, 0..10);
     agent.split(SHOP, "v2", "40%");
     agent.split(ECHO, "v2", "60%");
@@ -90,12 +90,23 @@ fn exercise(test: &str, way: Way) {
 
 #[test]
 fn traffic_goes_on_without_the_agent_in_nat() {
-    exercise("traffic_goes_on_without_the_agent_in_nat", Way::NatTwoArmed);
+    exercise("traffic_goes_on_without_the_agent_in_nat", Way::NatTwoArmed, "");
 }
 
 #[test]
 fn traffic_goes_on_without_the_agent_in_dsr() {
-    exercise("traffic_goes_on_without_the_agent_in_dsr", Way::Dsr);
+    exercise("traffic_goes_on_without_the_agent_in_dsr", Way::Dsr, "");
+}
+
+/// The smallest tables: these two run on emulated processors too.
+#[test]
+fn small_tables_serve_without_the_agent_in_nat() {
+    exercise("small_tables_serve_without_the_agent_in_nat", Way::NatTwoArmed, "buckets = 4096");
+}
+
+#[test]
+fn small_tables_serve_without_the_agent_in_dsr() {
+    exercise("small_tables_serve_without_the_agent_in_dsr", Way::Dsr, "buckets = 4096");
 }
 
 /// All that an agent may change on a host: addresses, programs, reserved ports.

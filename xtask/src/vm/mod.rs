@@ -38,7 +38,7 @@ const TESTS: [(&str, &[&str]); 4] = [
     ("verifier", &["--nocapture"]),
     ("packet_cases", &[]),
     ("datapath", &[]),
-    ("e2e", &["--test-threads", "1", "lifecycle::traffic_goes_on"]),
+    ("e2e", &["--test-threads", "1", "lifecycle::small_tables"]),
 ];
 
 /// How large a machine for the tests is. Emulated on an idle host of two processors it
