@@ -8,7 +8,7 @@
 
 use std::{
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -20,8 +20,9 @@ const BEAT: Duration = Duration::from_millis(10);
 /// A beat that is later than this is worth keeping: timers are coarse by a millisecond.
 const LATE: Duration = Duration::from_millis(5);
 
-/// Nice value of a thread that takes precedence (setpriority(2)).
-const PRECEDENCE: i32 = -10;
+/// Real-time priority of a thread that takes precedence: the lowest is before all that has
+/// none. (A nice value would count within the session's group only: sched(7), autogroup.)
+const PRECEDENCE: i32 = 1;
 
 /// The pulse of one thread's runtime.
 #[derive(Debug, Default)]
@@ -44,9 +45,7 @@ impl Pulse {
         let _stop = Stop(self);
         loop {
             if self.precede.swap(false, Ordering::Relaxed) {
-                // SAFETY: a plain system call; 0 is the calling thread. Where it is refused,
-                // more has to be subtracted.
-                unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, PRECEDENCE) };
+                precede();
             }
             let due = Instant::now() + BEAT;
             self.lock().due = Some(due);
@@ -92,6 +91,61 @@ impl Pulse {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Beats> {
         self.beats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Gives the calling thread precedence over all that has none. Children do not inherit it.
+pub fn precede() {
+    let policy = libc::SCHED_RR | libc::SCHED_RESET_ON_FORK;
+    let parameters = libc::sched_param { sched_priority: PRECEDENCE };
+    // SAFETY: the pointer is to a value that outlives the call; 0 is the calling thread.
+    // Where it is refused, more has to be subtracted.
+    unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) };
+}
+
+/// A thread with a pulse and without precedence: how late whatever else runs here is,
+/// such as the agent. It ends with its value.
+#[derive(Debug)]
+pub struct Weather {
+    pulse: Arc<Pulse>,
+    stop: Option<tokio::sync::oneshot::Sender<()>>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Weather {
+    /// Starts the thread.
+    ///
+    /// # Panics
+    /// The host has no thread left.
+    pub fn start() -> Self {
+        let pulse = Arc::new(Pulse::default());
+        let (stop, stopped) = tokio::sync::oneshot::channel();
+        let mine = Arc::clone(&pulse);
+        let thread = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
+            runtime.expect("no runtime").block_on(async {
+                tokio::select! {
+                    () = mine.beat() => {}
+                    _ = stopped => {}
+                }
+            });
+        });
+        Self { pulse, stop: Some(stop), thread: Some(thread) }
+    }
+
+    /// For how long between two moments nobody without precedence could count on being run.
+    pub fn stood_still(&self, from: Instant, to: Instant) -> Duration {
+        Pulse::stood_still([&*self.pulse], from, to)
+    }
+}
+
+impl Drop for Weather {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            // It only sleeps.
+            let _ = thread.join();
+        }
     }
 }
 

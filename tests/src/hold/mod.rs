@@ -11,6 +11,7 @@
 mod talk;
 
 use std::{
+    cell::Cell,
     io,
     net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -47,8 +48,12 @@ const LOOK: Duration = Duration::from_millis(50);
 /// queues of the hosts' links before anybody has steered them.
 const OPENING_MAX: usize = 16;
 
-/// How long a connection may take to come to its end when it is told to.
+/// How long a connection may take to come to its end when it is told to, less the time
+/// that the bench stood still.
 const ENDING: Duration = Duration::from_secs(5);
+
+/// How long it may take in any case.
+const ENDING_MAX: Duration = Duration::from_secs(60);
 
 /// What a connection does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -143,6 +148,21 @@ pub struct Record {
     waits: [Option<Wait>; 2],
 }
 
+impl Record {
+    fn ended(&self) -> bool {
+        matches!(self.state, State::Closed | State::Broken)
+    }
+
+    /// It should have come to its end by now.
+    fn give_up(&mut self) {
+        if !self.ended() {
+            let what = format!("it has not come to its end within {ENDING:?}");
+            self.faults.push(Fault { at: Instant::now(), cause: Cause::Stalled, what });
+            self.state = State::Broken;
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Wait {
     since: Instant,
@@ -157,12 +177,26 @@ pub struct Tally {
     pub opened: u64,
     /// Connections that are open.
     pub open: u64,
+    /// Connections that are not any more, or never were.
+    pub ended: u64,
     /// Connections with a fault that is no stall.
     pub broken: u64,
     /// Connections that have stalled.
     pub stalled: u64,
     /// Bytes that came and were right.
     pub bytes: u64,
+}
+
+impl Tally {
+    fn count(&mut self, record: &Record) {
+        let stall = |fault: &Fault| fault.cause == Cause::Stalled;
+        self.opened += u64::from(record.state != State::Opening);
+        self.open += u64::from(record.state == State::Open);
+        self.ended += u64::from(record.ended());
+        self.broken += u64::from(!record.faults.iter().all(stall));
+        self.stalled += u64::from(record.faults.iter().any(stall));
+        self.bytes += record.bytes;
+    }
 }
 
 /// A direction in which something is waited for.
@@ -186,6 +220,12 @@ struct Shared {
 struct Connection {
     record: Record,
     end: watch::Sender<bool>,
+}
+
+impl Connection {
+    fn close(&self) {
+        self.end.send_replace(true);
+    }
 }
 
 impl Shared {
@@ -233,6 +273,35 @@ impl Shared {
             let waited = now.saturating_duration_since(since);
             if waited > STALL {
                 record.excused += waited;
+            }
+        }
+    }
+
+    /// Adds a connection; its task is the caller's to start.
+    fn add(self: &Arc<Self>, record: Record, id: usize) -> Line {
+        let (end, ended) = watch::channel(false);
+        let Record { kind, from, to, .. } = record;
+        let mut connections = self.lock();
+        assert_eq!(connections.len(), id, "connections come in the order of their numbers");
+        connections.push(Connection { record, end });
+        Line { shared: Arc::clone(self), id, kind, source: from.ip(), to, end: ended }
+    }
+
+    fn take(&self, ask: Ask) {
+        let mut connections = self.lock();
+        match ask {
+            Ask::Open(..) => unreachable!("it needs a task"),
+            Ask::Close(id) => connections[id as usize].close(),
+            Ask::CloseAll => connections.iter().for_each(Connection::close),
+            Ask::GiveUp => connections.iter_mut().for_each(|c| c.record.give_up()),
+            // Whoever has stopped waiting for the answer has lost nothing but the answer.
+            Ask::Records(reply) => {
+                let _ = reply.send(connections.iter().map(|c| c.record.clone()).collect());
+            }
+            Ask::Tally(reply) => {
+                let mut tally = Tally::default();
+                connections.iter().for_each(|c| tally.count(&c.record));
+                let _ = reply.send(tally);
             }
         }
     }
@@ -314,10 +383,24 @@ impl Line {
     }
 }
 
+/// What the connections' thread is asked. It alone touches them: a lock that a thread
+/// without its precedence held would let it stand still.
+enum Ask {
+    Open(Box<Record>, u64),
+    Close(u64),
+    CloseAll,
+    /// What is not at its end is to be called broken.
+    GiveUp,
+    Records(std::sync::mpsc::Sender<Vec<Record>>),
+    Tally(std::sync::mpsc::Sender<Tally>),
+}
+
 /// Connections that are held open; closed on drop.
 pub struct Hold {
     shared: Arc<Shared>,
-    commands: Option<mpsc::UnboundedSender<Line>>,
+    /// How many were asked for, which only the owner's thread does.
+    opened: Cell<u64>,
+    commands: Option<mpsc::UnboundedSender<Ask>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -340,27 +423,40 @@ impl Hold {
         for (_, pulse) in &shared.servers {
             pulse.take_precedence();
         }
-        let (commands, lines) = mpsc::unbounded_channel();
+        let (commands, asked) = mpsc::unbounded_channel();
         let mine = Arc::clone(&shared);
         let thread = client.spawn_thread("hold", move || {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
                 .build()
                 .expect("no runtime");
-            runtime.block_on(hold(&mine, lines));
+            runtime.block_on(hold(&mine, asked));
         });
-        Self { shared, commands: Some(commands), thread: Some(thread) }
+        let opened = Cell::new(0);
+        Self { shared, opened, commands: Some(commands), thread: Some(thread) }
     }
 
-    /// Begins to open a connection; returns its number.
-    pub fn open(&self, kind: Kind, family: Family, source: IpAddr) -> usize {
-        let to = SocketAddr::new(family.vip(), kind.port());
-        let (end, ended) = watch::channel(false);
+    fn ask(&self, ask: Ask) {
+        if let Some(commands) = &self.commands {
+            // The thread ends before its sender only by a panic; then nothing is answered.
+            let _ = commands.send(ask);
+        }
+    }
+
+    #[track_caller]
+    fn answer<T>(&self, ask: impl FnOnce(std::sync::mpsc::Sender<T>) -> Ask) -> T {
+        let (reply, answer) = std::sync::mpsc::channel();
+        self.ask(ask(reply));
+        answer.recv().expect("the connections' thread has panicked")
+    }
+
+    /// Begins to open a connection; returns its number, counted from 0.
+    pub fn open(&self, kind: Kind, family: Family, source: IpAddr) -> u64 {
         let record = Record {
             kind,
             family,
             from: SocketAddr::new(source, 0),
-            to,
+            to: SocketAddr::new(family.vip(), kind.port()),
             server: None,
             state: State::Opening,
             begun: Instant::now(),
@@ -370,40 +466,32 @@ impl Hold {
             excused: Duration::ZERO,
             waits: [None; 2],
         };
-        let mut connections = self.shared.lock();
-        let id = connections.len();
-        connections.push(Connection { record, end });
-        drop(connections);
-        let line = Line { shared: Arc::clone(&self.shared), id, kind, source, to, end: ended };
-        if let Some(commands) = &self.commands {
-            // The thread ends before its sender only by a panic; then nothing ends.
-            let _ = commands.send(line);
-        }
+        let id = self.opened.replace(self.opened.get() + 1);
+        self.ask(Ask::Open(Box::new(record), id));
         id
     }
 
     /// Tells a connection to come to its end: it asks once more, and closes.
-    pub fn close(&self, id: usize) {
-        self.shared.lock()[id].end.send_replace(true);
+    pub fn close(&self, id: u64) {
+        self.ask(Ask::Close(id));
     }
 
     /// All connections as they are, by number.
+    ///
+    /// # Panics
+    /// Their thread has panicked.
+    #[track_caller]
     pub fn records(&self) -> Vec<Record> {
-        self.shared.lock().iter().map(|connection| connection.record.clone()).collect()
+        self.answer(Ask::Records)
     }
 
     /// Numbers of all of them.
+    ///
+    /// # Panics
+    /// Their thread has panicked.
+    #[track_caller]
     pub fn tally(&self) -> Tally {
-        let mut tally = Tally::default();
-        for Connection { record, .. } in &*self.shared.lock() {
-            tally.opened += u64::from(record.state != State::Opening);
-            tally.open += u64::from(record.state == State::Open);
-            let stall = |fault: &Fault| fault.cause == Cause::Stalled;
-            tally.broken += u64::from(!record.faults.iter().all(stall));
-            tally.stalled += u64::from(record.faults.iter().any(stall));
-            tally.bytes += record.bytes;
-        }
-        tally
+        self.answer(Ask::Tally)
     }
 
     /// Waits until no connection is being opened.
@@ -413,40 +501,42 @@ impl Hold {
     #[track_caller]
     pub fn wait_opened(&self) {
         wait::until("the connections to be held", || {
+            let asked = self.opened.get();
             let Tally { opened, .. } = self.tally();
-            let asked = self.shared.lock().len() as u64;
             (opened == asked).then_some(()).ok_or_else(|| format!("{opened} of {asked}"))
         });
     }
 
     /// Brings all connections to their end, and returns what became of them.
+    ///
+    /// # Panics
+    /// Their thread has panicked.
+    #[track_caller]
     pub fn finish(&self) -> Vec<Record> {
-        for connection in &*self.shared.lock() {
-            connection.end.send_replace(true);
-        }
-        let deadline = Instant::now() + ENDING;
-        let under_way = || {
-            let connections = self.shared.lock();
-            connections.iter().any(|c| matches!(c.record.state, State::Opening | State::Open))
+        self.ask(Ask::CloseAll);
+        let begun = Instant::now();
+        let patient = || {
+            let now = Instant::now();
+            let taken = now.duration_since(begun);
+            let still = self.shared.stood_still(None, begun, now);
+            taken.saturating_sub(still) < ENDING && taken < ENDING_MAX && !wait::interrupted()
         };
-        while under_way() && Instant::now() < deadline && !wait::interrupted() {
+        while self.tally().ended < self.opened.get() && patient() {
             std::thread::sleep(LOOK);
         }
-        for Connection { record, .. } in &mut *self.shared.lock() {
-            if matches!(record.state, State::Opening | State::Open) {
-                let what = format!("it has not come to its end within {ENDING:?}");
-                record.faults.push(Fault { at: Instant::now(), cause: Cause::Stalled, what });
-                record.state = State::Broken;
-            }
-        }
+        self.ask(Ask::GiveUp);
         self.records()
     }
 
     /// What share of the connections' time can't be judged, because the bench stood still.
+    ///
+    /// # Panics
+    /// Their thread has panicked.
+    #[track_caller]
     pub fn unmeasured(&self) -> f64 {
-        let connections = self.shared.lock();
-        let excused: Duration = connections.iter().map(|c| c.record.excused).sum();
-        let held = self.shared.begun.elapsed() * connections.len().max(1) as u32;
+        let records = self.records();
+        let excused: Duration = records.iter().map(|record| record.excused).sum();
+        let held = self.shared.begun.elapsed() * records.len().max(1) as u32;
         excused.as_secs_f64() / held.as_secs_f64()
     }
 }
@@ -461,15 +551,19 @@ impl Drop for Hold {
     }
 }
 
-async fn hold(shared: &Arc<Shared>, mut lines: mpsc::UnboundedReceiver<Line>) {
+async fn hold(shared: &Arc<Shared>, mut asked: mpsc::UnboundedReceiver<Ask>) {
     let mut tasks = JoinSet::new();
     let mut look = tokio::time::interval(LOOK);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let work = async {
         loop {
             tokio::select! {
-                line = lines.recv() => match line {
-                    Some(line) => drop(tasks.spawn(talk::talk(line))),
+                ask = asked.recv() => match ask {
+                    Some(Ask::Open(record, id)) => {
+                        let line = shared.add(*record, id as usize);
+                        tasks.spawn(talk::talk(line));
+                    }
+                    Some(ask) => shared.take(ask),
                     None => break,
                 },
                 Some(ended) = tasks.join_next() => if let Err(error) = ended {

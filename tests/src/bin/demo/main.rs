@@ -228,7 +228,7 @@ fn row(load: &Load, index: usize, asked: &str, in_force: f64) -> Row {
 }
 
 fn held(load: &Load) -> HeldRow {
-    let Tally { opened, open, broken, stalled: _, bytes } = load.held();
+    let Tally { opened, open, broken, bytes, .. } = load.held();
     HeldRow { opened, open, broken, bytes_checked: bytes }
 }
 

@@ -129,7 +129,7 @@ impl<'a> Script<'a> {
         let open: Vec<usize> =
             (0..records.len()).filter(|id| records[*id].state == State::Open).collect();
         let id = self.random.one_of(&open);
-        self.hold.close(id);
+        self.hold.close(id as u64);
         self.open(records[id].kind, records[id].family);
     }
 
