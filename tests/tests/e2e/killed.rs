@@ -1,5 +1,8 @@
 //! A backend that is really gone: its connections fail, no others do, and new ones
 //! avoid it when its checks have failed `fall` times.
+//!
+//! The times are those of a host that runs the agent when it has something to do: what
+//! a thread of no precedence stood still meanwhile is subtracted.
 
 use std::{
     collections::HashMap,
@@ -16,12 +19,13 @@ use canary_tests::{
     client::{self, Connection},
     hold::{Hold, Kind, State},
     host,
-    server::{HEALTH_PATH, HTTP_PORT},
+    pulse::{self, Weather},
+    server::{HEALTH_PATH, HTTP_PORT, Server},
     topology::Family,
     wait,
 };
 
-use crate::support::{Bench, SHOP, Way};
+use crate::support::{Bench, SHOP, Way, alone};
 
 const INTERVAL: Duration = Duration::from_millis(500);
 const TIMEOUT: Duration = Duration::from_millis(250);
@@ -33,8 +37,12 @@ const JITTER_PERCENT: u32 = 10;
 /// Connections that are held, of each family and kind.
 const HELD: u32 = 12;
 
-/// Time between two new connections.
-const PROBE: Duration = Duration::from_millis(10);
+/// Time from one new connection of a worker to the next.
+const PROBE: Duration = Duration::from_millis(50);
+
+/// Workers that open them, for each family: one that nobody answers takes a while,
+/// and two in three are not the victim's.
+const WORKERS: u32 = 8;
 
 /// How long a new connection and its answer may take.
 const PATIENCE: Duration = Duration::from_millis(400);
@@ -48,39 +56,50 @@ enum End {
     Host,
 }
 
-/// New connections, one after the other, until it is told to stop.
+/// When a new connection was begun, and who answered.
+type Probe = (Instant, Family, std::io::Result<String>);
+
+/// New connections all the time, until it is told to stop.
 struct Probes {
     stop: Arc<AtomicBool>,
-    thread: JoinHandle<Vec<(Instant, Family, std::io::Result<String>)>>,
+    workers: Vec<JoinHandle<Vec<Probe>>>,
 }
 
 impl Probes {
     fn start(bench: &Bench, first: u32) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
-        let thread = bench.client().spawn_thread("probes", move || {
-            let mut probes = Vec::new();
-            for index in first.. {
-                if stopped.load(Ordering::Relaxed) {
-                    break;
+        let worker = |(family, worker): (Family, u32)| {
+            let stopped = Arc::clone(&stop);
+            bench.client().spawn_thread("probes", move || {
+                pulse::precede();
+                let mut probes = Vec::new();
+                for index in (first + worker..).step_by(WORKERS as usize) {
+                    if stopped.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    let source = (family.client(index), 0).into();
+                    let begun = Instant::now();
+                    let to = (family.vip(), HTTP_PORT).into();
+                    let stream = client::connect_within(PATIENCE, source, to);
+                    let name = stream.and_then(|stream| Connection::from(stream).name());
+                    probes.push((begun, family, name));
+                    wait::pause_until(begun + PROBE);
                 }
-                let family = Family::ALL[(index % 2) as usize];
-                let (source, to) = (family.client(index), family.vip());
-                let (source, to) = ((source, 0).into(), (to, HTTP_PORT).into());
-                let begun = Instant::now();
-                let stream = client::connect_within(PATIENCE, source, to);
-                let name = stream.and_then(|stream| Connection::from(stream).name());
-                probes.push((begun, family, name));
-                wait::pause_until(begun + PROBE);
-            }
-            probes
-        });
-        Self { stop, thread }
+                probes
+            })
+        };
+        let all = Family::ALL.into_iter().flat_map(|f| (0..WORKERS).map(move |w| (f, w)));
+        let workers = all.map(worker).collect();
+        Self { stop, workers }
     }
 
-    fn finish(self) -> Vec<(Instant, Family, std::io::Result<String>)> {
+    /// All of them, in the order of time.
+    fn finish(self) -> Vec<Probe> {
         self.stop.store(true, Ordering::Relaxed);
-        self.thread.join().expect("the probes' thread")
+        let join = |worker: JoinHandle<Vec<Probe>>| worker.join().expect("a worker");
+        let mut probes: Vec<Probe> = self.workers.into_iter().flat_map(join).collect();
+        probes.sort_by_key(|(begun, ..)| *begun);
+        probes
     }
 }
 
@@ -89,6 +108,7 @@ fn exercise(test: &str, way: Way, end: End) {
     if !host::ready(test) {
         return;
     }
+    let _alone = alone();
     let mut bench = Bench::new(way, &[("stable", 3)]);
     let health = format!(
         "health = {{ type = \"http\", path = \"{HEALTH_PATH}\", interval = \"{}ms\", \
@@ -98,9 +118,11 @@ fn exercise(test: &str, way: Way, end: End) {
     );
     let services = bench.service_with(&Family::ALL, SHOP, HTTP_PORT, &["tcp"], &health);
     // The servers go one by one; what the agent borrows stays.
-    let mut servers: Vec<_> = std::mem::take(&mut bench.servers).into_iter().map(Some).collect();
+    let running = std::mem::take(&mut bench.servers);
     let agent = Agent::start(&bench.topology, &AgentOptions::native(&bench.topology), &services);
-    let hold = Hold::start(bench.client(), &[], 1);
+    bench.wait_answered();
+    let hold = Hold::start(bench.client(), &running, 1);
+    let mut servers: Vec<Option<Server>> = running.into_iter().map(Some).collect();
     let mut next = 0;
     for family in Family::ALL {
         for kind in [Kind::KeepAlive, Kind::Download, Kind::Chatter, Kind::Idle] {
@@ -121,27 +143,31 @@ fn exercise(test: &str, way: Way, end: End) {
     });
 
     let victim = &bench.topology.backends[1];
+    let weather = Weather::start();
     let ended = Instant::now();
     match end {
         End::Process => servers[1] = None,
         End::Host => victim.namespace.ip("link set eth0 down"),
     }
     let bound = INTERVAL * FALL * (100 + JITTER_PERCENT) / 100 + TIMEOUT;
-    wait::pause_until(ended + bound + Duration::from_secs(2));
+    // Until the bound has passed for everybody, and some more.
+    while ended.elapsed().saturating_sub(weather.stood_still(ended, Instant::now())) < bound * 2 {
+        wait::pause_until(Instant::now() + PATIENCE);
+    }
     let probes = probes.finish();
     let is_bad = |name: &std::io::Result<String>| name.as_ref().map_or(true, |n| *n == victim.name);
     let early = probes.iter().filter(|(at, _, name)| *at < ended && name.is_err());
     assert_eq!(early.count(), 0, "{test}: new connections failed before");
     for family in Family::ALL {
-        let bad = |(at, of, name): &&(Instant, Family, std::io::Result<String>)| {
-            *at >= ended && *of == family && is_bad(name)
-        };
+        let bad = |(at, of, name): &&Probe| *at >= ended && *of == family && is_bad(name);
         let last = probes.iter().rfind(bad);
         let (at, _, name) = last.unwrap_or_else(|| panic!("{test}: {family:?}: nobody noticed"));
-        let after = at.duration_since(ended);
+        let still = weather.stood_still(ended, *at);
+        let after = at.duration_since(ended).saturating_sub(still);
         let since = probes.iter().filter(|(began, of, _)| began > at && *of == family).count();
         println!(
-            "{test}: {family:?}: the last of the new connections that failed began {after:.2?} after ({name:?}), {since} since"
+            "{test}: {family:?}: the last of the new connections that failed began {after:.2?} after \
+             ({name:?}; {still:.2?} of standing still are subtracted), {since} since"
         );
         assert!(after < bound, "{test}: {family:?}: {after:?} of {bound:?}: {name:?}");
         assert!(since > 20, "{test}: {family:?}: only {since} connections since");

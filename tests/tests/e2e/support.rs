@@ -6,6 +6,7 @@ use std::{
     net::SocketAddr,
     ops::Range,
     process::{Command, Stdio},
+    sync::{Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -44,6 +45,13 @@ pub(crate) enum Transport {
     Tcp,
     /// UDP.
     Udp,
+}
+
+/// Waits until no other test of those that measure times runs here: they would only
+/// measure each other.
+pub(crate) fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Hosts with their servers, and what the balancer's services are.
@@ -125,6 +133,16 @@ impl Bench {
     #[track_caller]
     pub(crate) fn agent(&self, keys: &str) -> Agent<'_> {
         Agent::start(&self.topology, &AgentOptions::native(&self.topology), &self.services(keys))
+    }
+
+    /// Waits until clients of both families are answered: addresses and neighbours are
+    /// settled a moment after the agent is ready, and a SYN that is lost to that waits a second.
+    #[track_caller]
+    pub(crate) fn wait_answered(&self) {
+        const NOBODY_ELSE: u32 = 100_000;
+        for family in Family::ALL {
+            drop(self.connect(family, NOBODY_ELSE..NOBODY_ELSE + 1));
+        }
     }
 
     /// The client's namespace.

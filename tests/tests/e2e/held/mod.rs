@@ -9,10 +9,7 @@
 mod history;
 mod script;
 
-use std::{
-    sync::{Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use canary_tests::{
     agent::{Agent, AgentOptions},
@@ -29,7 +26,7 @@ use self::{
     history::History,
     script::{Backends, Script},
 };
-use crate::support::{Bench, ECHO, SHOP, Way};
+use crate::support::{Bench, ECHO, SHOP, Way, alone};
 
 /// How many connections of each kind are held.
 const HELD: &[(Kind, u32)] = &[
@@ -74,12 +71,6 @@ fn resets(namespace: &Namespace) -> u64 {
 /// Versions with their numbers of backends.
 const VERSIONS: &[(&str, u8)] = &[("stable", 3), ("v2", 2), ("v3", 2)];
 
-/// Waits until no other test of this kind runs: two would only measure each other.
-fn alone() -> MutexGuard<'static, ()> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 #[track_caller]
 fn exercise(test: &str, way: Way) {
     if !host::ready(test) {
@@ -117,6 +108,7 @@ fn hold(test: &str, bench: &Bench, held: &[(Kind, u32)], set_healthy: &dyn Fn(us
     let services = bench.service_with(&Family::ALL, SHOP, HTTP_PORT, &["tcp"], &health)
         + &bench.service(ECHO, ECHO_PORT, &["tcp", "udp"], "");
     let agent = Agent::start(&bench.topology, &AgentOptions::native(&bench.topology), &services);
+    bench.wait_answered();
     let hold = Hold::start(bench.client(), &bench.servers, random.clone().bits());
     let started = Instant::now();
     let history = History::new(started, &agent);
