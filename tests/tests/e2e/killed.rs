@@ -110,8 +110,9 @@ fn exercise(test: &str, way: Way, end: End) {
     }
     let _alone = alone();
     let mut bench = Bench::new(way, &[("stable", 3)]);
+    let via = if way == Way::Dsr { "vip" } else { "backend" };
     let health = format!(
-        "health = {{ type = \"http\", path = \"{HEALTH_PATH}\", interval = \"{}ms\", \
+        "health = {{ type = \"http\", path = \"{HEALTH_PATH}\", via = \"{via}\", interval = \"{}ms\", \
          timeout = \"{}ms\", rise = 2, fall = {FALL} }}",
         INTERVAL.as_millis(),
         TIMEOUT.as_millis()

@@ -1,7 +1,6 @@
 //! Health checks end to end: the real agent, real servers, real connections.
 
 mod follow;
-mod killed;
 mod many;
 mod vip;
 
