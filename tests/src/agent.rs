@@ -16,9 +16,6 @@ use serde::de::DeserializeOwned;
 
 use crate::{binary, netns::Namespace, spawn, topology::Topology, wait, workdir::Workdir};
 
-/// How long the agent may take to start or to end.
-const LIFE_PATIENCE: Duration = Duration::from_secs(20);
-
 /// Lines of the log that a failure shows.
 const LOG_LINES: usize = 40;
 
@@ -174,8 +171,8 @@ impl<'a> Agent<'a> {
     #[track_caller]
     pub fn wait_ready(&mut self) -> Status {
         let mut last = String::new();
-        let deadline = std::time::Instant::now() + LIFE_PATIENCE;
-        wait::until_within(LIFE_PATIENCE * 2, "the agent", || {
+        let deadline = std::time::Instant::now() + wait::patience();
+        wait::until_within(wait::patience() * 2, "the agent", || {
             if let Some(status) = self.ended() {
                 panic!("the agent ended ({status}):\n{}", self.log_tail());
             }
@@ -292,7 +289,7 @@ impl<'a> Agent<'a> {
         let pid = Pid::from_raw(i32::try_from(child.id()).ok()?);
         // The child is not reaped yet, so the id is still its own.
         let _ = kill(pid, signal);
-        let deadline = std::time::Instant::now() + LIFE_PATIENCE;
+        let deadline = std::time::Instant::now() + wait::patience();
         while std::time::Instant::now() < deadline {
             if let Ok(Some(status)) = child.try_wait() {
                 return Some(Some(status));

@@ -2,7 +2,10 @@
 
 use std::{
     panic::resume_unwind,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -12,6 +15,21 @@ const POLL: Duration = Duration::from_millis(5);
 
 /// How long anything local may take before the bench calls it broken.
 pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How many times slower than a real one a processor is that is emulated; set by whoever
+/// makes such a machine.
+const SLOWNESS: &str = "CANARY_SLOWNESS";
+
+/// [`PATIENCE`], on this machine. It tells what hangs from what goes on; no promise of
+/// the agent's is measured by it.
+pub fn patience() -> Duration {
+    static FACTOR: OnceLock<u32> = OnceLock::new();
+    let factor = FACTOR.get_or_init(|| {
+        let set = std::env::var(SLOWNESS).ok();
+        set.map_or(1, |text| text.parse().unwrap_or_else(|_| panic!("{SLOWNESS}={text}")))
+    });
+    PATIENCE * *factor
+}
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
@@ -39,10 +57,10 @@ pub fn check() {
 /// Waits until `condition` gives a value.
 ///
 /// # Panics
-/// It does not within [`PATIENCE`]: with `what` and the condition's last reason.
+/// It does not within [`patience`]: with `what` and the condition's last reason.
 #[track_caller]
 pub fn until<T>(what: &str, condition: impl FnMut() -> Result<T, String>) -> T {
-    until_within(PATIENCE, what, condition)
+    until_within(patience(), what, condition)
 }
 
 /// Waits until `condition` gives a value.

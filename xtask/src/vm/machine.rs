@@ -63,7 +63,7 @@ fn qemu() -> Result<PathBuf> {
 
 /// Whether KVM can run Debian's kernels: it needs the processor's own virtualisation.
 /// Some clouds have a `/dev/kvm` without, which starts machines that never get on.
-fn kvm() -> bool {
+pub(crate) fn kvm() -> bool {
     let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let has = |wanted: &str| {
         let mut lines = flags.lines().filter(|line| line.starts_with("flags"));
