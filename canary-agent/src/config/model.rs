@@ -110,6 +110,8 @@ pub struct Service {
     pub udp_idle: Duration,
     /// Whether QUIC is spoken on its UDP ports.
     pub quic: bool,
+    /// How long a backend that comes back takes until it has its whole share; zero: none.
+    pub slow_start: Duration,
     /// What a version without a usable backend gets.
     pub fallback: Fallback,
     /// Initial split by version name, control left out.

@@ -23,6 +23,8 @@ const DEFAULT_DRAIN: Duration = Duration::from_secs(30 * 60);
 const DEFAULT_UDP_IDLE: Duration = Duration::from_secs(30);
 const DEFAULT_PREFIX: (u32, u32) = (24, 56);
 const DEFAULT_BUCKETS: u32 = 1 << 16;
+/// The program's record has 32 bits for the milliseconds since it began: days would do.
+const MAX_SLOW_START: Duration = Duration::from_secs(24 * 60 * 60);
 const MIN_BUCKETS: u32 = 1 << 12;
 const MAX_BUCKETS: u32 = 1 << 20;
 /// A backend's record counts its sources in eight bits.
@@ -104,6 +106,8 @@ pub(super) fn read(node: &Node<'_>, outside: &dyn Outside, sink: &mut Sink) -> O
     };
     let udp_idle = fields.take("udp_idle", sink).and_then(|node| node.parse_loose(sink, udp_idle));
     let quic = fields.take("quic", sink).and_then(|node| quic(&node, &ports, &label, sink));
+    let slow_start =
+        fields.take("slow_start", sink).and_then(|node| node.parse_loose(sink, slow_start));
     let fallback = fields.take("fallback", sink).and_then(|node| {
         node.choice(sink, &[("control", Fallback::Control), ("none", Fallback::None)])
     });
@@ -153,6 +157,7 @@ pub(super) fn read(node: &Node<'_>, outside: &dyn Outside, sink: &mut Sink) -> O
             drain: drain.unwrap_or(Some(DEFAULT_DRAIN)),
             udp_idle: udp_idle.unwrap_or(DEFAULT_UDP_IDLE),
             quic: quic.unwrap_or(false),
+            slow_start: slow_start.unwrap_or_default(),
             fallback: fallback.unwrap_or(Fallback::Control),
             split,
             health: health.unwrap_or_else(health::default),
@@ -319,6 +324,14 @@ fn quic(node: &Node<'_>, ports: &List<At<Port>>, label: &str, sink: &mut Sink) -
         };
     }
     Some(quic)
+}
+
+fn slow_start(text: &str) -> Result<Duration, Problem> {
+    let duration = scalar::duration(text)?;
+    if duration > MAX_SLOW_START {
+        return Err(Problem::new(format!("`slow_start` is at most a day, not {}", quote(text))));
+    }
+    Ok(duration)
 }
 
 fn buckets(node: &Node<'_>, sink: &mut Sink) -> Option<u32> {

@@ -4,8 +4,7 @@
 //! something. A release that brings one deletes its line here.
 
 /// Keys, with the tables that they are in.
-const KEYS: &[&str] =
-    &["audience", "rollout", "gate", "service.route", "service.slow_start", "service.mss"];
+const KEYS: &[&str] = &["audience", "rollout", "gate", "service.route", "service.mss"];
 
 /// Values of `service.forward`.
 const FORWARDS: &[&str] = &["ipip", "gue"];

@@ -78,6 +78,7 @@ fn the_contracts_example_is_read_whole() {
         drain: Some(Duration::from_secs(1800)),
         udp_idle: Duration::from_secs(30),
         quic: false,
+        slow_start: Duration::ZERO,
         fallback: Fallback::Control,
         split: [("v2".to_owned(), "5%".parse().expect("a share"))].into(),
         health: tcp(),
@@ -113,6 +114,7 @@ fn what_is_left_out_has_its_default() {
     assert_eq!(service.drain, Some(Duration::from_secs(1800)));
     assert_eq!(service.udp_idle, Duration::from_secs(30));
     assert!(!service.quic);
+    assert_eq!(service.slow_start, Duration::ZERO);
     assert_eq!(service.fallback, Fallback::Control);
     assert_eq!(service.health, tcp());
     assert_eq!(service.buckets, 65_536);
@@ -146,6 +148,7 @@ fn every_key_reaches_the_model() {
         existing = "move"
         drain = "never"
         udp_idle = "1500ms"
+        slow_start = "45s"
         fallback = "none"
         split = { v3 = "64/65536" }
         buckets = 4096
@@ -195,6 +198,7 @@ fn every_key_reaches_the_model() {
     assert_eq!(service.drain, None);
     assert_eq!(service.udp_idle, Duration::from_millis(1500));
     assert!(service.quic);
+    assert_eq!(service.slow_start, Duration::from_secs(45));
     assert_eq!(service.fallback, Fallback::None);
     assert_eq!(service.buckets, 4096);
     assert_eq!(service.hash_key[0], 0x0001_0203_0405_0607);

@@ -53,6 +53,7 @@ pub(crate) fn service(name: &str, versions: &[(&str, &[(&str, u32)])]) -> Servic
         drain: Some(Duration::from_secs(1000)),
         udp_idle: Duration::from_secs(30),
         quic: false,
+        slow_start: Duration::ZERO,
         fallback: Fallback::Control,
         split: Default::default(),
         health: Health::None,
