@@ -3,7 +3,8 @@
 use std::{fs, os::unix::fs::FileExt, path::Path, thread};
 
 use canary_agent::store::{
-    Change, Commit, PlacementRecord, ServiceRecord, SqliteStore, StateStore, StoreError,
+    Admin, BackendChange, Change, Commit, PlacementRecord, ServiceRecord, SqliteStore, StateStore,
+    StoreError,
 };
 use nix::{
     mount::{MsFlags, mount},
@@ -22,6 +23,7 @@ fn commit(service: &str, share: &str, owners: &[u8]) -> Commit {
             before: Default::default(),
             after,
             moved: vec![1, 2, 3],
+            backend: None,
         },
         record: ServiceRecord {
             name: service.to_owned(),
@@ -31,6 +33,7 @@ fn commit(service: &str, share: &str, owners: &[u8]) -> Commit {
             owners: owners.to_vec(),
             salt: u64::MAX - 5,
             placements: Some(Vec::new()),
+            admins: Default::default(),
         },
     }
 }
@@ -58,7 +61,12 @@ fn what_is_committed_is_read_back_by_the_next_process() {
     let state_dir = dir.path().join("deep/state?100%#");
     let mut store = SqliteStore::new(&state_dir);
     assert_eq!(store.load().unwrap().revision, 0);
-    let commits = [commit("shop", "5%", &[0, 9, 0]), commit("api", "64/65536", &[7])];
+    let mut commits = [commit("shop", "5%", &[0, 9, 0]), commit("api", "64/65536", &[7])];
+    let addr = "[2001:db8::1]:443".parse().unwrap();
+    let change = BackendChange { addr, before: Admin::Ready, after: Admin::Maint };
+    commits[1].change.backend = Some(change);
+    commits[1].record.admins =
+        [(addr, Admin::Maint), ("10.0.0.1:80".parse().unwrap(), Admin::Drain)].into();
     assert_eq!(store.commit(0, &commits).unwrap(), 2);
     assert_eq!(store.commit(2, &[commit("shop", "0.1%", &[])]).unwrap(), 3);
     drop(store);
@@ -76,6 +84,39 @@ fn what_is_committed_is_read_back_by_the_next_process() {
         &fs::metadata(state_dir.join("state.db")).unwrap().permissions(),
     );
     assert_eq!(mode & 0o777, 0o600);
+}
+
+/// What release 1 made: its tables, with a service in them.
+const SCHEMA_1: &str = "CREATE TABLE change (
+        revision INTEGER PRIMARY KEY, unix_ms INTEGER NOT NULL, uid INTEGER, service TEXT NOT NULL,
+        action TEXT NOT NULL, reason TEXT, before TEXT NOT NULL, after TEXT NOT NULL,
+        moved BLOB NOT NULL
+    ) STRICT;
+    CREATE TABLE service (
+        name TEXT PRIMARY KEY, revision INTEGER NOT NULL REFERENCES change (revision),
+        control TEXT NOT NULL, split TEXT NOT NULL, slots TEXT NOT NULL, owners BLOB NOT NULL,
+        salt INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    INSERT INTO change VALUES (1, 5, 0, 'shop', 'split', NULL, '{}', '{\"v2\":\"5%\"}', x'0102');
+    INSERT INTO service VALUES
+        ('shop', 1, 'stable', '{\"v2\":\"5%\"}', '[\"stable\",\"v2\"]', x'07', 3);";
+
+#[test]
+fn a_file_of_the_first_schema_is_brought_up_to_date() {
+    let dir = tempfile::tempdir().unwrap();
+    let raw = rusqlite::Connection::open(dir.path().join("state.db")).unwrap();
+    raw.execute_batch(SCHEMA_1).unwrap();
+    raw.pragma_update(None, "application_id", 0x636e_7279).unwrap();
+    raw.pragma_update(None, "user_version", 1).unwrap();
+    drop(raw);
+    let mut store = SqliteStore::new(dir.path());
+    let snapshot = store.load().unwrap();
+    assert_eq!((snapshot.revision, &snapshot.services[0].owners[..]), (1, &[7][..]));
+    assert!(snapshot.services[0].admins.is_empty());
+    assert_eq!(snapshot.services[0].placements, Some(Vec::new()));
+    assert_eq!(store.changes(0, 9).unwrap()[0].1.backend, None);
+    assert_eq!(store.commit(1, &[commit("shop", "7%", &[8])]).unwrap(), 2);
+    assert!(store.take_set_aside().is_empty());
 }
 
 #[test]
@@ -104,20 +145,6 @@ fn placements_stay_until_a_commit_brings_others() {
     assert_eq!(placements(&mut SqliteStore::new(dir.path())), [one.clone(), both]);
     store.commit(3, &[with("shop", Some(one.clone())), with("api", Some(Vec::new()))]).unwrap();
     assert_eq!(placements(&mut store), [Vec::new(), one]);
-}
-
-#[test]
-fn a_file_of_the_first_schema_is_gone_on_with() {
-    let dir = tempfile::tempdir().unwrap();
-    SqliteStore::new(dir.path()).commit(0, &[commit("shop", "5%", &[0, 7])]).unwrap();
-    let raw = rusqlite::Connection::open(dir.path().join("state.db")).unwrap();
-    raw.execute_batch("DROP TABLE placement; PRAGMA user_version = 1").unwrap();
-    drop(raw);
-    let mut store = SqliteStore::new(dir.path());
-    let snapshot = store.load().unwrap();
-    assert_eq!(snapshot.services, [commit("shop", "5%", &[0, 7]).record]);
-    assert!(store.take_set_aside().is_empty());
-    assert_eq!(store.commit(1, &[commit("shop", "6%", &[1])]).unwrap(), 2);
 }
 
 #[test]

@@ -5,10 +5,11 @@
 //! know of the kernel or of what a split means: owners, placements and change lists are
 //! opaque bytes here, encoded by the table compiler.
 
+mod json;
 mod schema;
 mod sqlite;
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
 use canary_ebpf_common::share::Share;
 
@@ -16,6 +17,40 @@ pub use sqlite::SqliteStore;
 
 /// A split as it was asked for: shares by version name, control left out.
 pub type Split = BTreeMap<String, Share>;
+
+/// What an operator has told a backend to be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Admin {
+    /// It takes connections.
+    #[default]
+    Ready,
+    /// It takes no new ones, and keeps those that are open.
+    Drain,
+    /// It takes nothing at all.
+    Maint,
+}
+
+impl Admin {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Ready, Self::Drain, Self::Maint];
+
+    /// The word for it in commands, answers and the store.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ready => "ready",
+            Self::Drain => "drain",
+            Self::Maint => "maint",
+        }
+    }
+
+    /// What has that word.
+    pub fn named(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|admin| admin.name() == word)
+    }
+}
+
+/// Backends that are not [`Admin::Ready`], of all versions of a service.
+pub type Admins = BTreeMap<SocketAddr, Admin>;
 
 /// One service's live state.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +67,8 @@ pub struct ServiceRecord {
     pub owners: Vec<u8>,
     /// Keys the order in which buckets are given out, until the next rollout.
     pub salt: u64,
+    /// Backends that operators have taken out.
+    pub admins: Admins,
     /// Where the buckets of its versions prefer to be, by version and family. Always there
     /// when loaded; `None` in a commit leaves what is stored.
     pub placements: Option<Vec<PlacementRecord>>,
@@ -57,7 +94,7 @@ pub struct Change {
     pub uid: Option<u32>,
     /// The service.
     pub service: String,
-    /// `initial`, `adopt`, `config`, `split` …
+    /// `initial`, `adopt`, `config`, `split`, `backend` …
     pub action: String,
     /// Why, as given.
     pub reason: Option<String>,
@@ -67,6 +104,19 @@ pub struct Change {
     pub after: Split,
     /// Which buckets went from whom to whom, encoded: what undo restores.
     pub moved: Vec<u8>,
+    /// The backend that was told to be something else.
+    pub backend: Option<BackendChange>,
+}
+
+/// What became of a backend in a [`Change`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BackendChange {
+    /// Address and port.
+    pub addr: SocketAddr,
+    /// What it was.
+    pub before: Admin,
+    /// What it is since.
+    pub after: Admin,
 }
 
 /// A change together with the state that it leads to.

@@ -36,6 +36,8 @@ const MIGRATIONS: &[&str] = &[
         placement BLOB NOT NULL,
         PRIMARY KEY (service, version, family)
     ) STRICT, WITHOUT ROWID;",
+    "ALTER TABLE change ADD COLUMN backend TEXT;
+    ALTER TABLE service ADD COLUMN admins TEXT NOT NULL DEFAULT '{}';",
 ];
 
 /// The newest schema known here.

@@ -9,13 +9,12 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use canary_ebpf_common::share::Share;
 use rusqlite::{
     Connection, ErrorCode, OpenFlags, OptionalExtension, Transaction, TransactionBehavior, params,
 };
 
 use super::{
-    Change, Commit, PlacementRecord, ServiceRecord, Snapshot, Split, StateStore, StoreError,
+    Change, Commit, PlacementRecord, ServiceRecord, Snapshot, StateStore, StoreError, json,
     schema::{self, Schema},
 };
 
@@ -88,19 +87,20 @@ impl StateStore for SqliteStore {
             let revision = revision(&transaction)?;
             let mut services = Vec::new();
             let mut statement = transaction.prepare(
-                "SELECT name, control, split, slots, owners, salt FROM service ORDER BY name",
+                "SELECT name, control, split, slots, owners, salt, admins FROM service ORDER BY name",
             )?;
             let mut rows = statement.query(())?;
             while let Some(row) = rows.next()? {
                 services.push(ServiceRecord {
                     name: row.get(0)?,
                     control: row.get(1)?,
-                    split: split_from_json(&row.get::<_, String>(2)?)?,
+                    split: json::split_from(&row.get::<_, String>(2)?)?,
                     slots: serde_json::from_str(&row.get::<_, String>(3)?)
                         .map_err(|e| Failure::Damaged(format!("slots: {e}")))?,
                     owners: row.get(4)?,
                     salt: row.get::<_, i64>(5)?.cast_unsigned(),
                     placements: Some(Vec::new()),
+                    admins: json::admins_from(&row.get::<_, String>(6)?)?,
                 });
             }
             placements(&transaction, &mut services)?;
@@ -128,7 +128,7 @@ impl StateStore for SqliteStore {
     fn changes(&mut self, after: u64, limit: usize) -> Result<Vec<(u64, Change)>, StoreError> {
         self.with(|connection| {
             let mut statement = connection.prepare_cached(
-                "SELECT revision, unix_ms, uid, service, action, reason, before, after, moved
+                "SELECT revision, unix_ms, uid, service, action, reason, before, after, moved, backend
                  FROM change WHERE revision > ?1 ORDER BY revision LIMIT ?2",
             )?;
             let mut rows = statement.query(params![
@@ -143,9 +143,13 @@ impl StateStore for SqliteStore {
                     service: row.get(3)?,
                     action: row.get(4)?,
                     reason: row.get(5)?,
-                    before: split_from_json(&row.get::<_, String>(6)?)?,
-                    after: split_from_json(&row.get::<_, String>(7)?)?,
+                    before: json::split_from(&row.get::<_, String>(6)?)?,
+                    after: json::split_from(&row.get::<_, String>(7)?)?,
                     moved: row.get(8)?,
+                    backend: row
+                        .get::<_, Option<String>>(9)?
+                        .map(|text| json::backend_from(&text))
+                        .transpose()?,
                 };
                 changes.push((row.get::<_, i64>(0)?.cast_unsigned(), change));
             }
@@ -155,7 +159,7 @@ impl StateStore for SqliteStore {
 }
 
 /// Why work on the open file failed.
-enum Failure {
+pub(super) enum Failure {
     Sqlite(rusqlite::Error),
     Damaged(String),
     Stale { expected: u64, found: u64 },
@@ -336,36 +340,39 @@ fn insert(
     change: &Change,
     record: &ServiceRecord,
 ) -> Result<(), Failure> {
-    let Change { unix_ms, uid, service, action, reason, before, after, moved } = change;
-    let ServiceRecord { name, control, split, slots, owners, salt, placements } = record;
+    let Change { unix_ms, uid, service, action, reason, before, after, moved, backend } = change;
+    let ServiceRecord { name, control, split, slots, owners, salt, placements, admins } = record;
     transaction
-        .prepare_cached("INSERT INTO change VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)")?
+        .prepare_cached("INSERT INTO change VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)")?
         .execute(params![
-        revision.cast_signed(),
-        unix_ms.cast_signed(),
-        uid,
-        service,
-        action,
-        reason,
-        split_to_json(before),
-        split_to_json(after),
-        moved
-    ])?;
+            revision.cast_signed(),
+            unix_ms.cast_signed(),
+            uid,
+            service,
+            action,
+            reason,
+            json::split_to(before),
+            json::split_to(after),
+            moved,
+            backend.as_ref().map(json::backend_to)
+        ])?;
     transaction
         .prepare_cached(
-            "INSERT INTO service VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)
+            "INSERT INTO service VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)
              ON CONFLICT (name) DO UPDATE SET revision = excluded.revision,
              control = excluded.control, split = excluded.split,
-             slots = excluded.slots, owners = excluded.owners, salt = excluded.salt",
+             slots = excluded.slots, owners = excluded.owners, salt = excluded.salt,
+             admins = excluded.admins",
         )?
         .execute(params![
             name,
             revision.cast_signed(),
             control,
-            split_to_json(split),
+            json::split_to(split),
             serde_json::Value::from(slots.as_slice()).to_string(),
             owners,
-            salt.cast_signed()
+            salt.cast_signed(),
+            json::admins_to(admins)
         ])?;
     if let Some(placements) = placements {
         transaction.execute("DELETE FROM placement WHERE service = ?1", [name])?;
@@ -399,24 +406,4 @@ fn placements(
         });
     }
     Ok(())
-}
-
-/// `{"v2":"5%"}`.
-fn split_to_json(split: &Split) -> String {
-    let object: serde_json::Map<_, _> =
-        split.iter().map(|(version, share)| (version.clone(), share.to_string().into())).collect();
-    serde_json::Value::Object(object).to_string()
-}
-
-fn split_from_json(text: &str) -> Result<Split, Failure> {
-    let damaged = |reason: String| Failure::Damaged(format!("split {text}: {reason}"));
-    let texts: std::collections::BTreeMap<String, String> =
-        serde_json::from_str(text).map_err(|e| damaged(e.to_string()))?;
-    texts
-        .into_iter()
-        .map(|(version, share)| match share.parse::<Share>() {
-            Ok(share) => Ok((version, share)),
-            Err(e) => Err(damaged(e.to_string())),
-        })
-        .collect()
 }
