@@ -179,6 +179,10 @@ pub const BACKEND_MAINT: u32 = 1 << 2;
 /// [`Backend::flags`]: fails its checks; half-open entries for it may be replaced.
 pub const BACKEND_DOWN: u32 = 1 << 3;
 
+/// [`Backend::flags`]: an operator has told it to take no new connections. The table says so
+/// already; here it stands for an agent that finds no other memory of it.
+pub const BACKEND_DRAIN: u32 = 1 << 4;
+
 /// Element of `BACKENDS`: one server and how to reach it. One cache line.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C, align(8))]
@@ -205,8 +209,10 @@ pub struct Backend {
     pub service: u16,
     /// `BACKEND_*` bits.
     pub flags: u32,
-    /// Zero.
-    pub pad: u32,
+    /// Since when it has been taking its share little by little: the low 32 bits of
+    /// `CLOCK_BOOTTIME` in milliseconds, one more where they are 0; 0 if it is not. For the
+    /// next agent only.
+    pub slow_since_ms: u32,
 }
 
 /// Key of `FLOWS_V4`: the five-tuple of a packet as it arrives.

@@ -117,6 +117,18 @@ pub(crate) fn usable(index: BackendIndex) -> Result<&'static Backend, Reason> {
     Ok(backend)
 }
 
+/// The record of a translated flow's backend. One in maintenance is passed over as if the flow
+/// were not known: the host ends the client's connection.
+#[inline(always)]
+pub(crate) fn usable_for_flow(index: BackendIndex) -> Result<&'static Backend, Reason> {
+    let backend = maps::backend(index).ok_or(Reason::DropNoBackend)?;
+    match backend.flags & (BACKEND_USABLE | BACKEND_MAINT) {
+        BACKEND_USABLE => Ok(backend),
+        flags if flags & BACKEND_MAINT != 0 => Err(Reason::PassNoFlow),
+        _ => Err(Reason::DropNoBackend),
+    }
+}
+
 /// Counts a packet to a backend.
 #[inline(always)]
 pub(crate) fn count_sent(packet: &Packet, index: BackendIndex, opens: bool) {

@@ -143,7 +143,7 @@ fn translate(
             .ok_or(Reason::DropMalformed)?;
     }
     let index = BackendIndex::new(flow.backend);
-    let backend = forward::usable(index)?;
+    let backend = forward::usable_for_flow(index)?;
     rewrite(packet, ip, transport, flow)?;
     forward::count_sent(packet, index, opens);
     forward::send(packet, &backend.eth, backend.ifindex)
