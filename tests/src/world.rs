@@ -151,7 +151,9 @@ impl World {
                     nat_first: 0,
                     nat_count: 1,
                     down: false,
+                    drain: false,
                     maint: false,
+                    slow_since_ms: None,
                 },
             ));
         }
@@ -195,7 +197,9 @@ impl Service {
                     nat_first: if family == Family::V4 { 0 } else { 1 },
                     nat_count: 1,
                     down: self.down.contains(&name),
+                    drain: false,
                     maint: self.maint.contains(&name),
+                    slow_since_ms: None,
                 },
             ));
             indices.push((name, index));

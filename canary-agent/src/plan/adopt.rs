@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     config::model::{Backend, Config, Service, Version},
-    store::{ServiceRecord, Split},
+    store::{Admin, Admins, ServiceRecord, Split},
 };
 
 /// What the pinned maps of an earlier agent hold.
@@ -224,6 +224,33 @@ pub(super) fn begin(
         (action, before, compile::encode_changes(&difference(&known, &ownership.owners)))
     });
     Ok(Beginning { slots, ownership, news })
+}
+
+/// What operators have told the backends of `service` to be: as it is stored, else as the
+/// `records` in the maps say. What is not configured any more is forgotten.
+pub(super) fn admins<'a>(
+    service: &Service,
+    stored: Option<&ServiceRecord>,
+    records: impl Iterator<Item = &'a abi::Backend>,
+) -> Admins {
+    let mut admins = match stored {
+        Some(record) => record.admins.clone(),
+        None => records
+            .filter_map(|record| {
+                let flag = |bit: u32| record.flags & bit != 0;
+                let admin = match (flag(abi::BACKEND_MAINT), flag(abi::BACKEND_DRAIN)) {
+                    (true, _) => Admin::Maint,
+                    (false, true) => Admin::Drain,
+                    (false, false) => return None,
+                };
+                Some((record_addr(record), admin))
+            })
+            .collect(),
+    };
+    let configured: HashSet<SocketAddr> =
+        service.versions.iter().flat_map(|v| &v.backends).map(|b| b.addr).collect();
+    admins.retain(|addr, admin| *admin != Admin::Ready && configured.contains(addr));
+    admins
 }
 
 /// What turns `before` into `after`, as far as both have the bucket.

@@ -7,17 +7,18 @@ use std::{
 };
 
 use canary_ebpf_common::{
-    abi::{BACKEND_DOWN, LedgerEntry, PAGE_BUCKETS},
+    abi::{BACKEND_DOWN, BACKEND_DRAIN, BACKEND_MAINT, LedgerEntry, PAGE_BUCKETS},
     entry::BackendIndex,
 };
 
 use super::{
-    Adopted, AdoptedService, BootMs, Family,
+    Adopted, AdoptedService, BootMs, Family, SlowStart,
     adopt::{self, slot},
     alloc::{Ids, Indices, Pages},
     placements::Placements,
     planner::{NOT_ASKED_YET, PlanError, ServiceState},
     record,
+    slow_start::marked,
     table::{Draining, LiveBackend, Table},
 };
 use crate::config::model::{Backend, Capacity, Config, Health};
@@ -132,6 +133,13 @@ impl Claims {
                 .and_then(|v| v.backends.iter().find(|b| b.addr == addr));
             let hop = adopt::record_hop(backend).ok_or_else(|| NOT_ASKED_YET.to_owned());
             let down = backend.flags & BACKEND_DOWN != 0 && service.health != Health::None;
+            let maint = backend.flags & BACKEND_MAINT != 0;
+            let out = BACKEND_DOWN | BACKEND_DRAIN | BACKEND_MAINT;
+            let slow_start = match marked(backend.slow_since_ms, now_ms) {
+                _ if hop.is_err() || backend.flags & out != 0 => SlowStart::Away,
+                Some(since) => SlowStart::Since(since),
+                None => SlowStart::Whole,
+            };
             let twice = |at: u8| table.backends.iter().any(|b| b.slot == at && b.addr == addr);
             match (slot, configured) {
                 (Some(slot), Some(configured)) if !twice(slot) => {
@@ -142,6 +150,8 @@ impl Claims {
                         weight: configured.weight,
                         down,
                         hop,
+                        admin: state.admins.get(&addr).copied().unwrap_or_default(),
+                        slow_start,
                     })
                 }
                 (slot, _) => {
@@ -151,6 +161,7 @@ impl Claims {
                         slot: slot.unwrap_or(state.control),
                         addr,
                         down,
+                        maint,
                         hop,
                         until_ms: drain.map(|drain| now_ms.saturating_add(drain)),
                         waiting: None,
@@ -169,10 +180,12 @@ impl Claims {
         state: &mut ServiceState,
         now_ms: BootMs,
     ) -> Result<(), PlanError> {
-        let ServiceState { config, slots, tables, .. } = state;
+        let ServiceState { config, slots, tables, admins, .. } = state;
         let full = |addr| PlanError::Backends { service: config.name.clone(), addr };
         for table in tables {
             let mut ordered = Vec::new();
+            // In a table that is new there is nobody to take a share from little by little.
+            let new = table.backends.is_empty() && table.draining.is_empty();
             // An address is checked once, for all versions that name it.
             let down: HashSet<SocketAddr> =
                 table.backends.iter().filter(|b| b.down).map(|b| b.addr).collect();
@@ -196,6 +209,8 @@ impl Claims {
                             weight: backend.weight,
                             down: down.contains(&backend.addr),
                             hop: Err(NOT_ASKED_YET.to_owned()),
+                            admin: admins.get(&backend.addr).copied().unwrap_or_default(),
+                            slow_start: if new { SlowStart::Whole } else { SlowStart::Away },
                         },
                     });
                 }

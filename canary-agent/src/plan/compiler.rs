@@ -8,7 +8,10 @@ use canary_ebpf_common::{
     entry::BackendIndex,
 };
 
-use super::placements::Placements;
+use super::{
+    placements::Placements,
+    slow_start::{self, Ramp},
+};
 use crate::config::model::Fallback;
 
 /// A backend that buckets may be given to.
@@ -20,14 +23,26 @@ pub(super) struct Candidate {
     /// What it is to get now. What it gets for good is in its version's placement.
     pub(super) weight: u32,
     pub(super) usable: bool,
+    /// How much of its share it takes, of [`slow_start::STEPS`].
+    pub(super) step: u32,
+}
+
+impl Candidate {
+    /// Its way to its whole share, if it is usable and on it.
+    pub(super) fn ramp(&self) -> Option<Ramp> {
+        let Self { index, addr, step, .. } = *self;
+        (self.usable && (1..slow_start::STEPS).contains(&step)).then(|| Ramp {
+            index,
+            identity: compile::identity(&addr),
+            step,
+        })
+    }
 }
 
 /// Which backend each bucket steers new connections to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Assignment {
     pub(super) backends: Vec<BackendIndex>,
-    /// No backend of control is usable: all of them are used.
-    pub(super) control_checks_ignored: bool,
     /// Bit *n*: the version in slot *n* owns buckets and has no usable backend.
     pub(super) fell_back: u16,
 }
@@ -77,16 +92,11 @@ pub(super) fn assign(
                     })
                 })
                 .collect(),
-            control_checks_ignored: output.control_checks_ignored,
             fell_back: output.fell_back,
         },
         Err(error) => {
             tracing::error!(%error, "a table can't be compiled");
-            Assignment {
-                backends: vec![BackendIndex::NONE; owners.len()],
-                control_checks_ignored: false,
-                fell_back: u16::MAX,
-            }
+            Assignment { backends: vec![BackendIndex::NONE; owners.len()], fell_back: u16::MAX }
         }
     }
 }

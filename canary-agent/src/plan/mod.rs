@@ -18,7 +18,9 @@ mod numbers;
 mod ownership;
 mod placements;
 mod planner;
+mod prepare;
 mod record;
+mod slow_start;
 mod table;
 
 use std::{
@@ -39,8 +41,10 @@ pub use alloc::QUARANTINE_MS;
 pub use bucket_set::BucketSet;
 pub(crate) use numbers::numbers;
 pub use ownership::{Ownership, Proposal};
-pub use planner::{News, PlanError, Planner, ServiceState, Start, Step};
-pub use table::{BackendState, LiveBackend, Table};
+pub use planner::{News, PlanError, Planner, Preview, ServiceState, Start, Step};
+pub use prepare::LEARN_MS;
+pub use slow_start::{STEPS as SLOW_START_STEPS, SlowStart};
+pub use table::{BackendState, LiveBackend, Removed, Table};
 
 /// Milliseconds of `CLOCK_BOOTTIME`, the clock that counts suspended time.
 pub type BootMs = u64;
@@ -134,20 +138,26 @@ pub struct BackendPlan {
     pub nat_count: u8,
     /// Fails its checks.
     pub down: bool,
+    /// Takes no new connections because an operator said so.
+    pub drain: bool,
     /// Takes no packets at all.
     pub maint: bool,
+    /// Since when it has been taking its share little by little, if it is.
+    pub slow_since_ms: Option<BootMs>,
 }
 
 impl BackendPlan {
     /// The record in map form.
     pub fn record(&self) -> abi::Backend {
-        let Self { addr, service, version, next_hop, nat_first, nat_count, down, maint } = *self;
+        let Self { addr, service, version, next_hop, nat_first, nat_count, .. } = *self;
+        let Self { down, drain, maint, slow_since_ms, .. } = *self;
         let mut flags = 0;
         let mut set = |bit: u32, on: bool| flags |= if on { bit } else { 0 };
         set(abi::BACKEND_USABLE, next_hop.is_some());
         set(abi::BACKEND_V6, addr.is_ipv6());
         set(abi::BACKEND_MAINT, maint);
         set(abi::BACKEND_DOWN, down);
+        set(abi::BACKEND_DRAIN, drain);
         let eth = next_hop.map_or([0; 3], |hop| {
             let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (hop.destination_mac, hop.source_mac);
             [[a, b, c, d], [e, f, g, h], [i, j, k, l]].map(u32::from_ne_bytes)
@@ -163,7 +173,7 @@ impl BackendPlan {
             nat_first,
             service,
             flags,
-            pad: 0,
+            slow_since_ms: slow_since_ms.map_or(0, slow_start::mark),
         }
     }
 }

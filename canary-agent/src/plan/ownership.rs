@@ -53,7 +53,7 @@ impl Ownership {
             split: Split::new(),
             // From the configuration alone: all hosts that begin with the same one give the
             // same clients to the canary.
-            salt: next_salt(hash_key[0] ^ hash_key[1].rotate_left(32)),
+            salt: mix(hash_key[0] ^ hash_key[1].rotate_left(32)),
             owners: Arc::new(vec![control; buckets as usize]),
         }
     }
@@ -74,7 +74,7 @@ impl Ownership {
         let salt = if idle(&self.split) && !idle(&split) {
             // A new rollout: other clients are first this time. From the last salt, not from
             // chance: hosts that have gone through the same rollouts still agree.
-            next_salt(self.salt)
+            mix(self.salt)
         } else {
             self.salt
         };
@@ -112,7 +112,7 @@ impl Ownership {
 }
 
 /// SplitMix64's step (Steele, Lea, Flood: *Fast splittable pseudorandom number generators*, 2014).
-fn next_salt(salt: u64) -> u64 {
+pub(super) fn mix(salt: u64) -> u64 {
     let mut z = salt.wrapping_add(0x9e37_79b9_7f4a_7c15);
     z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);

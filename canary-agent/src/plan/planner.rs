@@ -9,18 +9,19 @@ use std::{
 use canary_ebpf_common::{abi::MAX_VERSIONS, compile, entry::BackendIndex};
 
 use super::{
-    Adopted, AdoptedService, BootMs, DataPlane, Family, NextHop, Proposal, ServicePlan, Sweep,
+    Adopted, AdoptedService, BootMs, BucketSet, DataPlane, Family, NextHop, Proposal, ServicePlan,
+    SlowStart, Sweep,
     adopt::{self, slot},
     alloc::Indices,
     begin::Claims,
     ownership::{Ownership, ProposeError},
     placements::Placements,
-    record,
+    prepare, record,
     table::{Inputs, Table, TableStep},
 };
 use crate::{
     config::model::{Config, Service},
-    store::{PlacementRecord, ServiceRecord, Split},
+    store::{Admin, Admins, PlacementRecord, ServiceRecord, Split},
 };
 
 /// Said of a backend until the host's routes have been asked.
@@ -108,6 +109,7 @@ pub struct ServiceState {
     pub(super) control: u8,
     pub(super) ownership: Ownership,
     pub(super) tables: Vec<Table>,
+    pub(super) admins: Admins,
     pub(super) dirty: bool,
 }
 
@@ -154,6 +156,7 @@ impl ServiceState {
             owners: compile::encode_owners(&ownership.owners),
             salt: ownership.salt,
             placements: None,
+            admins: self.admins.clone(),
         }
     }
 
@@ -168,6 +171,11 @@ impl ServiceState {
         let mut records: Vec<PlacementRecord> = self.tables.iter().flat_map(of).collect();
         records.sort_by(|a, b| (&a.version, a.family).cmp(&(&b.version, b.family)));
         records
+    }
+
+    /// Backends that operators have taken out.
+    pub fn admins(&self) -> &Admins {
+        &self.admins
     }
 
     /// What setting `split` leads to.
@@ -212,6 +220,12 @@ impl Planner {
             let record = stored.get(service.name.as_str()).copied();
             let beginning = adopt::begin(service, tables.first().map(|(_, t)| *t), record)
                 .map_err(|reason| PlanError::Split { service: service.name.clone(), reason })?;
+            let records = adopted
+                .backends
+                .iter()
+                .map(|(_, backend)| backend)
+                .filter(|backend| tables.iter().any(|(_, table)| table.id == backend.service));
+            let admins = adopt::admins(service, record, records);
             let control_name = &service.versions[service.control].name;
             let mut state = ServiceState {
                 config: Arc::new(service.clone()),
@@ -219,6 +233,7 @@ impl Planner {
                 slots: beginning.slots,
                 ownership: beginning.ownership,
                 tables: Vec::new(),
+                admins,
                 dirty: true,
             };
             for family in [Family::V4, Family::V6] {
@@ -232,7 +247,8 @@ impl Planner {
             let placed = record.and_then(|record| record.placements.as_ref());
             let other_backends = || {
                 let moved = compile::encode_changes(&[]);
-                (placed != Some(&state.placement_records()))
+                let forgotten = record.is_some_and(|record| record.admins != state.admins);
+                (forgotten || placed != Some(&state.placement_records()))
                     .then(|| ("config", state.ownership.split.clone(), moved))
             };
             if let Some((action, before, moved)) = beginning.news.or_else(other_backends) {
@@ -292,6 +308,62 @@ impl Planner {
             state.ownership = ownership;
             state.dirty = true;
         }
+        self.prepare(service, None);
+    }
+
+    /// Takes over what an operator has told a backend of a service to be, in all versions.
+    pub fn set_admin(&mut self, service: usize, addr: SocketAddr, admin: Admin) {
+        let Some(state) = self.services.get_mut(service) else {
+            return;
+        };
+        match admin {
+            Admin::Ready => state.admins.remove(&addr),
+            out => state.admins.insert(addr, out),
+        };
+        for backend in state.tables.iter_mut().flat_map(|t| &mut t.backends) {
+            if backend.addr == addr && backend.admin != admin {
+                backend.admin = admin;
+                state.dirty = true;
+                self.backends_changed = true;
+            }
+        }
+    }
+
+    /// Whether watching buckets of a service before they move is of any use.
+    pub fn learns(&self, service: usize) -> bool {
+        let state = self.services.get(service);
+        state.is_some_and(|state| prepare::helps(&record::policy(&state.config)))
+    }
+
+    /// Watches the buckets that `ownership` would move, where they are, from the next step
+    /// on until the service's owners are set; `None`: watches none any more. Returns how
+    /// many, 0 if watching them is of no use.
+    ///
+    /// What moves after [`LEARN_MS`](super::LEARN_MS) of [`is_prepared`](Self::is_prepared)
+    /// takes no retransmitted SYN along.
+    pub fn prepare(&mut self, service: usize, ownership: Option<&Ownership>) -> u32 {
+        let mut moved = match ownership {
+            Some(ownership) if self.learns(service) => {
+                self.preview(service, Some(ownership), None).moved
+            }
+            _ => Vec::new(),
+        };
+        let Some(state) = self.services.get_mut(service) else {
+            return 0;
+        };
+        let watched = moved.iter().map(BucketSet::len).sum();
+        moved.resize(state.tables.len(), BucketSet::default());
+        for (table, moved) in state.tables.iter_mut().zip(moved) {
+            state.dirty |= !moved.is_empty();
+            table.prepare(moved);
+        }
+        watched
+    }
+
+    /// Whether all buckets that [`prepare`](Self::prepare) was told of are watched in the
+    /// present plan.
+    pub fn is_prepared(&self, service: usize) -> bool {
+        self.services.get(service).is_some_and(|s| s.tables.iter().all(Table::is_prepared))
     }
 
     /// Takes over what the host knows about next hops. Backends that `hops` does
@@ -340,22 +412,16 @@ impl Planner {
     pub fn step(&mut self, now_ms: BootMs) -> Step {
         let mut done = Step::default();
         for state in &mut self.services {
-            let due = |table: &Table| table.next_due_ms.is_some_and(|at| at <= now_ms);
+            let due = |table: &Table| table.due_ms().is_some_and(|at| at <= now_ms);
             if !state.dirty && !state.tables.iter().any(due) {
                 continue;
             }
             state.dirty = false;
-            let ServiceState { config, slots, control, ownership, tables, dirty: _ } = state;
-            let inputs = Inputs {
-                owners: &ownership.owners,
-                control: *control,
-                fallback: config.fallback,
-                policy: record::policy(config),
-                now_ms,
-            };
+            let ServiceState { config, slots, control, ownership, tables, .. } = state;
+            let inputs = inputs(config, *control, ownership, now_ms);
             let steps = step_all(tables, &inputs);
             for (table, stepped) in tables.iter().zip(steps) {
-                self.backends_changed |= !stepped.released.is_empty();
+                self.backends_changed |= stepped.records_changed || !stepped.released.is_empty();
                 self.released.extend(stepped.released);
                 done.changed |= set_service(
                     &mut self.plane.services,
@@ -384,7 +450,7 @@ impl Planner {
         };
         done.changed |= sweep != self.plane.sweep;
         self.plane.sweep = sweep;
-        done.next_wakeup_ms = tables().filter_map(|t| t.next_due_ms).min();
+        done.next_wakeup_ms = tables().filter_map(Table::due_ms).min();
         done
     }
 
@@ -398,7 +464,7 @@ impl Planner {
         for state in &mut self.services {
             for table in &mut state.tables {
                 table.unswept.clear();
-                if table.deferred {
+                if table.deferred || !table.is_prepared() {
                     state.dirty = true;
                     waiting = true;
                 }
@@ -408,23 +474,70 @@ impl Planner {
         waiting
     }
 
-    /// Which backends of a service would gain or lose buckets under `ownership`.
-    pub fn touched(&mut self, service: usize, ownership: &Ownership) -> Vec<SocketAddr> {
+    /// What would move in a service with other owners, or with a backend told to be something
+    /// else; a backend that comes back with all of its share.
+    pub fn preview(
+        &mut self,
+        service: usize,
+        ownership: Option<&Ownership>,
+        backend: Option<(SocketAddr, Admin)>,
+    ) -> Preview {
+        let mut preview = Preview::default();
         let Some(state) = self.services.get_mut(service) else {
-            return Vec::new();
+            return preview;
         };
-        let mut touched = BTreeSet::new();
-        for table in &mut state.tables {
-            let assignment = table.desired(&Inputs {
-                owners: &ownership.owners,
-                control: state.control,
-                fallback: state.config.fallback,
-                policy: record::policy(&state.config),
-                now_ms: 0,
-            });
-            touched.extend(table.touched(|bucket| assignment.backends[bucket]));
+        let ServiceState { config, control, ownership: present, tables, .. } = state;
+        for table in tables {
+            let mut backends = table.backends.clone();
+            for one in &mut backends {
+                if let Some((addr, admin)) = backend
+                    && one.addr == addr
+                {
+                    one.admin = admin;
+                    one.slow_start = SlowStart::Whole;
+                }
+            }
+            let inputs = Inputs {
+                owners: &ownership.unwrap_or(present).owners,
+                ..inputs(config, *control, present, 0)
+            };
+            let assignment = table.desired(&inputs, &backends);
+            let (moved, touched) = table.moved(|bucket| assignment.backends[bucket]);
+            preview.touched.extend(touched);
+            preview.fell_back |= assignment.fell_back;
+            preview.moved.push(moved);
         }
-        touched.into_iter().collect()
+        preview
+    }
+}
+
+/// What a change would do to a service's tables.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Preview {
+    /// By table, the buckets whose new connections would go elsewhere.
+    pub moved: Vec<BucketSet>,
+    /// Backends that would gain or lose buckets.
+    pub touched: BTreeSet<SocketAddr>,
+    /// Bit *n*: the version in slot *n* would own buckets and have no backend to give them to,
+    /// in one table at least.
+    pub fell_back: u16,
+}
+
+/// What the tables of a service are stepped with.
+fn inputs<'a>(
+    config: &Service,
+    control: u8,
+    ownership: &'a Ownership,
+    now_ms: BootMs,
+) -> Inputs<'a> {
+    let slow_start_ms = u64::try_from(config.slow_start.as_millis()).unwrap_or(u64::MAX);
+    Inputs {
+        owners: &ownership.owners,
+        control,
+        fallback: config.fallback,
+        policy: record::policy(config),
+        slow_start_ms,
+        now_ms,
     }
 }
 

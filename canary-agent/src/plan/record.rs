@@ -12,7 +12,10 @@ use canary_ebpf_common::{
 };
 
 use super::{BackendPlan, Family, NextHop, Policy, ServicePlan, ServiceState, Table};
-use crate::config::model::{Forward, Protocol, Service, Stickiness};
+use crate::{
+    config::model::{Forward, Protocol, Service, Stickiness},
+    store::Admin,
+};
 
 /// The record of a table of `service`.
 pub(super) fn service_record(service: &Service, id: u16, first_page: u32) -> abi::Service {
@@ -97,9 +100,7 @@ pub(super) fn backend_plans(
     let mut plans = Vec::new();
     for state in services {
         for table in &state.tables {
-            let live = table.backends.iter().map(|b| (b.index, b.slot, b.addr, b.down, &b.hop));
-            let gone = table.draining.iter().map(|d| (d.index, d.slot, d.addr, d.down, &d.hop));
-            for (index, version, addr, down, hop) in live.chain(gone) {
+            let mut plan = |index, version, addr, hop: &Result<NextHop, String>| {
                 let next_hop = hop.as_ref().ok().copied();
                 let (nat_first, nat_count) =
                     nat_range(&state.config, addr, next_hop, nat_ranges, nat_sources);
@@ -110,10 +111,25 @@ pub(super) fn backend_plans(
                     next_hop,
                     nat_first,
                     nat_count,
-                    down,
+                    down: false,
+                    drain: false,
                     maint: false,
+                    slow_since_ms: None,
                 };
-                plans.push((index, plan));
+                (index, plan)
+            };
+            for b in &table.backends {
+                let (index, made) = plan(b.index, b.slot, b.addr, &b.hop);
+                let slow_since_ms = b.slow_start.since_ms();
+                let (drain, maint) = (b.admin == Admin::Drain, b.admin == Admin::Maint);
+                plans.push((
+                    index,
+                    BackendPlan { down: b.down, drain, maint, slow_since_ms, ..made },
+                ));
+            }
+            for d in &table.draining {
+                let (index, made) = plan(d.index, d.slot, d.addr, &d.hop);
+                plans.push((index, BackendPlan { down: d.down, maint: d.maint, ..made }));
             }
         }
     }

@@ -2,7 +2,7 @@
 //! are on their way out.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashMap},
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
@@ -14,12 +14,14 @@ use canary_ebpf_common::{
 };
 
 use super::{
-    Advance, BootMs, BucketSet, Family, NextHop, Policy, Update,
+    Advance, BootMs, BucketSet, Family, NextHop, Policy, SlowStart, Update,
     compiler::{self, Candidate},
     numbers,
     placements::Placements,
+    prepare,
+    slow_start::{self, Ramp},
 };
-use crate::config::model::Fallback;
+use crate::{config::model::Fallback, store::Admin};
 
 /// A backend of the configuration.
 #[derive(Clone, Debug, PartialEq)]
@@ -36,12 +38,16 @@ pub struct LiveBackend {
     pub down: bool,
     /// How to reach it, or why that is not known.
     pub hop: Result<NextHop, String>,
+    /// What an operator has told it to be.
+    pub admin: Admin,
+    /// How much of its share it takes.
+    pub slow_start: SlowStart,
 }
 
-/// Whether a backend takes new connections.
+/// Whether a backend could take new connections, if operators let it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BackendState {
-    /// It does.
+    /// It could.
     Up,
     /// It fails its checks.
     Down,
@@ -50,7 +56,12 @@ pub enum BackendState {
 }
 
 impl LiveBackend {
-    /// Whether it takes new connections, its weight aside.
+    /// Whether it takes new connections.
+    pub fn takes_new(&self) -> bool {
+        self.weight > 0 && self.admin == Admin::Ready && self.state() == BackendState::Up
+    }
+
+    /// Whether it could take new connections, its weight and operators aside.
     pub fn state(&self) -> BackendState {
         match (&self.hop, self.down) {
             (Err(_), _) => BackendState::NoNextHop,
@@ -67,11 +78,24 @@ pub(super) struct Draining {
     pub(super) slot: u8,
     pub(super) addr: SocketAddr,
     pub(super) down: bool,
+    /// Takes no packets at all.
+    pub(super) maint: bool,
     pub(super) hop: Result<NextHop, String>,
     /// Until when translated flows may name it; `None` for ever.
     pub(super) until_ms: Option<BootMs>,
     /// Buckets that were tracked when it left: flow entries of theirs may name it.
     pub(super) waiting: Option<BucketSet>,
+}
+
+/// A backend that has been removed and may still have connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Removed {
+    /// Its record.
+    pub index: BackendIndex,
+    /// Slot of its version.
+    pub slot: u8,
+    /// Address and port.
+    pub addr: SocketAddr,
 }
 
 /// One service's table for one family.
@@ -89,12 +113,20 @@ pub struct Table {
     compiler: Compiler,
     /// What the entries were compiled for last.
     compiled: Option<(Arc<Vec<u8>>, Vec<Candidate>)>,
+    /// Buckets that are to be watched before they move.
+    preparing: BucketSet,
+    /// Not all of them are watched yet.
+    unprepared: bool,
+    /// When a ramp takes its next step.
+    slow_due_ms: Option<BootMs>,
     /// By backend index, how many buckets steer new connections to it.
     counts: Vec<(BackendIndex, u32)>,
     tracked: u32,
     pub(super) next_due_ms: Option<BootMs>,
     pub(super) deferred: bool,
     control_checks_ignored: bool,
+    /// Control has backends, and operators have taken all of them out.
+    control_taken_out: bool,
     /// Bit *n*: the version in slot *n* has buckets but no backend to give them to.
     fell_back: u16,
 }
@@ -105,6 +137,7 @@ pub(super) struct Inputs<'a> {
     pub(super) control: u8,
     pub(super) fallback: Fallback,
     pub(super) policy: Policy,
+    pub(super) slow_start_ms: u64,
     pub(super) now_ms: BootMs,
 }
 
@@ -113,6 +146,8 @@ pub(super) struct Inputs<'a> {
 pub(super) struct TableStep {
     /// Entries or ledger changed.
     pub(super) changed: bool,
+    /// What records say changed.
+    pub(super) records_changed: bool,
     /// Indices that nothing refers to any more.
     pub(super) released: Vec<BackendIndex>,
 }
@@ -138,11 +173,15 @@ impl Table {
             placements,
             compiler: Compiler::new(),
             compiled: None,
+            preparing: BucketSet::default(),
+            unprepared: false,
+            slow_due_ms: None,
             counts: Vec::new(),
             tracked: 0,
             next_due_ms: None,
             deferred: false,
             control_checks_ignored: false,
+            control_taken_out: false,
             fell_back: 0,
         }
     }
@@ -183,9 +222,34 @@ impl Table {
         at.map_or(0, |at| self.counts[at].1)
     }
 
+    /// How many buckets steer new connections to each backend that has any, by index.
+    pub fn bucket_counts(&self) -> &[(BackendIndex, u32)] {
+        &self.counts
+    }
+
     /// Whether control's backends are all used although none passes its checks.
     pub fn control_checks_ignored(&self) -> bool {
         self.control_checks_ignored
+    }
+
+    /// Whether operators have taken out all that control has: its new connections get nothing.
+    pub fn control_taken_out(&self) -> bool {
+        self.control_taken_out
+    }
+
+    /// Backends that are removed, and may still have connections.
+    pub fn removed(&self) -> impl Iterator<Item = Removed> + '_ {
+        let gone = self.draining.iter();
+        gone.map(|d| Removed { index: d.index, slot: d.slot, addr: d.addr })
+    }
+
+    /// By backend index, how many buckets steer new connections elsewhere and still
+    /// leave the older ones with it.
+    pub fn leaving(&self) -> HashMap<BackendIndex, u32> {
+        let mut leaving = HashMap::new();
+        let left = self.entries.iter().filter(|e| e.tracked() && e.previous() != e.current());
+        left.for_each(|e| *leaving.entry(e.previous()).or_default() += 1);
+        leaving
     }
 
     /// Whether the version in `slot` owns buckets but has no backend to give them to.
@@ -206,17 +270,23 @@ impl Table {
         live.chain(gone).find(|(at, _)| *at == index).map(|(_, addr)| addr)
     }
 
-    /// The backends that buckets go from or come to where `other` says something else than
-    /// the entries.
-    pub fn touched(&self, other: impl Fn(usize) -> BackendIndex) -> BTreeSet<SocketAddr> {
+    /// The buckets for which `other` says something else than the entries, and the backends
+    /// that they go from or come to.
+    pub fn moved(
+        &self,
+        other: impl Fn(usize) -> BackendIndex,
+    ) -> (BucketSet, BTreeSet<SocketAddr>) {
+        let mut moved = BucketSet::default();
         let mut named = vec![false; usize::from(BackendIndex::MAX.get()) + 1];
         let current = |at: usize| self.entries[at].current();
         for at in numbers(self.entries.len(), |at| current(at) != other(at)) {
+            moved.insert(at as u32);
             named[usize::from(current(at).get())] = true;
             named[usize::from(other(at).get())] = true;
         }
         let indices = (0..).zip(named).filter(|(_, named)| *named);
-        indices.filter_map(|(index, _)| self.addr(BackendIndex::new(index))).collect()
+        let touched = indices.filter_map(|(index, _)| self.addr(BackendIndex::new(index)));
+        (moved, touched.collect())
     }
 
     /// Every address that frames go to.
@@ -225,57 +295,68 @@ impl Table {
         live.chain(self.draining.iter().map(|d| d.addr.ip()))
     }
 
-    /// Where new connections would go with `owners`.
-    pub(super) fn desired(&mut self, inputs: &Inputs<'_>) -> compiler::Assignment {
-        let candidates = self.candidates(inputs.control);
+    /// Where new connections would go with `inputs`, were the backends `backends`.
+    pub(super) fn desired(
+        &mut self,
+        inputs: &Inputs<'_>,
+        backends: &[LiveBackend],
+    ) -> compiler::Assignment {
+        let candidates = candidates(backends, inputs);
         let Inputs { owners, control, fallback, .. } = *inputs;
-        compiler::assign(
-            &mut self.compiler,
-            owners,
-            control,
-            fallback,
-            &self.placements,
-            &candidates,
-        )
+        let placements = &self.placements;
+        let compiler = &mut self.compiler;
+        let mut assign = |candidates: &[Candidate]| {
+            compiler::assign(compiler, owners, control, fallback, placements, candidates)
+        };
+        let mut whole = assign(&candidates);
+        let ramps: Vec<Ramp> = candidates.iter().filter_map(Candidate::ramp).collect();
+        if !ramps.is_empty() {
+            let settled: Vec<Candidate> = candidates
+                .iter()
+                .map(|c| Candidate { usable: c.usable && c.ramp().is_none(), ..*c })
+                .collect();
+            let without = assign(&settled);
+            slow_start::blend(&mut whole.backends, &without.backends, &ramps);
+        }
+        whole
     }
 
-    fn candidates(&self, control: u8) -> Vec<Candidate> {
-        // Where no backend of control passes its checks, those that can be reached at all
-        // still come before those that can't.
-        let of_control = || self.backends.iter().filter(|b| b.slot == control && b.weight > 0);
-        let despite_checks = !of_control().any(|b| b.state() == BackendState::Up);
-        self.backends
-            .iter()
-            .map(|b| Candidate {
-                index: b.index,
-                slot: b.slot,
-                addr: b.addr,
-                weight: b.weight,
-                usable: match b.state() {
-                    BackendState::Up => true,
-                    BackendState::Down => b.slot == control && despite_checks,
-                    BackendState::NoNextHop => false,
-                },
-            })
-            .collect()
+    /// Watches `buckets` from the next step on, where they are, until they move or this is
+    /// called again.
+    pub(super) fn prepare(&mut self, buckets: BucketSet) {
+        self.unprepared = !buckets.is_empty();
+        self.preparing = buckets;
+    }
+
+    /// Whether all buckets that [`prepare`](Self::prepare) was told of are watched.
+    pub(super) fn is_prepared(&self) -> bool {
+        !self.unprepared
     }
 
     /// Brings the table to what is desired of it now.
     pub(super) fn step(&mut self, inputs: &Inputs<'_>) -> TableStep {
         let mut done = TableStep::default();
         let due = |at: Option<BootMs>| at.is_some_and(|at| at <= inputs.now_ms);
-        let candidates = self.candidates(inputs.control);
+        let (ramped, slow_due_ms) =
+            slow_start::follow(&mut self.backends, inputs.slow_start_ms, inputs.now_ms);
+        (done.records_changed, self.slow_due_ms) = (ramped, slow_due_ms);
+        let candidates = candidates(&self.backends, inputs);
         let current = self.compiled.as_ref().is_some_and(|(owners, compiled)| {
             Arc::ptr_eq(owners, inputs.owners) && *compiled == candidates
         });
         if !current || self.deferred || due(self.next_due_ms) {
-            let assignment = (!current || self.deferred).then(|| self.desired(inputs));
+            let assignment = (!current || self.deferred).then(|| {
+                let backends = std::mem::take(&mut self.backends);
+                let assignment = self.desired(inputs, &backends);
+                self.backends = backends;
+                assignment
+            });
             if let Some(assignment) = &assignment {
-                let up = |b: &LiveBackend| {
-                    b.slot == inputs.control && b.weight > 0 && b.state() == BackendState::Up
-                };
+                let of_control =
+                    || self.backends.iter().filter(|b| b.slot == inputs.control && b.weight > 0);
+                self.control_taken_out = of_control().all(|b| b.admin != Admin::Ready);
                 self.control_checks_ignored =
-                    assignment.control_checks_ignored || !self.backends.iter().any(up);
+                    !self.control_taken_out && !of_control().any(LiveBackend::takes_new);
                 self.fell_back = assignment.fell_back;
             }
             let quiet_until_ms = match &self.compiled {
@@ -304,6 +385,20 @@ impl Table {
                     draining.waiting.iter_mut().for_each(|waiting| waiting.remove(bucket));
                 }
             }
+        }
+        if self.unprepared {
+            let watched = prepare::watch(
+                &self.entries,
+                &self.ledger,
+                &self.preparing,
+                &self.unswept,
+                &inputs.policy,
+                inputs.now_ms,
+            );
+            self.unprepared = watched.waiting > 0;
+            self.next_due_ms = [self.next_due_ms, watched.next_due_ms].into_iter().flatten().min();
+            done.changed |= !watched.updates.is_empty();
+            self.update(&watched.updates);
         }
         self.release(inputs, &mut done);
         done
@@ -338,6 +433,11 @@ impl Table {
             }
             stays
         });
+    }
+
+    /// When something is due of it without any other change.
+    pub(super) fn due_ms(&self) -> Option<BootMs> {
+        [self.next_due_ms, self.slow_due_ms].into_iter().flatten().min()
     }
 
     /// Takes `updates` over, into the entries, the ledger and what is counted of them.
@@ -376,4 +476,37 @@ fn counted(
         *sum = sum.wrapping_add(count);
     }
     (0..).map(BackendIndex::new).zip(sums).filter(|(_, count)| *count > 0).collect()
+}
+
+/// What buckets may be given to.
+fn candidates(backends: &[LiveBackend], inputs: &Inputs<'_>) -> Vec<Candidate> {
+    let control = inputs.control;
+    // What operators have taken out stays out, whatever becomes of the others.
+    let of_control =
+        || backends.iter().filter(|b| b.slot == control && b.weight > 0 && b.admin == Admin::Ready);
+    // Where no backend of control passes its checks, those that can be reached at all
+    // still come before those that can't.
+    let despite_checks = !of_control().any(LiveBackend::takes_new);
+    // The compiler takes all of control's where it may take none.
+    let taken_out = of_control().next().is_none();
+    let unreachable = of_control().all(|b| b.state() == BackendState::NoNextHop);
+    backends
+        .iter()
+        .map(|b| {
+            let despite = b.slot == control && despite_checks;
+            Candidate {
+                index: b.index,
+                slot: b.slot,
+                addr: b.addr,
+                weight: if taken_out && b.slot == control { 0 } else { b.weight },
+                usable: b.admin == Admin::Ready
+                    && match b.state() {
+                        BackendState::Up => true,
+                        BackendState::Down => despite,
+                        BackendState::NoNextHop => despite && unreachable,
+                    },
+                step: b.slow_start.step(inputs.slow_start_ms, inputs.now_ms),
+            }
+        })
+        .collect()
 }
