@@ -115,7 +115,9 @@ impl Maps {
                 self.nat_sources.set(i as u32, abi::address(*source), 0)?;
             }
         }
-        applied.backends += self.store_backends(before, backends)?;
+        // A backend goes into maintenance when nothing names it any more for new connections.
+        let maintained = self.maintained(backends);
+        applied.backends += self.store_backends(before, backends, &maintained)?;
         let old: StdMap<_, _> =
             before.iter().flat_map(|b| &b.services).map(|s| (s.record.id, s)).collect();
         for service in services {
@@ -123,6 +125,9 @@ impl Maps {
             if old.is_none_or(|o| !Arc::ptr_eq(o, service)) {
                 self.store_table(old.map(|o| &***o), service, &mut applied)?;
             }
+        }
+        for (index, plan) in backends.iter().filter(|(index, _)| maintained.contains(index)) {
+            applied.backends += usize::from(self.store_backend(*index, &plan.record())?);
         }
         let unchanged = before.is_some_and(|b| {
             b.services.len() == services.len()
@@ -154,10 +159,21 @@ impl Maps {
         Ok(applied)
     }
 
+    /// Backends that the maps do not have in maintenance yet, and should.
+    fn maintained(&self, backends: &[(BackendIndex, BackendPlan)]) -> HashSet<BackendIndex> {
+        let there = |index| {
+            self.backend(index).is_some_and(|record| record.flags & abi::BACKEND_MAINT != 0)
+        };
+        let wanted = backends.iter().filter(|(_, plan)| plan.maint).map(|(index, _)| *index);
+        wanted.filter(|index| !there(*index)).collect()
+    }
+
+    /// Stores the records that differ; `maintained` not in maintenance yet.
     fn store_backends(
         &mut self,
         before: Option<&DataPlane>,
         backends: &[(BackendIndex, BackendPlan)],
+        maintained: &HashSet<BackendIndex>,
     ) -> Result<usize, Error> {
         let old: StdMap<_, _> = before.iter().flat_map(|b| b.backends.iter().copied()).collect();
         let mut stored = 0;
@@ -165,7 +181,8 @@ impl Maps {
             if old.get(index) == Some(plan) {
                 continue;
             }
-            let record = plan.record();
+            let record =
+                BackendPlan { maint: plan.maint && !maintained.contains(index), ..*plan }.record();
             let present = self
                 .backend(*index)
                 .ok_or(Error::OutOfRange { what: "backend", index: index.get().into() })?;

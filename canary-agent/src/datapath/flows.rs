@@ -260,6 +260,16 @@ impl<K: Pod> FlowTable<K> {
         Ok(Self { map: Map::HashMap(data).try_into()?, fd, position: None, pass: Swept::default() })
     }
 
+    /// Calls `each` with the entries of at most `batches` batches. Returns the kernel's token
+    /// of where it stopped; `None` if it has come to the end.
+    pub(super) fn look(
+        &self,
+        batches: usize,
+        each: impl FnMut(K, pod::Flow),
+    ) -> io::Result<Option<u32>> {
+        walk(self.fd.as_fd(), None, batches, each)
+    }
+
     /// Number of entries.
     pub(super) fn count(&self) -> io::Result<u64> {
         let mut count = 0;

@@ -6,6 +6,7 @@
 
 mod apply;
 mod attach;
+mod census;
 pub mod flows;
 mod kernel;
 mod links;
@@ -37,6 +38,7 @@ use canary_ebpf_common::{
 pub use self::{
     apply::Applied,
     attach::{Attached, AttachedMode},
+    census::{Census, Counted},
     pins::Made,
     reader::Reader,
 };

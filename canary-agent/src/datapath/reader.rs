@@ -1,6 +1,9 @@
 //! Reading what the program counts, from any thread.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use aya::maps::{Map, MapData, PerCpuArray};
 use canary_ebpf_common::{
@@ -9,7 +12,7 @@ use canary_ebpf_common::{
 };
 
 use super::{
-    Error,
+    Census, Counted, Error, census,
     flows::FlowTable,
     pins::{Layout, Pins},
     pod,
@@ -111,6 +114,23 @@ impl Reader {
     /// When the kernel refuses to walk the map.
     pub fn flow_entries(&self) -> std::io::Result<[u64; 2]> {
         Ok([self.inner.flows_v4.count()?, self.inner.flows_v6.count()?])
+    }
+
+    /// Counts the open connections that have an entry, of tables and buckets of theirs.
+    ///
+    /// # Errors
+    /// When the kernel refuses to walk a flow table.
+    pub fn census(&self, wanted: &[Counted]) -> std::io::Result<Census> {
+        let wanted: HashMap<u16, &Counted> =
+            wanted.iter().map(|counted| (counted.record.id as u16, counted)).collect();
+        let capacity = |name: &str| {
+            self.inner.sizes.iter().find(|map| map.name == name).map_or(0, |map| map.capacity)
+        };
+        let now_ns = super::monotonic_ns().map_err(std::io::Error::other)?;
+        let Inner { flows_v4, flows_v6, .. } = &*self.inner;
+        let mut census = census::count(flows_v4, capacity("FLOWS_V4"), &wanted, now_ns)?;
+        census.add(census::count(flows_v6, capacity("FLOWS_V6"), &wanted, now_ns)?);
+        Ok(census)
     }
 
     pub(super) fn set_used(&self, used: Vec<(&'static str, u64)>) {
