@@ -168,14 +168,29 @@ impl FromRequestParts<Api> for ServiceName {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, api: &Api) -> Result<Self, ApiError> {
-        let params = RawPathParams::from_request_parts(parts, api)
-            .await
-            .map_err(|rejection| ApiError::bad_request("bad_path", rejection.body_text()))?;
-        let name = params.iter().find(|(key, _)| *key == "name");
-        match name {
-            Some((_, name)) => Ok(Self(name.to_owned())),
-            None => Err(ApiError::bad_request("bad_path", "the path has no name")),
-        }
+        path_part(parts, api, "name").await.map(Self)
+    }
+}
+
+/// The `{backend}` of the path.
+pub(super) struct BackendName(pub(super) String);
+
+impl FromRequestParts<Api> for BackendName {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, api: &Api) -> Result<Self, ApiError> {
+        path_part(parts, api, "backend").await.map(Self)
+    }
+}
+
+async fn path_part(parts: &mut Parts, api: &Api, part: &str) -> Result<String, ApiError> {
+    let params = RawPathParams::from_request_parts(parts, api)
+        .await
+        .map_err(|rejection| ApiError::bad_request("bad_path", rejection.body_text()))?;
+    let found = params.iter().find(|(key, _)| *key == part);
+    match found {
+        Some((_, text)) => Ok(text.to_owned()),
+        None => Err(ApiError::bad_request("bad_path", format!("the path has no {part}"))),
     }
 }
 

@@ -104,9 +104,12 @@ pub struct BackendStatus {
     pub addr: SocketAddr,
     /// Its weight.
     pub weight: u32,
-    /// `up`, `no-next-hop`, …
+    /// `up`, `down`, `no-next-hop`, `waiting`; `drain` or `maint` where an operator said so;
+    /// `removed` for one that is not configured any more.
     pub state: String,
-    /// Why it is not `up`.
+    /// The same, whatever operators say: `up`, `down`, `no-next-hop`, `unknown`.
+    pub health: String,
+    /// Why its health is not `up`.
     pub message: Option<String>,
     /// Buckets that steer new connections to it.
     pub buckets: u32,
@@ -118,6 +121,13 @@ pub struct BackendStatus {
     pub connections: u64,
     /// Its health checks; absent where none are made.
     pub check: Option<CheckStatus>,
+    /// What an operator has told it to be: `ready`, `drain` or `maint`.
+    pub admin: String,
+    /// The part of its share that it takes so far, a fraction of 1; absent unless it is in
+    /// slow start.
+    pub slow_start: Option<f64>,
+    /// Buckets that steer new connections elsewhere and leave the older ones with it.
+    pub draining_buckets: u32,
 }
 
 /// The health checks of a [`BackendStatus`] since the agent started.
@@ -206,6 +216,97 @@ pub struct Health {
     pub uptime_seconds: f64,
 }
 
+/// `GET /v1/services/{name}/backends`, `backend list SERVICE --json`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct Backends {
+    /// The service.
+    pub service: String,
+    /// `nat` or `dsr`.
+    pub forward: String,
+    /// Name of the control version.
+    pub control: String,
+    /// Number of the last change to the live state.
+    pub revision: u64,
+    /// Versions with their backends, control first.
+    pub versions: Vec<VersionBackends>,
+}
+
+/// One version of [`Backends`].
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct VersionBackends {
+    /// Its name.
+    pub name: String,
+    /// The number of buckets it owns.
+    pub buckets: u32,
+    /// Backends that take no new connections and may still have open ones.
+    pub draining_backends: u32,
+    /// Connections open on its backends; absent where that is not known.
+    pub open_connections: Option<u64>,
+    /// Its backends in the order of the configuration, then those that were removed and
+    /// still drain.
+    pub backends: Vec<BackendDetail>,
+}
+
+/// One backend of [`VersionBackends`].
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct BackendDetail {
+    /// What `status` says of it.
+    #[serde(flatten)]
+    pub backend: BackendStatus,
+    /// Connections open on it; absent where that is not known, as with `dsr`.
+    pub open_connections: Option<u64>,
+    /// `dsr`: how many of its open connections have an entry, because they were opened in a
+    /// bucket that had moved; absent where no bucket has.
+    pub tracked_connections: Option<u64>,
+}
+
+/// `PUT /v1/services/{name}/backends/{backend}`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BackendRequest {
+    /// `ready`, `drain` (no new connections) or `maint` (none at all).
+    pub state: String,
+    /// Kept in the audit trail.
+    pub reason: Option<String>,
+    /// Only say what would happen.
+    #[serde(default)]
+    pub dry_run: bool,
+    /// Also where nobody is left to take new connections.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// The answer to [`BackendRequest`], asked for or carried out.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct BackendReport {
+    /// Whether it was carried out (not a dry run).
+    pub applied: bool,
+    /// Number of the change; that of the last one where nothing changed.
+    pub revision: u64,
+    /// The service.
+    pub service: String,
+    /// Address and port of the backend.
+    pub backend: String,
+    /// What it was: `ready`, `drain` or `maint`.
+    pub before: String,
+    /// What it is now.
+    pub state: String,
+    /// Buckets that steer new connections elsewhere; with slow start, when it is over.
+    pub buckets_moved: u32,
+    /// Backends that gain or lose buckets.
+    pub backends_touched: Vec<String>,
+    /// About how many open connections it is about: `drain` and `maint`, those on the backend;
+    /// `ready`, those of the buckets that move. Absent where no entry is kept for them.
+    pub connections_held: Option<u64>,
+    /// New connections a second in the buckets that move, over the last seconds; absent where
+    /// that is not known.
+    pub connections_per_second: Option<f64>,
+    /// What else there is to know, in sentences.
+    pub notes: Vec<String>,
+    /// Microseconds from the request's arrival until the table was in force.
+    pub took_us: u64,
+}
+
 /// `PUT /v1/services/{name}/split`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -217,6 +318,10 @@ pub struct SplitRequest {
     /// Only say what would happen.
     #[serde(default)]
     pub dry_run: bool,
+    /// Watch the buckets for seven seconds before they move, so that a retransmitted SYN goes
+    /// where the first one went. The answer comes when they have moved.
+    #[serde(default)]
+    pub learn: bool,
 }
 
 /// The answer to a split change, asked for or carried out.
@@ -237,6 +342,17 @@ pub struct ChangeReport {
     /// About how many open connections the moved buckets hold; absent where no
     /// entry is kept for them.
     pub connections_held: Option<u64>,
+    /// New connections a second in the buckets that move, over the last seconds; absent where
+    /// that is not known.
+    #[serde(default)]
+    pub connections_per_second: Option<f64>,
+    /// What else there is to know, in sentences.
+    #[serde(default)]
+    pub notes: Vec<String>,
+    /// Milliseconds for which the buckets were, or would be, watched before they moved;
+    /// absent where they move at once.
+    #[serde(default)]
+    pub learned_ms: Option<u64>,
     /// Microseconds from the request's arrival until the table was in force.
     pub took_us: u64,
 }

@@ -32,6 +32,8 @@ use super::{model, routes};
         routes::service,
         routes::split,
         routes::set_split,
+        routes::backends,
+        routes::set_backend,
         routes::explain,
         routes::description,
         routes::metrics,
@@ -143,7 +145,7 @@ mod tests {
         ));
         let request = Request::builder()
             .method(method)
-            .uri(path.replace("{name}", "shop"))
+            .uri(path.replace("{name}", "shop").replace("{backend}", "10.0.1.1:80"))
             .body(Body::empty())
             .expect("a request");
         let response = router.oneshot(request).await.expect("an answer");

@@ -9,18 +9,18 @@ use axum::{
     http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header},
     middleware::{self, Next},
     response::{Html, IntoResponse, Response},
-    routing::{MethodRouter, get},
+    routing::{MethodRouter, get, put},
 };
 use bytes::Bytes;
 
 use super::{
     Api,
     error::{ApiError, exit},
-    extract::{Body, NoQuery, Operator, Query, ServiceName, read_only},
+    extract::{BackendName, Body, NoQuery, Operator, Query, ServiceName, read_only},
     host,
     model::{
-        ChangeReport, Explain, Health, ServiceStatus, Split, SplitRequest, Status, VersionShare,
-        VersionStatus,
+        BackendReport, BackendRequest, Backends, ChangeReport, Explain, Health, ServiceStatus,
+        Split, SplitRequest, Status, VersionShare, VersionStatus,
     },
     openapi::{self, ChangeErrors, ReadErrors, ServiceErrors},
 };
@@ -30,12 +30,14 @@ use crate::{
 };
 
 /// Everything that can be asked: paths, parameters in braces, and their methods.
-pub(super) fn routes() -> [(&'static str, MethodRouter<Api>); 7] {
+pub(super) fn routes() -> [(&'static str, MethodRouter<Api>); 9] {
     [
         ("/v1/status", get(status)),
         ("/v1/health", get(health)),
         ("/v1/services/{name}", get(service)),
         ("/v1/services/{name}/split", get(split).put(set_split)),
+        ("/v1/services/{name}/backends", get(backends)),
+        ("/v1/services/{name}/backends/{backend}", put(set_backend)),
         ("/v1/services/{name}/explain", get(explain)),
         ("/v1/openapi.json", get(description)),
         ("/metrics", get(metrics)),
@@ -193,6 +195,42 @@ async fn set_split(
     Body(request): Body<SplitRequest>,
 ) -> Result<Json<ChangeReport>, ApiError> {
     Ok(Json(api.handle.split(service, request, peer).await?))
+}
+
+/// A service's backends: their health, weight, buckets, state, and open connections as far
+/// as they are known.
+#[utoipa::path(get, path = "/v1/services/{name}/backends", tag = "reading",
+    params(("name" = String, Path, description = "The service.")),
+    responses((status = 200, description = "The backends.", body = Backends), ServiceErrors))]
+async fn backends(
+    State(api): State<Api>,
+    ServiceName(service): ServiceName,
+    _: NoQuery,
+) -> Result<Json<Backends>, ApiError> {
+    Ok(Json(api.handle.backends(service).await?))
+}
+
+/// Tells a backend to be ready, to drain or to take nothing, or says what that would do.
+///
+/// Needs what a change of the split needs.
+#[utoipa::path(put, path = "/v1/services/{name}/backends/{backend}", tag = "changing",
+    params(
+        ("name" = String, Path, description = "The service."),
+        ("backend" = String, Path,
+            description = "`ADDRESS:PORT`, or `ADDRESS` where the service has one backend there.")),
+    request_body = BackendRequest,
+    responses(
+        (status = 200, description = "What has moved, or would move.", body = BackendReport),
+        ChangeErrors))]
+async fn set_backend(
+    State(api): State<Api>,
+    ServiceName(service): ServiceName,
+    BackendName(backend): BackendName,
+    _: NoQuery,
+    Operator(peer): Operator,
+    Body(request): Body<BackendRequest>,
+) -> Result<Json<BackendReport>, ApiError> {
+    Ok(Json(api.handle.backend(service, backend, request, peer).await?))
 }
 
 /// Where a client's connections go, and why.

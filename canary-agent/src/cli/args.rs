@@ -65,6 +65,12 @@ pub(super) enum Command {
     /// Without assignments, the split is shown. Versions that are left out keep
     /// their shares; the control version gets what is left.
     Split(Split),
+    /// Show a service's backends, or tell one to be ready, to drain or to take nothing
+    ///
+    /// What a backend is told to be is kept over restarts. It says nothing about its health:
+    /// a backend that is ready gets connections when it is up.
+    #[command(subcommand)]
+    Backend(Backend),
     /// Say where a client's connections go, and why
     Explain(Explain),
     /// Take the program off the interfaces and remove the pins
@@ -120,6 +126,47 @@ pub(super) struct Split {
     /// Only say what would happen
     #[arg(long, requires = "assignments")]
     pub(super) dry_run: bool,
+    /// Watch the buckets for seven seconds before they move, so that a SYN that is sent again
+    /// goes where the first one went; ends when they have moved
+    #[arg(long, requires = "assignments")]
+    pub(super) learn: bool,
+}
+
+/// `backend`.
+#[derive(Debug, Subcommand)]
+pub(super) enum Backend {
+    /// Show a service's backends: health, weight, buckets, state and open connections
+    List {
+        /// The service
+        service: String,
+        /// Only this one
+        backend: Option<String>,
+    },
+    /// Give a backend new connections again
+    Ready(Told),
+    /// Give a backend no new connections; those that are open stay
+    Drain(Told),
+    /// Give a backend nothing at all; its open connections are cut
+    Maint(Told),
+}
+
+/// What a backend is told to be.
+#[derive(Args, Debug)]
+pub(super) struct Told {
+    /// The service
+    pub(super) service: String,
+    /// The backend
+    #[arg(value_name = "ADDRESS[:PORT]")]
+    pub(super) backend: String,
+    /// Kept in the audit trail
+    #[arg(long, value_name = "TEXT")]
+    pub(super) reason: Option<String>,
+    /// Only say what would happen
+    #[arg(long)]
+    pub(super) dry_run: bool,
+    /// Also where nobody is left to take new connections
+    #[arg(long)]
+    pub(super) force: bool,
 }
 
 /// `explain`.

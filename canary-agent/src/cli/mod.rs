@@ -10,6 +10,7 @@
 //! gets JSON whatever happens.
 
 mod args;
+mod backend;
 mod check;
 mod client;
 mod detach;
@@ -98,6 +99,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
             })?;
         }
         Command::Split(split) => wait_for(split::run(&client(&global), split, json))?,
+        Command::Backend(backend) => wait_for(backend::run(&client(&global), backend, json))?,
         Command::Explain(query) => wait_for(explain::run(&client(&global), query, json))?,
         Command::Detach(detach) => {
             let client = client(&global);

@@ -13,7 +13,7 @@ use crate::api::model::{ChangeReport, Split, SplitRequest};
 
 /// Shows the split, or sets it and says what has moved.
 pub(super) async fn run(client: &Client, split: args::Split, json: bool) -> Result<(), Failure> {
-    let args::Split { service, assignments, reason, dry_run } = split;
+    let args::Split { service, assignments, reason, dry_run, learn } = split;
     let target = format!("/v1/services/{}/split", encoded(&service));
     if assignments.is_empty() {
         let answer = client.get(&target).await?;
@@ -30,7 +30,7 @@ pub(super) async fn run(client: &Client, split: args::Split, json: bool) -> Resu
         }
         shares.insert(version, share);
     }
-    let request = SplitRequest { split: shares, reason, dry_run };
+    let request = SplitRequest { split: shares, reason, dry_run, learn };
     let answer = client.put(&target, &request).await?;
     if json {
         return print(&format!("{}\n", answer.text()));
@@ -68,6 +68,9 @@ fn reported(report: &ChangeReport) -> String {
         buckets_moved,
         backends_touched,
         connections_held,
+        connections_per_second,
+        notes,
+        learned_ms,
         took_us,
     } = report;
     let buckets = counted(u64::from(*buckets_moved), "bucket");
@@ -102,12 +105,33 @@ fn reported(report: &ChangeReport) -> String {
         let backends = text::plain(&backends_touched.join(", "));
         out.push_str(&format!("\nbackends touched: {backends}\n"));
     }
-    if let Some(connections) = connections_held {
-        let connections = counted(*connections, "open connection");
-        out.push_str(&format!("about {connections} in these buckets\n"));
+    if let (Some(ms), false) = (learned_ms, *applied) {
+        let time = Duration::from_millis(*ms);
+        out.push_str(&format!("they would be watched for {time:?} before\n"));
     }
+    if *buckets_moved > 0 {
+        out.push_str(&held(*connections_held, *connections_per_second, "in these buckets"));
+    }
+    out.push_str(&noted(notes));
     if !applied {
         out.push_str("nothing was changed (--dry-run)\n");
     }
     out
+}
+
+/// How many connections a change is about, as far as that is known.
+pub(super) fn held(open: Option<u64>, per_second: Option<f64>, place: &str) -> String {
+    let mut out = String::new();
+    if let Some(open) = open {
+        out.push_str(&format!("about {} {place}\n", counted(open, "open connection")));
+    }
+    if let Some(rate) = per_second {
+        out.push_str(&format!("{rate:.1} new connections a second in the buckets that move\n"));
+    }
+    out
+}
+
+/// What else there is to know, each a line.
+pub(super) fn noted(notes: &[String]) -> String {
+    notes.iter().map(|note| format!("note: {}\n", text::plain(note))).collect()
 }

@@ -1,7 +1,11 @@
 //! The one loop that owns the state, and the handle by which others reach it.
 
+mod backends;
 mod explain;
 mod health;
+mod held;
+mod learn;
+mod listing;
 pub mod lock;
 mod run;
 mod split;
@@ -11,11 +15,14 @@ mod status;
 use tokio::sync::{mpsc, oneshot};
 
 pub use self::{
+    held::Counter,
     run::run,
     state::{AttachError, Attachment, BeginError, Event, Kernel, LinkStates, Moment, State},
 };
 
-use crate::api::model::{ChangeReport, Explain, SplitRequest, Status};
+use crate::api::model::{
+    BackendReport, BackendRequest, Backends, ChangeReport, Explain, SplitRequest, Status,
+};
 
 /// Who asks, as the kernel says (`SO_PEERCRED`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +64,26 @@ pub enum Request {
         peer: Peer,
         /// Where the answer goes.
         reply: oneshot::Sender<Result<ChangeReport, Refusal>>,
+    },
+    /// A service's backends.
+    Backends {
+        /// The service's name.
+        service: String,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<Backends, Refusal>>,
+    },
+    /// Tells a backend to be ready, to drain, or to take nothing.
+    Backend {
+        /// The service's name.
+        service: String,
+        /// Address and port, or an address that only one backend has.
+        backend: String,
+        /// What is asked.
+        request: BackendRequest,
+        /// Who asks.
+        peer: Peer,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<BackendReport, Refusal>>,
     },
     /// Says where a client's connections go.
     Explain {
@@ -116,6 +143,29 @@ impl Handle {
         peer: Peer,
     ) -> Result<ChangeReport, Refusal> {
         self.ask(|reply| Request::Split { service, request, peer, reply }).await?
+    }
+
+    /// A service's backends, with their open connections as far as they are known.
+    ///
+    /// # Errors
+    /// An unknown service.
+    pub async fn backends(&self, service: String) -> Result<Backends, Refusal> {
+        self.ask(|reply| Request::Backends { service, reply }).await?
+    }
+
+    /// Tells a backend to be ready, to drain, or to take nothing; or says what that would do.
+    ///
+    /// # Errors
+    /// What the loop refuses: an unknown service or backend, the last backend of control,
+    /// state that can't be stored.
+    pub async fn backend(
+        &self,
+        service: String,
+        backend: String,
+        request: BackendRequest,
+        peer: Peer,
+    ) -> Result<BackendReport, Refusal> {
+        self.ask(|reply| Request::Backend { service, backend, request, peer, reply }).await?
     }
 
     /// Says where a client's connections go, and why.

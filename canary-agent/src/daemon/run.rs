@@ -24,7 +24,8 @@ use tokio::{
 };
 
 use super::{
-    AttachError, Attachment, Event, Handle, Kernel, LinkStates, Moment, Refusal, Request, State,
+    AttachError, Attachment, Counter, Event, Handle, Kernel, LinkStates, Moment, Refusal, Request,
+    State,
     lock::{self, LockError},
 };
 use crate::{
@@ -431,5 +432,10 @@ impl Kernel for Live {
 
     fn maps(&self) -> Vec<MapStatus> {
         self.reader.maps()
+    }
+
+    fn counter(&self) -> Option<Counter> {
+        let reader = self.reader.clone();
+        Some(Box::new(move |wanted| reader.census(wanted).map_err(|error| error.to_string())))
     }
 }

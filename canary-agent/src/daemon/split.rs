@@ -20,7 +20,7 @@ pub(super) fn propose(
     service: &str,
     request: &SplitRequest,
 ) -> Result<(usize, Proposal), Refusal> {
-    let SplitRequest { split: asked, reason: _, dry_run: _ } = request;
+    let SplitRequest { split: asked, reason: _, dry_run: _, learn: _ } = request;
     let (at, state) = planner.service(service).ok_or_else(|| unknown_service(planner, service))?;
     let mut split = state.ownership().split.clone();
     for (version, text) in asked {
@@ -116,7 +116,7 @@ pub(super) fn unknown_service(planner: &Planner, name: &str) -> Refusal {
 }
 
 /// The nearest of `names`, or a few of them.
-fn suggestion(name: &str, names: &[&str], they_are: &str) -> String {
+pub(super) fn suggestion(name: &str, names: &[&str], they_are: &str) -> String {
     let like = |other: &str| strsim::jaro_winkler(&name.to_lowercase(), &other.to_lowercase());
     let nearest =
         names.iter().map(|other| (like(other), *other)).max_by(|a, b| a.0.total_cmp(&b.0));
@@ -161,6 +161,9 @@ pub(super) fn report(
         buckets_moved: proposal.moved,
         backends_touched: touched.iter().map(ToString::to_string).collect(),
         connections_held: None,
+        connections_per_second: None,
+        notes: Vec::new(),
+        learned_ms: None,
         took_us: 0,
     }
 }

@@ -13,16 +13,20 @@ use std::{
 
 use canary_ebpf_common::{abi::BackendCounters, entry::BackendIndex};
 
-use super::{Peer, Refusal, Request, explain, split, status};
+use super::{
+    Counter, Peer, Refusal, Request, explain,
+    learn::{Asked, Learning},
+    split, status,
+};
 use crate::{
     api::model::{ChangeReport, InterfaceStatus, MapStatus, SplitRequest, Status},
     config::model::{Config, Forward},
     health,
     plan::{
-        Adopted, BootMs, DataPlane, News, NextHop, PlanError, Planner, ServicePlan, ServiceState,
-        Start,
+        Adopted, BootMs, BucketSet, DataPlane, News, NextHop, PlanError, Planner, ServicePlan,
+        ServiceState, Start,
     },
-    store::{Change, Commit, Split, StateStore, StoreError},
+    store::{Admin, BackendChange, Change, Commit, Split, StateStore, StoreError},
     telemetry::Metrics,
 };
 
@@ -116,6 +120,10 @@ pub trait Kernel {
     fn reasons(&self) -> Vec<u64>;
     /// Size and use of the maps.
     fn maps(&self) -> Vec<MapStatus>;
+    /// What counts open connections; `None` where there is nothing to count.
+    fn counter(&self) -> Option<Counter> {
+        None
+    }
 }
 
 /// Why the agent can't begin.
@@ -145,19 +153,21 @@ pub struct State<S, K> {
     pub(super) planner: Planner,
     pub(super) checks: health::Reports,
     store: S,
-    kernel: K,
+    pub(super) kernel: K,
     metrics: Metrics,
-    revision: u64,
+    pub(super) revision: u64,
     /// What beginning decided and the store does not know yet.
     unsaved: Vec<News>,
     interfaces: Vec<InterfaceStatus>,
     links: LinkStates,
     alerts: BTreeMap<&'static str, Vec<String>>,
-    samples: status::Samples,
+    pub(super) samples: status::Samples,
+    /// Splits that are being prepared.
+    pub(super) learning: Vec<Learning>,
     begun_ms: BootMs,
     attach_ms: BootMs,
     /// The present plan is not in force, and is tried again then.
-    retry_ms: Option<BootMs>,
+    pub(super) retry_ms: Option<BootMs>,
     in_force: bool,
 }
 
@@ -212,6 +222,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             links: LinkStates::new(),
             alerts,
             samples: status::Samples::default(),
+            learning: Vec::new(),
             begun_ms: now.boot_ms,
             attach_ms: now.boot_ms,
             retry_ms: None,
@@ -285,7 +296,16 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             Event::Tick => self.tick(now.boot_ms),
             Event::Wakeup => {}
         }
-        if self.in_force { self.settle(now.boot_ms) } else { None }
+        if !self.in_force {
+            return None;
+        }
+        let mut wakeup = self.settle(now.boot_ms);
+        if !self.learning.is_empty() {
+            let learned = self.learned(now);
+            // What was made just now is due for other things at other times.
+            wakeup = [self.settle(now.boot_ms), learned].into_iter().flatten().min();
+        }
+        wakeup
     }
 
     /// Brings the plan up to date and the maps to the plan.
@@ -400,7 +420,11 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 drop(reply.send(explain::explain(&self.planner, &service, &query)));
             }
             Request::Split { service, request, peer, reply } => {
-                drop(reply.send(self.split(&service, &request, peer, arrived, now)));
+                self.ask_split(Asked { service, request, peer, arrived, reply }, now);
+            }
+            Request::Backends { service, reply } => self.list_backends(&service, now, reply),
+            Request::Backend { service, backend, request, peer, reply } => {
+                self.tell_backend(&service, &backend, &request, (peer, arrived, now), reply);
             }
         }
     }
@@ -419,32 +443,38 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 alerts: self.alerts.values().flatten().cloned().collect(),
                 revision: self.revision,
                 uptime_ms: now.boot_ms.saturating_sub(self.begun_ms),
+                now_ms: now.boot_ms,
             },
         )
     }
 
-    fn counters(&self) -> HashMap<BackendIndex, BackendCounters> {
+    pub(super) fn counters(&self) -> HashMap<BackendIndex, BackendCounters> {
         let indices: Vec<_> = self.planner.plane().backends.iter().map(|(i, _)| *i).collect();
         let counters = self.kernel.counters(&indices);
         indices.into_iter().zip(counters).collect()
     }
 
-    fn split(
+    /// Makes a split or says what it would do; also which buckets go elsewhere, by table.
+    pub(super) fn split(
         &mut self,
         service: &str,
         request: &SplitRequest,
         peer: Peer,
         arrived: Instant,
         now: Moment,
-    ) -> Result<ChangeReport, Refusal> {
+    ) -> Result<(ChangeReport, Vec<BucketSet>), Refusal> {
         let (at, proposal) = split::propose(&self.planner, service, request)?;
         let state = &self.planner.services()[at];
         let before = state.ownership().clone();
         let mut report = split::report(state, &before, &proposal, &[]);
         let nothing = proposal.moved == 0 && proposal.ownership.split == before.split;
+        let tables = tables_of(self.planner.plane(), service);
+        let counts = self.bucket_counts(at);
+        let mut moved = vec![BucketSet::default(); tables.len()];
         if request.dry_run {
-            let touched = self.planner.touched(at, &proposal.ownership);
-            report.backends_touched = touched.iter().map(ToString::to_string).collect();
+            let preview = self.planner.preview(at, Some(&proposal.ownership), None);
+            report.backends_touched = preview.touched.iter().map(ToString::to_string).collect();
+            moved = preview.moved;
         } else if nothing {
             report.applied = true;
         } else {
@@ -458,40 +488,23 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                     before: before.split,
                     after: proposal.ownership.split.clone(),
                     moved: proposal.change_list,
+                    backend: None,
                 },
                 record: state.stored(&proposal.ownership),
             };
-            self.save(vec![commit], now).map_err(|error| Refusal {
-                code: "state_not_stored",
-                message: format!(
-                    "the split of service `{service}` is as it was: {}",
-                    not_stored(&error)
-                ),
-                help: Some("make room for it, or make it writable, and try again".to_owned()),
-                exit_code: 1,
-            })?;
-            let tables = tables_of(self.planner.plane(), service);
+            self.save(vec![commit], now)
+                .map_err(|error| refused(&format!("the split of service `{service}`"), &error))?;
             self.planner.set_ownership(at, proposal.ownership);
-            self.settle(now.boot_ms);
-            if let (true, Some(why)) = (self.retry_ms.is_some(), self.alerts.get("maps")) {
-                return Err(Refusal {
-                    code: "not_applied",
-                    message: format!(
-                        "the change is stored as revision {}, but is not in force: {}",
-                        self.revision,
-                        why.concat()
-                    ),
-                    help: Some(
-                        "it is tried again every second; `canary-agent status` says when it is"
-                            .to_owned(),
-                    ),
-                    exit_code: 1,
-                });
-            }
-            report.backends_touched = self.touched(at, &tables);
+            let started = Instant::now();
+            self.settle_or_refuse(now)?;
+            let settled = Instant::now();
+            let touched;
+            (touched, moved) = self.touched(at, &tables);
+            report.backends_touched = touched;
             report.applied = true;
-            let took = arrived.elapsed();
-            self.metrics.split_applied(took);
+            // What was prepared was in force as quickly as any other when its time had come.
+            let since = if request.learn { started } else { arrived };
+            self.metrics.split_applied(settled.saturating_duration_since(since));
             let asked: Vec<String> =
                 report.versions.iter().map(|v| format!("{}={}", v.name, v.asked)).collect();
             tracing::info!(
@@ -506,17 +519,80 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         }
         report.revision = self.revision;
         report.took_us = u64::try_from(arrived.elapsed().as_micros()).unwrap_or(u64::MAX);
-        Ok(report)
+        if report.buckets_moved > 0 {
+            let entries: Vec<_> = tables
+                .iter()
+                .zip(&counts)
+                .map(|(table, counts)| (&table.entries[..], &counts[..]))
+                .collect();
+            report.connections_per_second =
+                self.connections_per_second(&entries, &moved, now.boot_ms);
+        }
+        Ok((report, moved))
     }
 
-    /// Which backends have gained or lost buckets since a service had `tables`.
-    fn touched(&self, service: usize, tables: &[Arc<ServicePlan>]) -> Vec<String> {
+    /// Brings about what was stored.
+    pub(super) fn settle_or_refuse(&mut self, now: Moment) -> Result<(), Refusal> {
+        self.settle(now.boot_ms);
+        match (self.retry_ms, self.alerts.get("maps")) {
+            (Some(_), Some(why)) => Err(Refusal {
+                code: "not_applied",
+                message: format!(
+                    "the change is stored as revision {}, but is not in force: {}",
+                    self.revision,
+                    why.concat()
+                ),
+                help: Some(
+                    "it is tried again every second; `canary-agent status` says when it is"
+                        .to_owned(),
+                ),
+                exit_code: 1,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Stores what a backend of a service is told to be.
+    pub(super) fn store_backend(
+        &mut self,
+        service: usize,
+        change: BackendChange,
+        reason: Option<&str>,
+        peer: Peer,
+        now: Moment,
+    ) -> Result<(), Refusal> {
+        let mut commit = self.own_commit(service, "backend", Split::new(), Vec::new(), now);
+        let state = &self.planner.services()[service];
+        commit.record = state.stored(state.ownership());
+        commit.change.before = commit.change.after.clone();
+        commit.change.uid = Some(peer.uid);
+        commit.change.reason = reason.map(str::to_owned);
+        commit.change.backend = Some(change);
+        let BackendChange { addr, before: _, after } = change;
+        match after {
+            Admin::Ready => commit.record.admins.remove(&addr),
+            out => commit.record.admins.insert(addr, out),
+        };
+        let what = format!("backend {addr} of service `{}`", commit.record.name);
+        self.save(vec![commit], now).map_err(|error| refused(&what, &error))
+    }
+
+    /// Which backends have gained or lost buckets since a service had `tables`, and which
+    /// buckets those are.
+    fn touched(
+        &self,
+        service: usize,
+        tables: &[Arc<ServicePlan>],
+    ) -> (Vec<String>, Vec<BucketSet>) {
         let state = &self.planner.services()[service];
         let mut touched = BTreeSet::new();
+        let mut moved = Vec::new();
         for (old, table) in tables.iter().zip(state.tables()) {
-            touched.extend(table.touched(|bucket| old.entries[bucket].current()));
+            let (buckets, backends) = table.moved(|bucket| old.entries[bucket].current());
+            touched.extend(backends);
+            moved.push(buckets);
         }
-        touched.iter().map(ToString::to_string).collect()
+        (touched.iter().map(ToString::to_string).collect(), moved)
     }
 
     /// Stores `commits`, after whatever could not be stored before.
@@ -579,6 +655,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 before,
                 after: ownership.split.clone(),
                 moved,
+                backend: None,
             },
             record: state.stored_whole(),
         }
@@ -593,4 +670,14 @@ fn tables_of(plane: &DataPlane, service: &str) -> Vec<Arc<ServicePlan>> {
 
 fn not_stored(error: &StoreError) -> String {
     format!("changes can't be stored and are refused: {error}")
+}
+
+/// `what` is as it was, because it can't be stored.
+fn refused(what: &str, error: &StoreError) -> Refusal {
+    Refusal {
+        code: "state_not_stored",
+        message: format!("{what} is as it was: {}", not_stored(error)),
+        help: Some("make room for it, or make it writable, and try again".to_owned()),
+        exit_code: 1,
+    }
 }

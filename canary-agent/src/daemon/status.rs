@@ -7,15 +7,12 @@ use canary_ebpf_common::{
     entry::BackendIndex,
 };
 
-use super::{explain::protocol_name, split};
+use super::{explain::protocol_name, listing::Listing, split};
 use crate::{
-    api::model::{
-        BackendStatus, CheckStatus, InterfaceStatus, MapStatus, ReasonCount, ServiceStatus, Status,
-        VersionStatus,
-    },
+    api::model::{InterfaceStatus, MapStatus, ReasonCount, ServiceStatus, Status, VersionStatus},
     config::model::{Forward, Stickiness},
-    health::{Report, Reports},
-    plan::{BackendState, BootMs, Planner, ServiceState, Table},
+    health::Reports,
+    plan::{BootMs, Planner, ServiceState, Table},
 };
 
 /// Measured shares are those of the last ten seconds.
@@ -58,10 +55,25 @@ impl Samples {
         self.ring.push_back(Sample { at_ms: now_ms, connections });
     }
 
+    /// New connections of a backend a second, given its counter now; `None` before there is
+    /// a second to go by.
+    pub(super) fn per_second(&self, index: BackendIndex, now: u64, now_ms: BootMs) -> Option<f64> {
+        let window_ms = now_ms.saturating_sub(self.ring.front()?.at_ms);
+        (window_ms >= 1_000).then(|| self.since(index, now) as f64 * 1000.0 / window_ms as f64)
+    }
+
     /// New connections of a backend since the window began, given its counter now.
     fn since(&self, index: BackendIndex, now: u64) -> u64 {
         let then = self.ring.front().and_then(|first| first.connections.get(&index));
         now.saturating_sub(then.copied().unwrap_or(if self.ring.is_empty() { now } else { 0 }))
+    }
+}
+
+/// The word of the configuration.
+pub(super) fn forward_name(forward: Forward) -> &'static str {
+    match forward {
+        Forward::Nat => "nat",
+        Forward::Dsr => "dsr",
     }
 }
 
@@ -76,6 +88,7 @@ pub(super) struct Sources<'a> {
     pub(super) alerts: Vec<String>,
     pub(super) revision: u64,
     pub(super) uptime_ms: u64,
+    pub(super) now_ms: BootMs,
 }
 
 /// The whole status.
@@ -91,6 +104,7 @@ pub(super) fn status(planner: &Planner, sources: Sources<'_>) -> Status {
         mut alerts,
         revision,
         uptime_ms,
+        now_ms: _,
     } = sources;
     planner.services().iter().for_each(|state| service_alerts(state, &mut alerts));
     if let Some(errno) = checks.trouble() {
@@ -127,9 +141,14 @@ pub(super) fn status(planner: &Planner, sources: Sources<'_>) -> Status {
     status
 }
 
+fn counter(sources: &Sources<'_>, index: BackendIndex) -> BackendCounters {
+    sources.counters.get(&index).copied().unwrap_or_default()
+}
+
 fn service_status(state: &ServiceState, sources: &Sources<'_>) -> ServiceStatus {
     let config = state.config();
     let checks = sources.checks.of_service(&config.name);
+    let listed = Listing::new(state, &sources.counters, &checks, sources.now_ms);
     let owned = state.ownership().counts();
     let new_connections: Vec<(u8, u64)> = (0_u8..)
         .zip(state.slots())
@@ -156,11 +175,7 @@ fn service_status(state: &ServiceState, sources: &Sources<'_>) -> ServiceStatus 
             buckets,
             connections: indices.map(|i| counter(sources, i).connections).sum(),
             measured: (all_new > 0).then(|| new as f64 / all_new as f64),
-            backends: version
-                .backends
-                .iter()
-                .map(|b| backend_status(state, slot, b, checks.get(&b.addr), sources))
-                .collect(),
+            backends: listed.configured(version, slot).map(|(status, _)| status).collect(),
         }
     });
     ServiceStatus {
@@ -171,11 +186,7 @@ fn service_status(state: &ServiceState, sources: &Sources<'_>) -> ServiceStatus 
             .iter()
             .map(|p| format!("{}/{}", protocol_name(p.protocol), p.port))
             .collect(),
-        forward: match config.forward {
-            Forward::Nat => "nat",
-            Forward::Dsr => "dsr",
-        }
-        .to_owned(),
+        forward: forward_name(config.forward).to_owned(),
         stickiness: match config.stickiness {
             Stickiness::Connection => "connection",
             Stickiness::Client => "client",
@@ -189,70 +200,6 @@ fn service_status(state: &ServiceState, sources: &Sources<'_>) -> ServiceStatus 
     }
 }
 
-fn backend_status(
-    state: &ServiceState,
-    slot: Option<u8>,
-    backend: &crate::config::model::Backend,
-    report: Option<&Report>,
-    sources: &Sources<'_>,
-) -> BackendStatus {
-    let found = state.tables().iter().find_map(|table| {
-        let mut backends = table.backends().iter();
-        let live = backends.find(|b| Some(b.slot) == slot && b.addr == backend.addr)?;
-        Some((table, live))
-    });
-    let mut status = BackendStatus {
-        addr: backend.addr,
-        weight: backend.weight,
-        state: "waiting".to_owned(),
-        message: Some("its version waits for a free slot".to_owned()),
-        buckets: 0,
-        packets: 0,
-        bytes: 0,
-        connections: 0,
-        check: report.map(check_status),
-    };
-    if let Some((table, live)) = found {
-        let (word, message) = match (live.state(), &live.hop) {
-            (BackendState::Up, _) => ("up", None),
-            (BackendState::Down, _) => ("down", Some(why_down(report))),
-            (BackendState::NoNextHop, hop) => ("no-next-hop", hop.as_ref().err().cloned()),
-        };
-        let counted = counter(sources, live.index);
-        status.state = word.to_owned();
-        status.message = message;
-        status.buckets = table.buckets_of(live.index);
-        status.packets = counted.packets;
-        status.bytes = counted.bytes;
-        status.connections = counted.connections;
-    }
-    status
-}
-
-fn why_down(report: Option<&Report>) -> String {
-    match report.and_then(|report| report.last_failure.as_ref()) {
-        Some((failure, _)) => format!("it fails its checks: {failure}"),
-        None => "it failed its checks before the agent started, and is checked again".to_owned(),
-    }
-}
-
-fn check_status(report: &Report) -> CheckStatus {
-    let Report { down, since, passes, failures, last_failure, latency } = report;
-    CheckStatus {
-        up: !down,
-        passes: *passes,
-        failures: *failures,
-        since_seconds: since.elapsed().as_secs_f64(),
-        latency_seconds: latency.map(|latency| latency.as_secs_f64()),
-        last_failure: last_failure.as_ref().map(|(failure, _)| failure.to_string()),
-        last_failure_seconds: last_failure.as_ref().map(|(_, at)| at.elapsed().as_secs_f64()),
-    }
-}
-
-fn counter(sources: &Sources<'_>, index: BackendIndex) -> BackendCounters {
-    sources.counters.get(&index).copied().unwrap_or_default()
-}
-
 /// What an operator should know about a service.
 fn service_alerts(state: &ServiceState, alerts: &mut Vec<String>) {
     let config = state.config();
@@ -262,6 +209,13 @@ fn service_alerts(state: &ServiceState, alerts: &mut Vec<String>) {
             crate::plan::Family::V4 => "IPv4",
             crate::plan::Family::V6 => "IPv6",
         };
+        if table.control_taken_out() {
+            alerts.push(format!(
+                "service `{name}`: every {family} backend of control `{}` is in `drain` or `maint`; new \
+                 connections get nothing",
+                config.versions[config.control].name
+            ));
+        }
         if table.control_checks_ignored() {
             alerts.push(format!(
                 "service `{name}`: no {family} backend of control `{}` is usable; all of them are tried",

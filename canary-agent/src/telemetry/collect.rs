@@ -190,7 +190,7 @@ fn backends(page: &mut DescriptorEncoder, services: &[ServiceStatus]) -> fmt::Re
         page,
         "canary_backend_up",
         "1 if the backend passes its checks and can be reached",
-        as_gauge(|backend| Some(u64::from(backend.state == "up"))),
+        as_gauge(|backend| Some(u64::from(backend.health == "up"))),
     )?;
     gauge(
         page,
@@ -203,6 +203,18 @@ fn backends(page: &mut DescriptorEncoder, services: &[ServiceStatus]) -> fmt::Re
         "canary_backend_buckets",
         "Buckets that steer new connections to the backend",
         as_gauge(|backend| Some(backend.buckets.into())),
+    )?;
+    gauge(
+        page,
+        "canary_backend_draining_buckets",
+        "Buckets that steer new connections elsewhere and leave the older ones with the backend",
+        as_gauge(|backend| Some(backend.draining_buckets.into())),
+    )?;
+    gauge(
+        page,
+        "canary_backend_taken_out",
+        "1 if an operator has told the backend to drain or to take nothing",
+        as_gauge(|backend| Some(u64::from(backend.admin != "ready"))),
     )
 }
 

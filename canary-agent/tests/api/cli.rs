@@ -95,6 +95,69 @@ async fn the_configuration_says_where_the_socket_is() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn backends_are_listed_and_told() {
+    let agent = Agent::start(Limits::default()).await;
+    let shown = ask(&agent, &["backend", "list", "shop"]);
+    assert_eq!(code(&shown), 0, "{shown:?}");
+    for line in [
+        "VERSION                 WEIGHT  BUCKETS  LEAVING  OPEN  STATE                     HEALTH",
+        "stable (control)                  62259      123    40  2 backends still drain",
+        "  [2001:db8:1::1]:8443       1        0      123    17  drain                     \
+         no-next-hop: no neighbour answers on eth1",
+        "  10.0.1.9:8443              0        0        0    17  removed                   unknown",
+        "  10.0.2.1:8443              1     3277        0    17  ready, slow start at 25%  up",
+    ] {
+        assert!(stdout(&shown).lines().any(|shown| shown == line), "{line}\n{}", stdout(&shown));
+    }
+    for arguments in [
+        &["backend", "list", "shop", "--json"][..],
+        &["backend", "list", "shop", "10.0.2.1", "--json"],
+    ] {
+        let json = ask(&agent, arguments);
+        let value: Value = serde_json::from_slice(&json.stdout).expect("JSON");
+        let versions = value["versions"].as_array().expect("versions");
+        let last = versions.last().expect("a version");
+        assert_eq!(last["backends"][0]["addr"], "10.0.2.1:8443");
+        assert_eq!(last["backends"][0]["open_connections"], 17);
+        assert_eq!(versions.len(), if arguments.len() == 4 { 2 } else { 1 });
+    }
+    let nobody = ask(&agent, &["backend", "list", "shop", "10.0.2.7"]);
+    assert_eq!(code(&nobody), 1);
+    assert!(stderr(&nobody).contains("`canary-agent backend list shop` lists them"), "{nobody:?}");
+
+    let told = ask(&agent, &["backend", "drain", "shop", "10.0.1.1:8443", "--reason", "disk"]);
+    assert_eq!(
+        stdout(&told),
+        "shop: 10.0.1.1:8443 was `ready` and is `drain`; 31130 buckets moved; in force after \
+         2.15ms (revision 9)\n\
+         backends touched: 10.0.1.1:8443, 10.0.1.2:8443\n\
+         about 17 open connections on it\n\
+         3.3 new connections a second in the buckets that move\n\
+         note: its open connections stay\n"
+    );
+    let tried =
+        ask(&agent, &["backend", "maint", "shop", "[2001:db8:1::1]:8443", "--dry-run", "--force"]);
+    assert!(stdout(&tried).contains("and would be `maint`; 31130 buckets would move"), "{tried:?}");
+    assert!(stdout(&tried).ends_with("nothing was changed (--dry-run)\n"), "{tried:?}");
+    let ready = ask(&agent, &["backend", "ready", "shop", "10.0.1.1:8443", "--json"]);
+    let value: Value = serde_json::from_slice(&ready.stdout).expect("JSON");
+    assert_eq!((&value["backend"], &value["applied"]), (&"10.0.1.1:8443".into(), &true.into()));
+    {
+        let told = agent.told.lock().expect("not poisoned");
+        let states: Vec<_> = told.iter().map(|(_, request, _)| request.state.as_str()).collect();
+        assert_eq!(states, ["drain", "maint", "ready"]);
+        assert_eq!(told[0].1.reason.as_deref(), Some("disk"));
+        assert!(told[1].1.dry_run && told[1].1.force && !told[0].1.dry_run && !told[0].1.force);
+    }
+    let unknown = ask(&agent, &["backend", "drain", "shop", "10.9.9.9:1", "--json"]);
+    assert_eq!(json_error(&unknown).error.code, "unknown_backend");
+    for wrong in [&["backend"][..], &["backend", "drain", "shop"], &["backend", "off", "shop", "a"]]
+    {
+        assert_eq!(code(&ask(&agent, wrong)), 2, "{wrong:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn split_shows_changes_and_tries() {
     let agent = Agent::start(Limits::default()).await;
     let shown = ask(&agent, &["split", "shop"]);
@@ -114,7 +177,9 @@ async fn split_shows_changes_and_tries() {
          \x20 v2         10%    5%  10%\n\
          \n\
          backends touched: 10.0.1.1:8443, 10.0.2.1:8443\n\
-         about 41 open connections in these buckets\n"
+         about 41 open connections in these buckets\n\
+         12.5 new connections a second in the buckets that move\n\
+         note: the buckets have been moved\n"
     );
     let tried = ask(&agent, &["split", "shop", "v2=0", "--dry-run"]);
     assert!(stdout(&tried).starts_with("shop: 3277 buckets would move\n"), "{tried:?}");
@@ -127,6 +192,10 @@ async fn split_shows_changes_and_tries() {
         assert_eq!(requests[1].split["v2"], "0%");
         assert!(requests[1].dry_run && !requests[0].dry_run);
     }
+
+    let learned = ask(&agent, &["split", "shop", "v2=5%", "--learn", "--dry-run"]);
+    assert!(stdout(&learned).contains("they would be watched for 7s before\n"), "{learned:?}");
+    assert!(agent.asked.lock().expect("not poisoned")[2].1.learn);
 
     let refused = ask(&agent, &["split", "shop", "v9=10%", "--json"]);
     assert_eq!(json_error(&refused).error.code, "unknown_version");
@@ -362,8 +431,11 @@ fn every_shell_gets_its_completions() {
     assert_eq!(code(&run(&["completions", "tcsh"])), 2);
 }
 
-const COMMANDS: [&str; 8] =
-    ["run", "check", "status", "split", "explain", "detach", "completions", "man"];
+const COMMANDS: [&str; 9] =
+    ["run", "check", "status", "split", "backend", "explain", "detach", "completions", "man"];
+
+/// Commands of commands, which have pages of their own too.
+const BELOW: [&str; 4] = ["backend-list", "backend-ready", "backend-drain", "backend-maint"];
 
 #[test]
 fn the_manual_mentions_every_command() {
@@ -383,7 +455,11 @@ fn the_manual_mentions_every_command() {
         assert!(documented.contains(&format!("## `{name}`")), "{name} is not in docs/cli.md");
         assert!(stdout(&help).contains(&format!("\n  {name} ")), "{name} is not in the help");
     }
-    assert_eq!(fs::read_dir(&pages).expect("pages").count(), COMMANDS.len() + 1);
+    for name in BELOW {
+        assert!(pages.join(format!("canary-agent-{name}.1")).exists(), "{name}");
+    }
+    let written = fs::read_dir(&pages).expect("pages").count();
+    assert_eq!(written, COMMANDS.len() + BELOW.len() + 1);
     assert!(stdout(&page).contains("77 not permitted"), "exit codes are told");
 }
 

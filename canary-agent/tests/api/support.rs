@@ -17,9 +17,9 @@ use canary_agent::{
     api::{
         self, Api, ControlSocket, Limits,
         model::{
-            AgentStatus, BackendStatus, ChangeReport, CheckStatus, Explain, InterfaceStatus,
-            MapStatus, ReasonCount, ServiceStatus, ShareChange, SplitRequest, Status,
-            VersionStatus,
+            AgentStatus, BackendDetail, BackendReport, BackendRequest, BackendStatus, Backends,
+            ChangeReport, CheckStatus, Explain, InterfaceStatus, MapStatus, ReasonCount,
+            ServiceStatus, ShareChange, SplitRequest, Status, VersionBackends, VersionStatus,
         },
     },
     config::model::Operators,
@@ -37,6 +37,9 @@ use tokio::{
 /// A split that was asked for, and by whom.
 pub(crate) type Asked = (String, SplitRequest, Peer);
 
+/// A backend that was told something, and by whom.
+pub(crate) type Told = (String, BackendRequest, Peer);
+
 /// Sockets in a directory of their own, with a scripted loop behind them.
 pub(crate) struct Agent {
     dir: tempfile::TempDir,
@@ -46,6 +49,8 @@ pub(crate) struct Agent {
     pub(crate) operators: watch::Sender<Operators>,
     /// Splits that reached the loop.
     pub(crate) asked: Arc<Mutex<Vec<Asked>>>,
+    /// Backends that were told something.
+    pub(crate) told: Arc<Mutex<Vec<Told>>>,
     /// What it counts.
     pub(crate) metrics: Metrics,
     stop: Vec<oneshot::Sender<()>>,
@@ -60,9 +65,9 @@ impl Agent {
         let open = std::fs::Permissions::from_mode(0o755);
         std::fs::set_permissions(dir.path(), open).expect("opened");
         let (operators, operators_seen) = watch::channel(Operators::default());
-        let asked = Arc::default();
+        let (asked, told) = (Arc::default(), Arc::default());
         let (handle, requests) = Handle::channel(64);
-        tokio::spawn(scripted_loop(requests, Arc::clone(&asked)));
+        tokio::spawn(scripted_loop(requests, Arc::clone(&asked), Arc::clone(&told)));
         let metrics = Metrics::new();
         let api = Api::new(handle, operators_seen, metrics.clone()).with_limits(limits);
         let socket = ControlSocket::bind(&dir.path().join("agent.sock")).expect("a socket");
@@ -75,7 +80,8 @@ impl Agent {
             tokio::spawn(api::serve_control(socket, api.clone(), ended(control_stopped))),
             tokio::spawn(api::serve_read_only(listener, api, ended(tcp_stopped))),
         ];
-        Self { dir, tcp, operators, asked, metrics, stop: vec![stop_control, stop_tcp], serving }
+        let stop = vec![stop_control, stop_tcp];
+        Self { dir, tcp, operators, asked, told, metrics, stop, serving }
     }
 
     /// Its control socket.
@@ -166,7 +172,11 @@ impl Answer {
 }
 
 /// Answers from a fixed status. The service `stuck` never gets an answer.
-async fn scripted_loop(mut requests: mpsc::Receiver<Request>, asked: Arc<Mutex<Vec<Asked>>>) {
+async fn scripted_loop(
+    mut requests: mpsc::Receiver<Request>,
+    asked: Arc<Mutex<Vec<Asked>>>,
+    told: Arc<Mutex<Vec<Told>>>,
+) {
     let mut stuck = Vec::new();
     while let Some(request) = requests.recv().await {
         match request {
@@ -175,6 +185,16 @@ async fn scripted_loop(mut requests: mpsc::Receiver<Request>, asked: Arc<Mutex<V
             Request::Split { service, request, peer, reply } => {
                 let answer = change(&service, &request);
                 asked.lock().expect("not poisoned").push((service, request, peer));
+                drop(reply.send(answer));
+            }
+            Request::Backends { service, reply } => {
+                let answer =
+                    if service == "shop" { Ok(backends()) } else { Err(unknown_service(&service)) };
+                drop(reply.send(answer));
+            }
+            Request::Backend { service, backend, request, peer, reply } => {
+                let answer = tell(&service, &backend, &request);
+                told.lock().expect("not poisoned").push((backend, request, peer));
                 drop(reply.send(answer));
             }
             Request::Explain { service, query, reply } => {
@@ -243,8 +263,87 @@ fn change(service: &str, request: &SplitRequest) -> Result<ChangeReport, Refusal
         buckets_moved: 3277,
         backends_touched: vec!["10.0.1.1:8443".to_owned(), "10.0.2.1:8443".to_owned()],
         connections_held: Some(41),
+        connections_per_second: Some(12.5),
+        notes: vec!["the buckets have been moved".to_owned()],
+        learned_ms: request.learn.then_some(7_000),
         took_us: 2150,
     })
+}
+
+fn tell(service: &str, backend: &str, request: &BackendRequest) -> Result<BackendReport, Refusal> {
+    if service != "shop" {
+        return Err(unknown_service(service));
+    }
+    if backend != "10.0.1.1:8443" && backend != "[2001:db8:1::1]:8443" {
+        return Err(Refusal {
+            code: "unknown_backend",
+            message: format!("service `shop` has no backend `{backend}`"),
+            help: None,
+            exit_code: 1,
+        });
+    }
+    Ok(BackendReport {
+        applied: !request.dry_run,
+        revision: 9,
+        service: service.to_owned(),
+        backend: backend.to_owned(),
+        before: "ready".to_owned(),
+        state: request.state.clone(),
+        buckets_moved: 31_130,
+        backends_touched: vec!["10.0.1.1:8443".to_owned(), "10.0.1.2:8443".to_owned()],
+        connections_held: Some(17),
+        connections_per_second: Some(3.26),
+        notes: vec!["its open connections stay".to_owned()],
+        took_us: 2150,
+    })
+}
+
+/// The backends of the status, one of them drained, one in slow start, and one removed.
+fn backends() -> Backends {
+    let [shop] = &status().services[..] else { panic!("one service") };
+    let mut versions: Vec<VersionBackends> = shop
+        .versions
+        .iter()
+        .map(|version| VersionBackends {
+            name: version.name.clone(),
+            buckets: version.buckets,
+            draining_backends: 0,
+            open_connections: None,
+            backends: version
+                .backends
+                .iter()
+                .map(|backend| BackendDetail {
+                    backend: backend.clone(),
+                    open_connections: Some(17),
+                    tracked_connections: None,
+                })
+                .collect(),
+        })
+        .collect();
+    let (stable, v2) = versions.split_at_mut(1);
+    (stable[0].draining_backends, stable[0].open_connections) = (2, Some(40));
+    stable[0].backends[1].backend.admin = "drain".to_owned();
+    stable[0].backends[1].backend.draining_buckets = 123;
+    v2[0].backends[0].backend.slow_start = Some(0.25);
+    let mut gone = stable[0].backends[0].clone();
+    gone.backend = BackendStatus {
+        addr: "10.0.1.9:8443".parse().expect("an address"),
+        weight: 0,
+        state: "removed".to_owned(),
+        health: "unknown".to_owned(),
+        message: None,
+        buckets: 0,
+        check: None,
+        ..gone.backend
+    };
+    stable[0].backends.push(gone);
+    Backends {
+        service: "shop".to_owned(),
+        forward: "nat".to_owned(),
+        control: "stable".to_owned(),
+        revision: 7,
+        versions,
+    }
 }
 
 /// A status with something in every part.
@@ -266,6 +365,10 @@ pub(crate) fn status() -> Status {
             last_failure: Some("no connection within 1s".to_owned()),
             ..CheckStatus::default()
         }),
+        health: state.to_owned(),
+        admin: "ready".to_owned(),
+        slow_start: None,
+        draining_buckets: 0,
     };
     let version = |name: &str, asked: f64, text: &str, buckets: u32, backends| VersionStatus {
         name: name.to_owned(),

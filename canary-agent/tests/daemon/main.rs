@@ -1,219 +1,25 @@
 //! The state loop without a kernel: what is asked, what is stored, what is applied.
 
+mod backends;
+#[path = "../plan_support/mod.rs"]
 mod plan_support;
+mod support;
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    path::Path,
-    sync::{Arc, Mutex},
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeMap, path::Path, time::Duration};
 
 use canary_agent::{
-    api::model::{ChangeReport, Explain, MapStatus, SplitRequest, Status},
     config::model::{Ask, Check, Config, Fallback, Health, Stickiness, Timing, Via},
     daemon::{
-        AttachError, Attachment, BeginError, Event, ExplainQuery, Kernel, LinkStates, Moment, Peer,
-        Refusal, Request, State,
+        BeginError, Event, LinkStates, Moment, State,
         lock::{LockError, lock_pins, lock_state_dir},
     },
     health::{Change as HealthChange, Failure},
-    plan::{Adopted, DataPlane},
-    store::{Change, Commit, Snapshot, SqliteStore, StateStore, StoreError},
+    plan::Adopted,
+    store::{SqliteStore, StateStore, StoreError},
     telemetry::Metrics,
 };
-use canary_ebpf_common::{abi::BackendCounters, entry::BackendIndex};
-use plan_support::{config, hop, maps, service};
-use tokio::sync::oneshot;
-
-/// What has happened to the recording kernel and store, and what is to go wrong.
-#[derive(Default)]
-struct Host {
-    log: Vec<String>,
-    plane: DataPlane,
-    refuse_apply: bool,
-    refuse_store: bool,
-    missing: Vec<String>,
-    connections: HashMap<BackendIndex, u64>,
-}
-
-#[derive(Clone, Default)]
-struct Shared(Arc<Mutex<Host>>);
-
-impl Shared {
-    fn with<T>(&self, f: impl FnOnce(&mut Host) -> T) -> T {
-        f(&mut self.0.lock().unwrap())
-    }
-}
-
-impl Kernel for Shared {
-    fn apply(&mut self, plane: &DataPlane) -> Result<(), String> {
-        self.with(|host| {
-            if host.refuse_apply {
-                return Err("the kernel is in a bad mood".to_owned());
-            }
-            host.log.push("apply".to_owned());
-            host.plane = plane.clone();
-            Ok(())
-        })
-    }
-
-    fn attach(&mut self, interface: &str) -> Result<Attachment, AttachError> {
-        self.with(|host| match host.missing.contains(&interface.to_owned()) {
-            true => Err(AttachError::Missing),
-            false => {
-                host.log.push(format!("attach {interface}"));
-                Ok(Attachment { ifindex: 7, mode: "native", warning: None })
-            }
-        })
-    }
-
-    fn expire(&mut self) -> Result<(), String> {
-        self.with(|host| host.log.push("expire".to_owned()));
-        Ok(())
-    }
-
-    fn counters(&self, backends: &[BackendIndex]) -> Vec<BackendCounters> {
-        let of = |host: &Host, index| host.connections.get(index).copied().unwrap_or(0);
-        self.with(|host| {
-            let one =
-                |index| BackendCounters { connections: of(host, index), ..Default::default() };
-            backends.iter().map(one).collect()
-        })
-    }
-
-    fn reasons(&self) -> Vec<u64> {
-        vec![1, 2, 3]
-    }
-
-    fn maps(&self) -> Vec<MapStatus> {
-        Vec::new()
-    }
-}
-
-/// A real store that can be made to fail, and says when it is written.
-struct Watched(SqliteStore, Shared);
-
-impl StateStore for Watched {
-    fn load(&mut self) -> Result<Snapshot, StoreError> {
-        self.0.load()
-    }
-
-    fn commit(&mut self, expected: u64, commits: &[Commit]) -> Result<u64, StoreError> {
-        if self.1.with(|host| host.refuse_store) {
-            let reason = "database or disk is full".to_owned();
-            return Err(StoreError::Unavailable { path: "/state.db".into(), reason });
-        }
-        self.1.with(|host| host.log.push("store".to_owned()));
-        self.0.commit(expected, commits)
-    }
-
-    fn changes(&mut self, after: u64, limit: usize) -> Result<Vec<(u64, Change)>, StoreError> {
-        self.0.changes(after, limit)
-    }
-}
-
-struct Agent {
-    state: State<Watched, Shared>,
-    host: Shared,
-    boot_ms: u64,
-}
-
-impl Agent {
-    fn start(dir: &Path, config: &Config, host: Shared, adopted: Adopted) -> Self {
-        let boot_ms = 5_000;
-        let store = Watched(SqliteStore::new(dir), host.clone());
-        let at = Moment { boot_ms, unix_ms: 1_700_000_000_000 };
-        let state = State::begin(config, store, host.clone(), adopted, Metrics::new(), at).unwrap();
-        let mut agent = Self { state, host, boot_ms };
-        let backends = config.services.iter().flat_map(|s| &s.versions).flat_map(|v| &v.backends);
-        let hops = backends.map(|b| (b.addr.ip(), Ok(hop(b.addr)))).collect();
-        agent.event(Event::NextHops(hops));
-        let at = agent.now();
-        agent.state.go(at).unwrap();
-        agent
-    }
-
-    fn now(&self) -> Moment {
-        Moment { boot_ms: self.boot_ms, unix_ms: 1_700_000_000_000 + self.boot_ms }
-    }
-
-    fn event(&mut self, event: Event) -> Option<u64> {
-        let now = self.now();
-        self.state.handle(event, now)
-    }
-
-    fn wait(&mut self, ms: u64) {
-        self.boot_ms += ms;
-        self.event(Event::Tick);
-    }
-
-    fn ask<T>(&mut self, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> T {
-        let (reply, mut answer) = oneshot::channel();
-        self.event(Event::Request { request: request(reply), arrived: Instant::now() });
-        answer.try_recv().expect("answered at once")
-    }
-
-    fn request(
-        &mut self,
-        service: &str,
-        split: &[(&str, &str)],
-        dry_run: bool,
-    ) -> Result<ChangeReport, Refusal> {
-        let split: BTreeMap<_, _> =
-            split.iter().map(|(v, s)| ((*v).to_owned(), (*s).to_owned())).collect();
-        let request = SplitRequest { split, reason: Some("because".to_owned()), dry_run };
-        let peer = Peer { uid: 1000, gid: 1000, pid: None };
-        let service = service.to_owned();
-        self.ask(|reply| Request::Split { service, request, peer, reply })
-    }
-
-    fn split(&mut self, split: &[(&str, &str)]) -> Result<ChangeReport, Refusal> {
-        self.request("shop", split, false)
-    }
-
-    fn status(&mut self) -> Status {
-        self.ask(|reply| Request::Status { reply })
-    }
-
-    fn explain(
-        &mut self,
-        service: &str,
-        from: &str,
-        to: Option<&str>,
-        protocol: Option<&str>,
-    ) -> Result<Explain, Refusal> {
-        let query = ExplainQuery {
-            from: from.to_owned(),
-            to: to.map(str::to_owned),
-            protocol: protocol.map(str::to_owned),
-        };
-        let service = service.to_owned();
-        self.ask(|reply| Request::Explain { service, query, reply })
-    }
-
-    fn owners(&self) -> Vec<u8> {
-        self.state.plane().services[0].ledger.iter().map(|l| l.owner()).collect()
-    }
-}
-
-fn shop() -> Config {
-    config(vec![
-        service(
-            "shop",
-            &[
-                ("stable", &[("10.0.1.1:443", 1), ("10.0.1.2:443", 1)]),
-                ("v2", &[("10.0.2.1:443", 1)]),
-                ("v3", &[("10.0.3.1:443", 1)]),
-            ],
-        ),
-        service("api", &[("stable", &[("10.0.1.1:443", 1)])]),
-    ])
-}
-
-fn agent(dir: &tempfile::TempDir) -> Agent {
-    Agent::start(dir.path(), &shop(), Shared::default(), Adopted::default())
-}
+use plan_support::maps;
+use support::{Agent, Shared, agent, shop};
 
 #[test]
 fn a_split_is_stored_then_applied_and_going_back_gives_the_same_buckets() {

@@ -1,0 +1,258 @@
+//! An agent's state without a kernel, and what it has done.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Instant,
+};
+
+use canary_agent::{
+    api::model::{
+        BackendReport, BackendRequest, Backends, ChangeReport, Explain, MapStatus, SplitRequest,
+        Status,
+    },
+    config::model::Config,
+    daemon::{
+        AttachError, Attachment, Counter, Event, ExplainQuery, Kernel, Moment, Peer, Refusal,
+        Request, State,
+    },
+    datapath::{Census, Counted},
+    plan::{Adopted, DataPlane},
+    store::{Change, Commit, Snapshot, SqliteStore, StateStore, StoreError},
+    telemetry::Metrics,
+};
+use canary_ebpf_common::{abi::BackendCounters, entry::BackendIndex};
+use tokio::sync::oneshot;
+
+use crate::plan_support::{config, hop, service};
+
+/// What has happened to the recording kernel and store, and what is to go wrong.
+#[derive(Default)]
+pub(crate) struct Host {
+    pub(crate) log: Vec<String>,
+    pub(crate) plane: DataPlane,
+    pub(crate) refuse_apply: bool,
+    pub(crate) refuse_store: bool,
+    pub(crate) missing: Vec<String>,
+    pub(crate) connections: HashMap<BackendIndex, u64>,
+    /// What counting open connections comes to; without it there is nothing to count.
+    pub(crate) census: Option<Census>,
+}
+
+#[derive(Clone, Default)]
+pub(crate) struct Shared(Arc<Mutex<Host>>);
+
+impl Shared {
+    pub(crate) fn with<T>(&self, f: impl FnOnce(&mut Host) -> T) -> T {
+        f(&mut self.0.lock().unwrap())
+    }
+}
+
+impl Kernel for Shared {
+    fn apply(&mut self, plane: &DataPlane) -> Result<(), String> {
+        self.with(|host| {
+            if host.refuse_apply {
+                return Err("the kernel is in a bad mood".to_owned());
+            }
+            host.log.push("apply".to_owned());
+            host.plane = plane.clone();
+            Ok(())
+        })
+    }
+
+    fn attach(&mut self, interface: &str) -> Result<Attachment, AttachError> {
+        self.with(|host| match host.missing.contains(&interface.to_owned()) {
+            true => Err(AttachError::Missing),
+            false => {
+                host.log.push(format!("attach {interface}"));
+                Ok(Attachment { ifindex: 7, mode: "native", warning: None })
+            }
+        })
+    }
+
+    fn expire(&mut self) -> Result<(), String> {
+        self.with(|host| host.log.push("expire".to_owned()));
+        Ok(())
+    }
+
+    fn counters(&self, backends: &[BackendIndex]) -> Vec<BackendCounters> {
+        let of = |host: &Host, index| host.connections.get(index).copied().unwrap_or(0);
+        self.with(|host| {
+            let one =
+                |index| BackendCounters { connections: of(host, index), ..Default::default() };
+            backends.iter().map(one).collect()
+        })
+    }
+
+    fn reasons(&self) -> Vec<u64> {
+        vec![1, 2, 3]
+    }
+
+    fn maps(&self) -> Vec<MapStatus> {
+        Vec::new()
+    }
+
+    fn counter(&self) -> Option<Counter> {
+        let census = self.with(|host| host.census.clone())?;
+        Some(Box::new(move |_: &[Counted]| Ok(census)))
+    }
+}
+
+/// A real store that can be made to fail, and says when it is written.
+pub(crate) struct Watched(SqliteStore, Shared);
+
+impl StateStore for Watched {
+    fn load(&mut self) -> Result<Snapshot, StoreError> {
+        self.0.load()
+    }
+
+    fn commit(&mut self, expected: u64, commits: &[Commit]) -> Result<u64, StoreError> {
+        if self.1.with(|host| host.refuse_store) {
+            let reason = "database or disk is full".to_owned();
+            return Err(StoreError::Unavailable { path: "/state.db".into(), reason });
+        }
+        self.1.with(|host| host.log.push("store".to_owned()));
+        self.0.commit(expected, commits)
+    }
+
+    fn changes(&mut self, after: u64, limit: usize) -> Result<Vec<(u64, Change)>, StoreError> {
+        self.0.changes(after, limit)
+    }
+}
+
+pub(crate) struct Agent {
+    pub(crate) state: State<Watched, Shared>,
+    pub(crate) host: Shared,
+    pub(crate) boot_ms: u64,
+}
+
+impl Agent {
+    pub(crate) fn start(dir: &Path, config: &Config, host: Shared, adopted: Adopted) -> Self {
+        let boot_ms = 5_000;
+        let store = Watched(SqliteStore::new(dir), host.clone());
+        let at = Moment { boot_ms, unix_ms: 1_700_000_000_000 };
+        let state = State::begin(config, store, host.clone(), adopted, Metrics::new(), at).unwrap();
+        let mut agent = Self { state, host, boot_ms };
+        let backends = config.services.iter().flat_map(|s| &s.versions).flat_map(|v| &v.backends);
+        let hops = backends.map(|b| (b.addr.ip(), Ok(hop(b.addr)))).collect();
+        agent.event(Event::NextHops(hops));
+        let at = agent.now();
+        agent.state.go(at).unwrap();
+        agent
+    }
+
+    pub(crate) fn now(&self) -> Moment {
+        Moment { boot_ms: self.boot_ms, unix_ms: 1_700_000_000_000 + self.boot_ms }
+    }
+
+    pub(crate) fn event(&mut self, event: Event) -> Option<u64> {
+        let now = self.now();
+        self.state.handle(event, now)
+    }
+
+    pub(crate) fn wait(&mut self, ms: u64) {
+        self.boot_ms += ms;
+        self.event(Event::Tick);
+    }
+
+    pub(crate) fn ask<T>(&mut self, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> T {
+        let (reply, answer) = oneshot::channel();
+        self.event(Event::Request { request: request(reply), arrived: Instant::now() });
+        // What is counted is answered by another thread.
+        answer.blocking_recv().expect("an answer")
+    }
+
+    /// Begins a split whose buckets are watched first.
+    pub(crate) fn learn(
+        &mut self,
+        split: &[(&str, &str)],
+    ) -> (oneshot::Receiver<Result<ChangeReport, Refusal>>, Option<u64>) {
+        let split = split.iter().map(|(v, s)| ((*v).to_owned(), (*s).to_owned())).collect();
+        let request = SplitRequest { split, reason: None, dry_run: false, learn: true };
+        let peer = Peer { uid: 1000, gid: 1000, pid: None };
+        let (reply, answer) = oneshot::channel();
+        let request = Request::Split { service: "shop".to_owned(), request, peer, reply };
+        let wakeup = self.event(Event::Request { request, arrived: Instant::now() });
+        (answer, wakeup)
+    }
+
+    pub(crate) fn listed(&mut self) -> Backends {
+        let service = "shop".to_owned();
+        self.ask(|reply| Request::Backends { service, reply }).unwrap()
+    }
+
+    /// `state` may be followed by `--dry-run` and `--force`.
+    pub(crate) fn tell(&mut self, backend: &str, state: &str) -> Result<BackendReport, Refusal> {
+        let request = BackendRequest {
+            state: state.split(' ').next().unwrap().to_owned(),
+            reason: Some("because".to_owned()),
+            dry_run: state.contains("--dry-run"),
+            force: state.contains("--force"),
+        };
+        let peer = Peer { uid: 1000, gid: 1000, pid: None };
+        let (service, backend) = ("shop".to_owned(), backend.to_owned());
+        self.ask(|reply| Request::Backend { service, backend, request, peer, reply })
+    }
+
+    pub(crate) fn request(
+        &mut self,
+        service: &str,
+        split: &[(&str, &str)],
+        dry_run: bool,
+    ) -> Result<ChangeReport, Refusal> {
+        let split: BTreeMap<_, _> =
+            split.iter().map(|(v, s)| ((*v).to_owned(), (*s).to_owned())).collect();
+        let request =
+            SplitRequest { split, reason: Some("because".to_owned()), dry_run, learn: false };
+        let peer = Peer { uid: 1000, gid: 1000, pid: None };
+        let service = service.to_owned();
+        self.ask(|reply| Request::Split { service, request, peer, reply })
+    }
+
+    pub(crate) fn split(&mut self, split: &[(&str, &str)]) -> Result<ChangeReport, Refusal> {
+        self.request("shop", split, false)
+    }
+
+    pub(crate) fn status(&mut self) -> Status {
+        self.ask(|reply| Request::Status { reply })
+    }
+
+    pub(crate) fn explain(
+        &mut self,
+        service: &str,
+        from: &str,
+        to: Option<&str>,
+        protocol: Option<&str>,
+    ) -> Result<Explain, Refusal> {
+        let query = ExplainQuery {
+            from: from.to_owned(),
+            to: to.map(str::to_owned),
+            protocol: protocol.map(str::to_owned),
+        };
+        let service = service.to_owned();
+        self.ask(|reply| Request::Explain { service, query, reply })
+    }
+
+    pub(crate) fn owners(&self) -> Vec<u8> {
+        self.state.plane().services[0].ledger.iter().map(|l| l.owner()).collect()
+    }
+}
+
+pub(crate) fn shop() -> Config {
+    config(vec![
+        service(
+            "shop",
+            &[
+                ("stable", &[("10.0.1.1:443", 1), ("10.0.1.2:443", 1)]),
+                ("v2", &[("10.0.2.1:443", 1)]),
+                ("v3", &[("10.0.3.1:443", 1)]),
+            ],
+        ),
+        service("api", &[("stable", &[("10.0.1.1:443", 1)])]),
+    ])
+}
+
+pub(crate) fn agent(dir: &tempfile::TempDir) -> Agent {
+    Agent::start(dir.path(), &shop(), Shared::default(), Adopted::default())
+}
