@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use canary_agent::{
-    api::model::{InterfaceStatus, Status},
+    api::model::{Backends, InterfaceStatus, Status},
     datapath,
 };
 use canary_tests::{
@@ -193,6 +193,10 @@ fn a_backend_without_a_route_gets_no_connections_and_status_says_why() {
         assert!(lost.message.as_ref().is_some_and(|m| !m.is_empty()), "{lost:?}");
         assert_eq!(lost.buckets, 0, "{lost:?}");
         println!("{addr}: {:?}", lost.message);
+        let list: Backends = agent.json(&["backend", "list", ECHO, addr]);
+        let detail = &list.versions[0].backends[0].backend;
+        assert_eq!((detail.health.as_str(), detail.admin.as_str()), ("no-next-hop", "ready"));
+        assert_eq!(detail.message, lost.message);
     }
     let names = bench.survey(Family::V4, Transport::Tcp, 0..400, 20_000);
     let hits = of_version(&names, "v2");
