@@ -1,8 +1,7 @@
 //! Counting open connections by what the flow tables hold.
 //!
-//! From any thread, and without a change to anything. Of a table with more entries than a
-//! look of some tens of milliseconds reaches, a part is counted and the rest inferred: the
-//! kernel's hash spreads entries evenly.
+//! From any thread, and without a change to anything. Of a table with more than 262,144
+//! entries a part is counted and the rest inferred: the kernel's hash spreads entries evenly.
 
 use std::{
     collections::{HashMap, HashSet},
