@@ -65,6 +65,10 @@ pub struct Shop {
     pub udp_idle: Duration,
     /// Number of buckets.
     pub buckets: u32,
+    /// Lengths of the prefixes for `subnet`.
+    pub prefix: (u8, u8),
+    /// Keys of the bucket hash; those of the service's name if there are none.
+    pub hash_key: Option<&'static str>,
     /// Its versions, control first.
     pub versions: Vec<Version>,
 }
@@ -80,6 +84,8 @@ impl Default for Shop {
             drain: Some(Duration::from_secs(1000)),
             udp_idle: Duration::from_secs(30),
             buckets: 4096,
+            prefix: (24, 56),
+            hash_key: None,
             versions: vec![
                 Version { name: "stable", backends: vec![(1, 1), (2, 1)] },
                 Version { name: "v2", backends: vec![(3, 1), (4, 1)] },
@@ -116,6 +122,13 @@ impl Shop {
         match self.drain {
             Some(drain) => writeln!(text, "drain = \"{}s\"", drain.as_secs())?,
             None => writeln!(text, "drain = \"never\"")?,
+        }
+        if let Some(key) = self.hash_key {
+            writeln!(text, "hash_key = \"{key}\"")?;
+        }
+        if *stickiness == "subnet" {
+            let (v4, v6) = self.prefix;
+            writeln!(text, "prefix = {{ v4 = {v4}, v6 = {v6} }}")?;
         }
         if *forward == "nat" {
             writeln!(text, "nat_source = [\"{}\", \"{}\"]", Host::Nat.v4(), Host::Nat.v6())?;
@@ -226,6 +239,17 @@ impl Planned {
         self.planner = begun(&shop.config(), adopted, &stored, self.now_ms);
         self.resolve();
         self.settle();
+    }
+
+    /// What an agent says that is started with the configuration of `shop` over the pinned maps,
+    /// if it refuses; nothing has changed then.
+    #[track_caller]
+    pub fn refused(&mut self, shop: &Shop) -> Option<String> {
+        let stored = self.stored();
+        let adopted = self.loaded.reopen().expect("the pinned maps");
+        let config = shop.config();
+        let start = Start { config: &config, adopted, stored: &stored, now_ms: self.now_ms };
+        Planner::begin(start).err().map(|error| error.to_string())
     }
 
     fn stored(&self) -> Vec<ServiceRecord> {
@@ -490,6 +514,8 @@ fn adopted(plane: &DataPlane) -> Adopted {
         buckets: s.record.bucket_mask + 1,
         entries: s.entries.to_vec(),
         ledger: s.ledger.to_vec(),
+        record: Some(s.record),
+        packets: 1,
     });
     Adopted {
         services: services.collect(),

@@ -80,6 +80,19 @@ impl Maps {
         Ok(stored)
     }
 
+    /// Packets that were sent to `backends` altogether.
+    pub(super) fn packets(
+        &self,
+        backends: impl Iterator<Item = BackendIndex>,
+    ) -> Result<u64, Error> {
+        let mut packets = 0;
+        for index in backends {
+            let counters = self.counters.get(&index.get().into(), 0)?;
+            packets += counters.iter().map(|pod::BackendCounters(one)| one.packets).sum::<u64>();
+        }
+        Ok(packets)
+    }
+
     /// Number of records that the map holds.
     pub(super) fn backend_indices(&self) -> u16 {
         let records = self.backends.words64().len() / RECORD_WORDS;

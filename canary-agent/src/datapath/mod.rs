@@ -528,6 +528,15 @@ fn take_maps(ebpf: &mut Ebpf, options: &Options) -> Result<Maps, Error> {
 /// What the maps hold.
 fn read(maps: &Maps) -> Result<Adopted, Error> {
     let mut adopted = Adopted::default();
+    for index in (1..maps.backend_indices()).map(BackendIndex::new) {
+        if let Some(record) = maps.backend(index)
+            && record.port_be != 0
+        {
+            adopted.backends.push((index, record));
+        }
+    }
+    let mut records = maps.vips_v4.records();
+    records.extend(maps.vips_v6.records());
     for id in 0..maps.info.len() {
         let pod::ServiceInfo(info) = maps.info.get(&id, 0)?;
         if info.name[0] == 0 {
@@ -550,14 +559,15 @@ fn read(maps: &Maps) -> Result<Adopted, Error> {
             buckets: info.buckets,
             entries: entries.iter().map(|w| Entry(w.load(Ordering::Relaxed))).collect(),
             ledger: ledger.iter().map(|w| LedgerEntry(w.load(Ordering::Relaxed))).collect(),
+            record: records.get(&id).copied(),
+            packets: maps.packets(
+                adopted
+                    .backends
+                    .iter()
+                    .filter(|(_, b)| u32::from(b.service) == id)
+                    .map(|(i, _)| *i),
+            )?,
         });
-    }
-    for index in (1..maps.backend_indices()).map(BackendIndex::new) {
-        if let Some(record) = maps.backend(index)
-            && record.port_be != 0
-        {
-            adopted.backends.push((index, record));
-        }
     }
     Ok(adopted)
 }

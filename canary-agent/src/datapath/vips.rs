@@ -88,6 +88,13 @@ impl VipTable {
         &self.mapping.words64()[start..start + self.slot_words]
     }
 
+    /// Every record that stands under an address, by its id.
+    pub(super) fn records(&self) -> HashMap<u32, abi::Service> {
+        let slots = self.mapping.words64().chunks_exact(self.slot_words);
+        let used = slots.filter(|words| words[0].load(Ordering::Relaxed) != 0);
+        used.map(service_in).map(|record| (record.id, record)).collect()
+    }
+
     /// The record that stands under a key anywhere in the table.
     fn read(&self, key: (Address, VipKey)) -> Option<abi::Service> {
         let words = self
@@ -95,10 +102,7 @@ impl VipTable {
             .words64()
             .chunks_exact(self.slot_words)
             .find(|w| w[0].load(Ordering::Relaxed) == key.1.0 && slot_address(w) == key.0)?;
-        let record: [u64; SERVICE_WORDS] =
-            std::array::from_fn(|i| words[1 + i].load(Ordering::Relaxed));
-        // SAFETY: same size, and every bit pattern is a `Service`: integers only.
-        Some(unsafe { std::mem::transmute::<[u64; SERVICE_WORDS], abi::Service>(record) })
+        Some(service_in(words))
     }
 
     /// Gives a slot to a key: nobody's while it is written, so that no packet
@@ -122,6 +126,14 @@ impl VipTable {
             }
         }
     }
+}
+
+/// The record in a slot.
+fn service_in(words: &[AtomicU64]) -> abi::Service {
+    let record: [u64; SERVICE_WORDS] =
+        std::array::from_fn(|i| words[1 + i].load(Ordering::Relaxed));
+    // SAFETY: same size, and every bit pattern is a `Service`: integers only.
+    unsafe { std::mem::transmute::<[u64; SERVICE_WORDS], abi::Service>(record) }
 }
 
 /// The address in a slot: zero for IPv4, where it is part of the key.

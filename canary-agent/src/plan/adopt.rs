@@ -55,6 +55,10 @@ pub struct AdoptedService {
     pub entries: Vec<Entry>,
     /// Its ledger.
     pub ledger: Vec<LedgerEntry>,
+    /// The record at its addresses; `None` where it has none.
+    pub record: Option<abi::Service>,
+    /// Packets that were sent to its backends.
+    pub packets: u64,
 }
 
 impl Adopted {
@@ -84,6 +88,25 @@ impl Adopted {
             service.versions.iter().any(|v| v.backends.iter().any(|b| !has(v, b)))
         };
         !self.services.is_empty() && config.services.iter().any(lacks)
+    }
+}
+
+/// The key whose change gives all clients of a service that has had traffic other buckets, if
+/// there is one.
+pub(super) fn rehashed(table: &AdoptedService, wanted: &abi::Service) -> Option<&'static str> {
+    let old = table.record.filter(|_| table.packets > 0)?;
+    let by_connection = |record: &abi::Service| record.flags & abi::SERVICE_HASH_CONNECTION;
+    if by_connection(&old) != by_connection(wanted) {
+        return Some("stickiness");
+    }
+    let same_prefix = match table.family {
+        Family::V4 => old.mask_v4_be == wanted.mask_v4_be,
+        Family::V6 => old.mask_v6 == wanted.mask_v6,
+    };
+    match (same_prefix, old.hash_key == wanted.hash_key) {
+        (false, _) => Some("stickiness` or `prefix"),
+        (true, false) => Some("hash_key"),
+        (true, true) => None,
     }
 }
 

@@ -57,6 +57,18 @@ pub enum PlanError {
         /// The backend.
         addr: SocketAddr,
     },
+    /// Every client would have another bucket.
+    #[error(
+        "service `{service}`: another `{key}` sends every client to another bucket, and open connections \
+         with them, and the service has had traffic: set it back, or run `canary-agent detach` before the \
+         next start (steering stops meanwhile, and open connections break)"
+    )]
+    Rehashed {
+        /// The service.
+        service: String,
+        /// The key that has changed.
+        key: &'static str,
+    },
     /// The configured split makes no owners.
     #[error("service `{service}`: {reason}")]
     Split {
@@ -217,6 +229,12 @@ impl Planner {
         for service in &config.services {
             let tables: Vec<(Family, &AdoptedService)> =
                 kept.iter().filter(|(_, table)| table.name == service.name).copied().collect();
+            for (_, table) in &tables {
+                let wanted = record::service_record(service, table.id, table.first_page);
+                if let Some(key) = adopt::rehashed(table, &wanted) {
+                    return Err(PlanError::Rehashed { service: service.name.clone(), key });
+                }
+            }
             let record = stored.get(service.name.as_str()).copied();
             let beginning = adopt::begin(service, tables.first().map(|(_, t)| *t), record)
                 .map_err(|reason| PlanError::Split { service: service.name.clone(), reason })?;

@@ -107,6 +107,8 @@ pub(crate) fn maps(plane: &DataPlane) -> Adopted {
                 buckets: s.record.bucket_mask + 1,
                 entries: s.entries.to_vec(),
                 ledger: s.ledger.to_vec(),
+                record: Some(s.record),
+                packets: 1,
             })
             .collect(),
         backends: plane.backends.iter().map(|(index, b)| (*index, b.record())).collect(),

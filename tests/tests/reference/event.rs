@@ -97,12 +97,12 @@ pub(crate) fn sequence(kind: Kind, random: &mut Random) -> (Setting, Vec<Event>)
         fallback: random.one_of(&["control", "control", "none"]),
         drain: random.one_of(&[Some(seconds(60)), Some(seconds(1000)), Some(seconds(1000)), None]),
         udp_idle: seconds(30),
-        buckets: 4096,
         versions: vec![
             Version { name: "stable", backends: vec![(1, 1), (2, 1), (3, 2)] },
             Version { name: "v2", backends: vec![(4, 1), (5, 1)] },
             Version { name: "v3", backends: vec![(6, 1), (7, 3)] },
         ],
+        ..Shop::default()
     };
     let length = 300 + random.below(200);
     let events = (0..length).map(|_| event(kind, random)).collect();
