@@ -1,6 +1,9 @@
 //! Rules about one packet (`dsr`): 1 to 7, 11 and 12.
 
-use std::cell::Cell;
+use std::{
+    cell::Cell,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
 use canary_agent::plan::Family;
 use canary_ebpf_common::{
@@ -12,7 +15,7 @@ use canary_ebpf_common::{
 };
 use canary_tests::{
     loaded::Sizes,
-    planned::{Planned, Shop, Version, Went},
+    planned::{Planned, Shop, Version, Went, tuple},
 };
 
 use crate::support::*;
@@ -343,32 +346,55 @@ fn rule_07_when_another_cpu_was_first_its_entry_is_followed() {
     assert_eq!(raced(udp(), flow_state::UDP, true), current);
 }
 
+/// Holds two threads together, closely: neither goes on before the other has come.
+struct Pair(AtomicUsize);
+
+impl Pair {
+    fn meet(&self, round: usize) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        let mut turns = 0_u32;
+        while self.0.load(Ordering::SeqCst) < 2 * (round + 1) {
+            turns += 1;
+            match turns.is_multiple_of(1000) {
+                true => std::thread::yield_now(),
+                false => std::hint::spin_loop(),
+            }
+        }
+    }
+}
+
+/// Two CPUs look a SYN up at the same time, and both find nothing: it takes chance, and so many
+/// rounds that chance is certain where there are two CPUs.
 #[test]
 fn rule_07_of_two_cpus_with_one_syn_only_one_opens_the_connection() {
-    let sizes = Sizes { flows: 1 << 16, ..Sizes::default() };
+    let sizes = Sizes { flows: 1 << 17, ..Sizes::default() };
     let mut planned = Planned::new(&Shop::default(), &sizes);
     planned.split(&[("v2", "100%")]);
-    let tuples = tuples_moved(&planned, Family::V4, IPPROTO_TCP, 9000);
-    let frames: Vec<Vec<u8>> = tuples.iter().map(|t| planned.frame(t, syn(1000))).collect();
-    let (start, frames) = (std::sync::Barrier::new(2), &frames);
+    let clients = (1..=10).flat_map(|n| (20_000..30_000).map(move |port| (n, port)));
+    let frames: Vec<Vec<u8>> = clients
+        .map(|(n, port)| tuple(n, Family::V4, port, IPPROTO_TCP))
+        .filter(|t| planned.entry(t).tracked())
+        .map(|t| planned.frame(&t, syn(1000)))
+        .collect();
+    assert!(frames.len() > 50_000);
+    let (pair, frames) = (Pair(AtomicUsize::new(0)), &frames);
     std::thread::scope(|scope| {
         for _ in 0..2 {
             let mut runner = planned.loaded.runner().unwrap();
-            let start = &start;
+            let pair = &pair;
             scope.spawn(move || {
-                for frame in frames {
-                    start.wait();
+                for (round, frame) in frames.iter().enumerate() {
+                    pair.meet(round);
                     runner.run(frame).unwrap();
                 }
             });
         }
     });
     let counters = [3, 4].map(|n| planned.counters(n, Family::V4));
-    let sum = |f: fn(&canary_ebpf_common::abi::BackendCounters) -> u64| {
-        counters.iter().map(f).sum::<u64>()
-    };
-    assert_eq!(sum(|c| c.packets), 2 * frames.len() as u64);
-    assert_eq!(sum(|c| c.connections), frames.len() as u64, "an entry was stored over another");
+    let packets: u64 = counters.iter().map(|c| c.packets).sum();
+    let connections: u64 = counters.iter().map(|c| c.connections).sum();
+    assert_eq!(packets, 2 * frames.len() as u64);
+    assert_eq!(connections, frames.len() as u64, "an entry was stored over another");
     assert_eq!(planned.loaded.flows_v4.len(), frames.len());
 }
 
