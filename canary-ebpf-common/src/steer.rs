@@ -379,6 +379,12 @@ pub mod model {
             self.len() == 0
         }
 
+        /// Removes the entries of which `keep` does not say otherwise.
+        pub fn retain(&self, mut keep: impl FnMut(&K, &Flow) -> bool) {
+            // SAFETY: single-threaded (`RefCell`), and no decision is under way here.
+            self.entries.borrow_mut().retain(|key, flow| keep(key, unsafe { &*flow.get() }));
+        }
+
         /// A copy of the entry of `key`.
         pub fn get(&self, key: &K) -> Option<Flow> {
             // SAFETY: single-threaded (`RefCell`), and no decision is under way here.
