@@ -28,6 +28,7 @@ use canary_ebpf_common::{
     abi::{FlowKeyV4, IPPROTO_TCP},
     hash::{bucket, hash_v4},
     nat::PortRange,
+    quic::Quic,
     steer::{Segment, TCP_ACK, TCP_FIN, TCP_SYN},
 };
 use canary_tests::{
@@ -86,7 +87,7 @@ fn planner(shop: &Shop) -> Planner {
 }
 
 fn segment(tcp_flags: u8, seq: u32) -> Segment {
-    Segment { protocol: IPPROTO_TCP, tcp_flags, seq }
+    Segment { protocol: IPPROTO_TCP, tcp_flags, seq, quic: Quic::Other }
 }
 
 /// Runs the ramp with `drain`; prints a line for each step, and at its end.
