@@ -242,7 +242,7 @@ fn steer_udp<K, F: Flows<K>>(flows: &F, service: &Service, entry: Entry, key: &K
 /// - Another destination connection ID does not say that the tuple is used again: the client has
 ///   that of its server by then (RFC 9000, 7.2), or of a Retry (17.2.5.2). Nor is a second
 ///   connection on one tuple told from the first by its later packets. So an entry is followed
-///   until its flow is over by silence, or its backend is down.
+///   until its flow is over by silence, or its backend is unfit.
 #[inline(always)]
 fn steer_quic<K, F: Flows<K>>(
     flows: &F,
