@@ -210,8 +210,8 @@ pub struct Backend {
     /// `BACKEND_*` bits.
     pub flags: u32,
     /// Since when it has been taking its share little by little: the low 32 bits of
-    /// `CLOCK_BOOTTIME` in milliseconds, one more where they are 0; 0 if it is not. For the
-    /// next agent only.
+    /// `CLOCK_BOOTTIME` in milliseconds, those of the one before where they are 0; 0 if it is
+    /// not. For the next agent only.
     pub slow_since_ms: u32,
 }
 

@@ -56,9 +56,12 @@ impl SlowStart {
     }
 }
 
-/// What a record keeps of a ramp's beginning.
+/// What a record keeps of a ramp's beginning: not 0, and nothing later than it.
 pub(super) fn mark(since_ms: BootMs) -> u32 {
-    (since_ms as u32).max(1)
+    match since_ms as u32 {
+        0 => u32::MAX,
+        mark => mark,
+    }
 }
 
 /// When the ramp began of which a record has kept `mark`; 0: there is none. Ramps last a
