@@ -206,7 +206,11 @@ impl<K: TupleKey + Eq + Hash> Model<K> {
         // SAFETY: `step` and `open` return entries of the model's table, which nothing has changed
         // since.
         let flow = unsafe { &*flow };
-        (bucket, sent(BackendIndex::new(flow.backend), Some(u16::from_be(flow.src_port_be))))
+        let index = BackendIndex::new(flow.backend);
+        if self.backends.get(&index).is_some_and(|backend| backend.maint) {
+            return (bucket, Verdict::Pass);
+        }
+        (bucket, sent(index, Some(u16::from_be(flow.src_port_be))))
     }
 
     /// Takes a backend's answer on the translated flow of `tuple`. Returns whether there is one.
