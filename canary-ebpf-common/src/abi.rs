@@ -427,7 +427,7 @@ reasons! {
     DropFlowTableFull = 5, "drop_flow_table_full", Drop;
     /// No free source port towards the backend (translated services).
     DropNoPort = 6, "drop_no_port", Drop;
-    /// Belongs to no known flow and opens none (translated services): the host answers with a reset.
+    /// Belongs to no known flow and opens none, or to one whose backend is in maintenance (translated services): the host answers with a reset.
     PassNoFlow = 7, "pass_no_flow", Pass;
     /// TTL or hop limit ran out where the packet is routed.
     DropTtlExpired = 8, "drop_ttl_expired", Drop;
