@@ -134,7 +134,7 @@ fn every_key_reaches_the_model() {
         manage_vips = false
         operators = { users = ["alice", 7], uids = [7], groups = ["ops"], gids = 9 }
         nat_ports = "20000-29999"
-        capacity = { services = 1, vips = 2, backends = 3, buckets = 8192, flows = 5 }
+        capacity = { services = 1, vips = 3, backends = 3, buckets = 8192, flows = 5 }
 
         [[service]]
         name = "web.1_a-b"
@@ -190,7 +190,7 @@ fn every_key_reaches_the_model() {
     assert_eq!(operators.uids, [7, 1000]);
     assert_eq!(operators.gids, [9, 2000]);
     assert_eq!(nat_ports, 20_000..=29_999);
-    assert_eq!(capacity, Capacity { services: 1, vips: 2, backends: 3, buckets: 8192, flows: 5 });
+    assert_eq!(capacity, Capacity { services: 1, vips: 3, backends: 3, buckets: 8192, flows: 5 });
     let service = &loaded.config.services[0];
     assert_eq!(service.forward, Forward::Dsr);
     assert_eq!(service.stickiness, Stickiness::Subnet { v4: 24, v6: 48 });
