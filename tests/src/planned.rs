@@ -15,10 +15,10 @@ use std::{
 use canary_agent::{
     config::{Config, load_str, render},
     plan::{
-        Adopted, AdoptedService, DataPlane, Family, NextHop, Planner, QUARANTINE_MS, ServicePlan,
-        Start,
+        Adopted, AdoptedService, DataPlane, Family, NextHop, Ownership, Planner, QUARANTINE_MS,
+        ServicePlan, ServiceState, Start,
     },
-    store::{ServiceRecord, Split},
+    store::{Admin, ServiceRecord, Split},
 };
 use canary_ebpf_common::{
     abi::{self, BackendCounters, Flow, FlowKeyV4, FlowKeyV6, IPPROTO_TCP},
@@ -253,7 +253,7 @@ impl Planned {
     }
 
     fn stored(&self) -> Vec<ServiceRecord> {
-        self.planner.services().iter().map(|s| s.stored(s.ownership())).collect()
+        self.planner.services().iter().map(ServiceState::stored_whole).collect()
     }
 
     /// Tells the planner a next hop for every address that it has not been told of.
@@ -285,13 +285,35 @@ impl Planned {
         self.settle();
     }
 
+    /// Has the buckets watched that a split would move.
+    #[track_caller]
+    pub fn prepare(&mut self, shares: &[(&str, &str)]) {
+        let ownership = self.proposed(shares);
+        self.planner.prepare(0, Some(&ownership));
+        self.settle();
+    }
+
     /// Sets the split, which is not in force before the next [`settle`](Self::settle).
     #[track_caller]
     pub fn propose(&mut self, shares: &[(&str, &str)]) {
+        let ownership = self.proposed(shares);
+        self.planner.set_ownership(0, ownership);
+    }
+
+    #[track_caller]
+    fn proposed(&self, shares: &[(&str, &str)]) -> Ownership {
         let share = |text: &str| text.parse().expect("a share");
         let split: Split = shares.iter().map(|(v, s)| ((*v).to_owned(), share(s))).collect();
-        let proposal = self.planner.services()[0].propose(split).expect("shares up to the whole");
-        self.planner.set_ownership(0, proposal.ownership);
+        self.planner.services()[0].propose(split).expect("shares up to the whole").ownership
+    }
+
+    /// An operator takes a backend out, or back in.
+    #[track_caller]
+    pub fn tell(&mut self, n: u16, admin: Admin) {
+        for family in [Family::V4, Family::V6] {
+            self.planner.set_admin(0, backend_addr(n, family), admin);
+        }
+        self.settle();
     }
 
     /// A backend fails its checks, or passes them again.

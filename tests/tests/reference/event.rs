@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use canary_agent::store::Admin;
 use canary_tests::{
     model::Random,
     planned::{Shop, Version},
@@ -53,6 +54,8 @@ pub(crate) enum Event {
     Down { n: u16, down: bool },
     /// All backends of a version do.
     Fails { version: u8, down: bool },
+    /// An operator takes a backend out, or back in.
+    Told { n: u16, admin: Admin },
     /// A backend's next hop goes or comes.
     Reachable { n: u16, reachable: bool },
     /// A backend's weight, by a restart.
@@ -145,7 +148,8 @@ fn event(kind: Kind, random: &mut Random) -> Event {
             let v3 = random.one_of(&shares).min(100 - v2);
             Event::Split { v2, v3 }
         }
-        940..956 => Event::Down { n, down: random.below(2) == 0 },
+        940..950 => Event::Down { n, down: random.below(2) == 0 },
+        950..956 => Event::Told { n, admin: random.one_of(&Admin::ALL) },
         956..962 => Event::Fails { version: (bits % 3) as u8, down: random.below(2) == 0 },
         962..976 => Event::Reachable { n, reachable: random.below(2) > 0 },
         976..984 => Event::Weight { n, weight: random.below(4) as u32 },

@@ -5,8 +5,9 @@
 //! a port that is used again over a connection that was never closed) it takes what it sees
 //! and holds the program to it from then on.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+use canary_agent::store::Admin;
 use canary_tests::{model::Tuple, planned::Went};
 
 /// After so much silence a half-open connection is not counted on any more: its entry goes
@@ -110,6 +111,9 @@ pub(crate) struct Reference {
     been: HashMap<Tuple, BTreeSet<u16>>,
     pub(crate) down: BTreeSet<u16>,
     pub(crate) unreachable: BTreeSet<u16>,
+    /// Backends that operators have taken out: without new connections, or, in maintenance,
+    /// without any.
+    pub(crate) out: BTreeMap<u16, Admin>,
     /// Backends that were removed, and when.
     removed: HashMap<u16, u64>,
 }
@@ -133,6 +137,7 @@ impl Reference {
             been: HashMap::new(),
             down: BTreeSet::new(),
             unreachable: BTreeSet::new(),
+            out: BTreeMap::new(),
             removed: HashMap::new(),
         }
     }
@@ -144,6 +149,22 @@ impl Reference {
         } else {
             self.removed.entry(n).or_insert(self.now_ms);
         }
+    }
+
+    /// An operator has taken a backend out, or back in. In maintenance it loses what is open.
+    pub(crate) fn told(&mut self, n: u16, admin: Admin) {
+        match admin {
+            Admin::Ready => self.out.remove(&n),
+            out => self.out.insert(n, out),
+        };
+        if admin == Admin::Maint {
+            self.open.retain(|_, connection| connection.backend != n);
+        }
+    }
+
+    /// Whether a backend gets no packets at all.
+    fn maintained(&self, n: u16) -> bool {
+        self.out.get(&n) == Some(&Admin::Maint)
     }
 
     /// Takes over where the tables send new connections, and lets go of what may be let go.
@@ -232,11 +253,11 @@ impl Reference {
         let family = usize::from(tuple.src.is_ipv6());
         let (nat, small) = (self.rules.nat, self.rules.small);
         let bucket = self.buckets[family][number as usize].clone();
-        let down = self.down.clone();
+        let fails: BTreeSet<u16> = self.down.union(&self.unreachable).copied().collect();
         self.connection(tuple).is_some_and(|c| {
             c.state == State::Open
                 && !small
-                && !down.contains(&c.backend)
+                && !fails.contains(&c.backend)
                 && (nat
                     || c.syn_epoch == Some(bucket.epoch) && bucket.origin.is_some()
                     || c.syn_epoch.is_none() && bucket.moved_ms < c.syn_ms)
@@ -272,6 +293,11 @@ impl Reference {
             Sent::Datagram => self.datagram(tuple, &bucket, known.as_ref()),
             _ => self.segment(tuple, &bucket, sent, known.as_ref()),
         };
+        // What would go to a backend in maintenance goes where new connections do.
+        let allowed: Vec<Option<u16>> = allowed
+            .into_iter()
+            .map(|n| if n.is_some_and(|n| self.maintained(n)) { bucket.current } else { n })
+            .collect();
         let becomes = |n: &Option<u16>| match n {
             Some(n) if !self.unreachable.contains(n) => Went::To(*n),
             _ => Went::Dropped,

@@ -196,6 +196,13 @@ impl Run<'_> {
                 let backends = self.shop.versions[usize::from(version)].backends.clone();
                 backends.iter().for_each(|(n, _)| self.down(*n, down));
             }
+            Event::Told { n, admin } => {
+                if !ALWAYS.contains(&n) && self.is_configured(n) {
+                    self.planned.tell(n, admin);
+                    self.observe();
+                    self.reference.told(n, admin);
+                }
+            }
             Event::Reachable { n, reachable } => {
                 let set = &mut self.reference.unreachable;
                 if reachable {
@@ -238,9 +245,12 @@ impl Run<'_> {
         }
     }
 
+    fn is_configured(&self, n: u16) -> bool {
+        self.shop.versions.iter().flat_map(|v| &v.backends).any(|(b, _)| *b == n)
+    }
+
     fn down(&mut self, n: u16, down: bool) {
-        let mut configured = self.shop.versions.iter().flat_map(|v| &v.backends);
-        if !configured.any(|(b, _)| *b == n) {
+        if !self.is_configured(n) {
             // Nobody checks it.
             return;
         }
@@ -305,13 +315,14 @@ impl Run<'_> {
 
     /// Whether versions have the shares that were asked for, and backends their weights.
     fn check_table(&self, family: Family) -> Result<(), String> {
-        let Reference { down, unreachable, .. } = &self.reference;
+        let Reference { down, unreachable, out, .. } = &self.reference;
         let service = &self.planned.planner.services()[0];
         let table = self.planned.table(family);
         let buckets = &self.reference.buckets[usize::from(family == Family::V6)];
         let weighted = |name: &str| -> Vec<(u16, u32)> {
             let version = self.shop.versions.iter().find(|v| v.name == name);
-            version.into_iter().flat_map(|v| v.backends.clone()).filter(|(_, w)| *w > 0).collect()
+            let backends = version.into_iter().flat_map(|v| v.backends.clone());
+            backends.filter(|(n, w)| *w > 0 && !out.contains_key(n)).collect()
         };
         let up = |name: &str| -> Vec<(u16, u32)> {
             let fails = |n: &u16| down.contains(n) || unreachable.contains(n);

@@ -1,6 +1,6 @@
 //! Rules about what happens to buckets: 8 to 10, 12, 13 and 15.
 
-use canary_agent::plan::Family;
+use canary_agent::{plan::Family, store::Admin};
 use canary_ebpf_common::{
     abi::{Flow, IPPROTO_TCP, IPPROTO_UDP},
     entry::Entry,
@@ -198,8 +198,6 @@ fn rule_09_a_sweep_leaves_what_is_still_looked_at() {
     }
 }
 
-/// The data path's part: how a step is prepared is the planner's, for splits that are asked to
-/// wait.
 #[test]
 fn rule_10_the_syn_of_a_bucket_that_is_watched_comes_again_to_where_it_went() {
     for family in FAMILIES {
@@ -238,6 +236,56 @@ fn rule_10_the_syn_of_a_bucket_that_is_watched_comes_again_to_where_it_went() {
             assert_eq!(planned.send(tuple, ack(1001)), at);
         }
     }
+}
+
+#[test]
+fn rule_10_a_step_that_is_prepared_takes_no_retransmitted_syn_along() {
+    let mut planned = shop();
+    let step = [("v2", "50%")];
+    let all: Vec<Tuple> =
+        FAMILIES.iter().flat_map(|family| tuples(*family, IPPROTO_TCP).take(200)).collect();
+    let before: Vec<Went> = all.iter().map(|t| current(&planned, t)).collect();
+    planned.prepare(&step);
+    assert!(planned.planner.is_prepared(0) && planned.tracked() > 4000);
+    for (tuple, before) in all.iter().zip(&before) {
+        assert_eq!(current(&planned, tuple), *before, "nothing has moved");
+    }
+    planned.pass(6 * S);
+    for (tuple, at) in all.iter().zip(&before) {
+        assert_eq!(planned.send(tuple, syn(1000)), *at);
+    }
+    planned.pass(S);
+    planned.split(&step);
+    let moved = all.iter().zip(&before).filter(|(t, at)| current(&planned, t) != **at).count();
+    assert!(moved > 150, "{moved} of {}", all.len());
+    for (tuple, at) in all.iter().zip(&before) {
+        assert_eq!(planned.send(tuple, syn(1000)), *at, "its SYN again");
+        assert_eq!(planned.send(tuple, ack(1001)), *at);
+    }
+}
+
+#[test]
+fn rule_12_drain_takes_no_new_connections_and_maintenance_none_at_all() {
+    let mut planned = shop();
+    let open = open_before(&mut planned);
+    assert!(open.iter().any(|(_, at)| *at == Went::To(2)));
+    planned.tell(2, Admin::Drain);
+    all_stay(&mut planned, &open, "drained");
+    let fresh = |skip: usize| -> Vec<Tuple> {
+        let of = |family| tuples(family, IPPROTO_TCP).skip(skip).take(100);
+        FAMILIES.into_iter().flat_map(of).collect()
+    };
+    for tuple in fresh(1000) {
+        assert_eq!(establish(&mut planned, &tuple, 1000), Went::To(1));
+    }
+    planned.tell(2, Admin::Maint);
+    for (tuple, _) in &open {
+        assert_eq!(planned.send(tuple, ack(5000)), Went::To(1));
+    }
+    planned.tell(2, Admin::Ready);
+    let back =
+        fresh(2000).iter().filter(|t| establish(&mut planned, t, 1000) == Went::To(2)).count();
+    assert!(back > 50, "{back} of 200");
 }
 
 #[test]
