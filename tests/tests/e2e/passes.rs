@@ -109,8 +109,11 @@ fn hosts_own_tcp(bench: &Bench, at: IpAddr) {
 }
 
 fn hosts_own_udp(bench: &Bench, at: IpAddr, source: IpAddr) {
-    let addr = SocketAddr::new(at, 5_353);
-    let server = bench.topology.balancer.run(|| UdpSocket::bind(addr)).expect("a port");
+    // Any port: a child process that another test is just starting holds a closed socket,
+    // and with it a fixed port, until it has become its program.
+    let any = SocketAddr::new(at, 0);
+    let server = bench.topology.balancer.run(|| UdpSocket::bind(any)).expect("a port");
+    let addr = server.local_addr().expect("its address");
     server.set_read_timeout(Some(client::TIMEOUT)).expect("a timeout");
     let from = bench.client().run(|| {
         let socket = UdpSocket::bind(SocketAddr::new(source, 0))?;
