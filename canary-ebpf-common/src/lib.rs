@@ -19,4 +19,8 @@ pub mod vips;
 #[cfg(feature = "user")]
 pub mod compile;
 #[cfg(feature = "user")]
+mod differing;
+#[cfg(feature = "user")]
 pub mod share;
+#[cfg(feature = "user")]
+pub use differing::{differing, ones};

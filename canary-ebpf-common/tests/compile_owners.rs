@@ -245,11 +245,54 @@ fn the_formats_are_small_and_stay_as_they_are() {
     let mut owners = initial_owners(65_536, 0);
     assert_eq!(encode_owners(&owners).len(), 5);
     let changes = go(&mut owners, 0, &[(1, 3277)], 9);
-    assert!(encode_owners(&owners).len() < 14_000, "{}", encode_owners(&owners).len());
+    // A bit for each bucket, after the format, the buckets and the slots.
+    assert_eq!(encode_owners(&owners).len(), 8192 + 1 + 3 + 1 + 2);
     assert!(encode_changes(&changes).len() < 3600, "{}", encode_changes(&changes).len());
-    go(&mut owners, 0, &[(1, 32_768)], 9);
-    assert!(encode_owners(&owners).len() < 67_000, "{}", encode_owners(&owners).len());
+    let changes = go(&mut owners, 0, &[(1, 32_768)], 9);
+    assert_eq!(encode_owners(&owners).len(), 8192 + 1 + 3 + 1 + 2);
+    assert!(encode_changes(&changes).len() <= 8192 + 1 + 2 + 3);
+    go(&mut owners, 0, &[(1, 20_000), (2, 20_000)], 9);
+    assert_eq!(encode_owners(&owners).len(), 2 * 8192 + 1 + 3 + 1 + 3);
     assert_eq!(encode_owners(&initial_owners(MAX_BUCKETS, 0)).len(), 5);
+
+    let alternating: Vec<u8> = (0..70).map(|bucket| [1, 5, 2][bucket % 3]).collect();
+    let mut bits = vec![4, 70, 3, 1, 2, 5];
+    // The second slot is 2, every third bucket from 2 on; the third is 5, every third from 1 on.
+    bits.extend([0x4924_9249_2492_4924_u64, 0b010010].map(u64::to_le_bytes).concat());
+    bits.extend([0x2492_4924_9249_2492_u64, 0b001001].map(u64::to_le_bytes).concat());
+    assert_eq!(encode_owners(&alternating), bits);
+    assert_eq!(decode_owners(&bits), Ok(alternating));
+    let many: Vec<Change> =
+        (0..64).filter(|n| n % 4 != 0).map(|bucket| Change { bucket, from: 0, to: 1 }).collect();
+    let bits = [&[5, 0, 1, 64][..], &[0xee; 8]].concat();
+    assert_eq!(encode_changes(&many), bits);
+    assert_eq!(decode_changes(&bits), Ok(many.clone()));
+    let backwards: Vec<Change> = many.into_iter().rev().collect();
+    assert_eq!(encode_changes(&backwards)[0], 2, "an order that bits can't tell");
+}
+
+#[test]
+fn bits_that_are_no_owners_or_changes_say_why() {
+    for (bytes, error) in [
+        (vec![4], DecodeError::Truncated),
+        (vec![4, 64, 0], DecodeError::Truncated),
+        (vec![4, 0, 1, 0], DecodeError::Truncated),
+        (vec![4, 64, 2, 0, 1], DecodeError::Truncated),
+        (vec![4, 64, 2, 0, 16], DecodeError::UnknownSlot(16)),
+        ([&[4, 64, 3, 0, 1, 2][..], &[0xff; 16]].concat(), DecodeError::UnknownSlot(3)),
+        ([&[4, 64, 2, 0, 1][..], &[0; 9]].concat(), DecodeError::Truncated),
+        (vec![4, 0x81, 0x80, 0x40, 1, 0], DecodeError::TooMany),
+    ] {
+        assert_eq!(decode_owners(&bytes), Err(error), "{bytes:?}");
+    }
+    for (bytes, error) in [
+        (vec![5, 0], DecodeError::Truncated),
+        (vec![5, 0, 1, 64], DecodeError::Truncated),
+        ([&[5, 0, 1, 63][..], &[0xff; 8]].concat(), DecodeError::TooMany),
+        ([&[5, 0, 16, 64][..], &[0xff; 8]].concat(), DecodeError::UnknownSlot(16)),
+    ] {
+        assert_eq!(decode_changes(&bytes), Err(error), "{bytes:?}");
+    }
 }
 
 /// Numbers of buckets for up to seven versions beside control (slot 0), together at most `total`.
@@ -351,7 +394,7 @@ proptest! {
     }
 
     #[test]
-    fn decoding_ends_with_a_value_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..64), format in 0..4_u8) {
+    fn decoding_ends_with_a_value_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..64), format in 0..6_u8) {
         let bytes: Vec<u8> = [format].into_iter().chain(bytes).collect();
         if let Ok(owners) = decode_owners(&bytes) {
             prop_assert!(owners.len() <= MAX_BUCKETS as usize);

@@ -72,15 +72,14 @@ impl<S: StateStore, K: Kernel> State<S, K> {
     ) -> Option<f64> {
         let mut parts: Vec<(BackendIndex, f64)> = Vec::new();
         for ((entries, counts), moved) in before.iter().zip(moved) {
-            let mut some = vec![0_u32; counts.len()];
+            let mut some = vec![0_u32; usize::from(BackendIndex::MAX.get()) + 1];
             for entry in moved.iter().filter_map(|bucket| entries.get(bucket as usize)) {
-                let found = counts.binary_search_by_key(&entry.current(), |(index, _)| *index);
-                found.into_iter().for_each(|at| some[at] += 1);
+                some[usize::from(entry.current().get())] += 1;
             }
-            let rows = counts.iter().zip(some).filter(|(_, some)| *some > 0);
-            parts.extend(
-                rows.map(|((index, all), some)| (*index, f64::from(some) / f64::from(*all))),
-            );
+            let rows =
+                counts.iter().map(|(index, all)| (*index, some[usize::from(index.get())], *all));
+            let some = rows.filter(|(_, some, _)| *some > 0);
+            parts.extend(some.map(|(index, some, all)| (index, f64::from(some) / f64::from(all))));
         }
         let indices: Vec<BackendIndex> = parts.iter().map(|(index, _)| *index).collect();
         let counters = self.kernel.counters(&indices);

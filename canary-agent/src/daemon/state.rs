@@ -11,7 +11,10 @@ use std::{
     time::Instant,
 };
 
-use canary_ebpf_common::{abi::BackendCounters, entry::BackendIndex};
+use canary_ebpf_common::{
+    abi::BackendCounters,
+    entry::{BackendIndex, Entry},
+};
 
 use super::{
     Counter, Peer, Refusal, Request, explain,
@@ -588,7 +591,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let mut touched = BTreeSet::new();
         let mut moved = Vec::new();
         for (old, table) in tables.iter().zip(state.tables()) {
-            let (buckets, backends) = table.moved(|bucket| old.entries[bucket].current());
+            let (buckets, backends) = table.moved(&old.entries, Entry::current);
             touched.extend(backends);
             moved.push(buckets);
         }

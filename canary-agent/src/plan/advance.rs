@@ -9,10 +9,12 @@
 
 use canary_ebpf_common::{
     abi::LedgerEntry,
+    differing,
     entry::{BackendIndex, Entry},
+    ones,
 };
 
-use super::{BootMs, BucketSet, numbers};
+use super::{BootMs, BucketSet};
 use crate::config::model::Existing;
 
 /// In how many parts a table lets go of its old connections.
@@ -101,18 +103,25 @@ impl Advance<'_> {
         let mut done = Advanced::default();
         if self.now_ms < self.quiet_until_ms {
             done.next_due_ms = (self.quiet_until_ms < BootMs::MAX).then_some(self.quiet_until_ms);
-            let moves = |bucket: usize| {
-                let stays =
-                    desired.is_none_or(|desired| desired[bucket] == entries[bucket].current());
-                !(stays & (ledger[bucket].owner() == owners[bucket]))
-            };
-            numbers(of, moves).for_each(|bucket| self.bucket(bucket, &mut done));
+            let (entries, ledger, owners) = (&entries[..of], &ledger[..of], &owners[..of]);
+            let another = |record: LedgerEntry, owner| record.owner() != owner;
+            let others = differing(ledger, owners, another);
+            let elsewhere = |entry: Entry, wanted| entry.current() != wanted;
+            match desired {
+                Some(desired) => {
+                    let both = differing(entries, desired, elsewhere).zip(others);
+                    ones(both.map(|(moves, others)| moves | others))
+                        .for_each(|bucket| self.bucket(bucket, &mut done));
+                }
+                None => ones(others).for_each(|bucket| self.bucket(bucket, &mut done)),
+            }
         } else {
             (0..of).for_each(|bucket| self.bucket(bucket, &mut done));
         }
         done
     }
 
+    #[inline]
     fn bucket(&self, at: usize, done: &mut Advanced) {
         let Self { entries, ledger, desired, owners, unswept, policy, now_ms, .. } = *self;
         let (before, recorded, owner, bucket) = (entries[at], ledger[at], owners[at], at as u32);

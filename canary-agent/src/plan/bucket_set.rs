@@ -1,5 +1,7 @@
 //! A set of buckets, one bit each.
 
+use canary_ebpf_common::ones;
+
 /// A set of buckets.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BucketSet {
@@ -52,9 +54,14 @@ impl BucketSet {
 
     /// What it holds, ascending.
     pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
-        self.words.iter().zip(0_u32..).flat_map(|(word, n)| {
-            (0..64).filter(move |i| word >> i & 1 != 0).map(move |i| n * 64 + i)
-        })
+        ones(self.words.iter().copied()).map(|bucket| bucket as u32)
+    }
+
+    /// The set of the bits that are set, the lowest of the first word bucket 0.
+    pub(super) fn of_bits(words: impl Iterator<Item = u64>) -> Self {
+        let words: Vec<u64> = words.collect();
+        let len = words.iter().map(|word| word.count_ones()).sum();
+        Self { words, len }
     }
 }
 

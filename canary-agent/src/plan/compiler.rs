@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 
 use canary_ebpf_common::{
-    compile::{self, Backend, Compiler, Input, Version},
+    compile::{self, Backend, Compiler, Input, Output, Target, Version},
     entry::BackendIndex,
 };
 
@@ -81,19 +81,11 @@ pub(super) fn assign(
         Fallback::None => compile::Fallback::None,
     };
     let input = Input { owners, versions: &versions, control, fallback };
-    match compiler.compile(&input) {
-        Ok(output) => Assignment {
-            backends: output
-                .targets
-                .iter()
-                .map(|target| {
-                    target.map_or(BackendIndex::NONE, |t| {
-                        indices[usize::from(t.slot)][usize::from(t.backend)]
-                    })
-                })
-                .collect(),
-            fell_back: output.fell_back,
-        },
+    let index = |t: Target| indices[usize::from(t.slot)][usize::from(t.backend)];
+    match compiler.compile_into(&input, BackendIndex::NONE, index) {
+        Ok(Output { targets: backends, fell_back, control_checks_ignored: _ }) => {
+            Assignment { backends, fell_back }
+        }
         Err(error) => {
             tracing::error!(%error, "a table can't be compiled");
             Assignment { backends: vec![BackendIndex::NONE; owners.len()], fell_back: u16::MAX }

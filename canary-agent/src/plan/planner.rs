@@ -520,7 +520,7 @@ impl Planner {
                 ..inputs(config, *control, present, 0)
             };
             let assignment = table.desired(&inputs, &backends);
-            let (moved, touched) = table.moved(|bucket| assignment.backends[bucket]);
+            let (moved, touched) = table.moved(&assignment.backends, |index| index);
             preview.touched.extend(touched);
             preview.fell_back |= assignment.fell_back;
             preview.moved.push(moved);

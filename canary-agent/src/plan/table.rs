@@ -10,13 +10,13 @@ use std::{
 use canary_ebpf_common::{
     abi::LedgerEntry,
     compile::Compiler,
+    differing,
     entry::{BackendIndex, Entry},
 };
 
 use super::{
     Advance, BootMs, BucketSet, Family, NextHop, Policy, SlowStart, Update,
     compiler::{self, Candidate},
-    numbers,
     placements::Placements,
     prepare,
     slow_start::{self, Ramp},
@@ -270,19 +270,19 @@ impl Table {
         live.chain(gone).find(|(at, _)| *at == index).map(|(_, addr)| addr)
     }
 
-    /// The buckets for which `other` says something else than the entries, and the backends
-    /// that they go from or come to.
-    pub fn moved(
+    /// The buckets of which `other` says by `current` something else than the entries, and the
+    /// backends that they go from or come to.
+    pub fn moved<B: Copy>(
         &self,
-        other: impl Fn(usize) -> BackendIndex,
+        other: &[B],
+        current: impl Fn(B) -> BackendIndex,
     ) -> (BucketSet, BTreeSet<SocketAddr>) {
-        let mut moved = BucketSet::default();
+        let differs = |entry: Entry, other| entry.current() != current(other);
+        let moved = BucketSet::of_bits(differing(&self.entries, other, differs));
         let mut named = vec![false; usize::from(BackendIndex::MAX.get()) + 1];
-        let current = |at: usize| self.entries[at].current();
-        for at in numbers(self.entries.len(), |at| current(at) != other(at)) {
-            moved.insert(at as u32);
-            named[usize::from(current(at).get())] = true;
-            named[usize::from(other(at).get())] = true;
+        for at in moved.iter().map(|bucket| bucket as usize) {
+            named[usize::from(self.entries[at].current().get())] = true;
+            named[usize::from(current(other[at]).get())] = true;
         }
         let indices = (0..).zip(named).filter(|(_, named)| *named);
         let touched = indices.filter_map(|(index, _)| self.addr(BackendIndex::new(index)));
@@ -444,38 +444,33 @@ impl Table {
     fn update(&mut self, updates: &[Update]) {
         if self.counts.is_empty() {
             self.tracked = self.entries.iter().map(|e| u32::from(e.tracked())).sum();
-            self.counts = counted(&[], self.entries.iter().map(|e| (e.current(), 1)));
+            let mut counts = vec![0_u32; usize::from(BackendIndex::MAX.get()) + 1];
+            let current = self.entries.iter().map(|entry| entry.current().get());
+            current.for_each(|index| counts[usize::from(index)] += 1);
+            self.counts = nonzero(counts);
         }
         if updates.is_empty() {
             return;
         }
         let entries = Arc::make_mut(&mut self.entries);
         let ledger = Arc::make_mut(&mut self.ledger);
+        let mut counts = vec![0_u32; usize::from(BackendIndex::MAX.get()) + 1];
+        self.counts.iter().for_each(|(index, count)| counts[usize::from(index.get())] = *count);
         for &Update { bucket, before, after, record } in updates {
             entries[bucket as usize] = after;
             ledger[bucket as usize] = record;
             self.tracked += u32::from(after.tracked());
             self.tracked -= u32::from(before.tracked());
+            counts[usize::from(before.current().get())] -= 1;
+            counts[usize::from(after.current().get())] += 1;
         }
-        let gives = updates.iter().map(|u| (u.before.current(), u32::MAX));
-        let gets = updates.iter().map(|u| (u.after.current(), 1));
-        self.counts = counted(&self.counts, gives.chain(gets));
+        self.counts = nonzero(counts);
     }
 }
 
-/// `counts` with `more` added, wrapping; what comes to nothing is left out.
-fn counted(
-    counts: &[(BackendIndex, u32)],
-    more: impl Iterator<Item = (BackendIndex, u32)> + Clone,
-) -> Vec<(BackendIndex, u32)> {
-    let all = || counts.iter().copied().chain(more.clone());
-    let highest = all().map(|(index, _)| index.get()).max().unwrap_or(0);
-    let mut sums = vec![0_u32; usize::from(highest) + 1];
-    for (index, count) in all() {
-        let sum = &mut sums[usize::from(index.get())];
-        *sum = sum.wrapping_add(count);
-    }
-    (0..).map(BackendIndex::new).zip(sums).filter(|(_, count)| *count > 0).collect()
+/// The indices that have a count, in their order, with it.
+fn nonzero(counts: Vec<u32>) -> Vec<(BackendIndex, u32)> {
+    (0..).map(BackendIndex::new).zip(counts).filter(|(_, count)| *count > 0).collect()
 }
 
 /// What buckets may be given to.

@@ -26,6 +26,7 @@ use super::{
     placement::Weighted,
     score::{BackendKey, BucketKey, draw, exponential, unit},
 };
+use crate::{differing, ones};
 
 /// Each backend's number of buckets: `buckets` divided in proportion to `weights`, by
 /// largest remainder, the earlier of equal ones first. All zero if all weights are.
@@ -203,38 +204,89 @@ impl Placer {
         &self.placement
     }
 
-    /// For each of `buckets` (ascending), the index of its backend.
+    /// Calls `put` with each of a version's buckets and the index of its backend.
     ///
     /// `weights`: one for each backend, what it is to get now; at least one of them above 0.
-    pub(super) fn place(&mut self, buckets: &[u32], weights: &[u32]) -> Vec<u16> {
-        let (mut placed, has) = self.base(buckets);
-        let wants = quotas(buckets.len() as u32, weights);
-        if has != wants {
-            rebalance(&self.field, buckets, &mut placed, &has, &wants);
+    pub(super) fn place(
+        &mut self,
+        its: &Its<'_>,
+        weights: &[u32],
+        mut put: impl FnMut(usize, usize),
+    ) {
+        let &Its { owners, slot, buckets } = its;
+        let unknown = |owner, choice| (owner == slot) & (choice == UNKNOWN);
+        let unknown: Vec<u32> =
+            ones(differing(owners, &self.first_choice, unknown)).map(|b| b as u32).collect();
+        self.choose(&unknown);
+        let of_slot = ones(differing(owners, owners, |owner, _| owner == slot));
+        let (mut base, wants) = (self.begin(buckets), quotas(buckets, weights));
+        if base.room.left == wants {
+            of_slot.for_each(|bucket| put(bucket, base.next(bucket)));
+            return;
         }
-        placed
+        let has = base.room.left.clone();
+        let buckets: Vec<u32> = of_slot.map(|bucket| bucket as u32).collect();
+        let next = |bucket: &u32| base.next(*bucket as usize) as u16;
+        let mut placed: Vec<u16> = buckets.iter().map(next).collect();
+        rebalance(&self.field, &buckets, &mut placed, &has, &wants);
+        let all = buckets.iter().zip(placed);
+        all.for_each(|(&bucket, index)| put(bucket as usize, usize::from(index)));
     }
 
-    /// The base placement, and each backend's number of buckets in it.
-    pub(super) fn base(&mut self, buckets: &[u32]) -> (Vec<u16>, Vec<u32>) {
-        let weights: Vec<u32> = self.placement.backends().iter().map(|b| b.weight).collect();
-        let has = quotas(buckets.len() as u32, &weights);
-        let mut room = Room::new(has.clone());
-        let mut bounds = Vec::with_capacity(weights.len());
-        let mut placed = Vec::with_capacity(buckets.len());
+    /// The base placement of `buckets` (ascending).
+    pub(super) fn base(&mut self, buckets: &[u32]) -> Vec<u16> {
+        self.choose(buckets);
+        let mut base = self.begin(buckets.len() as u32);
+        buckets.iter().map(|bucket| base.next(*bucket as usize) as u16).collect()
+    }
+
+    /// Finds the first choice of those of `buckets` of which it is not known.
+    fn choose(&mut self, buckets: &[u32]) {
+        let mut bounds = Vec::with_capacity(self.placement.backends().len());
         for &bucket in buckets {
             let choice = &mut self.first_choice[bucket as usize];
             if *choice == UNKNOWN {
                 *choice = self.field.first(bucket, &mut bounds) as u16;
             }
-            let mut index = usize::from(*choice);
-            if room.left[index] == 0 {
-                index = self.field.first_of(bucket, &room.open);
-            }
-            room.take(index);
-            placed.push(index as u16);
         }
-        (placed, has)
+    }
+
+    /// The base placement of so many buckets, none of which has a place yet.
+    fn begin(&self, buckets: u32) -> Base<'_> {
+        let weights: Vec<u32> = self.placement.backends().iter().map(|b| b.weight).collect();
+        let room = Room::new(quotas(buckets, &weights));
+        Base { field: &self.field, first_choice: &self.first_choice, room }
+    }
+}
+
+/// Those buckets of a table that a version owns.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Its<'a> {
+    /// The owner of each bucket.
+    pub(super) owners: &'a [u8],
+    /// The version's slot.
+    pub(super) slot: u8,
+    /// How many it owns.
+    pub(super) buckets: u32,
+}
+
+/// A base placement on its way.
+struct Base<'a> {
+    field: &'a Field,
+    first_choice: &'a [u16],
+    room: Room,
+}
+
+impl Base<'_> {
+    /// The backend of the next bucket, whose first choice is known.
+    #[inline]
+    fn next(&mut self, bucket: usize) -> usize {
+        let mut index = usize::from(self.first_choice[bucket]);
+        if self.room.left[index] == 0 {
+            index = self.field.first_of(bucket as u32, &self.room.open);
+        }
+        self.room.take(index);
+        index
     }
 }
 

@@ -5,11 +5,13 @@
 //!
 //! Numbers are LEB128 varints of at most 32 bits, in their shortest form.
 //!
-//! - Owners: `1`, then runs of *slot, length*. At most two bytes for each run: five bytes
-//!   for a table of one version, 13 KB for 5 % of 65,536, 64 KB at the very worst realistic
-//!   split (two versions, half each).
+//! - Owners: `1`, then runs of *slot, length*: five bytes for a table of one version. Or, where
+//!   that is shorter, `4`, *buckets, number of slots*, the slots, and as many bits for each
+//!   bucket as tell them apart, plane by plane, the first bucket in the lowest bit: 8 KB for two
+//!   versions in 65,536 buckets, whatever their shares.
 //! - Changes: `2`, then groups of *from, to, number, distances between buckets*. A byte or
-//!   two for each change.
+//!   two for each change. Or, for ascending changes between two versions where that is shorter,
+//!   `5`, *from, to, buckets*, and a bit for each bucket: at most 8 KB for 65,536.
 //! - Placement: `3`, *buckets, number of backends*, for each its identity (eight bytes, least
 //!   first) and *weight*, then *distance from the last bucket, backend* for each bucket that
 //!   prefers another backend than rendezvous hashing says. Some ten bytes for each backend,
@@ -17,12 +19,14 @@
 
 use std::fmt;
 
-use super::{Change, MAX_BACKENDS, MAX_BUCKETS, Placement, placement::Weighted};
-use crate::abi::MAX_VERSIONS;
+use super::{Change, MAX_BACKENDS, MAX_BUCKETS, Placement, counts, placement::Weighted};
+use crate::{abi::MAX_VERSIONS, differing, ones};
 
 const OWNERS_FORMAT: u8 = 1;
 const CHANGES_FORMAT: u8 = 2;
 const PLACEMENT_FORMAT: u8 = 3;
+const OWNERS_BITS_FORMAT: u8 = 4;
+const CHANGES_BITS_FORMAT: u8 = 5;
 
 /// Why bytes are no owners, no changes or no placement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,12 +78,48 @@ impl std::error::Error for DecodeError {}
 
 /// The owner of each bucket, as bytes.
 pub fn encode_owners(owners: &[u8]) -> Vec<u8> {
-    let mut bytes = vec![OWNERS_FORMAT];
-    for run in owners.chunk_by(|a, b| a == b) {
-        bytes.push(run[0]);
-        put(&mut bytes, run.len() as u32);
+    let Some((&first, after_first)) = owners.split_first() else {
+        return vec![OWNERS_FORMAT];
+    };
+    let run_ends = || differing(owners, after_first, |owner, next| owner != next);
+    let is = |slot: u8| differing(owners, owners, move |owner, _| owner == slot);
+    let slots: Vec<u8> = counts(owners).map_or_else(
+        |_| Vec::new(),
+        |counts| (0_u8..).zip(counts).filter(|(_, n)| *n > 0).map(|(slot, _)| slot).collect(),
+    );
+    let (planes, words) = (planes(slots.len()), owners.len().div_ceil(64));
+    let runs: usize = 1 + run_ends().map(|ends| ends.count_ones() as usize).sum::<usize>();
+    // A run takes two bytes at least.
+    if !slots.is_empty() && runs * 2 > planes * words * 8 + slots.len() + 5 {
+        let mut bits = vec![0_u64; planes * words];
+        for (number, &slot) in slots.iter().enumerate() {
+            for plane in (0..planes).filter(|plane| number >> plane & 1 != 0) {
+                let plane = &mut bits[plane * words..][..words];
+                plane.iter_mut().zip(is(slot)).for_each(|(word, its)| *word |= its);
+            }
+        }
+        let mut bytes = vec![OWNERS_BITS_FORMAT];
+        put(&mut bytes, owners.len() as u32);
+        bytes.push(slots.len() as u8);
+        bytes.extend(slots);
+        bytes.extend(bits.into_iter().flat_map(u64::to_le_bytes));
+        return bytes;
     }
+    let mut bytes = vec![OWNERS_FORMAT];
+    let (mut slot, mut start) = (first, 0);
+    for last in ones(run_ends()) {
+        bytes.push(slot);
+        put(&mut bytes, (last + 1 - start) as u32);
+        (slot, start) = (owners[last + 1], last + 1);
+    }
+    bytes.push(slot);
+    put(&mut bytes, (owners.len() - start) as u32);
     bytes
+}
+
+/// How many bits tell `slots` slots apart.
+fn planes(slots: usize) -> usize {
+    slots.next_power_of_two().trailing_zeros() as usize
 }
 
 /// The owners that [`encode_owners`] wrote.
@@ -88,6 +128,9 @@ pub fn encode_owners(owners: &[u8]) -> Vec<u8> {
 ///
 /// Any [`DecodeError`].
 pub fn decode_owners(bytes: &[u8]) -> Result<Vec<u8>, DecodeError> {
+    if bytes.first() == Some(&OWNERS_BITS_FORMAT) {
+        return decode_owners_bits(&bytes[1..]);
+    }
     let mut rest = after_format(bytes, OWNERS_FORMAT)?;
     let mut owners = Vec::new();
     while !rest.is_empty() {
@@ -104,8 +147,46 @@ pub fn decode_owners(bytes: &[u8]) -> Result<Vec<u8>, DecodeError> {
     Ok(owners)
 }
 
+fn decode_owners_bits(mut rest: &[u8]) -> Result<Vec<u8>, DecodeError> {
+    let buckets = take_buckets(&mut rest)?;
+    let count = take_byte(&mut rest)?;
+    let slots: Vec<u8> = (0..count).map(|_| take_slot(&mut rest)).collect::<Result<_, _>>()?;
+    let words = words(rest)?;
+    let plane = buckets.div_ceil(64);
+    if plane == 0 || slots.is_empty() || words.len() != planes(slots.len()) * plane {
+        return Err(DecodeError::Truncated);
+    }
+    let mut numbers = vec![0_u8; buckets];
+    for (bit, plane) in words.chunks(plane).enumerate() {
+        for (number, at) in numbers.iter_mut().zip(0..) {
+            *number |= ((plane[at / 64] >> (at % 64) & 1) as u8) << bit;
+        }
+    }
+    numbers
+        .into_iter()
+        .map(|number| slots.get(usize::from(number)).copied())
+        .collect::<Option<_>>()
+        .ok_or(DecodeError::UnknownSlot(count))
+}
+
 /// A list of changes as bytes. Any order is kept; that of [`super::plan`] is the shortest.
 pub fn encode_changes(changes: &[Change]) -> Vec<u8> {
+    if let [first, .., last] = changes {
+        let buckets = last.bucket as usize + 1;
+        // A change takes a byte at least in the other format.
+        let alike =
+            |a: &Change, b: &Change| (a.from, a.to) == (b.from, b.to) && a.bucket < b.bucket;
+        if changes.len() > buckets.div_ceil(64) * 8 && changes.is_sorted_by(alike) {
+            let mut bits = vec![0_u64; buckets.div_ceil(64)];
+            for bucket in changes.iter().map(|change| change.bucket as usize) {
+                bits[bucket / 64] |= 1 << (bucket % 64);
+            }
+            let mut bytes = vec![CHANGES_BITS_FORMAT, first.from, first.to];
+            put(&mut bytes, buckets as u32);
+            bytes.extend(bits.into_iter().flat_map(u64::to_le_bytes));
+            return bytes;
+        }
+    }
     let mut bytes = vec![CHANGES_FORMAT];
     let mut last = 0_u32;
     for group in changes.chunk_by(|a, b| (a.from, a.to) == (b.from, b.to)) {
@@ -126,6 +207,19 @@ pub fn encode_changes(changes: &[Change]) -> Vec<u8> {
 ///
 /// Any [`DecodeError`].
 pub fn decode_changes(bytes: &[u8]) -> Result<Vec<Change>, DecodeError> {
+    if bytes.first() == Some(&CHANGES_BITS_FORMAT) {
+        let mut rest = &bytes[1..];
+        let (from, to) = (take_slot(&mut rest)?, take_slot(&mut rest)?);
+        let buckets = take_buckets(&mut rest)?;
+        let words = words(rest)?;
+        if words.len() != buckets.div_ceil(64) {
+            return Err(DecodeError::Truncated);
+        }
+        let change = |bucket| Change { bucket: bucket as u32, from, to };
+        let changes: Vec<Change> = ones(words.into_iter()).map(change).collect();
+        let beyond = changes.last().is_some_and(|last| last.bucket as usize >= buckets);
+        return if beyond { Err(DecodeError::TooMany) } else { Ok(changes) };
+    }
     let mut rest = after_format(bytes, CHANGES_FORMAT)?;
     let mut changes = Vec::new();
     let mut bucket = 0_u32;
@@ -236,6 +330,22 @@ fn take(rest: &mut &[u8]) -> Result<u32, DecodeError> {
         }
     }
     Err(DecodeError::Number)
+}
+
+/// A number of buckets.
+fn take_buckets(rest: &mut &[u8]) -> Result<usize, DecodeError> {
+    match take(rest)? {
+        buckets if buckets <= MAX_BUCKETS => Ok(buckets as usize),
+        _ => Err(DecodeError::TooMany),
+    }
+}
+
+/// The rest as words of bits.
+fn words(rest: &[u8]) -> Result<Vec<u64>, DecodeError> {
+    match rest.as_chunks() {
+        (words, []) => Ok(words.iter().map(|word| u64::from_le_bytes(*word)).collect()),
+        _ => Err(DecodeError::Truncated),
+    }
 }
 
 fn take_slot(rest: &mut &[u8]) -> Result<u8, DecodeError> {

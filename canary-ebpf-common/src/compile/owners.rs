@@ -12,7 +12,7 @@
 use std::fmt;
 
 use super::{MAX_BUCKETS, Targets, score::mix};
-use crate::abi::MAX_VERSIONS;
+use crate::{abi::MAX_VERSIONS, differing, ones};
 
 /// One bucket that goes from one version to another.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -101,24 +101,23 @@ pub fn counts(owners: &[u8]) -> Result<[u32; MAX_VERSIONS], OwnersError> {
     if owners.is_empty() || owners.len() > MAX_BUCKETS as usize {
         return Err(OwnersError::BucketCount(owners.len()));
     }
-    // One counter for each value of a byte: no branch for each bucket. Of each four, so that
-    // an owner that comes again and again does not wait for its counter's last store.
-    let mut four = [[0_u32; 256]; 4];
-    let (fours, rest) = owners.as_chunks::<4>();
-    for owners in fours {
-        for (counters, &owner) in four.iter_mut().zip(owners) {
-            counters[usize::from(owner)] += 1;
+    // Slot by slot, so that sixteen owners are compared at once, until all are counted.
+    let mut counts = [0; MAX_VERSIONS];
+    let mut counted = 0;
+    for (slot, count) in (0_u8..).zip(&mut counts) {
+        if counted == owners.len() as u32 {
+            break;
         }
+        // Each sum fits into its byte.
+        let groups = owners.chunks(usize::from(u8::MAX));
+        let of_group = |group: &[u8]| group.iter().fold(0_u8, |n, &o| n + u8::from(o == slot));
+        *count = groups.map(|group| u32::from(of_group(group))).sum();
+        counted += *count;
     }
-    rest.iter().for_each(|&owner| four[0][usize::from(owner)] += 1);
-    let all: [u32; 256] =
-        std::array::from_fn(|value| four.iter().map(|counters| counters[value]).sum());
-    if all[MAX_VERSIONS..].iter().any(|&n| n > 0) {
+    if counted < owners.len() as u32 {
         let at = owners.iter().position(|&o| usize::from(o) >= MAX_VERSIONS).unwrap_or_default();
         return Err(OwnersError::UnknownSlot { bucket: at as u32, slot: owners[at] });
     }
-    let mut counts = [0; MAX_VERSIONS];
-    counts.copy_from_slice(&all[..MAX_VERSIONS]);
     Ok(counts)
 }
 
@@ -156,8 +155,9 @@ pub fn plan(owners: &[u8], wanted: &Targets, salt: u64) -> Result<Vec<Change>, O
     let place = |bucket: usize| mix(salt ^ bucket as u64) & !0xffff_ffff | bucket as u64;
     let mut leaving: [Vec<u64>; MAX_VERSIONS] = Default::default();
     for slot in (0..MAX_VERSIONS).filter(|&slot| surplus[slot] > 0) {
-        let is_its = |bucket: usize| usize::from(owners[bucket]) == slot;
-        leaving[slot] = filled(present[slot] as usize, owners.len(), is_its, place);
+        let its = ones(differing(owners, owners, |owner, _| usize::from(owner) == slot));
+        leaving[slot].reserve_exact(present[slot] as usize);
+        its.for_each(|bucket| leaving[slot].push(place(bucket)));
     }
     let mut pool = Vec::with_capacity(surplus.iter().sum::<u32>() as usize);
     for (slot, keys) in leaving.iter_mut().enumerate() {
@@ -194,33 +194,11 @@ pub fn plan(owners: &[u8], wanted: &Targets, salt: u64) -> Result<Vec<Change>, O
         }
         rest = others;
     }
-    Ok(filled(
-        pool.len(),
-        owners.len(),
-        |bucket| next[bucket] != STAYS,
-        |bucket| Change { bucket: bucket as u32, from: owners[bucket], to: next[bucket] },
-    ))
-}
-
-/// `make` of each of the first `of` numbers that `takes`, which are `count`.
-///
-/// Without a branch for each number: whether a bucket belongs to a version is as good as
-/// chance, and the processor would foresee every second one wrongly.
-fn filled<T: Copy + Default>(
-    count: usize,
-    of: usize,
-    takes: impl Fn(usize) -> bool,
-    make: impl Fn(usize) -> T,
-) -> Vec<T> {
-    let mut all = vec![T::default(); count + 1];
-    let mut filled = 0;
-    for number in 0..of {
-        all[filled.min(count)] = make(number);
-        filled += usize::from(takes(number));
-    }
-    debug_assert_eq!(filled, count);
-    all.truncate(count);
-    all
+    let mut changes = Vec::with_capacity(pool.len());
+    ones(differing(owners, &next, |_, to| to != STAYS)).for_each(|bucket| {
+        changes.push(Change { bucket: bucket as u32, from: owners[bucket], to: next[bucket] });
+    });
+    Ok(changes)
 }
 
 /// Makes `changes`, in their order.

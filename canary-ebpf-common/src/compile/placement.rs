@@ -149,7 +149,7 @@ impl Placement {
         // A larger table repeats the smaller one: a bucket's number only gains high bits.
         let mut placer = Placer::new(Arc::clone(self));
         let owned: Vec<u32> = owned.iter().copied().filter(|&b| b < self.buckets).collect();
-        let (before, _) = placer.base(&owned);
+        let before = placer.base(&owned);
         let mut present: Vec<(u32, u16)> = Vec::with_capacity(owned.len());
         for first in (0..buckets).step_by(self.buckets.max(1) as usize) {
             let repeated = owned

@@ -5,7 +5,11 @@
 
 use std::{fmt, sync::Arc};
 
-use super::{BackendsError, OwnersError, Placement, backends::Placer, owners, placement};
+use super::{
+    BackendsError, OwnersError, Placement,
+    backends::{Its, Placer},
+    owners, placement,
+};
 use crate::abi::MAX_VERSIONS;
 
 /// One server of a version.
@@ -68,9 +72,9 @@ pub struct Target {
 
 /// A compiled table.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Output {
+pub struct Output<T = Option<Target>> {
     /// For each bucket its target; `None` gets nothing.
-    pub targets: Vec<Option<Target>>,
+    pub targets: Vec<T>,
     /// No backend of control is healthy, so all of them were taken to be. For an alert.
     pub control_checks_ignored: bool,
     /// Bit *n*: the version in slot *n* owns buckets and has no healthy backend, so
@@ -190,6 +194,20 @@ impl Compiler {
     ///
     /// Any [`InputError`]: mistakes of the caller, none of which comes from health, weights or shares.
     pub fn compile(&mut self, input: &Input<'_>) -> Result<Output, InputError> {
+        self.compile_into(input, None, Some)
+    }
+
+    /// The same, with each target as what `name` calls it, and `nothing` where there is none.
+    ///
+    /// # Errors
+    ///
+    /// As [`compile`](Self::compile).
+    pub fn compile_into<T: Copy>(
+        &mut self,
+        input: &Input<'_>,
+        nothing: T,
+        name: impl Fn(Target) -> T,
+    ) -> Result<Output<T>, InputError> {
         let &Input { owners, versions, control, fallback } = input;
         let counts = owners::counts(owners).map_err(InputError::Owners)?;
         let mut by_slot: [Option<Ordered>; MAX_VERSIONS] = Default::default();
@@ -207,18 +225,12 @@ impl Compiler {
             .and_then(Option::as_ref)
             .ok_or(InputError::MissingVersion(control))?;
 
-        let mut buckets: [Vec<u32>; MAX_VERSIONS] =
-            std::array::from_fn(|slot| Vec::with_capacity(counts[slot] as usize));
-        for (bucket, &owner) in owners.iter().enumerate() {
-            buckets[usize::from(owner)].push(bucket as u32);
-        }
         for remembered in &mut self.placers {
             remembered.used = false;
         }
-        let mut targets = vec![None; owners.len()];
         let mut fell_back = 0;
-        for (slot, buckets) in buckets.iter().enumerate().filter(|(_, buckets)| !buckets.is_empty())
-        {
+        let mut targets = vec![nothing; owners.len()];
+        for (slot, &buckets) in counts.iter().enumerate().filter(|(_, buckets)| **buckets > 0) {
             let own = by_slot[slot].as_ref().ok_or(InputError::MissingVersion(slot as u8))?;
             let version = match (own.usable, fallback) {
                 (true, _) => own,
@@ -230,11 +242,11 @@ impl Compiler {
                     }
                 }
             };
-            let placed = self.placer(&version.placement).place(buckets, &version.weights);
-            for (&bucket, &index) in buckets.iter().zip(&placed) {
-                let backend = version.given[usize::from(index)];
-                targets[bucket as usize] = Some(Target { slot: version.slot, backend });
-            }
+            let target = |&backend: &u16| name(Target { slot: version.slot, backend });
+            let names: Vec<T> = version.given.iter().map(target).collect();
+            let its = Its { owners, slot: slot as u8, buckets };
+            self.placer(&version.placement)
+                .place(&its, &version.weights, |bucket, index| targets[bucket] = names[index]);
         }
         self.placers.retain(|remembered| remembered.used);
         Ok(Output { targets, control_checks_ignored: of_control.checks_ignored, fell_back })
