@@ -251,19 +251,29 @@ pub struct FlowKeyV6 {
 pub mod flow_state {
     /// The direction backend → client of a translated flow; other entries are client → backend.
     pub const REVERSE: u32 = 1 << 0;
-    /// Only the SYN has been seen: no packet within 64 KiB after it. Of a QUIC connection: no
+    /// Half-open: only the SYN has been seen, and no packet within 64 KiB after it. Translated
+    /// flows: the client has not acknowledged the server's SYN-ACK yet. Of a QUIC connection: no
     /// Handshake packet.
     pub const PROVISIONAL: u32 = 1 << 1;
-    /// A FIN or RST of the client was seen and nothing since.
+    /// A FIN or RST of the client was seen and nothing since. Translated flows: a FIN alone,
+    /// and nothing beyond it since.
     pub const CLOSING: u32 = 1 << 2;
     /// A UDP flow, not of QUIC.
     pub const UDP: u32 = 1 << 3;
-    /// A FIN or RST of the server was seen (translated flows only).
+    /// A FIN of the server was seen, and nothing beyond it since (translated flows only).
     pub const SERVER_CLOSING: u32 = 1 << 4;
     /// The entry translates addresses: it must outlive its bucket's drain.
     pub const NAT: u32 = 1 << 5;
     /// A QUIC connection's flow.
     pub const QUIC: u32 = 1 << 6;
+    /// The server's SYN-ACK was seen (translated flows only).
+    pub const ANSWERED: u32 = 1 << 8;
+    /// A RST of the client was seen and nothing of it since (translated flows only).
+    pub const RESET: u32 = 1 << 9;
+    /// A RST of the server was seen and nothing of it since (translated flows only).
+    pub const SERVER_RESET: u32 = 1 << 10;
+    /// The server has gone on after its SYN-ACK: the connection is open (translated flows only).
+    pub const SERVER_OPEN: u32 = 1 << 11;
 }
 
 /// Value of `FLOWS_V4` and `FLOWS_V6`: where one direction of a flow goes.
@@ -279,8 +289,8 @@ pub struct Flow {
     pub last_ns: u64,
     /// [`flow_state`] bits.
     pub state: u32,
-    /// Sequence number of the SYN, host order; of a QUIC connection, a number that follows from
-    /// the destination connection ID of the Initial packet that opened it.
+    /// Sequence number of the direction's SYN, host order; of a QUIC connection, a number that
+    /// follows from the destination connection ID of the Initial packet that opened it.
     pub syn_seq: u32,
     /// The packet's new source address.
     pub src: Address,
@@ -299,6 +309,11 @@ pub struct Flow {
     pub eth: [u32; 3],
     /// Translated flows: interface towards the client.
     pub ifindex: u32,
+    /// Translated flows: the direction's newest sequence number, host order.
+    pub newest_seq: u32,
+    /// Translated flows: [`flow_state`] bits that the other direction's packets have set. Apart,
+    /// so that each word has packets of one direction to write it.
+    pub other: u32,
 }
 
 /// Element of `BACKEND_COUNTERS` (per CPU), by backend index.
@@ -316,6 +331,70 @@ pub struct BackendCounters {
     pub returned_packets: u64,
     /// Bytes of those.
     pub returned_bytes: u64,
+    /// New flows that were refused because no source port was left (translated flows only).
+    pub no_port: u64,
+    /// When a search through all source ports last found none, nanoseconds of
+    /// `CLOCK_MONOTONIC` (coarse).
+    pub exhausted_ns: u64,
+}
+
+/// On what condition a flow entry is forgotten: see [`Forget`].
+pub mod forget {
+    /// No packet has come since: [`Forget::last_ns`](super::Forget::last_ns) and
+    /// [`Forget::other_ns`](super::Forget::other_ns) are still those of its entries.
+    pub const SILENT: u32 = 0;
+    /// It names [`Forget::backend`](super::Forget::backend) still.
+    pub const NAMES: u32 = 1;
+}
+
+/// What the programs `forget_v4` and `forget_v6` are run on: after [`FORGET_OFFSET`] bytes, one
+/// of these for each entry that is to go, at most [`FORGET_MOST`]. The condition is looked at
+/// again where no packet can come in between on the same CPU, so that an entry that was revived
+/// stays. A translated flow goes with both of its entries.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Forget<K> {
+    /// The entry's key.
+    pub key: K,
+    /// When its last packet came, as it was read.
+    pub last_ns: u64,
+    /// Translated flows: when the other direction's did; 0 where it has no entry.
+    pub other_ns: u64,
+    /// The backend that must be named.
+    pub backend: u32,
+    /// One of [`forget`].
+    pub condition: u32,
+}
+
+/// Where the first [`Forget`] lies: behind an Ethernet header, and aligned.
+pub const FORGET_OFFSET: usize = 16;
+/// Most of them in one run: what fits into a page with what the kernel keeps there.
+pub const FORGET_MOST: usize = 48;
+
+/// Element of `FLOW_COUNTERS` (per CPU): what became of entries of both flow tables.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct FlowCounters {
+    /// Entries that were stored.
+    pub stored: u64,
+    /// Half-open translated flows that made room in a full table.
+    pub let_go: u64,
+    /// Half-open and closed translated flows whose source port a new flow has taken.
+    pub taken_over: u64,
+    /// New flows of tracked buckets that a full table could not hold: they went where the
+    /// bucket's older connections go.
+    pub untracked: u64,
+}
+
+/// Element of `HALF_OPEN_RINGS` (per CPU), by family: where the CPU's part of `HALF_OPEN_V4`
+/// or `HALF_OPEN_V6` begins and ends. Counts up; the place is the count modulo the size.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Ring {
+    /// Where the next one goes.
+    pub head: u64,
+    /// The oldest one.
+    pub tail: u64,
 }
 
 /// Element of `SERVICE_INFO`: the directory of what is in the maps, so that
@@ -445,8 +524,13 @@ const _: () = {
     assert!(size_of::<Backend>() == 64);
     assert!(size_of::<FlowKeyV4>() == 16);
     assert!(size_of::<FlowKeyV6>() == 40);
-    assert!(size_of::<Flow>() == 72);
-    assert!(size_of::<BackendCounters>() == 40);
+    assert!(size_of::<Flow>() == 80);
+    assert!(size_of::<BackendCounters>() == 56);
+    assert!(size_of::<FlowCounters>() == 32);
+    assert!(size_of::<Ring>() == 16);
+    assert!(size_of::<Forget<FlowKeyV4>>() == 40);
+    assert!(size_of::<Forget<FlowKeyV6>>() == 64);
+    assert!(FORGET_OFFSET + FORGET_MOST * size_of::<Forget<FlowKeyV6>>() <= 3520);
     assert!(size_of::<ServiceInfo>() == 64 + 512 + 16);
     assert!(size_of::<Meta>() == 8);
     assert!(size_of::<LedgerEntry>() == 8);

@@ -12,6 +12,7 @@ pub mod entry;
 pub mod hash;
 pub mod headers;
 pub mod nat;
+pub mod ports;
 pub mod quic;
 pub mod steer;
 pub mod vips;

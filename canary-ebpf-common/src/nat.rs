@@ -3,24 +3,65 @@
 //! A forward entry stands under the client's tuple, a reverse entry under the
 //! tuple that the backend's answers carry. The reverse entry is stored first:
 //! it is what claims the source port.
+//!
+//! How far a connection has come stands in both entries. Each direction's packets change the
+//! bits that are theirs, on their own entry first and on the other one when they change.
+//! What a packet may change depends on its numbers, so that nobody who does not see the
+//! connection opens, closes or resets it (RFC 5961, RFC 7857 section 2): a flow is open when the
+//! client has acknowledged the server's SYN-ACK, and a FIN or RST counts only near the newest
+//! sequence number of its direction.
 
 use crate::{
     abi::{
-        Address, BACKEND_MAINT, Backend, Flow, FlowKeyV4, FlowKeyV6, IPPROTO_TCP, Reason, Service,
-        flow_state as state,
+        Address, BACKEND_MAINT, Flow, FlowKeyV4, FlowKeyV6, Forget, IPPROTO_TCP, Service,
+        flow_state as state, forget,
     },
     entry::BackendIndex,
     quic::Quic,
-    steer::{Flows, Inserted, Segment, TCP_FIN, TCP_RST, quic_renews, unfit},
+    steer::{
+        CONFIRM_WINDOW, Flows, Segment, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, quic_renews, unfit,
+    },
 };
 
-/// Source ports that are tried for a new flow before it is refused.
-pub const PORT_ATTEMPTS: u32 = 16;
+/// How far from the newest sequence number of its direction a FIN or RST may be, in bytes, to
+/// either side. A sender's own number is exact; what it sent before may have been lost on its
+/// way here, and an answer to a late packet carries that packet's number.
+const CLOSE_WINDOW: u32 = 64 << 10;
+/// How far a packet may be ahead of the newest one before it, in bytes: a lost burst.
+const ADVANCE_WINDOW: u32 = 16 << 20;
+
+/// The bits that the client's packets set.
+const CLIENT_BITS: u32 = state::PROVISIONAL | state::CLOSING | state::RESET;
+/// The bits that the server's packets set.
+const SERVER_BITS: u32 =
+    state::ANSWERED | state::SERVER_OPEN | state::SERVER_CLOSING | state::SERVER_RESET;
+
+/// All that is known of a flow, whichever of its entries is asked.
+#[inline(always)]
+pub const fn bits(flow: &Flow) -> u32 {
+    flow.state | flow.other
+}
+
+/// Whether a flow with these [`bits`] is half-open. Only TCP's are: a QUIC connection whose
+/// handshake goes on has nothing in its answers that a number here could be held against.
+#[inline(always)]
+pub const fn half_open(bits: u32) -> bool {
+    bits & (state::PROVISIONAL | state::SERVER_OPEN | state::QUIC) == state::PROVISIONAL
+}
+
+/// Whether a flow with these [`bits`] is closed by both sides, or reset by one.
+#[inline(always)]
+pub const fn closed(bits: u32) -> bool {
+    let both = state::CLOSING | state::SERVER_CLOSING;
+    bits & (state::RESET | state::SERVER_RESET) != 0 || bits & both == both
+}
 
 /// A five-tuple of either family.
 pub trait TupleKey: Copy {
     /// The tuple of a packet; an IPv4 address lies in the first four bytes.
     fn tuple(src: Address, dst: Address, src_port_be: u16, dst_port_be: u16, protocol: u8) -> Self;
+    /// Whether it is the tuple of answers to packets that get the addresses and ports of `flow`.
+    fn answers(&self, flow: &Flow) -> bool;
 }
 
 impl TupleKey for FlowKeyV4 {
@@ -34,6 +75,12 @@ impl TupleKey for FlowKeyV4 {
             protocol: protocol as u32,
         }
     }
+
+    #[inline(always)]
+    fn answers(&self, flow: &Flow) -> bool {
+        (self.src_be ^ flow.dst[0] as u32) | (self.dst_be ^ flow.src[0] as u32) == 0
+            && (self.src_port_be ^ flow.dst_port_be) | (self.dst_port_be ^ flow.src_port_be) == 0
+    }
 }
 
 impl TupleKey for FlowKeyV6 {
@@ -46,6 +93,16 @@ impl TupleKey for FlowKeyV6 {
             dst_port_be,
             protocol: protocol as u32,
         }
+    }
+
+    #[inline(always)]
+    fn answers(&self, flow: &Flow) -> bool {
+        (self.src[0] ^ flow.dst[0])
+            | (self.src[1] ^ flow.dst[1])
+            | (self.dst[0] ^ flow.src[0])
+            | (self.dst[1] ^ flow.src[1])
+            == 0
+            && (self.src_port_be ^ flow.dst_port_be) | (self.dst_port_be ^ flow.src_port_be) == 0
     }
 }
 
@@ -67,13 +124,15 @@ pub enum Step {
     NoFlow,
 }
 
-/// Looks a client's packet up and brings its entry up to date.
+/// Looks a client's packet up and brings its entries up to date. `ack` is its acknowledgement
+/// number, host order.
 #[inline(always)]
 pub fn step<K: TupleKey, F: Flows<K>>(
     flows: &F,
     service: &Service,
     key: &K,
     segment: Segment,
+    ack: u32,
 ) -> Step {
     let pointer = flows.lookup(key);
     let tcp = segment.protocol == IPPROTO_TCP;
@@ -83,16 +142,18 @@ pub fn step<K: TupleKey, F: Flows<K>>(
     // SAFETY: not null, so valid for this decision by the contract of `Flows`.
     let flow = unsafe { &mut *pointer };
     let now = flows.now_ns();
-    let was = flow.state;
+    let was = bits(flow);
     if tcp && !segment.opens() {
-        let mut becomes = was & !(state::CLOSING | state::PROVISIONAL);
-        if segment.tcp_flags & (TCP_FIN | TCP_RST) != 0 {
-            becomes |= state::CLOSING;
+        if half_open(was) {
+            confirm::<K, F>(flows, flow, segment, ack, now);
+            return Step::Follow(pointer);
         }
-        if was != becomes {
-            flow.state = becomes;
-        }
+        let becomes = heard(flow, segment, state::CLOSING, state::RESET) & !state::PROVISIONAL;
         flow.last_ns = now;
+        if flow.state != becomes {
+            flow.state = becomes;
+            mirror(flows, &opposite(flow, segment.protocol), CLIENT_BITS, becomes);
+        }
         return Step::Follow(pointer);
     }
     let backend = BackendIndex::new(flow.backend);
@@ -100,11 +161,12 @@ pub fn step<K: TupleKey, F: Flows<K>>(
     let reverse: K = opposite(flow, segment.protocol);
     let renew = if tcp {
         // A SYN on a tuple that has a flow: a retransmission, or the tuple is used again.
-        let over = state::PROVISIONAL | state::CLOSING;
+        let over = half_open(was)
+            || was & (state::CLOSING | state::RESET | state::SERVER_CLOSING | state::SERVER_RESET)
+                != 0;
         flags & BACKEND_MAINT != 0
-            || (unfit(flags) && was & state::PROVISIONAL != 0)
-            || (flow.syn_seq != segment.seq
-                && (was & over != 0 || unfit(flags) || closed_by_server(flows, &reverse)))
+            || (unfit(flags) && half_open(was))
+            || (flow.syn_seq != segment.seq && (over || unfit(flags)))
     } else {
         flags & BACKEND_MAINT != 0 || {
             let silent_ns = udp_silent_ns(flows, flow, &reverse, now);
@@ -121,9 +183,14 @@ pub fn step<K: TupleKey, F: Flows<K>>(
         if was & (state::QUIC | state::PROVISIONAL) == state::QUIC | state::PROVISIONAL
             && !matches!(segment.quic, Quic::Initial | Quic::Other)
         {
-            flow.state = was & !state::PROVISIONAL;
+            flow.state &= !state::PROVISIONAL;
         }
         flow.last_ns = now;
+        if flow.state & state::RESET != 0 {
+            // It has reset an answer to an older connection, and asks again.
+            flow.state &= !state::RESET;
+            mirror(flows, &reverse, CLIENT_BITS, flow.state);
+        }
         return Step::Follow(pointer);
     }
     flows.remove(&reverse);
@@ -131,13 +198,113 @@ pub fn step<K: TupleKey, F: Flows<K>>(
     Step::Open
 }
 
-/// Whether the server has sent a FIN or RST. The client's side alone does not tell: its last
-/// acknowledgement takes its own FIN's mark away.
+/// A packet of the client's on a flow that is half-open. Only one that acknowledges the server's
+/// SYN-ACK opens it: whoever forges the client's address has not seen that.
 #[inline(always)]
-fn closed_by_server<K, F: Flows<K>>(flows: &F, reverse: &K) -> bool {
-    let reverse = flows.lookup(reverse);
+fn confirm<K: TupleKey, F: Flows<K>>(
+    flows: &F,
+    flow: &mut Flow,
+    segment: Segment,
+    ack: u32,
+    now: u64,
+) {
+    if !segment.follows(flow.syn_seq) {
+        return;
+    }
+    let reverse = flows.lookup(&opposite(flow, segment.protocol));
+    if reverse.is_null() {
+        return;
+    }
     // SAFETY: not null, so valid for this decision by the contract of `Flows`.
-    !reverse.is_null() && unsafe { (*reverse).state } & state::SERVER_CLOSING != 0
+    let reverse = unsafe { &mut *reverse };
+    if segment.tcp_flags & TCP_RST != 0 {
+        // A client that has asked for nothing refuses the SYN-ACK so; it acknowledges nothing.
+        flow.state |= state::RESET;
+    } else if flow.other & state::ANSWERED != 0
+        && segment.tcp_flags & TCP_ACK != 0
+        && ack.wrapping_sub(reverse.syn_seq).wrapping_sub(1) < CONFIRM_WINDOW
+    {
+        flow.newest_seq = segment.seq;
+        flow.state = heard(flow, segment, state::CLOSING, state::RESET) & !(state::PROVISIONAL);
+    } else {
+        return;
+    }
+    reverse.other = flow.state & CLIENT_BITS;
+    flow.last_ns = now;
+}
+
+/// What a packet on an open connection makes of the state of its direction, `fin` and `rst`
+/// being the bits for it.
+#[inline(always)]
+fn heard(flow: &mut Flow, segment: Segment, fin: u32, rst: u32) -> u32 {
+    let was = flow.state;
+    let ahead = segment.seq.wrapping_sub(flow.newest_seq);
+    let near = ahead.wrapping_add(CLOSE_WINDOW) < 2 * CLOSE_WINDOW;
+    if segment.tcp_flags & TCP_RST != 0 {
+        return if near { was | rst } else { was };
+    }
+    // Whatever it was, the sender is still there.
+    let was = was & !rst;
+    if segment.tcp_flags & TCP_FIN != 0 {
+        if !near {
+            return was;
+        }
+        // The FIN has a number of its own: an acknowledgement after it is not beyond it.
+        flow.newest_seq = segment.seq.wrapping_add(1);
+        return was | fin;
+    }
+    if ahead.wrapping_sub(1) < ADVANCE_WINDOW {
+        flow.newest_seq = segment.seq;
+        return was & !fin;
+    }
+    was
+}
+
+/// Tells the other direction's entry what is known of this one.
+#[inline(always)]
+fn mirror<K, F: Flows<K>>(flows: &F, other: &K, mask: u32, bits: u32) {
+    let other = flows.lookup(other);
+    if !other.is_null() {
+        // SAFETY: not null, so valid for this decision by the contract of `Flows`.
+        unsafe { (*other).other = bits & mask };
+    }
+}
+
+/// Takes an entry away, both of a translated flow, if the condition still holds. Returns how many
+/// entries went.
+#[inline(always)]
+pub fn forget<K: TupleKey, F: Flows<K>>(flows: &F, wanted: &Forget<K>, protocol: u8) -> u32 {
+    let flow = flows.lookup(&wanted.key);
+    if flow.is_null() {
+        return 0;
+    }
+    // SAFETY: not null, so valid for this decision by the contract of `Flows`.
+    let flow = unsafe { &*flow };
+    let silent = wanted.condition == forget::SILENT;
+    let holds = if silent {
+        flow.last_ns == wanted.last_ns
+    } else {
+        u32::from(flow.backend) == wanted.backend
+    };
+    if !holds {
+        return 0;
+    }
+    let mut gone = 1;
+    if flow.state & state::NAT != 0 {
+        let key: K = opposite(flow, protocol);
+        let other = flows.lookup(&key);
+        // SAFETY: not null where it is read, so valid by the contract of `Flows`.
+        if !other.is_null() && wanted.key.answers(unsafe { &*other }) {
+            // SAFETY: as above.
+            if silent && unsafe { (*other).last_ns } != wanted.other_ns {
+                return 0;
+            }
+            flows.remove(&key);
+            gone = 2;
+        }
+    }
+    flows.remove(&wanted.key);
+    gone
 }
 
 /// For how long neither direction of a UDP flow has had a packet.
@@ -156,193 +323,64 @@ fn udp_silent_ns<K, F: Flows<K>>(flows: &F, flow: &Flow, reverse: &K, now: u64) 
     if reverse < forward { reverse } else { forward }
 }
 
-/// Marks a backend's packet on its reverse entry.
+/// Brings the entries up to date for a backend's packet on the reverse entry `flow`. `ack` is its
+/// acknowledgement number, host order.
 #[inline(always)]
-pub fn returned(flow: &mut Flow, segment: Segment, now: u64) {
-    if segment.tcp_flags & (TCP_FIN | TCP_RST) != 0 && flow.state & state::SERVER_CLOSING == 0 {
-        flow.state |= state::SERVER_CLOSING;
-    }
-    flow.last_ns = now;
-}
-
-/// The range of source ports for translated flows, host order.
-#[derive(Clone, Copy, Debug)]
-pub struct PortRange {
-    /// The first one.
-    pub first: u16,
-    /// How many there are.
-    pub count: u16,
-}
-
-/// A client's side of a new flow.
-#[derive(Clone, Copy, Debug)]
-pub struct Client {
-    /// The client's address.
-    pub addr: Address,
-    /// The virtual address.
-    pub vip: Address,
-    /// The client's port.
-    pub port_be: u16,
-    /// The service's port.
-    pub vip_port_be: u16,
-    /// Destination and source MAC address of frames to the client, as in [`Flow::eth`].
-    pub eth: [u32; 3],
-    /// Interface towards the client.
-    pub ifindex: u32,
-}
-
-/// A number that the port tried first follows from. The packet's hash is not enough: it is one
-/// and the same for all connections of a client, or of a subnet, that sticks to a backend.
-#[inline(always)]
-const fn first_candidate(client: &Client, hash: u64) -> u32 {
-    let [a, b] = client.addr;
-    let tuple = hash ^ a ^ b.rotate_left(32) ^ client.port_be as u64;
-    // Twice: neighbouring ports are as good as random only then.
-    let mixed = tuple.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    ((mixed ^ mixed >> 32).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 32) as u32
-}
-
-/// Claims a source port and stores both entries of a new flow.
-///
-/// `hash` is the packet's hash; with the client's address and port it says which port is
-/// tried first.
-/// Returns the forward entry, which may be another CPU's for the same flow.
-#[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "always inlined; each is a different thing")]
-pub fn open<K: TupleKey, F: Flows<K>>(
+pub fn returned<K: TupleKey, F: Flows<K>>(
     flows: &F,
-    service: &Service,
-    index: BackendIndex,
-    backend: &Backend,
-    source: Address,
-    ports: PortRange,
-    client: &Client,
-    key: &K,
+    flow: &mut Flow,
     segment: Segment,
-    hash: u64,
-) -> Result<*mut Flow, Reason> {
-    let opened = if segment.protocol == IPPROTO_TCP {
-        state::NAT | state::PROVISIONAL
-    } else if matches!(segment.quic, Quic::Initial) {
-        state::NAT | state::QUIC | state::PROVISIONAL
-    } else {
-        state::NAT | state::UDP
-    };
-    let mut flow = Flow {
-        last_ns: flows.now_ns(),
-        state: opened | state::REVERSE,
-        syn_seq: segment.seq,
-        src: client.vip,
-        dst: client.addr,
-        src_port_be: client.vip_port_be,
-        dst_port_be: client.port_be,
-        backend: index.get(),
-        service: service.id as u16,
-        eth: client.eth,
-        ifindex: client.ifindex,
-    };
-    let mut claimed = 0;
-    let mut candidate = first_candidate(client, hash);
-    let mut attempt = 0;
-    while attempt < PORT_ATTEMPTS {
-        // A product's high half instead of a remainder: even, and no division by the range.
-        let offset = (((candidate & 0xffff) * ports.count as u32) >> 16) as u16;
-        let port_be = ports.first.wrapping_add(offset).to_be();
-        let answer = K::tuple(backend.addr, source, backend.port_be, port_be, segment.protocol);
-        match flows.insert(&answer, &flow) {
-            Inserted::Stored => {
-                claimed = port_be;
-                break;
-            }
-            Inserted::Full => return Err(Reason::DropFlowTableFull),
-            Inserted::Exists => {}
-        }
-        candidate = candidate.wrapping_mul(0x9e37_79b1).wrapping_add(0x7f4a_7c15) ^ candidate >> 16;
-        attempt += 1;
+    ack: u32,
+    now: u64,
+) {
+    if segment.protocol != IPPROTO_TCP {
+        flow.last_ns = now;
+        return;
     }
-    if claimed == 0 {
-        return Err(Reason::DropNoPort);
+    if half_open(bits(flow)) {
+        answered::<K, F>(flows, flow, segment, ack, now);
+        return;
     }
-    let answer = K::tuple(backend.addr, source, backend.port_be, claimed, segment.protocol);
-    // From here on it is the forward entry.
-    flow.state = opened;
-    flow.src = source;
-    flow.dst = backend.addr;
-    flow.src_port_be = claimed;
-    flow.dst_port_be = backend.port_be;
-    let stored = flows.insert(key, &flow);
-    if stored != Inserted::Stored {
-        flows.remove(&answer);
+    let becomes = heard(flow, segment, state::SERVER_CLOSING, state::SERVER_RESET);
+    flow.last_ns = now;
+    if flow.state != becomes {
+        flow.state = becomes;
+        mirror(flows, &opposite::<K>(flow, segment.protocol), SERVER_BITS, becomes);
     }
-    let forward = flows.lookup(key);
-    if stored == Inserted::Full || forward.is_null() {
-        return Err(Reason::DropFlowTableFull);
-    }
-    Ok(forward)
 }
 
-#[cfg(test)]
-mod tests {
-    use std::cell::Cell;
-
-    use super::*;
-    use crate::steer::{TCP_SYN, model::ModelFlows};
-
-    /// A flow table that counts how often something is to be stored.
-    struct Counting {
-        flows: ModelFlows<FlowKeyV4>,
-        inserts: Cell<u32>,
+/// A packet of the server's on a flow that is half-open. It must answer the client's SYN.
+#[inline(always)]
+fn answered<K: TupleKey, F: Flows<K>>(
+    flows: &F,
+    flow: &mut Flow,
+    segment: Segment,
+    ack: u32,
+    now: u64,
+) {
+    let forward = flows.lookup(&opposite::<K>(flow, segment.protocol));
+    if forward.is_null() || segment.tcp_flags & TCP_ACK == 0 {
+        return;
     }
-
-    // SAFETY: as the table within.
-    unsafe impl Flows<FlowKeyV4> for Counting {
-        fn lookup(&self, key: &FlowKeyV4) -> *mut Flow {
-            self.flows.lookup(key)
-        }
-
-        fn insert(&self, key: &FlowKeyV4, flow: &Flow) -> Inserted {
-            self.inserts.set(self.inserts.get() + 1);
-            self.flows.insert(key, flow)
-        }
-
-        fn remove(&self, key: &FlowKeyV4) {
-            self.flows.remove(key);
-        }
-
-        fn backend_flags(&self, backend: BackendIndex) -> u32 {
-            self.flows.backend_flags(backend)
-        }
-
-        fn now_ns(&self) -> u64 {
-            self.flows.now_ns()
-        }
+    // SAFETY: not null, so valid for this decision by the contract of `Flows`.
+    let forward = unsafe { &mut *forward };
+    if ack.wrapping_sub(forward.syn_seq).wrapping_sub(1) >= CONFIRM_WINDOW {
+        return;
     }
-
-    #[test]
-    fn connections_with_one_hash_find_ports_as_quickly_as_with_many() {
-        let flows = Counting { flows: ModelFlows::new(1 << 20), inserts: Cell::new(0) };
-        let service = Service::default();
-        let backend = Backend { addr: [2, 0], port_be: 80, ..Backend::default() };
-        let ports = PortRange { first: 10_000, count: 10_000 };
-        let opened = 2_000_u16;
-        for port in 0..opened {
-            let client = Client {
-                addr: [1, 0],
-                vip: [3, 0],
-                port_be: (30_000 + port).to_be(),
-                vip_port_be: 80,
-                eth: [0; 3],
-                ifindex: 1,
-            };
-            let key = FlowKeyV4::tuple(client.addr, client.vip, client.port_be, 80, IPPROTO_TCP);
-            let segment = Segment::tcp(TCP_SYN, 1);
-            let index = BackendIndex::new(1);
-            open(&flows, &service, index, &backend, [4, 0], ports, &client, &key, segment, 77)
-                .unwrap_or_else(|reason| panic!("connection {port}: {}", reason.name()));
-        }
-        // One insertion for the forward entry and one for each port that is tried: with a fifth
-        // of the ports in use at the end, 1.1 of them in the mean.
-        let tried = f64::from(flows.inserts.get()) / f64::from(opened) - 1.0;
-        assert!(tried < 1.2, "{tried} ports were tried for a connection");
+    if segment.tcp_flags & TCP_RST != 0 {
+        // Refused.
+        flow.state |= state::SERVER_RESET;
+    } else if segment.tcp_flags & TCP_SYN != 0 {
+        // Each time anew: a server that keeps nothing (SYN cookies) may choose another number.
+        flow.syn_seq = segment.seq;
+        flow.newest_seq = segment.seq;
+        flow.state = (flow.state & !state::SERVER_RESET) | state::ANSWERED;
+    } else {
+        // It takes the connection for open, so it is.
+        flow.newest_seq = segment.seq;
+        flow.state =
+            heard(flow, segment, state::SERVER_CLOSING, state::SERVER_RESET) | state::SERVER_OPEN;
     }
+    forward.other = flow.state & SERVER_BITS;
+    flow.last_ns = now;
 }

@@ -26,7 +26,7 @@ pub const TCP_RST: u8 = 0x04;
 pub const TCP_ACK: u8 = 0x10;
 
 /// How far behind a SYN a packet may be that confirms its flow, in bytes.
-const CONFIRM_WINDOW: u32 = 64 << 10;
+pub(crate) const CONFIRM_WINDOW: u32 = 64 << 10;
 
 /// What steering needs to know of a packet's transport header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,7 +68,7 @@ impl Segment {
 
     /// Whether the segment comes shortly after the SYN numbered `syn_seq`.
     #[inline(always)]
-    const fn follows(self, syn_seq: u32) -> bool {
+    pub(crate) const fn follows(self, syn_seq: u32) -> bool {
         self.seq.wrapping_sub(syn_seq).wrapping_sub(1) < CONFIRM_WINDOW
     }
 }
@@ -108,6 +108,9 @@ pub unsafe trait Flows<K> {
     fn backend_flags(&self, backend: BackendIndex) -> u32;
     /// Nanoseconds of a monotonic clock; a few milliseconds of coarseness do not matter.
     fn now_ns(&self) -> u64;
+    /// Counts a flow of a tracked bucket that the full table could not hold.
+    #[inline(always)]
+    fn count_untracked(&self) {}
 }
 
 /// Where a packet goes.
@@ -159,7 +162,10 @@ fn steer_tcp<K, F: Flows<K>>(
         let new = tracked_flow(service, current, state::PROVISIONAL, segment.seq, now);
         match flows.insert(key, &new) {
             Inserted::Stored => return Steering { backend: current, opens: true },
-            Inserted::Full => return Steering { backend: previous, opens: true },
+            Inserted::Full => {
+                flows.count_untracked();
+                return Steering { backend: previous, opens: true };
+            }
             Inserted::Exists => flow = flows.lookup(key),
         }
     }
@@ -211,7 +217,10 @@ fn steer_udp<K, F: Flows<K>>(flows: &F, service: &Service, entry: Entry, key: &K
         let new = tracked_flow(service, target, state::UDP, 0, now);
         match flows.insert(key, &new) {
             Inserted::Stored => return Steering { backend: target, opens: true },
-            Inserted::Full => return Steering { backend: entry.previous(), opens: true },
+            Inserted::Full => {
+                flows.count_untracked();
+                return Steering { backend: entry.previous(), opens: true };
+            }
             Inserted::Exists => flow = flows.lookup(key),
         }
         if flow.is_null() {
@@ -331,6 +340,8 @@ fn tracked_flow(service: &Service, backend: BackendIndex, state: u32, seq: u32, 
         service: service.id as u16,
         eth: [word; 3],
         ifindex: word,
+        newest_seq: word,
+        other: word,
     }
 }
 
@@ -345,6 +356,10 @@ pub mod model {
     };
 
     use super::{BACKEND_USABLE, BackendIndex, Flow, Flows, Inserted};
+    use crate::{
+        abi::{Address, Ring},
+        ports::Search,
+    };
 
     /// A flow table over a `HashMap`, with a clock that is set by hand.
     #[derive(Debug, Default)]
@@ -356,6 +371,15 @@ pub mod model {
         pub clock_ns: Cell<u64>,
         /// Flags of backends; others are usable, and nothing else.
         pub flags: RefCell<HashMap<BackendIndex, u32>>,
+        /// `NAT_SOURCES`.
+        pub sources: RefCell<Vec<Address>>,
+        /// Places of the ring of half-open flows.
+        pub half_open_places: Cell<u64>,
+        pub(crate) half_open: RefCell<(Ring, Vec<Option<Box<K>>>)>,
+        pub(crate) exhausted: RefCell<HashMap<BackendIndex, u64>>,
+        pub(crate) search: UnsafeCell<Search>,
+        /// How often an entry was looked up.
+        pub lookups: Cell<u64>,
     }
 
     impl<K: Copy + Eq + Hash> ModelFlows<K> {
@@ -366,6 +390,12 @@ pub mod model {
                 capacity: Cell::new(capacity),
                 clock_ns: Cell::new(1),
                 flags: RefCell::new(HashMap::new()),
+                sources: RefCell::new(Vec::new()),
+                half_open_places: Cell::new(16),
+                half_open: RefCell::new((Ring::default(), Vec::new())),
+                exhausted: RefCell::new(HashMap::new()),
+                search: UnsafeCell::default(),
+                lookups: Cell::new(0),
             }
         }
 
@@ -396,6 +426,7 @@ pub mod model {
     // that drop one are not called between a lookup and the end of its decision.
     unsafe impl<K: Copy + Eq + Hash> Flows<K> for ModelFlows<K> {
         fn lookup(&self, key: &K) -> *mut Flow {
+            self.lookups.set(self.lookups.get() + 1);
             self.entries.borrow().get(key).map_or(std::ptr::null_mut(), |flow| flow.get())
         }
 

@@ -3,8 +3,7 @@
 use aya_ebpf::bindings::xdp_action;
 use canary_ebpf_common::{
     abi::{
-        Address, BACKEND_MAINT, BACKEND_USABLE, Backend, Flow, IPPROTO_TCP, Reason, SERVICE_QUIC,
-        Service,
+        BACKEND_MAINT, BACKEND_USABLE, Backend, Flow, IPPROTO_TCP, Reason, SERVICE_QUIC, Service,
     },
     checksum::Delta,
     entry::BackendIndex,
@@ -48,6 +47,17 @@ impl Transport {
             segment: Segment::udp(),
             offset,
         })
+    }
+
+    /// TCP acknowledgement number, host order; 0 for UDP. Read where it is asked for: most packets
+    /// do without it.
+    #[inline(always)]
+    pub(crate) fn ack(&self, packet: &Packet) -> u32 {
+        if self.segment.protocol != IPPROTO_TCP {
+            return 0;
+        }
+        // SAFETY: `at` checked the bounds.
+        packet.at::<Tcp>(self.offset).map_or(0, |tcp| u32::from_be(unsafe { (*tcp).ack_be }))
     }
 
     /// What the packet is to steering, with what its payload says where that can matter: for
@@ -176,13 +186,16 @@ pub(crate) fn send(packet: &Packet, addresses: &[u32; 3], ifindex: u32) -> Resul
     maps::redirect(ifindex)
 }
 
-/// The source address for a new flow to `backend`, chosen by the packet's hash.
+/// Counts a flow that was refused because no port is left towards its backend.
 #[inline(always)]
-pub(crate) fn nat_source(backend: &Backend, hash: u64) -> Result<Address, Reason> {
-    let nth = ((hash >> 48) * u64::from(backend.nat_count)) >> 16;
-    maps::nat_source(u32::from(backend.nat_first) + nth as u32)
-        .map(|a| [a[0], a[1]])
-        .ok_or(Reason::DropNoBackend)
+pub(crate) fn count_refused(
+    index: BackendIndex,
+    opened: Result<*mut Flow, Reason>,
+) -> Result<*mut Flow, Reason> {
+    if let (Err(Reason::DropNoPort), Some(counters)) = (opened, maps::counters(index)) {
+        counters.no_port += 1;
+    }
+    opened
 }
 
 /// Keeps the way back to the client as its last packet came.

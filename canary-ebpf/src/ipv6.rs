@@ -6,7 +6,8 @@ use canary_ebpf_common::{
     entry::{BackendIndex, Entry},
     hash::{bucket, hash_v6},
     headers::{ETH_BYTES, Frame as _, Ipv6},
-    nat::{self, Client, Step, TupleKey as _},
+    nat::{self, Step, TupleKey as _},
+    ports::{self, Client},
     steer::{Flows as _, steer},
 };
 
@@ -96,7 +97,7 @@ fn translate(
         return Err(Reason::DropTtlExpired);
     }
     let segment = transport.looked_up(packet, service);
-    let (flow, opens) = match nat::step(&FlowsV6, service, key, segment) {
+    let (flow, opens) = match nat::step(&FlowsV6, service, key, segment, transport.ack(packet)) {
         Step::NoFlow => return Err(Reason::PassNoFlow),
         Step::Follow(flow) => (flow, false),
         Step::Open => {
@@ -110,20 +111,18 @@ fn translate(
                 eth: forward::way_back(packet).ok_or(Reason::DropMalformed)?,
                 ifindex: packet.ifindex,
             };
-            let source = forward::nat_source(backend, hash)?;
-            let flow = nat::open(
+            let opened = ports::open(
                 &FlowsV6,
                 service,
                 entry.current(),
                 backend,
-                source,
                 maps::nat_ports(),
                 &client,
                 key,
                 segment,
                 hash,
-            )?;
-            (flow, true)
+            );
+            (forward::count_refused(entry.current(), opened)?, true)
         }
     };
     // SAFETY: `step` and `open` return valid entries.
@@ -165,7 +164,7 @@ fn returned(packet: &Packet, ip: &mut Ipv6, transport: &Transport) -> Option<Res
     if ip.hop_limit <= 1 {
         return Some(Err(Reason::DropTtlExpired));
     }
-    nat::returned(flow, segment, FlowsV6.now_ns());
+    nat::returned::<FlowKeyV6, _>(&FlowsV6, flow, segment, transport.ack(packet), FlowsV6.now_ns());
     if let Err(reason) = rewrite(packet, ip, transport, flow) {
         return Some(Err(reason));
     }

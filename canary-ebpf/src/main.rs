@@ -7,6 +7,7 @@
 #![no_std]
 #![no_main]
 
+mod forget;
 mod forward;
 mod ipv4;
 mod ipv6;

@@ -3,19 +3,22 @@
 //! Sizes here are the least that load; the agent sets those of its
 //! configuration. Names are those of the pins.
 
+use core::ffi::c_void;
+
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_NOEXIST, xdp_action},
-    helpers::generated::bpf_ktime_get_coarse_ns,
+    helpers::generated::{bpf_get_smp_processor_id, bpf_ktime_get_coarse_ns, bpf_loop},
     macros::map,
     maps::{Array, DevMapHash, HashMap, PerCpuArray},
 };
 use canary_ebpf_common::{
     abi::{
-        Address, Backend, BackendCounters, Flow, FlowKeyV4, FlowKeyV6, Meta, PAGE_BUCKETS,
-        REASON_SLOTS, Reason, ReasonVerdict, Service, ServiceInfo, VipKey, VipSlotV4, VipSlotV6,
+        Address, Backend, BackendCounters, Flow, FlowCounters, FlowKeyV4, FlowKeyV6, Meta,
+        PAGE_BUCKETS, REASON_SLOTS, Reason, ReasonVerdict, Ring, Service, ServiceInfo, VipKey,
+        VipSlotV4, VipSlotV6,
     },
     entry::{BackendIndex, Entry},
-    nat::PortRange,
+    ports::{self, PORT_ATTEMPTS, Pool, PortRange, ROOM_ATTEMPTS, Search},
     steer::{Flows, Inserted},
     vips::slots,
 };
@@ -51,6 +54,21 @@ static FLOWS_V4: HashMap<FlowKeyV4, Flow> = HashMap::with_max_entries(1, 0);
 /// Flows of IPv6: never evicted.
 #[map]
 static FLOWS_V6: HashMap<FlowKeyV6, Flow> = HashMap::with_max_entries(1, 0);
+/// Keys of half-open translated flows of IPv4: a ring for each CPU, one after the other.
+#[map]
+static HALF_OPEN_V4: Array<FlowKeyV4> = Array::with_max_entries(1, 0);
+/// The same of IPv6.
+#[map]
+static HALF_OPEN_V6: Array<FlowKeyV6> = Array::with_max_entries(1, 0);
+/// Where the rings begin and end: of IPv4, then of IPv6.
+#[map]
+static HALF_OPEN_RINGS: PerCpuArray<Ring> = PerCpuArray::with_max_entries(2, 0);
+/// The search for a port that is under way.
+#[map]
+static SEARCH: PerCpuArray<Search> = PerCpuArray::with_max_entries(1, 0);
+/// What became of flow entries.
+#[map]
+static FLOW_COUNTERS: PerCpuArray<FlowCounters> = PerCpuArray::with_max_entries(1, 0);
 /// Traffic by backend index.
 #[map]
 static BACKEND_COUNTERS: PerCpuArray<BackendCounters> = PerCpuArray::with_max_entries(1, 0);
@@ -71,6 +89,10 @@ static NAT_PORT_FIRST: u16 = 0;
 /// removes what only translation needs.
 #[unsafe(no_mangle)]
 static NAT_PORT_COUNT: u16 = 0;
+
+/// Places of one CPU's ring in `HALF_OPEN_V4` and in `HALF_OPEN_V6`, less one: a power of two.
+#[unsafe(no_mangle)]
+static HALF_OPEN_MASK: u32 = 0;
 
 /// The range of source ports for translated flows.
 #[inline(always)]
@@ -148,12 +170,6 @@ pub(crate) fn backend(index: BackendIndex) -> Option<&'static Backend> {
     BACKENDS.get(u32::from(index.get()))
 }
 
-/// A source address for translated flows.
-#[inline(always)]
-pub(crate) fn nat_source(index: u32) -> Option<&'static Address> {
-    NAT_SOURCES.get(index)
-}
-
 /// This CPU's counters of a backend.
 #[inline(always)]
 pub(crate) fn counters(index: BackendIndex) -> Option<&'static mut BackendCounters> {
@@ -167,13 +183,53 @@ pub(crate) fn redirect(ifindex: u32) -> Result<u32, Reason> {
     TX_PORTS.redirect(ifindex, 0).map_err(|_| Reason::DropNoInterface)
 }
 
+/// This CPU's counters of flow entries.
+#[inline(always)]
+fn flow_counters() -> Option<&'static mut FlowCounters> {
+    // SAFETY: this CPU's own element, and XDP does not nest.
+    unsafe { FLOW_COUNTERS.get_ptr_mut(0).map(|p| &mut *p) }
+}
+
+/// This CPU's ring of a family, and how many places it has.
+#[inline(always)]
+fn ring(family: u32) -> Option<(&'static mut Ring, u64)> {
+    // SAFETY: an initialised static; volatile as in `nat_ports`.
+    let mask = unsafe { core::ptr::read_volatile(&raw const HALF_OPEN_MASK) };
+    // SAFETY: this CPU's own element, and XDP does not nest.
+    let ring = unsafe { HALF_OPEN_RINGS.get_ptr_mut(family).map(|p| &mut *p) }?;
+    Some((ring, u64::from(mask) + 1))
+}
+
+/// Where in `HALF_OPEN_V4` and `HALF_OPEN_V6` a place of this CPU's ring is.
+#[inline(always)]
+fn ring_place(at: u64, size: u64) -> u32 {
+    // SAFETY: the helper has no precondition.
+    let cpu = unsafe { bpf_get_smp_processor_id() };
+    cpu * size as u32 + (at & (size - 1)) as u32
+}
+
+/// This CPU's search for a port.
+#[inline(always)]
+fn search() -> Option<&'static mut Search> {
+    // SAFETY: this CPU's own element, and XDP does not nest.
+    unsafe { SEARCH.get_ptr_mut(0).map(|p| &mut *p) }
+}
+
+/// Calls `step` so many times, or until it answers with other than 0.
+#[inline(always)]
+fn repeat(times: u32, step: unsafe extern "C" fn(u32, *mut c_void) -> i64) {
+    // SAFETY: the callback has the signature that the helper calls, and looks at no context.
+    // Kernel 5.17, commit e6f2dd0f8067.
+    unsafe { bpf_loop(times, step as *mut c_void, core::ptr::null_mut(), 0) };
+}
+
 /// The flow table of IPv4.
 pub(crate) struct FlowsV4;
 /// The flow table of IPv6.
 pub(crate) struct FlowsV6;
 
 macro_rules! flow_table {
-    ($table:ty, $map:ident, $key:ty) => {
+    ($table:ident, $map:ident, $key:ty, $half_open:ident, $family:literal, $callbacks:ident) => {
         // SAFETY: elements of a preallocated hash map stay valid memory of the map while
         // the program runs.
         unsafe impl Flows<$key> for $table {
@@ -186,7 +242,12 @@ macro_rules! flow_table {
             fn insert(&self, key: &$key, flow: &Flow) -> Inserted {
                 const EEXIST: i32 = -17;
                 match $map.insert(key, flow, u64::from(BPF_NOEXIST)) {
-                    Ok(()) => Inserted::Stored,
+                    Ok(()) => {
+                        if let Some(counters) = flow_counters() {
+                            counters.stored += 1;
+                        }
+                        Inserted::Stored
+                    }
                     Err(EEXIST) => Inserted::Exists,
                     Err(_) => Inserted::Full,
                 }
@@ -208,9 +269,105 @@ macro_rules! flow_table {
                 // SAFETY: the helper has no precondition. Kernel 5.11, commit d05512618056.
                 unsafe { bpf_ktime_get_coarse_ns() }
             }
+
+            #[inline(always)]
+            fn count_untracked(&self) {
+                if let Some(counters) = flow_counters() {
+                    counters.untracked += 1;
+                }
+            }
+        }
+
+        mod $callbacks {
+            //! What the kernel calls again and again.
+
+            use super::{c_void, ports, search, $table};
+
+            pub(super) unsafe extern "C" fn guess(_: u32, _: *mut c_void) -> i64 {
+                i64::from(search().is_none_or(|search| search.guess(&$table)))
+            }
+
+            pub(super) unsafe extern "C" fn look(index: u32, _: *mut c_void) -> i64 {
+                i64::from(search().is_none_or(|search| search.look(&$table, index)))
+            }
+
+            pub(super) unsafe extern "C" fn let_one_go(_: u32, _: *mut c_void) -> i64 {
+                i64::from(ports::let_one_go(&$table))
+            }
+        }
+
+        // SAFETY: elements of an array map stay where they are.
+        unsafe impl Pool<$key> for $table {
+            #[inline(always)]
+            fn source(&self, index: u32) -> Option<Address> {
+                NAT_SOURCES.get(index).map(|a| [a[0], a[1]])
+            }
+
+            #[inline(always)]
+            fn search(&self) -> *mut Search {
+                search().map_or(core::ptr::null_mut(), core::ptr::from_mut)
+            }
+
+            #[inline(always)]
+            fn guess(&self) {
+                repeat(PORT_ATTEMPTS, $callbacks::guess);
+            }
+
+            #[inline(always)]
+            fn scan(&self) {
+                repeat(search().map_or(0, |search| search.limit), $callbacks::look);
+            }
+
+            #[inline(always)]
+            fn make_room(&self) {
+                repeat(ROOM_ATTEMPTS, $callbacks::let_one_go);
+            }
+
+            #[inline(always)]
+            fn keep_half_open(&self, key: &$key) {
+                let Some((ring, size)) = ring($family) else { return };
+                let place = ring_place(ring.push(size), size);
+                if let Some(slot) = $half_open.get_ptr_mut(place) {
+                    // SAFETY: an element of the map.
+                    unsafe { *slot = *key };
+                }
+            }
+
+            #[inline(always)]
+            fn oldest_half_open(&self) -> *const $key {
+                let Some((ring, size)) = ring($family) else { return core::ptr::null() };
+                let Some(at) = ring.pop() else { return core::ptr::null() };
+                $half_open.get_ptr(ring_place(at, size)).unwrap_or(core::ptr::null())
+            }
+
+            #[inline(always)]
+            fn exhausted_ns(&self, index: BackendIndex) -> u64 {
+                counters(index).map_or(0, |c| c.exhausted_ns)
+            }
+
+            #[inline(always)]
+            fn set_exhausted(&self, index: BackendIndex, now_ns: u64) {
+                if let Some(counters) = counters(index) {
+                    counters.exhausted_ns = now_ns;
+                }
+            }
+
+            #[inline(always)]
+            fn count_taken_over(&self) {
+                if let Some(counters) = flow_counters() {
+                    counters.taken_over += 1;
+                }
+            }
+
+            #[inline(always)]
+            fn count_let_go(&self) {
+                if let Some(counters) = flow_counters() {
+                    counters.let_go += 1;
+                }
+            }
         }
     };
 }
 
-flow_table!(FlowsV4, FLOWS_V4, FlowKeyV4);
-flow_table!(FlowsV6, FLOWS_V6, FlowKeyV6);
+flow_table!(FlowsV4, FLOWS_V4, FlowKeyV4, HALF_OPEN_V4, 0, callbacks_v4);
+flow_table!(FlowsV6, FLOWS_V6, FlowKeyV6, HALF_OPEN_V6, 1, callbacks_v6);

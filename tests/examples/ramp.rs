@@ -163,7 +163,8 @@ fn ramp(drain: Duration, seed: u64) {
             ends.pop();
             ended.push_back(second);
             let (at, began_s) = open.remove(&n).expect("it is open");
-            let (_, went) = model.decide(service, &tuple(n), segment(TCP_FIN | TCP_ACK, 1002), 64);
+            let (_, went) =
+                model.decide(service, &tuple(n), segment(TCP_FIN | TCP_ACK, 1002), 0, 64);
             if went != at {
                 // Its bucket may have moved right after it began, and no sooner.
                 match second - began_s > drain.as_secs() * 9 / 10 {
@@ -174,8 +175,8 @@ fn ramp(drain: Duration, seed: u64) {
         }
         while next_ms < (now_ms + 1000) as f64 {
             let before = model.flows.len();
-            let (_, at) = model.decide(service, &tuple(number), segment(TCP_SYN, 1000), 64);
-            let (_, again) = model.decide(service, &tuple(number), segment(TCP_ACK, 1001), 64);
+            let (_, at) = model.decide(service, &tuple(number), segment(TCP_SYN, 1000), 0, 64);
+            let (_, again) = model.decide(service, &tuple(number), segment(TCP_ACK, 1001), 0, 64);
             counts.broken += u64::from(at != again);
             if in_hour {
                 counts.began += 1;

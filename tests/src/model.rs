@@ -9,7 +9,8 @@ use canary_ebpf_common::{
     entry::BackendIndex,
     hash::{bucket, hash_v4, hash_v6},
     headers::Frame,
-    nat::{self, Client, PortRange, Step, TupleKey},
+    nat::{self, Step, TupleKey},
+    ports::{self, Client, PortRange},
     quic::{self, Quic},
     steer::{Flows as _, Segment, model::ModelFlows, steer},
 };
@@ -108,14 +109,13 @@ pub struct Model<K> {
     /// Source ports for translated flows.
     pub ports: PortRange,
     backends: HashMap<BackendIndex, BackendPlan>,
-    nat_sources: Vec<IpAddr>,
 }
 
 impl<K: TupleKey + Eq + Hash> Model<K> {
     /// A model of a data plane with room for `flows` entries.
     pub fn new(plane: &DataPlane, flows: u32, ports: PortRange) -> Self {
         let flows = ModelFlows::new(flows as usize);
-        let mut model = Self { flows, ports, backends: HashMap::new(), nat_sources: Vec::new() };
+        let mut model = Self { flows, ports, backends: HashMap::new() };
         model.apply(plane);
         model
     }
@@ -123,7 +123,8 @@ impl<K: TupleKey + Eq + Hash> Model<K> {
     /// Takes another data plane.
     pub fn apply(&mut self, plane: &DataPlane) {
         self.backends = plane.backends.iter().copied().collect();
-        self.nat_sources.clone_from(&plane.nat_sources);
+        *self.flows.sources.borrow_mut() =
+            plane.nat_sources.iter().map(|source| address(*source)).collect();
         let flags = |b: &BackendPlan| {
             (if b.next_hop.is_some() { abi::BACKEND_USABLE } else { 0 })
                 | (if b.down { abi::BACKEND_DOWN } else { 0 })
@@ -143,6 +144,7 @@ impl<K: TupleKey + Eq + Hash> Model<K> {
         service: &Arc<ServicePlan>,
         tuple: &Tuple,
         segment: Segment,
+        ack: u32,
         ttl: u8,
     ) -> (u32, Verdict) {
         let record = &service.record;
@@ -163,7 +165,7 @@ impl<K: TupleKey + Eq + Hash> Model<K> {
         if ttl <= 1 {
             return (bucket, Verdict::Drop);
         }
-        let flow = match nat::step(&self.flows, record, &key, segment) {
+        let flow = match nat::step(&self.flows, record, &key, segment, ack) {
             Step::NoFlow => return (bucket, Verdict::Pass),
             Step::Follow(flow) => flow,
             Step::Open => {
@@ -173,10 +175,10 @@ impl<K: TupleKey + Eq + Hash> Model<K> {
                 let backend = Backend {
                     addr: address(plan.addr.ip()),
                     port_be: plan.addr.port().to_be(),
+                    nat_first: plan.nat_first,
+                    nat_count: plan.nat_count,
                     ..Backend::default()
                 };
-                let nth = ((hash >> 48) * u64::from(plan.nat_count)) >> 16;
-                let source = self.nat_sources[usize::from(plan.nat_first) + nth as usize];
                 let client = Client {
                     addr: address(tuple.src),
                     vip: address(tuple.dst),
@@ -185,12 +187,11 @@ impl<K: TupleKey + Eq + Hash> Model<K> {
                     eth: [0; 3],
                     ifindex: 0,
                 };
-                let opened = nat::open(
+                let opened = ports::open(
                     &self.flows,
                     record,
                     entry.current(),
                     &backend,
-                    address(source),
                     self.ports,
                     &client,
                     &key,
@@ -214,15 +215,25 @@ impl<K: TupleKey + Eq + Hash> Model<K> {
     }
 
     /// Takes a backend's answer on the translated flow of `tuple`. Returns whether there is one.
-    pub fn answer(&self, tuple: &Tuple, segment: Segment) -> bool {
+    pub fn answer(&self, tuple: &Tuple, segment: Segment, ack: u32) -> bool {
         let Some(forward) = self.flows.get(&tuple.key()) else { return false };
         let reverse = self.flows.lookup(&nat::opposite(&forward, tuple.protocol));
         if reverse.is_null() {
             return false;
         }
         // SAFETY: not null, so an entry of the model's table, which nothing has changed since.
-        nat::returned(unsafe { &mut *reverse }, segment, self.flows.now_ns());
+        let reverse = unsafe { &mut *reverse };
+        nat::returned::<K, _>(&self.flows, reverse, segment, ack, self.flows.now_ns());
         true
+    }
+
+    /// Says when an entry's last packet came.
+    pub fn stamp(&self, key: &K, last_ns: u64) {
+        let flow = self.flows.lookup(key);
+        if !flow.is_null() {
+            // SAFETY: not null, so an entry of the model's table, which nothing has changed since.
+            unsafe { (*flow).last_ns = last_ns };
+        }
     }
 
     /// Sets the last packets of `tuple`'s entries back by `time_ns`.

@@ -8,7 +8,8 @@ use canary_agent::plan::{Family, ServicePlan};
 use canary_ebpf_common::{
     abi::{Flow, FlowKeyV4, FlowKeyV6, IPPROTO_TCP, IPPROTO_UDP},
     entry::{BackendIndex, Entry},
-    nat::{self, PortRange, TupleKey},
+    nat::{self, TupleKey},
+    ports::PortRange,
     steer::{Segment, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN},
 };
 use canary_tests::{
@@ -89,6 +90,7 @@ fn letters(flags: u8) -> String {
 fn frame(
     tuple: &Tuple,
     segment: Segment,
+    ack: u32,
     payload: &str,
     ttl: u8,
     options: &str,
@@ -103,7 +105,7 @@ fn frame(
     let transport = match *protocol {
         IPPROTO_TCP => {
             format!(
-                "tcp {src_port} > {dst_port} {} seq={}",
+                "tcp {src_port} > {dst_port} {} seq={} ack={ack}",
                 letters(segment.tcp_flags),
                 segment.seq
             )
@@ -191,7 +193,7 @@ fn random_case(random: &mut Random, services: usize) -> Case {
     let ttl = random.one_of(&[1, 2, 3, 64, 128, 255]);
     let options = random.one_of(&["", "", "options=01010101", "options=9404000001010101"]);
     let eth = format!("{} > {}", random_mac(random), random_mac(random));
-    let frame = frame(&tuple, segment, &payload, ttl, options, &eth);
+    let frame = frame(&tuple, segment, 0, &payload, ttl, options, &eth);
     Case { service, tuple, segment, ttl, frame }
 }
 
@@ -277,8 +279,8 @@ fn random_packets_go_where_the_decision_says() {
             let [four, six] = plane.ids[*service];
             let plan = |id: u16| -> &Arc<ServicePlan> { &plane.plane.services[usize::from(id)] };
             let (bucket, verdict) = match family {
-                Family::V4 => v4.decide(plan(four), tuple, *segment, *ttl),
-                Family::V6 => v6.decide(plan(six), tuple, *segment, *ttl),
+                Family::V4 => v4.decide(plan(four), tuple, *segment, 0, *ttl),
+                Family::V6 => v6.decide(plan(six), tuple, *segment, 0, *ttl),
             };
             let seen = loaded.run(frame).expect("a run");
             if let Err(e) = agrees(&plane, family, &seen, verdict) {
@@ -342,6 +344,10 @@ fn sequence<K>(
     K: TupleKey + FlowKey + Eq + std::hash::Hash + std::fmt::Debug,
 {
     let mut random = Random::from_environment(&format!("{mode} {family:?} QUIC: {quic}"));
+    // Each processor keeps its half-open flows apart; the model has but one.
+    let mut cpus = nix::sched::CpuSet::new();
+    cpus.set(0).expect("a processor");
+    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &cpus).expect("a processor");
     // Too few entries and ports for all tuples: the table and the ports run out.
     let flows = if mode == "nat" { 80 } else { 40 };
     let tables = [
@@ -392,6 +398,7 @@ fn sequence<K>(
                 }
             }
             plane = made(&world);
+            // Without a sweep: the model has none.
             loaded.datapath.apply(&plane.plane).expect("a plan");
             model.apply(&plane.plane);
         }
@@ -403,6 +410,13 @@ fn sequence<K>(
         let key: K = tuple.key();
         let place = format!("step {step}, {segment:?}, {tuple:?}, {:?}", world.service[0]);
         let known = model.flows.get(&key);
+        // Mostly what the other side has sent last.
+        let ack = |to: Option<Flow>| match to {
+            Some(flow) if random.clone().below(4) > 0 => flow.newest_seq.wrapping_add(1),
+            _ => random.clone().bits() as u32,
+        };
+        let reverse = known.and_then(|f| model.flows.get(&nat::opposite(&f, tuple.protocol)));
+        let (ack, answer_ack) = (ack(reverse), ack(known));
         if mode == "nat"
             && random.below(4) == 0
             && let Some(forward) = known
@@ -415,17 +429,17 @@ fn sequence<K>(
                 dst_port: u16::from_be(forward.src_port_be),
                 protocol: tuple.protocol,
             };
-            let answered = model.answer(&tuple, segment);
-            let seen =
-                loaded.run(&frame(&packet, segment, &payload, 64, "", "b1 > us")).expect("a run");
+            let answered = model.answer(&tuple, segment, answer_ack);
+            let frame = frame(&packet, segment, answer_ack, &payload, 64, "", "b1 > us");
+            let seen = loaded.run(&frame).expect("a run");
             assert!(answered && seen.action == XDP_TX, "{place}: an answer: {}", seen.action);
             assert_eq!(seen.frame[..6], Host::Client(1).mac(), "{place}");
             *seen_kinds.entry("answers").or_default() += 1;
         } else {
             let id = plane.ids[0][usize::from(family == Family::V6)];
             let (_, verdict) =
-                model.decide(&plane.plane.services[usize::from(id)], &tuple, segment, 64);
-            let frame = frame(&tuple, segment, &payload, 64, "", "client > us");
+                model.decide(&plane.plane.services[usize::from(id)], &tuple, segment, ack, 64);
+            let frame = frame(&tuple, segment, ack, &payload, 64, "", "client > us");
             let seen = loaded.run(&frame).expect("a run");
             if let Err(e) = agrees(&plane, family, &seen, verdict) {
                 panic!("{place}: {e}");
@@ -441,10 +455,18 @@ fn sequence<K>(
         let ours = model.flows.get(&key);
         let theirs = table.get(&key).expect("an entry or none");
         assert_eq!(comparable(theirs), comparable(ours), "{place}: the entry differs");
+        // The kernel's clock ticks while the model decides.
+        let stamp = |key: &K| {
+            if let Some(flow) = table.get(key).expect("an entry or none") {
+                model.stamp(key, flow.last_ns);
+            }
+        };
+        stamp(&key);
         if mode == "nat"
             && let Some(forward) = ours
         {
             let reverse: K = nat::opposite(&forward, tuple.protocol);
+            stamp(&reverse);
             assert_eq!(
                 comparable(table.get(&reverse).expect("an entry or none")),
                 comparable(model.flows.get(&reverse)),

@@ -21,6 +21,7 @@ pod! {
     ServiceInfo(abi::ServiceInfo);
     Meta(abi::Meta);
     BackendCounters(abi::BackendCounters);
+    FlowCounters(abi::FlowCounters);
     FlowKeyV4(abi::FlowKeyV4);
     FlowKeyV6(abi::FlowKeyV6);
     Flow(abi::Flow);

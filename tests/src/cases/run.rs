@@ -121,7 +121,7 @@ struct Running {
 impl Running {
     fn change(&mut self, world: &World, ifindex: impl Fn(&str) -> Result<u32>) -> Result<()> {
         self.plane = world.plane(ifindex)?;
-        self.loaded.datapath.apply(&self.plane.plane)?;
+        self.loaded.apply(&self.plane.plane)?;
         Ok(())
     }
 
@@ -213,6 +213,8 @@ impl Running {
                     connections,
                     returned_packets,
                     returned_bytes,
+                    no_port: _,
+                    exhausted_ns: _,
                 } = one;
                 for (counter, n) in [
                     ("packets", packets),
