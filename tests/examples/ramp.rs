@@ -27,7 +27,8 @@ use canary_agent::{
 use canary_ebpf_common::{
     abi::{FlowKeyV4, IPPROTO_TCP},
     hash::{bucket, hash_v4},
-    nat::PortRange,
+    nat::bits,
+    ports::PortRange,
     quic::Quic,
     steer::{Segment, TCP_ACK, TCP_FIN, TCP_SYN},
 };
@@ -238,7 +239,7 @@ fn sweep(model: &Model<FlowKeyV4>, planner: &Planner, now_ms: u64) {
             hash_v4(record, key.src_be, key.dst_be, key.src_port_be, key.dst_port_be, IPPROTO_TCP);
         let silent_ns = (now_ms * 1_000_000).saturating_sub(flow.last_ns);
         service.entries[bucket(record, hash) as usize].tracked()
-            && !expired(flow.state, silent_ns, 0)
+            && !expired(bits(flow), silent_ns, 0)
     });
 }
 

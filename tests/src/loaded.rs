@@ -17,7 +17,7 @@ use aya::{
 };
 use canary_agent::{
     config::model::{Capacity, XdpMode},
-    datapath::{Datapath, Options},
+    datapath::{Datapath, Options, Sweeper, Swept},
     plan::{Adopted, DataPlane},
 };
 use canary_ebpf_common::{
@@ -199,6 +199,7 @@ pub struct Loaded {
     pub flows_v4: Flows<FlowKeyV4>,
     /// The flow table of IPv6.
     pub flows_v6: Flows<FlowKeyV6>,
+    sweeper: Sweeper,
     program: OwnedFd,
     out: Vec<u8>,
     options: Options,
@@ -242,6 +243,7 @@ impl Loaded {
         Ok(Self {
             flows_v4: Flows::open(&bpffs.pins(), "FLOWS_V4")?,
             flows_v6: Flows::open(&bpffs.pins(), "FLOWS_V6")?,
+            sweeper: datapath.sweeper()?,
             datapath,
             program,
             out: vec![0; 64 << 10],
@@ -258,8 +260,32 @@ impl Loaded {
     pub fn reopen(&mut self) -> Result<Adopted> {
         let (mut datapath, adopted) = Datapath::open(self.options.clone())?;
         self.program = datapath.program()?.fd()?.as_fd().try_clone_to_owned()?;
+        self.sweeper = datapath.sweeper()?;
         self.datapath = datapath;
         Ok(adopted)
+    }
+
+    /// Puts another plan in force, and sweeps what it wants swept.
+    ///
+    /// # Errors
+    /// When the plan exceeds the maps.
+    pub fn apply(&mut self, plane: &DataPlane) -> Result<()> {
+        self.datapath.apply(plane)?;
+        self.sweeper.pass(&plane.sweep.backends)?;
+        Ok(())
+    }
+
+    /// Lets expired flow entries go, as the agent does every second.
+    ///
+    /// # Errors
+    /// When the kernel refuses to walk a table.
+    pub fn expire(&mut self) -> Result<Swept> {
+        Ok(self.sweeper.pass(&[])?)
+    }
+
+    /// What looks after the flow tables.
+    pub fn sweeper(&mut self) -> &mut Sweeper {
+        &mut self.sweeper
     }
 
     /// Runs the program on a frame.

@@ -270,12 +270,12 @@ impl Planned {
         loop {
             self.wakeup_ms = self.planner.step(self.now_ms).next_wakeup_ms;
             self.in_force = self.planner.plane().clone();
-            self.loaded.datapath.apply(&self.in_force).expect("a plan");
+            self.loaded.apply(&self.in_force).expect("a plan");
             if !self.planner.applied(self.now_ms) {
                 break;
             }
         }
-        self.loaded.datapath.expire().expect("flow entries");
+        self.loaded.expire().expect("flow entries");
     }
 
     /// Sets the split and puts it in force.

@@ -20,6 +20,9 @@ pub struct Status {
     pub reasons: Vec<ReasonCount>,
     /// Capacity and use of the maps.
     pub maps: Vec<MapStatus>,
+    /// What became of flow entries.
+    #[serde(default)]
+    pub flows: FlowStatus,
     /// What an operator should know, each a sentence.
     pub alerts: Vec<String>,
 }
@@ -119,6 +122,9 @@ pub struct BackendStatus {
     pub bytes: u64,
     /// New connections steered to it.
     pub connections: u64,
+    /// Packets of new connections that were refused because no source port was left.
+    #[serde(default)]
+    pub no_port: u64,
     /// Its health checks; absent where none are made.
     pub check: Option<CheckStatus>,
     /// What an operator has told it to be: `ready`, `drain` or `maint`.
@@ -171,6 +177,22 @@ pub struct MapStatus {
     pub used: Option<u64>,
     /// Bytes of kernel memory.
     pub memory_bytes: u64,
+}
+
+/// What became of the entries of both flow tables, of [`Status`].
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct FlowStatus {
+    /// Entries that were stored.
+    pub stored: u64,
+    /// Half-open translated connections that were let go for new ones, the table being full.
+    pub let_go: u64,
+    /// Half-open and closed translated connections whose source port a new one has taken.
+    pub taken_over: u64,
+    /// New connections of moved buckets that went where the older ones go, the table being full:
+    /// packets.
+    pub untracked: u64,
+    /// Entries of half-open connections, IPv4 and IPv6, as of the last look.
+    pub half_open: [u64; 2],
 }
 
 /// `GET /v1/services/{name}/split`, `split SERVICE --json`.

@@ -77,6 +77,7 @@ impl<'a> Listing<'a> {
             packets: 0,
             bytes: 0,
             connections: 0,
+            no_port: 0,
             check: report.map(check_status),
             admin: Admin::Ready.name().to_owned(),
             slow_start: None,
@@ -115,6 +116,7 @@ impl<'a> Listing<'a> {
             packets: 0,
             bytes: 0,
             connections: 0,
+            no_port: 0,
             check: None,
             admin: Admin::Ready.name().to_owned(),
             slow_start: None,
@@ -124,9 +126,9 @@ impl<'a> Listing<'a> {
     }
 
     fn counted(&self, status: BackendStatus, index: BackendIndex) -> BackendStatus {
-        let BackendCounters { packets, bytes, connections, .. } =
+        let BackendCounters { packets, bytes, connections, no_port, .. } =
             self.counters.get(&index).copied().unwrap_or_default();
-        BackendStatus { packets, bytes, connections, ..status }
+        BackendStatus { packets, bytes, connections, no_port, ..status }
     }
 
     fn draining(&self, at: usize, index: BackendIndex) -> u32 {

@@ -7,10 +7,12 @@ mod held;
 mod learn;
 mod listing;
 pub mod lock;
+mod pressure;
 mod run;
 mod split;
 mod state;
 mod status;
+mod sweep;
 
 use tokio::sync::{mpsc, oneshot};
 

@@ -14,7 +14,10 @@ use std::{
 };
 
 use anyhow::Context as _;
-use canary_ebpf_common::{abi::BackendCounters, entry::BackendIndex};
+use canary_ebpf_common::{
+    abi::{BackendCounters, FlowCounters},
+    entry::BackendIndex,
+};
 use nix::time::{ClockId, clock_gettime};
 use tokio::{
     net::TcpListener,
@@ -27,14 +30,15 @@ use super::{
     AttachError, Attachment, Counter, Event, Handle, Kernel, LinkStates, Moment, Refusal, Request,
     State,
     lock::{self, LockError},
+    sweep::{self, Order},
 };
 use crate::{
     api::{self, Api, ControlSocket, model::MapStatus},
     cli::RunOptions,
     config::{self, Config, model::Forward},
-    datapath::{self, Datapath, Reader},
+    datapath::{self, Datapath, Reader, Swept},
     health::{self, Prober},
-    plan::{Adopted, BootMs, DataPlane, NextHop, QUARANTINE_MS},
+    plan::{Adopted, BootMs, DataPlane, NextHop, QUARANTINE_MS, Sweep},
     resolve::{self, Resolver, Unresolved, VipManager},
     store::{SqliteStore, StateStore},
     telemetry::Metrics,
@@ -184,8 +188,12 @@ async fn serve(config: Arc<Config>, datapath: Datapath, adopted: Adopted) -> any
         },
     };
 
+    let mut datapath = datapath;
     let reader = datapath.reader();
-    let kernel = Live { datapath, reader };
+    let sweeper = datapath.sweeper().map_err(refusal)?;
+    let orders =
+        sweep::start(sweeper, events.clone()).context("can't start the flow tables' thread")?;
+    let kernel = Live { datapath, reader, orders };
     let store = SqliteStore::new(&config.agent.state_dir);
     let mut state = State::begin(&config, store, kernel, adopted, metrics.clone(), moment()?)?;
 
@@ -399,6 +407,7 @@ fn moment() -> anyhow::Result<Moment> {
 struct Live {
     datapath: Datapath,
     reader: Reader,
+    orders: std::sync::mpsc::Sender<Order>,
 }
 
 impl Kernel for Live {
@@ -418,8 +427,23 @@ impl Kernel for Live {
         }
     }
 
-    fn expire(&mut self) -> Result<(), String> {
-        self.datapath.expire().map_err(|error| error.to_string())
+    fn clean(&mut self, plane: &DataPlane) -> Result<(), String> {
+        let cleaned = self.datapath.clean(plane).map_err(|error| error.to_string())?;
+        tracing::debug!(?cleaned, "flow tables swept");
+        Ok(())
+    }
+
+    fn sweep(&mut self, sweep: Sweep) {
+        // The thread ends after the loop.
+        let _ = self.orders.send(Order::Sweep(sweep));
+    }
+
+    fn expire(&mut self) {
+        let _ = self.orders.send(Order::Expire);
+    }
+
+    fn flows(&self) -> (FlowCounters, Swept) {
+        (self.reader.flow_counters(), self.reader.swept())
     }
 
     fn counters(&self, backends: &[BackendIndex]) -> Vec<BackendCounters> {

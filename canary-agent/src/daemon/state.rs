@@ -12,22 +12,24 @@ use std::{
 };
 
 use canary_ebpf_common::{
-    abi::BackendCounters,
+    abi::{BackendCounters, FlowCounters},
     entry::{BackendIndex, Entry},
 };
 
 use super::{
     Counter, Peer, Refusal, Request, explain,
     learn::{Asked, Learning},
+    pressure::{Pressure, Reading},
     split, status,
 };
 use crate::{
     api::model::{ChangeReport, InterfaceStatus, MapStatus, SplitRequest, Status},
     config::model::{Config, Forward},
+    datapath::Swept,
     health,
     plan::{
         Adopted, BootMs, BucketSet, DataPlane, News, NextHop, PlanError, Planner, ServicePlan,
-        ServiceState, Start,
+        ServiceState, Start, Sweep,
     },
     store::{Admin, BackendChange, Change, Commit, Split, StateStore, StoreError},
     telemetry::Metrics,
@@ -72,6 +74,8 @@ pub enum Event {
     /// What an operator should know from one part of the agent, in place of what it
     /// said before.
     Alerts(&'static str, Vec<String>),
+    /// The sweep that [`Kernel::sweep`] began is done, or why it is not.
+    Swept(Result<(), String>),
     /// A second has passed.
     Tick,
     /// The time has come that the last call of [`State::handle`] gave.
@@ -102,7 +106,7 @@ pub enum AttachError {
 
 /// What the loop does to the kernel side, and reads there.
 pub trait Kernel {
-    /// Brings the maps to `plane`, its sweep included.
+    /// Brings the maps to `plane`. Its sweep comes after it, with [`sweep`](Self::sweep).
     ///
     /// # Errors
     /// What the kernel refused. It is called again, with this plan or a later one.
@@ -112,11 +116,19 @@ pub trait Kernel {
     /// # Errors
     /// [`AttachError`].
     fn attach(&mut self, interface: &str) -> Result<Attachment, AttachError>;
-    /// Lets flow entries go that have expired, a part of them at each call.
+    /// Takes away what an earlier agent cleared in the maps and had not swept when it ended, by
+    /// the services of `plane`, before that is applied.
     ///
     /// # Errors
     /// What the kernel refused.
-    fn expire(&mut self) -> Result<(), String>;
+    fn clean(&mut self, plane: &DataPlane) -> Result<(), String>;
+    /// Begins to take away the flow entries that `sweep` names. [`Event::Swept`] says when that
+    /// is done; it is not called again before.
+    fn sweep(&mut self, sweep: Sweep);
+    /// Lets flow entries go that have expired, when there is time for it.
+    fn expire(&mut self);
+    /// What became of flow entries, and what the last pass over them has found.
+    fn flows(&self) -> (FlowCounters, Swept);
     /// Counters of backends, in their order.
     fn counters(&self, backends: &[BackendIndex]) -> Vec<BackendCounters>;
     /// Packets by reason, in the order of [`canary_ebpf_common::abi::Reason::ALL`].
@@ -167,10 +179,14 @@ pub struct State<S, K> {
     pub(super) samples: status::Samples,
     /// Splits that are being prepared.
     pub(super) learning: Vec<Learning>,
+    pressure: Pressure,
     begun_ms: BootMs,
     attach_ms: BootMs,
     /// The present plan is not in force, and is tried again then.
     pub(super) retry_ms: Option<BootMs>,
+    /// What the kernel side is sweeping, and what it could not: that is tried again.
+    sweep_under_way: Option<Sweep>,
+    sweep_failed: Option<Sweep>,
     in_force: bool,
 }
 
@@ -229,6 +245,9 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             begun_ms: now.boot_ms,
             attach_ms: now.boot_ms,
             retry_ms: None,
+            pressure: Pressure::default(),
+            sweep_under_way: None,
+            sweep_failed: None,
             in_force: false,
         };
         if !state.alerts.contains_key("store")
@@ -261,6 +280,10 @@ impl<S: StateStore, K: Kernel> State<S, K> {
     /// When the kernel refuses. A missing interface is no error.
     pub fn go(&mut self, now: Moment) -> Result<Option<BootMs>, BeginError> {
         self.in_force = true;
+        self.planner.step(now.boot_ms);
+        // A bucket may be tracked by the first plan already.
+        self.kernel.clean(self.planner.plane()).map_err(BeginError::Apply)?;
+        self.retry_ms = Some(now.boot_ms);
         let wakeup = self.settle(now.boot_ms);
         if self.retry_ms.is_some() {
             let why = self.alerts.remove("maps").unwrap_or_default();
@@ -296,6 +319,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 }
                 self.alerts.insert(from, alerts);
             }
+            Event::Swept(result) => self.swept(result, now.boot_ms),
             Event::Tick => self.tick(now.boot_ms),
             Event::Wakeup => {}
         }
@@ -313,22 +337,14 @@ impl<S: StateStore, K: Kernel> State<S, K> {
 
     /// Brings the plan up to date and the maps to the plan.
     fn settle(&mut self, now_ms: BootMs) -> Option<BootMs> {
-        let mut wakeup = None;
-        // What had to wait for the first plan's sweep goes on with the second.
-        for _ in 0..2 {
-            let step = self.planner.step(now_ms);
-            wakeup = step.next_wakeup_ms;
-            if self.retry_ms.is_none() && !step.changed {
-                break;
-            }
+        let step = self.planner.step(now_ms);
+        let wakeup = step.next_wakeup_ms;
+        if self.retry_ms.is_some() || step.changed {
             match self.kernel.apply(self.planner.plane()) {
                 Ok(()) => {
                     self.retry_ms = None;
                     if self.alerts.remove("maps").is_some() {
                         tracing::info!("the forwarding tables are in force again");
-                    }
-                    if !self.planner.applied(now_ms) {
-                        break;
                     }
                 }
                 Err(error) => {
@@ -337,9 +353,14 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                     if self.alerts.insert("maps", vec![alert.clone()]).is_none() {
                         tracing::error!("{alert}");
                     }
-                    break;
                 }
             }
+        }
+        if self.retry_ms.is_none()
+            && let Some(sweep) = self.planner.begin_sweep()
+        {
+            self.kernel.sweep(sweep.clone());
+            self.sweep_under_way = Some(sweep);
         }
         match (wakeup, self.retry_ms) {
             (Some(a), Some(b)) => Some(a.min(b)),
@@ -347,19 +368,66 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         }
     }
 
+    fn look_for_pressure(
+        &mut self,
+        backends: HashMap<BackendIndex, BackendCounters>,
+        now_ms: BootMs,
+    ) {
+        let (flows, swept) = self.kernel.flows();
+        let (reasons, maps) = (self.kernel.reasons(), self.kernel.maps());
+        let reading = Reading { reasons, flows, swept, maps, backends };
+        let services = self.planner.services();
+        let addr = |index| {
+            services.iter().find_map(|state| {
+                let addr = state.tables().iter().find_map(|table| table.addr(index))?;
+                Some((state.config().name.clone(), addr))
+            })
+        };
+        let alerts = self.pressure.see(&reading, addr, now_ms);
+        let said = self.alerts.get("pressure").map_or(0, Vec::len);
+        // Their numbers change from second to second.
+        for alert in alerts.iter().skip(said) {
+            tracing::warn!("{alert}");
+        }
+        self.alerts.insert("pressure", alerts);
+    }
+
+    /// What had to wait for a sweep goes on.
+    fn swept(&mut self, result: Result<(), String>, now_ms: BootMs) {
+        let sweep = self.sweep_under_way.take();
+        match result {
+            Ok(()) => {
+                self.alerts.remove("sweep");
+                self.planner.swept(now_ms);
+            }
+            Err(error) => {
+                let alert = format!(
+                    "flow entries that have expired stay, and buckets wait to be moved: {error}"
+                );
+                if self.alerts.insert("sweep", vec![alert.clone()]).is_none() {
+                    tracing::error!("{alert}");
+                }
+                self.sweep_failed.clone_from(&sweep);
+                self.sweep_under_way = sweep;
+            }
+        }
+    }
+
     fn tick(&mut self, now_ms: BootMs) {
         let backends = self.planner.plane().backends.len();
         if self.samples.due(backends, now_ms) {
             let counters = self.counters();
-            self.samples.push(now_ms, counters.into_iter());
+            self.samples.push(now_ms, counters.iter().map(|(index, c)| (*index, *c)));
+            self.look_for_pressure(counters, now_ms);
         }
         let keeps_flows = |s: &ServiceState| {
             s.config().forward == Forward::Nat || s.tables().iter().any(|t| t.tracked() > 0)
         };
-        if self.planner.services().iter().any(keeps_flows)
-            && let Err(error) = self.kernel.expire()
-        {
-            tracing::warn!(error, "expired flow entries can't be removed");
+        if let Some(sweep) = self.sweep_failed.take() {
+            self.kernel.sweep(sweep);
+        }
+        if self.planner.services().iter().any(keeps_flows) {
+            self.kernel.expire();
         }
         if now_ms < self.attach_ms + ATTACH_MS {
             return;
@@ -440,6 +508,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 counters: self.counters(),
                 samples: &self.samples,
                 checks: &self.checks,
+                flows: self.kernel.flows(),
                 reasons: self.kernel.reasons(),
                 maps: self.kernel.maps(),
                 interfaces: &self.interfaces,

@@ -3,14 +3,17 @@
 use std::collections::{HashMap, VecDeque};
 
 use canary_ebpf_common::{
-    abi::{ABI_VERSION, BackendCounters, Reason, ReasonVerdict},
+    abi::{ABI_VERSION, BackendCounters, FlowCounters, Reason, ReasonVerdict},
     entry::BackendIndex,
 };
 
 use super::{explain::protocol_name, listing::Listing, split};
 use crate::{
-    api::model::{InterfaceStatus, MapStatus, ReasonCount, ServiceStatus, Status, VersionStatus},
+    api::model::{
+        FlowStatus, InterfaceStatus, MapStatus, ReasonCount, ServiceStatus, Status, VersionStatus,
+    },
     config::model::{Forward, Stickiness},
+    datapath::Swept,
     health::Reports,
     plan::{BootMs, Planner, ServiceState, Table},
 };
@@ -82,6 +85,7 @@ pub(super) struct Sources<'a> {
     pub(super) counters: HashMap<BackendIndex, BackendCounters>,
     pub(super) samples: &'a Samples,
     pub(super) checks: &'a Reports,
+    pub(super) flows: (FlowCounters, Swept),
     pub(super) reasons: Vec<u64>,
     pub(super) maps: Vec<MapStatus>,
     pub(super) interfaces: &'a [InterfaceStatus],
@@ -98,6 +102,7 @@ pub(super) fn status(planner: &Planner, sources: Sources<'_>) -> Status {
         counters: _,
         samples: _,
         checks,
+        flows,
         reasons,
         maps,
         interfaces,
@@ -130,6 +135,7 @@ pub(super) fn status(planner: &Planner, sources: Sources<'_>) -> Status {
             })
             .collect(),
         maps,
+        flows: flow_status(flows),
         alerts,
         ..Status::default()
     };
@@ -143,6 +149,11 @@ pub(super) fn status(planner: &Planner, sources: Sources<'_>) -> Status {
 
 fn counter(sources: &Sources<'_>, index: BackendIndex) -> BackendCounters {
     sources.counters.get(&index).copied().unwrap_or_default()
+}
+
+fn flow_status((counters, swept): (FlowCounters, Swept)) -> FlowStatus {
+    let FlowCounters { stored, let_go, taken_over, untracked } = counters;
+    FlowStatus { stored, let_go, taken_over, untracked, half_open: swept.half_open }
 }
 
 fn service_status(state: &ServiceState, sources: &Sources<'_>) -> ServiceStatus {

@@ -40,7 +40,7 @@ pub(super) struct Maps {
     pub(super) info: Array<MapData, pod::ServiceInfo>,
     pub(super) vips_v4: VipTable,
     pub(super) vips_v6: VipTable,
-    pub(super) table: Mapping,
+    pub(super) table: Arc<Mapping>,
     pub(super) ledger: Mapping,
     pub(super) backends: Mapping,
     pub(super) nat_sources: Array<MapData, abi::Address>,
@@ -107,12 +107,6 @@ impl Maps {
             return Err(Error::OutOfRange { what: "table page", index: service.record.first_page });
         }
         Ok(start..end)
-    }
-
-    /// Whether the table has `bucket` of a service tracked.
-    pub(super) fn tracked(&self, service: &abi::Service, bucket: u32) -> bool {
-        let word = service.first_page as usize * PAGE_BUCKETS as usize + bucket as usize;
-        self.table.words32().get(word).is_some_and(|w| Entry(w.load(Ordering::Relaxed)).tracked())
     }
 
     /// Brings the maps from `before` (what was applied last, if anything) to `desired`.

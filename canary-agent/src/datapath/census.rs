@@ -13,7 +13,7 @@ use aya::Pod;
 use canary_ebpf_common::{
     abi::{self, Flow, FlowKeyV4, FlowKeyV6, flow_state as state},
     entry::BackendIndex,
-    hash,
+    hash, nat,
 };
 
 use super::{
@@ -145,7 +145,11 @@ pub(super) fn count<K: Key>(
 fn is_over(flow: &Flow, service: &abi::Service, now_ns: u64) -> bool {
     let udp = flow.state & state::UDP != 0;
     let udp_idle_ns = u64::from(service.udp_idle_ms) * 1_000_000;
-    flow.state & (state::PROVISIONAL | state::CLOSING) != 0
+    let bits = nat::bits(flow);
+    let ended = state::CLOSING | state::RESET | state::SERVER_RESET;
+    nat::half_open(bits)
+        || bits & (state::QUIC | state::PROVISIONAL) == state::QUIC | state::PROVISIONAL
+        || bits & ended != 0
         || udp && expired(flow.state, now_ns.saturating_sub(flow.last_ns), udp_idle_ns)
 }
 

@@ -1,8 +1,7 @@
-//! The flow tables from outside: walking them in batches, and letting expired
-//! entries go.
+//! The flow tables from outside: walking them in batches, and how long an entry
+//! may be silent.
 
 use std::{
-    collections::HashSet,
     io,
     mem::MaybeUninit,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
@@ -14,23 +13,36 @@ use aya::{
 };
 use canary_ebpf_common::{
     abi::{Flow, FlowKeyV4, FlowKeyV6, IPPROTO_TCP, flow_state as state, quic_idle_ns},
-    nat::opposite,
+    nat::{self, TupleKey as _, opposite},
 };
 
 use super::pod;
 
-/// Silence after which half-open flows go, nanoseconds.
-pub const HALF_OPEN_NS: u64 = 10_000_000_000;
-/// Silence after which closing flows go, nanoseconds (`nf_conntrack`'s time-wait).
-pub const CLOSING_NS: u64 = 120_000_000_000;
+/// Silence after which half-open flows of tracked buckets go, nanoseconds; when a table is nearly
+/// full, translated ones too.
+pub const HALF_OPEN_NS: u64 = 10 * SECOND_NS;
+/// Silence after which closing flows go, nanoseconds (`nf_conntrack`'s FIN_WAIT and TIME_WAIT).
+pub const CLOSING_NS: u64 = 120 * SECOND_NS;
+/// The same when a table is nearly full.
+pub const CLOSING_PRESSED_NS: u64 = 30 * SECOND_NS;
+/// Silence after which translated flows go whose SYN has not been answered (`nf_conntrack`'s
+/// SYN_SENT).
+pub const SYN_SENT_NS: u64 = 120 * SECOND_NS;
+/// Silence after which translated flows go whose SYN-ACK has not been acknowledged
+/// (`nf_conntrack`'s SYN_RECV).
+pub const SYN_RECEIVED_NS: u64 = 60 * SECOND_NS;
+/// Silence after which translated flows go that were reset (`nf_conntrack`'s CLOSE).
+pub const RESET_NS: u64 = 10 * SECOND_NS;
 /// Silence after which established translated flows go, nanoseconds (`nf_conntrack`'s five days).
-pub const ESTABLISHED_NS: u64 = 432_000_000_000_000;
+pub const ESTABLISHED_NS: u64 = 432_000 * SECOND_NS;
 
-/// Entries that one system call reads.
-const BATCH: usize = 4096;
+const SECOND_NS: u64 = 1_000_000_000;
 
 /// `BPF_MAP_LOOKUP_BATCH` (linux/bpf.h; kernel 5.6, commit cb4d03ab499d).
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
+
+/// Entries that one system call reads.
+const BATCH: usize = 1024;
 
 /// The part of `union bpf_attr` that batch commands use.
 #[repr(C)]
@@ -105,135 +117,69 @@ fn walk<K: Pod, V: Pod>(
     Ok(position)
 }
 
-/// What a sweep found and did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Swept {
-    /// Entries that stay.
-    pub kept: u64,
-    /// Entries that were removed.
-    pub removed: u64,
-}
-
-/// Whether an entry with this state is over after `silent_ns` of silence;
-/// `udp_idle_ns` is its service's.
-pub fn expired(flow_state: u32, silent_ns: u64, udp_idle_ns: u64) -> bool {
-    let limit = if flow_state & state::UDP != 0 {
+/// After how much silence a flow with these [`nat::bits`] is over, nanoseconds; `None` for never.
+/// `udp_idle_ns` is its service's; `pressed` says that the table is nearly full.
+pub const fn patience_ns(bits: u32, udp_idle_ns: u64, pressed: bool) -> Option<u64> {
+    Some(if bits & state::UDP != 0 {
         udp_idle_ns
-    } else if flow_state & state::PROVISIONAL != 0 {
-        HALF_OPEN_NS
-    } else if flow_state & (state::CLOSING | state::SERVER_CLOSING) != 0 {
-        CLOSING_NS
-    } else if flow_state & state::QUIC != 0 {
-        quic_idle_ns(udp_idle_ns)
-    } else if flow_state & state::NAT != 0 {
-        ESTABLISHED_NS
+    } else if bits & state::QUIC != 0 {
+        match bits & state::PROVISIONAL {
+            0 => quic_idle_ns(udp_idle_ns),
+            _ => HALF_OPEN_NS,
+        }
+    } else if bits & state::NAT == 0 {
+        match bits & (state::PROVISIONAL | state::CLOSING) {
+            // A tracked connection lives as long as its bucket is tracked.
+            0 => return None,
+            state::CLOSING if pressed => CLOSING_PRESSED_NS,
+            state::CLOSING => CLOSING_NS,
+            _ => HALF_OPEN_NS,
+        }
+    } else if bits & (state::RESET | state::SERVER_RESET) != 0 {
+        RESET_NS
+    } else if nat::half_open(bits) {
+        match bits & state::ANSWERED {
+            _ if pressed => HALF_OPEN_NS,
+            0 => SYN_SENT_NS,
+            _ => SYN_RECEIVED_NS,
+        }
+    } else if bits & (state::CLOSING | state::SERVER_CLOSING) != 0 {
+        if pressed { CLOSING_PRESSED_NS } else { CLOSING_NS }
     } else {
-        // A tracked connection lives as long as its bucket is tracked.
-        return false;
-    };
-    silent_ns > limit
+        ESTABLISHED_NS
+    })
 }
 
-/// How much of a table a sweep looks at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Extent {
-    /// All of it.
-    Whole,
-    /// So many batches, from where the last such sweep ended.
-    Batches(usize),
-}
-
-/// Lets expired entries of one flow table go, and those of backends that are
-/// `gone`, and those that do not translate and of which `unwanted` says so.
-/// Returns what a complete pass has found, when one is complete.
-pub(super) fn sweep<K>(
-    table: &mut FlowTable<K>,
-    extent: Extent,
-    now_ns: u64,
-    gone: &HashSet<u16>,
-    udp_idle_ns: impl Fn(u16) -> u64,
-    unwanted: impl Fn(&K, &Flow) -> bool,
-) -> io::Result<Option<Swept>>
-where
-    K: Pod + FlowKey,
-{
-    let FlowTable { map, fd, position, pass } = table;
-    let (from, batches) = match extent {
-        Extent::Whole => (None, usize::MAX),
-        Extent::Batches(batches) => (*position, batches),
-    };
-    let mut swept = if from.is_some() { *pass } else { Swept::default() };
-    let mut candidates: Vec<(K, Flow)> = Vec::new();
-    let next = walk(fd.as_fd(), from, batches, |key: K, pod::Flow(flow)| {
-        let over =
-            expired(flow.state, now_ns.saturating_sub(flow.last_ns), udp_idle_ns(flow.service))
-                || gone.contains(&flow.backend)
-                || (flow.state & state::NAT == 0 && unwanted(&key, &flow));
-        if over {
-            candidates.push((key, flow));
-        } else {
-            swept.kept += 1;
-        }
-    })?;
-    for (key, flow) in candidates {
-        if flow.state & state::NAT != 0
-            && !gone.contains(&flow.backend)
-            && !both_over(map, &key, now_ns, &udp_idle_ns)
-        {
-            swept.kept += 1;
-            continue;
-        }
-        // It may have gone by itself.
-        if map.remove(&key).is_ok() {
-            swept.removed += 1;
-        }
-    }
-    (*position, *pass) = (next, swept);
-    Ok(next.is_none().then_some(swept))
-}
-
-/// Whether both directions of a translated flow are over, as they are now.
-fn both_over<K: Pod + FlowKey>(
-    map: &HashMap<MapData, K, pod::Flow>,
-    key: &K,
-    now_ns: u64,
-    udp_idle_ns: impl Fn(u16) -> u64,
-) -> bool {
-    let Ok(pod::Flow(flow)) = map.get(key, 0) else { return true };
-    let over = |f: &Flow, closing: u32| {
-        expired(f.state | closing, now_ns.saturating_sub(f.last_ns), udp_idle_ns(f.service))
-    };
-    let Ok(pod::Flow(other)) = map.get(&key.opposite(&flow), 0) else {
-        // Its other half is gone or never came: what is left is of no use.
-        return over(&flow, state::PROVISIONAL)
-            || now_ns.saturating_sub(flow.last_ns) > HALF_OPEN_NS;
-    };
-    // A reset or FIN of either side counts for both directions; half-open is what
-    // the client's side says.
-    let closing = (flow.state | other.state) & (state::CLOSING | state::SERVER_CLOSING);
-    let forward = if flow.state & state::REVERSE == 0 { flow.state } else { other.state };
-    let strip = |f: &Flow| Flow {
-        state: (f.state & !state::PROVISIONAL) | (forward & state::PROVISIONAL),
-        ..*f
-    };
-    over(&strip(&flow), closing) && over(&strip(&other), closing)
+/// Whether a flow with these [`nat::bits`] is over after `silent_ns` of silence.
+pub fn expired(bits: u32, silent_ns: u64, udp_idle_ns: u64) -> bool {
+    patience_ns(bits, udp_idle_ns, false).is_some_and(|patience_ns| silent_ns > patience_ns)
 }
 
 /// A flow key of either family that can find the other direction's.
 pub(super) trait FlowKey: Sized {
     /// The key of `flow`'s other direction.
     fn opposite(&self, flow: &Flow) -> Self;
+    /// Whether it is the key of `flow`'s other direction.
+    fn is_opposite_of(&self, flow: &Flow) -> bool;
 }
 
 impl FlowKey for pod::FlowKeyV4 {
     fn opposite(&self, flow: &Flow) -> Self {
         Self(opposite::<FlowKeyV4>(flow, protocol(self.0.protocol)))
     }
+
+    fn is_opposite_of(&self, flow: &Flow) -> bool {
+        self.0.answers(flow)
+    }
 }
 
 impl FlowKey for pod::FlowKeyV6 {
     fn opposite(&self, flow: &Flow) -> Self {
         Self(opposite::<FlowKeyV6>(flow, protocol(self.0.protocol)))
+    }
+
+    fn is_opposite_of(&self, flow: &Flow) -> bool {
+        self.0.answers(flow)
     }
 }
 
@@ -247,17 +193,40 @@ pub(super) struct FlowTable<K> {
     map: HashMap<MapData, K, pod::Flow>,
     /// The same map: aya has no batch operations and keeps its own descriptor to itself.
     fd: OwnedFd,
-    /// Where the sweep that goes on from call to call stands.
-    position: Position,
-    /// What it has found so far.
-    pass: Swept,
 }
 
 impl<K: Pod> FlowTable<K> {
     /// The table in `data`, a hash map.
     pub(super) fn new(data: MapData) -> Result<Self, super::Error> {
         let fd = data.fd().as_fd().try_clone_to_owned()?;
-        Ok(Self { map: Map::HashMap(data).try_into()?, fd, position: None, pass: Swept::default() })
+        Ok(Self { map: Map::HashMap(data).try_into()?, fd })
+    }
+
+    /// The entry of `key`.
+    pub(super) fn get(&self, key: &K) -> Option<Flow> {
+        self.map.get(key, 0).ok().map(|pod::Flow(flow)| flow)
+    }
+
+    /// Calls `each` with every entry. Those that come or go meanwhile may be missed.
+    pub(super) fn walk(
+        &self,
+        mut each: impl FnMut(K, Flow) -> io::Result<()>,
+        mut pause: impl FnMut() -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut position = None;
+        loop {
+            let mut failed = Ok(());
+            position = walk(self.fd.as_fd(), position, 1, |key, pod::Flow(flow)| {
+                if failed.is_ok() {
+                    failed = each(key, flow);
+                }
+            })?;
+            failed?;
+            pause()?;
+            if position.is_none() {
+                return Ok(());
+            }
+        }
     }
 
     /// Calls `each` with the entries of at most `batches` batches. Returns the kernel's token
@@ -284,25 +253,38 @@ mod tests {
 
     #[test]
     fn each_state_has_its_own_patience() {
-        const S: u64 = 1_000_000_000;
-        for (name, flow_state, silent_ns, over) in [
-            ("half-open", state::PROVISIONAL, 11 * S, true),
-            ("half-open, young", state::PROVISIONAL, 9 * S, false),
-            ("closing", state::CLOSING, 121 * S, true),
-            ("closing, young", state::CLOSING, 119 * S, false),
-            ("closed by the server", state::NAT | state::SERVER_CLOSING, 121 * S, true),
-            ("UDP", state::UDP, 31 * S, true),
-            ("UDP, young", state::UDP, 29 * S, false),
-            ("QUIC, no answer yet", state::QUIC | state::PROVISIONAL, 11 * S, true),
-            ("QUIC, idle", state::QUIC, 299 * S, false),
-            ("QUIC, over", state::QUIC, 301 * S, true),
-            ("QUIC, translated, over", state::QUIC | state::NAT, 301 * S, true),
-            ("tracked and idle for years", 0, u64::MAX, false),
-            ("translated and idle for a day", state::NAT, 86_400 * S, false),
-            ("translated and idle for six days", state::NAT, 518_400 * S, true),
+        const S: u64 = SECOND_NS;
+        let nat = |bits| state::NAT | bits;
+        let (half, answered) = (state::PROVISIONAL, state::PROVISIONAL | state::ANSWERED);
+        let both = state::CLOSING | state::SERVER_CLOSING;
+        for (name, bits, calm, pressed) in [
+            ("tracked, half-open", half, Some(10 * S), Some(10 * S)),
+            ("tracked, closing", state::CLOSING, Some(120 * S), Some(30 * S)),
+            ("tracked, open", 0, None, None),
+            ("tracked UDP", state::UDP, Some(7 * S), Some(7 * S)),
+            ("SYN_SENT", nat(half), Some(120 * S), Some(10 * S)),
+            ("SYN_RECV", nat(answered), Some(60 * S), Some(10 * S)),
+            (
+                "opened by the server",
+                nat(answered | state::SERVER_OPEN),
+                Some(432_000 * S),
+                Some(432_000 * S),
+            ),
+            ("ESTABLISHED", nat(state::ANSWERED), Some(432_000 * S), Some(432_000 * S)),
+            ("FIN_WAIT", nat(state::CLOSING), Some(120 * S), Some(30 * S)),
+            ("CLOSE_WAIT", nat(state::SERVER_CLOSING), Some(120 * S), Some(30 * S)),
+            ("TIME_WAIT", nat(both), Some(120 * S), Some(30 * S)),
+            ("CLOSE", nat(state::RESET), Some(10 * S), Some(10 * S)),
+            ("CLOSE by the server", nat(both | state::SERVER_RESET), Some(10 * S), Some(10 * S)),
+            ("refused", nat(half | state::SERVER_RESET), Some(10 * S), Some(10 * S)),
+            ("UDP", nat(state::UDP), Some(7 * S), Some(7 * S)),
+            ("QUIC, no answer yet", state::QUIC | half, Some(10 * S), Some(10 * S)),
+            ("QUIC", state::QUIC, Some(300 * S), Some(300 * S)),
+            ("QUIC, translated", nat(state::QUIC), Some(300 * S), Some(300 * S)),
         ] {
-            assert_eq!(expired(flow_state, silent_ns, 30 * S), over, "{name}");
+            assert_eq!(patience_ns(bits, 7 * S, false), calm, "{name}");
+            assert_eq!(patience_ns(bits, 7 * S, true), pressed, "{name}, nearly full");
         }
-        assert!(!expired(state::QUIC, 599 * S, 600 * S), "QUIC, with a long `udp_idle`");
+        assert_eq!(patience_ns(state::QUIC, 600 * S, false), Some(600 * S), "a long `udp_idle`");
     }
 }

@@ -14,14 +14,15 @@ mod mapping;
 mod pins;
 mod pod;
 mod reader;
+mod sweep;
 mod vips;
 
 use std::{
-    collections::{HashMap, HashSet},
     fs, io,
     ops::RangeInclusive,
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
-    sync::atomic::Ordering,
+    sync::{Arc, PoisonError, atomic::Ordering},
 };
 
 use aya::{
@@ -32,7 +33,6 @@ use aya::{
 use canary_ebpf_common::{
     abi::{self, ABI_VERSION, Backend, LedgerEntry, PAGE_BUCKETS},
     entry::{BackendIndex, Entry},
-    hash,
 };
 
 pub use self::{
@@ -41,22 +41,30 @@ pub use self::{
     census::{Census, Counted},
     pins::Made,
     reader::Reader,
+    sweep::{Sweeper, Swept},
 };
 use self::{
     apply::Maps,
-    flows::{Extent, FlowTable},
+    flows::FlowTable,
     kernel::{Refused, Release},
     mapping::Mapping,
     pins::Pins,
+    sweep::{Rules, SharedRules},
     vips::VipTable,
 };
 use crate::{
     config::model::{Capacity, XdpMode},
-    plan::{Adopted, AdoptedService, DataPlane, Family, Sweep},
+    plan::{Adopted, AdoptedService, DataPlane, Family},
 };
 
 /// The programs, as the build made them.
 static INGRESS: &[u8] = aya::include_bytes_aligned!(env!("CANARY_EBPF_INGRESS"));
+
+/// The program that is attached.
+const INGRESS_PROGRAM: &str = "ingress";
+/// The programs that take flow entries away.
+const FORGET_V4: &str = "forget_v4";
+const FORGET_V6: &str = "forget_v6";
 
 /// What the data plane is made for.
 #[derive(Clone, Debug)]
@@ -72,9 +80,6 @@ pub struct Options {
     /// Whether another XDP program on an interface gives way.
     pub replace: bool,
 }
-
-/// Batches of each flow table that one call of [`Datapath::expire`] looks at.
-const EXPIRE_BATCHES: usize = 4;
 
 /// Why the data plane could not be brought about.
 #[derive(Debug, thiserror::Error)]
@@ -228,8 +233,7 @@ pub struct Datapath {
     pins: Pins,
     ebpf: Ebpf,
     maps: Maps,
-    flows_v4: FlowTable<pod::FlowKeyV4>,
-    flows_v6: FlowTable<pod::FlowKeyV6>,
+    rules: SharedRules,
     reader: Reader,
     applied: Option<DataPlane>,
 }
@@ -264,25 +268,27 @@ impl Datapath {
             (*r.start(), r.end().saturating_sub(*r.start()).saturating_add(1))
         });
         let vip_mask = pins::vip_slots(options.capacity.vips) - 1;
+        let half_open_mask = pins::half_open_places(options.capacity.flows) - 1;
         let mut loader = EbpfLoader::new();
         for (name, path, entries) in &paths {
             loader.map_max_entries(name, *entries).map_pin_path(name, path);
         }
         loader
             .override_global("VIP_MASK", &vip_mask, true)
+            .override_global("HALF_OPEN_MASK", &half_open_mask, true)
             .override_global("NAT_PORT_FIRST", &first, true)
             .override_global("NAT_PORT_COUNT", &count, true);
         let mut ebpf = loader.load(INGRESS)?;
-        xdp(&mut ebpf)?.load()?;
+        for program in [INGRESS_PROGRAM, FORGET_V4, FORGET_V6] {
+            xdp(&mut ebpf, program)?.load()?;
+        }
         let maps = take_maps(&mut ebpf, &options)?;
         let adopted = if adopt { read(&maps)? } else { Adopted::default() };
         let mut meta: Array<_, pod::Meta> = take(&mut ebpf, "META")?.try_into()?;
         meta.set(0, pod::Meta(abi::Meta { abi_version: ABI_VERSION, pad: 0 }), 0)?;
-        let flow_table = |name| aya::maps::MapData::from_pin(pins.map(name));
         let reader = Reader::open(pins, &layouts)?;
         let datapath = Self {
-            flows_v4: FlowTable::new(flow_table("FLOWS_V4")?)?,
-            flows_v6: FlowTable::new(flow_table("FLOWS_V6")?)?,
+            rules: SharedRules::default(),
             options,
             pins: pins.clone(),
             ebpf,
@@ -299,7 +305,7 @@ impl Datapath {
     /// # Errors
     /// When the interface is missing, another program is on it, or the driver refuses.
     pub fn attach(&mut self, interface: &str) -> Result<Attached, Error> {
-        let program = xdp(&mut self.ebpf)?;
+        let program = xdp(&mut self.ebpf, INGRESS_PROGRAM)?;
         let Options { xdp_mode, replace, .. } = self.options;
         let attached = attach::attach(program, &self.pins, interface, xdp_mode, replace)?;
         self.maps.allow_out(attached.ifindex)?;
@@ -331,7 +337,7 @@ impl Datapath {
     /// Keeps the program that runs under its pin, in place of an earlier one.
     fn pin_program(&mut self) -> Result<(), Error> {
         let path = self.pins.program();
-        let program = xdp(&mut self.ebpf)?;
+        let program = xdp(&mut self.ebpf, INGRESS_PROGRAM)?;
         if path.exists() {
             let pinned = aya::programs::ProgramInfo::from_pin(&path).map(|p| p.id()).ok();
             if pinned == Some(program.info()?.id()) {
@@ -358,54 +364,54 @@ impl Datapath {
             ("TABLE", pages(desired)),
             ("LEDGER", pages(desired)),
         ]);
-        if applied.untracked > 0 || desired.sweep != Sweep::default() {
-            self.sweep(Extent::Whole)?;
+        if before.is_none_or(|b| !same_records(&b, desired)) {
+            self.set_rules(desired);
         }
         Ok(applied)
     }
 
-    /// Lets expired flow entries go: a part of the tables at each call, so that
-    /// the caller is held up for a few milliseconds at most.
+    /// Takes away the flow entries of buckets that the maps do not have tracked, by the services
+    /// of a plan that is about to be applied. An agent that was killed may have left some.
     ///
     /// # Errors
-    /// When the kernel refuses to walk a flow table.
-    pub fn expire(&mut self) -> Result<(), Error> {
-        self.sweep(Extent::Batches(EXPIRE_BATCHES))
+    /// When the kernel refuses to walk the tables or to run the programs.
+    pub fn clean(&mut self, desired: &DataPlane) -> Result<Swept, Error> {
+        self.set_rules(desired);
+        self.sweeper()?.pass(&[])
     }
 
-    /// Lets go of expired flow entries, of those of buckets that are not tracked any
-    /// more, and of those that the plan in force asks to have swept.
-    fn sweep(&mut self, extent: Extent) -> Result<(), Error> {
-        let now_ns = monotonic_ns()?;
-        let Some(plane) = &self.applied else { return Ok(()) };
-        let services: HashMap<u16, abi::Service> =
-            plane.services.iter().map(|s| (s.record.id as u16, s.record)).collect();
-        let gone: HashSet<u16> = plane.sweep.backends.iter().map(|b| b.get()).collect();
-        let udp_idle_ns =
-            |id: u16| services.get(&id).map_or(0, |s| u64::from(s.udp_idle_ms) * 1_000_000);
-        let maps = &self.maps;
-        let v4 =
-            flows::sweep(&mut self.flows_v4, extent, now_ns, &gone, udp_idle_ns, |key, flow| {
-                let pod::FlowKeyV4(k) = *key;
-                let (ports, protocol) = ((k.src_port_be, k.dst_port_be), k.protocol as u8);
-                services.get(&flow.service).is_none_or(|s| {
-                    let h = hash::hash_v4(s, k.src_be, k.dst_be, ports.0, ports.1, protocol);
-                    !maps.tracked(s, hash::bucket(s, h))
-                })
-            })?;
-        let v6 =
-            flows::sweep(&mut self.flows_v6, extent, now_ns, &gone, udp_idle_ns, |key, flow| {
-                let pod::FlowKeyV6(k) = *key;
-                let (ports, protocol) = ((k.src_port_be, k.dst_port_be), k.protocol as u8);
-                services.get(&flow.service).is_none_or(|s| {
-                    let h = hash::hash_v6(s, k.src, k.dst, ports.0, ports.1, protocol);
-                    !maps.tracked(s, hash::bucket(s, h))
-                })
-            })?;
-        let used = [("FLOWS_V4", v4), ("FLOWS_V6", v6)];
-        let used = used.into_iter().filter_map(|(map, pass)| Some((map, pass?.kept)));
-        self.reader.set_used(used.collect());
-        Ok(())
+    fn set_rules(&self, plane: &DataPlane) {
+        let mut services = Vec::new();
+        for service in &plane.services {
+            let id = service.record.id as usize;
+            if services.len() <= id {
+                services.resize(id + 1, None);
+            }
+            services[id] = Some(service.record);
+        }
+        *self.rules.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(Rules { services });
+    }
+
+    /// What looks after the flow tables, for another thread: it goes by the plan that was
+    /// applied last.
+    ///
+    /// # Errors
+    /// When the pinned tables can't be opened.
+    pub fn sweeper(&mut self) -> Result<Sweeper, Error> {
+        let map = |name| aya::maps::MapData::from_pin(self.pins.map(name));
+        let tables = (FlowTable::new(map("FLOWS_V4")?)?, FlowTable::new(map("FLOWS_V6")?)?);
+        let mut program = |name| -> Result<_, Error> {
+            Ok(xdp(&mut self.ebpf, name)?.fd()?.as_fd().try_clone_to_owned()?)
+        };
+        let programs = (program(FORGET_V4)?, program(FORGET_V6)?);
+        Ok(Sweeper::new(
+            tables,
+            programs,
+            self.options.capacity.flows,
+            Arc::clone(&self.rules),
+            Arc::clone(&self.maps.table),
+            self.reader.clone(),
+        ))
     }
 
     /// A way to read counters from any thread.
@@ -418,7 +424,7 @@ impl Datapath {
     /// # Errors
     /// When the object holds no program of that name and type.
     pub fn program(&mut self) -> Result<&mut Xdp, Error> {
-        xdp(&mut self.ebpf)
+        xdp(&mut self.ebpf, INGRESS_PROGRAM)
     }
 }
 
@@ -479,13 +485,18 @@ fn memory_bytes(pin: &Path) -> u64 {
     read().unwrap_or(0)
 }
 
+/// Whether two plans have the same services under the same ids.
+fn same_records(a: &DataPlane, b: &DataPlane) -> bool {
+    a.services.iter().map(|s| s.record).eq(b.services.iter().map(|s| s.record))
+}
+
 fn pages(plane: &DataPlane) -> u64 {
     plane.services.iter().map(|s| u64::from((s.record.bucket_mask + 1) / PAGE_BUCKETS)).sum()
 }
 
-fn xdp(ebpf: &mut Ebpf) -> Result<&mut Xdp, Error> {
-    let program = ebpf.program_mut("ingress").ok_or_else(|| {
-        io::Error::new(io::ErrorKind::NotFound, "the object holds no program `ingress`")
+fn xdp<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp, Error> {
+    let program = ebpf.program_mut(name).ok_or_else(|| {
+        io::Error::new(io::ErrorKind::NotFound, format!("the object holds no program `{name}`"))
     })?;
     Ok(program.try_into()?)
 }
@@ -513,7 +524,7 @@ fn take_maps(ebpf: &mut Ebpf, options: &Options) -> Result<Maps, Error> {
     };
     let page = PAGE_BUCKETS as usize;
     Ok(Maps {
-        table: mapped("TABLE", 4 * page)?,
+        table: Arc::new(mapped("TABLE", 4 * page)?),
         ledger: mapped("LEDGER", 8 * page)?,
         backends: mapped("BACKENDS", size_of::<Backend>())?,
         vips_v4: VipTable::v4(mapped("VIPS_V4", size_of::<abi::VipSlotV4>())?),

@@ -7,7 +7,7 @@ use std::{
 
 use aya::maps::{Map, MapData, PerCpuArray};
 use canary_ebpf_common::{
-    abi::{BackendCounters, Reason},
+    abi::{BackendCounters, FlowCounters, Reason},
     entry::BackendIndex,
 };
 
@@ -16,6 +16,7 @@ use super::{
     flows::FlowTable,
     pins::{Layout, Pins},
     pod,
+    sweep::Swept,
 };
 use crate::api::model::MapStatus;
 
@@ -30,9 +31,20 @@ struct Inner {
     reasons: PerCpuArray<MapData, u64>,
     flows_v4: FlowTable<pod::FlowKeyV4>,
     flows_v6: FlowTable<pod::FlowKeyV6>,
+    flow_counters: PerCpuArray<MapData, pod::FlowCounters>,
     sizes: Vec<MapStatus>,
     /// Entries in use that the loop keeps count of, by map name.
     used: Mutex<Vec<(&'static str, u64)>>,
+    /// What the last pass over the flow tables has found.
+    flows: Mutex<Flows>,
+}
+
+/// Flows as the last pass over the tables has found them.
+#[derive(Clone, Debug, Default)]
+struct Flows {
+    swept: Swept,
+    /// By backend index, connections that are open, where every one has an entry.
+    open: Vec<u32>,
 }
 
 impl Reader {
@@ -52,10 +64,12 @@ impl Reader {
             inner: Arc::new(Inner {
                 backends: Map::PerCpuArray(map("BACKEND_COUNTERS")?).try_into()?,
                 reasons: Map::PerCpuArray(map("REASONS")?).try_into()?,
+                flow_counters: Map::PerCpuArray(map("FLOW_COUNTERS")?).try_into()?,
                 flows_v4: FlowTable::new(map("FLOWS_V4")?)?,
                 flows_v6: FlowTable::new(map("FLOWS_V6")?)?,
                 sizes,
                 used: Mutex::default(),
+                flows: Mutex::default(),
             }),
         })
     }
@@ -75,6 +89,8 @@ impl Reader {
                         connections,
                         returned_packets,
                         returned_bytes,
+                        no_port,
+                        exhausted_ns,
                     } = one;
                     BackendCounters {
                         packets: sum.packets + packets,
@@ -82,6 +98,8 @@ impl Reader {
                         connections: sum.connections + connections,
                         returned_packets: sum.returned_packets + returned_packets,
                         returned_bytes: sum.returned_bytes + returned_bytes,
+                        no_port: sum.no_port + no_port,
+                        exhausted_ns: sum.exhausted_ns.max(*exhausted_ns),
                     }
                 })
             })
@@ -131,6 +149,40 @@ impl Reader {
         let mut census = census::count(flows_v4, capacity("FLOWS_V4"), &wanted, now_ns)?;
         census.add(census::count(flows_v6, capacity("FLOWS_V6"), &wanted, now_ns)?);
         Ok(census)
+    }
+
+    /// What became of flow entries, summed over CPUs.
+    pub fn flow_counters(&self) -> FlowCounters {
+        let Ok(values) = self.inner.flow_counters.get(&0, 0) else {
+            return FlowCounters::default();
+        };
+        values.iter().fold(FlowCounters::default(), |sum, pod::FlowCounters(one)| {
+            let FlowCounters { stored, let_go, taken_over, untracked } = one;
+            FlowCounters {
+                stored: sum.stored + stored,
+                let_go: sum.let_go + let_go,
+                taken_over: sum.taken_over + taken_over,
+                untracked: sum.untracked + untracked,
+            }
+        })
+    }
+
+    /// What the last pass over the flow tables has found.
+    pub fn swept(&self) -> Swept {
+        self.inner.flows.lock().unwrap_or_else(PoisonError::into_inner).swept
+    }
+
+    /// Entries of open flows to a backend, as the last pass over the flow tables has found them.
+    /// Of a translated flow one of the two counts.
+    pub fn open_flows(&self, backend: BackendIndex) -> u32 {
+        let flows = self.inner.flows.lock().unwrap_or_else(PoisonError::into_inner);
+        flows.open.get(usize::from(backend.get())).copied().unwrap_or(0)
+    }
+
+    pub(super) fn set_flows(&self, swept: Swept, open: Vec<u32>) {
+        self.set_used(vec![("FLOWS_V4", swept.kept[0]), ("FLOWS_V6", swept.kept[1])]);
+        let mut flows = self.inner.flows.lock().unwrap_or_else(PoisonError::into_inner);
+        *flows = Flows { swept, open };
     }
 
     pub(super) fn set_used(&self, used: Vec<(&'static str, u64)>) {

@@ -83,9 +83,9 @@ pub struct DataPlane {
 
 /// Flow entries that nobody may look at again.
 ///
-/// Part of the plan, not a task for later: a bucket is tracked again, and an
-/// index is given out again, only after a plan that sweeps it has been applied
-/// ([`Planner::applied`]). A plan that failed keeps what it wanted swept.
+/// A bucket is tracked again, and an index is given out again, only after a sweep
+/// that began when the plan was in force ([`Planner::begin_sweep`]) is done
+/// ([`Planner::swept`]). A plan that failed keeps what it wanted swept.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Sweep {
     /// By table id, buckets that are no longer tracked: entries of theirs that

@@ -208,8 +208,10 @@ pub struct Planner {
     indices: Indices,
     nat_ranges: HashMap<Vec<IpAddr>, u16>,
     plane: DataPlane,
-    /// Indices whose sweep is part of the present plan.
+    /// Indices that nothing names any more but flow entries.
     released: Vec<BackendIndex>,
+    /// Those of them that the sweep under way is about.
+    releasing: Vec<BackendIndex>,
     backends_changed: bool,
 }
 
@@ -293,6 +295,7 @@ impl Planner {
             nat_ranges: HashMap::new(),
             plane: DataPlane::default(),
             released: orphans,
+            releasing: Vec::new(),
             backends_changed: true,
         };
         Ok((planner, news))
@@ -458,38 +461,77 @@ impl Planner {
             done.changed |= backends != self.plane.backends;
             self.plane.backends = backends;
         }
-        let tables = || self.services.iter().flat_map(|s| &s.tables);
-        let sweep = Sweep {
-            buckets: tables()
-                .filter(|t| !t.unswept.is_empty())
-                .map(|t| (t.id, t.unswept.iter().collect()))
-                .collect(),
-            backends: self.released.clone(),
-        };
+        let sweep = self.unswept();
         done.changed |= sweep != self.plane.sweep;
         self.plane.sweep = sweep;
-        done.next_wakeup_ms = tables().filter_map(Table::due_ms).min();
+        let tables = self.services.iter().flat_map(|s| &s.tables);
+        done.next_wakeup_ms = tables.filter_map(Table::due_ms).min();
         done
     }
 
-    /// Says that the present plan, its sweep included, is in force since `now_ms`.
-    /// Returns whether another step is needed at once, for what had to wait for this.
-    pub fn applied(&mut self, now_ms: BootMs) -> bool {
-        for index in self.released.drain(..) {
+    /// What has not been swept yet.
+    fn unswept(&self) -> Sweep {
+        let tables = self.services.iter().flat_map(|s| &s.tables);
+        Sweep {
+            buckets: tables
+                .filter(|t| !t.unswept.is_empty())
+                .map(|t| (t.id, t.unswept.iter().collect()))
+                .collect(),
+            backends: self.releasing.iter().chain(&self.released).copied().collect(),
+        }
+    }
+
+    /// Begins a sweep of all that the plan in force, which is the present one, wants swept.
+    /// `None` if that is nothing, or another sweep is under way.
+    pub fn begin_sweep(&mut self) -> Option<Sweep> {
+        if self.plane.sweep == Sweep::default() || self.sweeping() {
+            return None;
+        }
+        self.releasing = std::mem::take(&mut self.released);
+        for table in self.services.iter_mut().flat_map(|s| &mut s.tables) {
+            table.sweeping = table.unswept.clone();
+        }
+        Some(self.plane.sweep.clone())
+    }
+
+    /// Whether a sweep is under way.
+    fn sweeping(&self) -> bool {
+        !self.releasing.is_empty()
+            || self.services.iter().flat_map(|s| &s.tables).any(|t| !t.sweeping.is_empty())
+    }
+
+    /// Says that the sweep that was begun is done since `now_ms`. Returns whether another step is
+    /// needed at once, for what had to wait for this.
+    pub fn swept(&mut self, now_ms: BootMs) -> bool {
+        for index in self.releasing.drain(..) {
             self.indices.release(index, now_ms);
         }
         let mut waiting = false;
         for state in &mut self.services {
             for table in &mut state.tables {
-                table.unswept.clear();
-                if table.deferred || !table.is_prepared() {
+                // What is not swept is not tracked again: it can't have been cleared twice.
+                let swept = std::mem::take(&mut table.sweeping);
+                if swept == table.unswept {
+                    table.unswept.clear();
+                } else {
+                    swept.iter().for_each(|bucket| table.unswept.remove(bucket));
+                }
+                if (table.deferred || !table.is_prepared()) && !swept.is_empty() {
                     state.dirty = true;
                     waiting = true;
                 }
             }
         }
-        self.plane.sweep = Sweep::default();
+        self.plane.sweep = self.unswept();
         waiting
+    }
+
+    /// Says that the present plan is in force and everything swept that it wants swept, since
+    /// `now_ms`. Returns whether another step is needed at once.
+    pub fn applied(&mut self, now_ms: BootMs) -> bool {
+        let begun = self.begin_sweep().is_some();
+        let waiting = self.swept(now_ms);
+        begun && waiting
     }
 
     /// What would move in a service with other owners, or with a backend told to be something

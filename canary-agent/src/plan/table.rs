@@ -107,8 +107,10 @@ pub struct Table {
     pub(super) ledger: Arc<Vec<LedgerEntry>>,
     pub(super) backends: Vec<LiveBackend>,
     pub(super) draining: Vec<Draining>,
-    /// Buckets cleared by plans that have not been applied yet.
+    /// Buckets that may have flow entries of their former life.
     pub(super) unswept: BucketSet,
+    /// Those of them that the sweep under way is about.
+    pub(super) sweeping: BucketSet,
     pub(super) placements: Placements,
     compiler: Compiler,
     /// What the entries were compiled for last.
@@ -170,6 +172,7 @@ impl Table {
             backends: Vec::new(),
             draining: Vec::new(),
             unswept: BucketSet::default(),
+            sweeping: BucketSet::default(),
             placements,
             compiler: Compiler::new(),
             compiled: None,

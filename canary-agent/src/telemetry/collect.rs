@@ -10,7 +10,7 @@ use prometheus_client::{
     metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
 };
 
-use crate::api::model::{BackendStatus, ServiceStatus, Status, VersionStatus};
+use crate::api::model::{BackendStatus, FlowStatus, ServiceStatus, Status, VersionStatus};
 
 /// A status on its way to the page.
 #[derive(Debug)]
@@ -39,7 +39,8 @@ impl Collector for StatusCollector {
                 (labels, reason.packets)
             }),
         )?;
-        maps(page, status)
+        maps(page, status)?;
+        flows(page, status)
     }
 }
 
@@ -164,6 +165,12 @@ fn backends(page: &mut DescriptorEncoder, services: &[ServiceStatus]) -> fmt::Re
     )?;
     counter(
         page,
+        "canary_backend_no_port",
+        "Packets of new connections that were refused because no source port was left towards the backend",
+        of_backend(|backend| Some(backend.no_port)),
+    )?;
+    counter(
+        page,
         "canary_backend_connections",
         "New connections steered to the backend",
         of_backend(|backend| Some(backend.connections)),
@@ -237,6 +244,31 @@ fn maps(page: &mut DescriptorEncoder, status: &Status) -> fmt::Result {
         "canary_map_memory_bytes",
         "Kernel memory of the map",
         status.maps.iter().map(|map| (of_map(&map.name), map.memory_bytes as f64)),
+    )
+}
+
+fn flows(page: &mut DescriptorEncoder, status: &Status) -> fmt::Result {
+    let FlowStatus { stored, let_go, taken_over, untracked, half_open } = &status.flows;
+    counter(page, "canary_flow_inserts", "Flow entries that were stored", [(Vec::new(), *stored)])?;
+    let reason = |why: &str| vec![("reason", why.to_owned())];
+    counter(
+        page,
+        "canary_flow_evictions",
+        "Translated connections, half-open or closed, that made room in a full table or gave their source port to a new one",
+        [(reason("table_full"), *let_go), (reason("port"), *taken_over)],
+    )?;
+    counter(
+        page,
+        "canary_flow_untracked",
+        "New connections of moved buckets that went where older ones go because the flow table was full, in packets",
+        [(Vec::new(), *untracked)],
+    )?;
+    let family = |family: &str| vec![("family", family.to_owned())];
+    gauge(
+        page,
+        "canary_flow_half_open_entries",
+        "Flow entries of half-open connections",
+        [(family("4"), half_open[0] as f64), (family("6"), half_open[1] as f64)],
     )
 }
 

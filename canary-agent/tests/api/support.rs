@@ -18,8 +18,9 @@ use canary_agent::{
         self, Api, ControlSocket, Limits,
         model::{
             AgentStatus, BackendDetail, BackendReport, BackendRequest, BackendStatus, Backends,
-            ChangeReport, CheckStatus, Explain, InterfaceStatus, MapStatus, ReasonCount,
-            ServiceStatus, ShareChange, SplitRequest, Status, VersionBackends, VersionStatus,
+            ChangeReport, CheckStatus, Explain, FlowStatus, InterfaceStatus, MapStatus,
+            ReasonCount, ServiceStatus, ShareChange, SplitRequest, Status, VersionBackends,
+            VersionStatus,
         },
     },
     config::model::Operators,
@@ -357,6 +358,7 @@ pub(crate) fn status() -> Status {
         packets: connections * 10,
         bytes: connections * 12_000,
         connections,
+        no_port: 0,
         check: Some(CheckStatus {
             up: true,
             passes: 1_000,
@@ -399,6 +401,7 @@ pub(crate) fn status() -> Status {
         ],
     };
     Status {
+        flows: FlowStatus { stored: 40, let_go: 3, taken_over: 2, untracked: 1, half_open: [6, 4] },
         agent: AgentStatus {
             version: "0.1.0".to_owned(),
             abi_version: 1,

@@ -183,7 +183,8 @@ fn a_restart_goes_on_where_the_last_agent_was() {
     drop(first);
     host.with(|host| host.log.clear());
     let mut next = Agent::start(dir.path(), &shop(), host.clone(), maps(&plane));
-    assert_eq!(host.with(|host| host.log.clone()), ["apply", "attach lo"], "nothing new to store");
+    let log = host.with(|host| host.log.clone());
+    assert_eq!(log, ["clean", "apply", "attach lo"], "nothing new to store");
     assert!(host.with(|host| host.plane.clone()) == plane, "not a bit differs");
     assert_eq!(next.status().agent.revision, revision);
     assert_eq!(next.status().services[0].versions[2].asked_text, "64/4096");
@@ -463,6 +464,33 @@ fn explain_says_where_and_why() {
     ] {
         assert_eq!(agent.explain(service, from, to, protocol).unwrap_err().code, code);
     }
+}
+
+#[test]
+fn a_sweep_that_takes_long_holds_up_nothing_but_what_has_to_wait_for_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut agent = agent(&dir);
+    agent.split(&[("v2", "50%")]).unwrap();
+    agent.host.with(|host| host.slow_sweeps = true);
+    // All that moved is let go.
+    agent.wait(1_001_000);
+    assert_eq!(agent.status().services[0].tracked_buckets, 0);
+    assert!(agent.host.with(|host| host.sweep.is_some()), "a sweep has begun");
+    let report = agent.split(&[("v2", "0")]).unwrap();
+    assert!(report.applied && report.buckets_moved > 0);
+    assert_eq!(agent.status().services[0].tracked_buckets, 0, "none is tracked while unswept");
+    assert_eq!(agent.status().services[0].versions[1].buckets, 0);
+    // It fails, is tried again a second later, and done then.
+    let failed = Event::Swept(Err("the kernel is in a bad mood".to_owned()));
+    agent.host.with(|host| host.sweep = None);
+    agent.event(failed);
+    assert!(agent.status().alerts.iter().any(|a| a.contains("a bad mood")));
+    agent.wait(1_000);
+    assert!(agent.host.with(|host| host.sweep.is_some()), "it is tried again");
+    agent.host.with(|host| host.slow_sweeps = false);
+    agent.sweep();
+    assert!(agent.status().alerts.iter().all(|a| !a.contains("a bad mood")));
+    assert!(agent.status().services[0].tracked_buckets > 0, "what waited has moved");
 }
 
 #[test]

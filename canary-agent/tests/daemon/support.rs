@@ -17,12 +17,15 @@ use canary_agent::{
         AttachError, Attachment, Counter, Event, ExplainQuery, Kernel, Moment, Peer, Refusal,
         Request, State,
     },
-    datapath::{Census, Counted},
-    plan::{Adopted, DataPlane},
+    datapath::{Census, Counted, Swept},
+    plan::{Adopted, DataPlane, Sweep},
     store::{Change, Commit, Snapshot, SqliteStore, StateStore, StoreError},
     telemetry::Metrics,
 };
-use canary_ebpf_common::{abi::BackendCounters, entry::BackendIndex};
+use canary_ebpf_common::{
+    abi::{BackendCounters, FlowCounters},
+    entry::BackendIndex,
+};
 use tokio::sync::oneshot;
 
 use crate::plan_support::{config, hop, service};
@@ -38,6 +41,10 @@ pub(crate) struct Host {
     pub(crate) connections: HashMap<BackendIndex, u64>,
     /// What counting open connections comes to; without it there is nothing to count.
     pub(crate) census: Option<Census>,
+    /// What is being swept.
+    pub(crate) sweep: Option<Sweep>,
+    /// Sweeps take as long as the test wants.
+    pub(crate) slow_sweeps: bool,
 }
 
 #[derive(Clone, Default)]
@@ -71,9 +78,24 @@ impl Kernel for Shared {
         })
     }
 
-    fn expire(&mut self) -> Result<(), String> {
-        self.with(|host| host.log.push("expire".to_owned()));
+    fn clean(&mut self, _: &DataPlane) -> Result<(), String> {
+        self.with(|host| host.log.push("clean".to_owned()));
         Ok(())
+    }
+
+    fn sweep(&mut self, sweep: Sweep) {
+        self.with(|host| {
+            assert!(host.sweep.is_none(), "a second sweep at once");
+            host.sweep = Some(sweep);
+        });
+    }
+
+    fn expire(&mut self) {
+        self.with(|host| host.log.push("expire".to_owned()));
+    }
+
+    fn flows(&self) -> (FlowCounters, Swept) {
+        Default::default()
     }
 
     fn counters(&self, backends: &[BackendIndex]) -> Vec<BackendCounters> {
@@ -139,6 +161,7 @@ impl Agent {
         agent.event(Event::NextHops(hops));
         let at = agent.now();
         agent.state.go(at).unwrap();
+        agent.sweep();
         agent
     }
 
@@ -148,7 +171,18 @@ impl Agent {
 
     pub(crate) fn event(&mut self, event: Event) -> Option<u64> {
         let now = self.now();
-        self.state.handle(event, now)
+        let wakeup = self.state.handle(event, now);
+        self.sweep().or(wakeup)
+    }
+
+    /// Lets sweeps end that have begun, unless they are slow.
+    pub(crate) fn sweep(&mut self) -> Option<u64> {
+        let now = self.now();
+        let mut wakeup = None;
+        while self.host.with(|host| !host.slow_sweeps && host.sweep.take().is_some()) {
+            wakeup = self.state.handle(Event::Swept(Ok(())), now);
+        }
+        wakeup
     }
 
     pub(crate) fn wait(&mut self, ms: u64) {
