@@ -377,7 +377,7 @@ pub const FORGET_MOST: usize = 48;
 pub struct FlowCounters {
     /// Entries that were stored.
     pub stored: u64,
-    /// Half-open translated flows that made room in a full table.
+    /// Half-open and closed translated flows that made room in a full table.
     pub let_go: u64,
     /// Half-open and closed translated flows whose source port a new flow has taken.
     pub taken_over: u64,
@@ -386,8 +386,9 @@ pub struct FlowCounters {
     pub untracked: u64,
 }
 
-/// Element of `HALF_OPEN_RINGS` (per CPU), by family: where the CPU's part of `HALF_OPEN_V4`
-/// or `HALF_OPEN_V6` begins and ends. Counts up; the place is the count modulo the size.
+/// Element of `SPARE_RINGS`, by CPU, those of IPv4 first: where the CPU's part of `SPARE_V4`
+/// or `SPARE_V6` begins and ends. Counts up; the place is the count modulo the size. A cache
+/// line, since other CPUs have theirs beside it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Ring {
@@ -395,6 +396,8 @@ pub struct Ring {
     pub head: u64,
     /// The oldest one.
     pub tail: u64,
+    /// Zero.
+    pub pad: [u64; 6],
 }
 
 /// Element of `SERVICE_INFO`: the directory of what is in the maps, so that
@@ -527,7 +530,7 @@ const _: () = {
     assert!(size_of::<Flow>() == 80);
     assert!(size_of::<BackendCounters>() == 56);
     assert!(size_of::<FlowCounters>() == 32);
-    assert!(size_of::<Ring>() == 16);
+    assert!(size_of::<Ring>() == 64);
     assert!(size_of::<Forget<FlowKeyV4>>() == 40);
     assert!(size_of::<Forget<FlowKeyV6>>() == 64);
     assert!(FORGET_OFFSET + FORGET_MOST * size_of::<Forget<FlowKeyV6>>() <= 3520);

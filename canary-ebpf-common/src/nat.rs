@@ -17,6 +17,7 @@ use crate::{
         flow_state as state, forget,
     },
     entry::BackendIndex,
+    ports::Pool,
     quic::Quic,
     steer::{
         CONFIRM_WINDOW, Flows, Segment, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, quic_renews, unfit,
@@ -127,7 +128,7 @@ pub enum Step {
 /// Looks a client's packet up and brings its entries up to date. `ack` is its acknowledgement
 /// number, host order.
 #[inline(always)]
-pub fn step<K: TupleKey, F: Flows<K>>(
+pub fn step<K: TupleKey, F: Pool<K>>(
     flows: &F,
     service: &Service,
     key: &K,
@@ -153,6 +154,9 @@ pub fn step<K: TupleKey, F: Flows<K>>(
         if flow.state != becomes {
             flow.state = becomes;
             mirror(flows, &opposite(flow, segment.protocol), CLIENT_BITS, becomes);
+            if !closed(was) && closed(bits(flow)) {
+                flows.keep_spare(key);
+            }
         }
         return Step::Follow(pointer);
     }
@@ -326,7 +330,7 @@ fn udp_silent_ns<K, F: Flows<K>>(flows: &F, flow: &Flow, reverse: &K, now: u64) 
 /// Brings the entries up to date for a backend's packet on the reverse entry `flow`. `ack` is its
 /// acknowledgement number, host order.
 #[inline(always)]
-pub fn returned<K: TupleKey, F: Flows<K>>(
+pub fn returned<K: TupleKey, F: Pool<K>>(
     flows: &F,
     flow: &mut Flow,
     segment: Segment,
@@ -341,11 +345,16 @@ pub fn returned<K: TupleKey, F: Flows<K>>(
         answered::<K, F>(flows, flow, segment, ack, now);
         return;
     }
+    let was = bits(flow);
     let becomes = heard(flow, segment, state::SERVER_CLOSING, state::SERVER_RESET);
     flow.last_ns = now;
     if flow.state != becomes {
         flow.state = becomes;
-        mirror(flows, &opposite::<K>(flow, segment.protocol), SERVER_BITS, becomes);
+        let forward: K = opposite(flow, segment.protocol);
+        mirror(flows, &forward, SERVER_BITS, becomes);
+        if !closed(was) && closed(bits(flow)) {
+            flows.keep_spare(&forward);
+        }
     }
 }
 

@@ -3,7 +3,8 @@
 //! A port is tried that follows from the flow's hash, then some others. Where all of them are
 //! taken, the flow that has been half-open or closed for the longest time among those gives
 //! its port up; where there is none, all ports are looked through, as many as a packet
-//! may take time for. A full table lets go of the flow that has been half-open longest.
+//! may take time for. A full table lets go of the flow that has been half-open or closed
+//! longest.
 
 use crate::{
     abi::{Address, Backend, Flow, IPPROTO_TCP, Reason, Ring, Service, flow_state as state},
@@ -21,13 +22,14 @@ pub const SCAN_PORTS: u32 = 16_384;
 pub const EXHAUSTED_NS: u64 = 100_000_000;
 /// So few are looked through each time.
 const FEW_PORTS: u32 = 1024;
-/// Half-open flows that one packet looks at to find one that can go.
-pub const ROOM_ATTEMPTS: u32 = 8;
+/// Flows that one packet looks at to find one that can go. Most of those that began half-open are
+/// open by then; they are looked at once.
+pub const ROOM_ATTEMPTS: u32 = 64;
 
 /// What opening a flow needs besides the flow table.
 ///
 /// # Safety
-/// A key that `oldest_half_open` returns must be valid for reads until another one is kept. A
+/// A key that `oldest_spare` returns must be valid for reads until another one is kept. A
 /// search that `search` returns, if not null, must be valid for reads and writes, and nobody
 /// else's, until the flow is opened.
 pub unsafe trait Pool<K>: Flows<K> {
@@ -44,10 +46,11 @@ pub unsafe trait Pool<K>: Flows<K> {
     fn scan(&self);
     /// Calls [`let_one_go`] until it says so, [`ROOM_ATTEMPTS`] times at most.
     fn make_room(&self);
-    /// Keeps the key of a flow that begins half-open.
-    fn keep_half_open(&self, key: &K);
-    /// Takes the oldest of those keys away; null if there is none.
-    fn oldest_half_open(&self) -> *const K;
+    /// Keeps the key of a flow that is half-open, or closed by now: one that can be spared.
+    fn keep_spare(&self, key: &K);
+    /// Takes the oldest of those keys away; null if there is none. Keys that other CPUs have kept
+    /// come from half of the [`ROOM_ATTEMPTS`] on.
+    fn oldest_spare(&self, attempt: u32) -> *const K;
     /// When a search for a port towards `backend` last found none.
     fn exhausted_ns(&self, backend: BackendIndex) -> u64;
     /// Says that one has found none at `now_ns`.
@@ -190,7 +193,7 @@ impl Search {
     #[inline(always)]
     pub fn look<K: TupleKey, F: Pool<K>>(&mut self, flows: &F, index: u32) -> bool {
         let count = self.ports.count as u32;
-        let at = (self.start + index).checked_rem(count * self.source_count).unwrap_or(0);
+        let at = self.start.wrapping_add(index).checked_rem(count * self.source_count).unwrap_or(0);
         // Checked: a panic would be a program that does not load.
         let nth = at.checked_div(count).unwrap_or(0);
         let Some(source) = flows.source(self.sources + nth) else { return false };
@@ -265,6 +268,10 @@ pub fn open<K: TupleKey, F: Pool<K>>(
     search.candidate = first;
     search.ports = ports;
     search.start = ((u64::from(first) * u64::from(total)) >> 32) as u32;
+    if total > SCAN_PORTS {
+        // A client that asks again, after a second or more, has other ports looked at.
+        search.start = search.start.wrapping_add((now >> 30) as u32 % 1024 * SCAN_PORTS);
+    }
     search.limit = if total < SCAN_PORTS { total } else { SCAN_PORTS };
     search.protocol = u32::from(segment.protocol);
     search.backend_port_be = backend.port_be;
@@ -320,7 +327,7 @@ pub fn open<K: TupleKey, F: Pool<K>>(
     if inserted != Inserted::Stored {
         flows.remove(&answer);
     } else if tcp {
-        flows.keep_half_open(key);
+        flows.keep_spare(key);
     }
     let forward = flows.lookup(key);
     if inserted == Inserted::Full || forward.is_null() {
@@ -357,13 +364,13 @@ fn vacate<K: TupleKey, F: Pool<K>>(flows: &F, answer: &K, protocol: u8) -> bool 
     true
 }
 
-/// Lets the oldest translated flow go if it is still half-open. Returns whether there is nothing
-/// more to do.
+/// Lets the oldest translated flow go that began half-open or was closed, if it is so still.
+/// Returns whether one has gone.
 #[inline(always)]
-pub fn let_one_go<K: TupleKey, F: Pool<K>>(flows: &F) -> bool {
-    let oldest = flows.oldest_half_open();
+pub fn let_one_go<K: TupleKey, F: Pool<K>>(flows: &F, attempt: u32) -> bool {
+    let oldest = flows.oldest_spare(attempt);
     if oldest.is_null() {
-        return true;
+        return false;
     }
     // SAFETY: not null, so a key by the contract of `Pool`.
     let oldest = unsafe { &*oldest };
@@ -373,7 +380,7 @@ pub fn let_one_go<K: TupleKey, F: Pool<K>>(flows: &F) -> bool {
     }
     // SAFETY: not null, so valid for this decision by the contract of `Flows`.
     let forward = unsafe { &*forward };
-    if forward.state & state::NAT == 0 || !half_open(bits(forward)) {
+    if forward.state & state::NAT == 0 || !reclaimable(bits(forward)) {
         return false;
     }
     flows.remove(&opposite(forward, IPPROTO_TCP));
@@ -408,7 +415,7 @@ mod model {
         }
 
         fn make_room(&self) {
-            let _ = (0..ROOM_ATTEMPTS).find(|_| let_one_go(self));
+            let _ = (0..ROOM_ATTEMPTS).find(|attempt| let_one_go(self, *attempt));
         }
 
         fn scan(&self) {
@@ -417,10 +424,10 @@ mod model {
             let _ = (0..search.limit).find(|index| search.look(self, *index));
         }
 
-        fn keep_half_open(&self, key: &K) {
+        fn keep_spare(&self, key: &K) {
             let mut kept = self.half_open.borrow_mut();
             let (ring, keys) = &mut *kept;
-            let size = self.half_open_places.get();
+            let size = self.spare_places.get();
             let at = (ring.push(size) % size) as usize;
             if keys.len() <= at {
                 keys.resize_with(at + 1, || None);
@@ -428,10 +435,10 @@ mod model {
             keys[at] = Some(Box::new(*key));
         }
 
-        fn oldest_half_open(&self) -> *const K {
+        fn oldest_spare(&self, _: u32) -> *const K {
             let mut kept = self.half_open.borrow_mut();
             let (ring, keys) = &mut *kept;
-            let at = ring.pop().map(|at| (at % self.half_open_places.get()) as usize);
+            let at = ring.pop().map(|at| (at % self.spare_places.get()) as usize);
             let key = at.and_then(|at| keys.get(at)).and_then(Option::as_deref);
             key.map_or(std::ptr::null(), std::ptr::from_ref)
         }
@@ -468,7 +475,7 @@ mod tests {
     impl Nat {
         fn new(ports: u16, sources: u64) -> Self {
             let flows = ModelFlows::new(1 << 20);
-            flows.half_open_places.set(1 << 16);
+            flows.spare_places.set(1 << 16);
             *flows.sources.borrow_mut() = (0..sources).map(|n| [100 + n, 0]).collect();
             Self {
                 flows,
@@ -623,7 +630,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_table_lets_the_oldest_half_open_flow_go_and_no_open_one() {
+    fn a_full_table_lets_the_oldest_spare_flow_go_and_no_open_one() {
         let nat = Nat::new(10_000, 1);
         nat.flows.capacity.set(20);
         for number in 0..6 {

@@ -374,7 +374,7 @@ pub mod model {
         /// `NAT_SOURCES`.
         pub sources: RefCell<Vec<Address>>,
         /// Places of the ring of half-open flows.
-        pub half_open_places: Cell<u64>,
+        pub spare_places: Cell<u64>,
         pub(crate) half_open: RefCell<(Ring, Vec<Option<Box<K>>>)>,
         pub(crate) exhausted: RefCell<HashMap<BackendIndex, u64>>,
         pub(crate) search: UnsafeCell<Search>,
@@ -391,7 +391,7 @@ pub mod model {
                 clock_ns: Cell::new(1),
                 flags: RefCell::new(HashMap::new()),
                 sources: RefCell::new(Vec::new()),
-                half_open_places: Cell::new(16),
+                spare_places: Cell::new(16),
                 half_open: RefCell::new((Ring::default(), Vec::new())),
                 exhausted: RefCell::new(HashMap::new()),
                 search: UnsafeCell::default(),

@@ -54,15 +54,16 @@ static FLOWS_V4: HashMap<FlowKeyV4, Flow> = HashMap::with_max_entries(1, 0);
 /// Flows of IPv6: never evicted.
 #[map]
 static FLOWS_V6: HashMap<FlowKeyV6, Flow> = HashMap::with_max_entries(1, 0);
-/// Keys of half-open translated flows of IPv4: a ring for each CPU, one after the other.
+/// Keys of translated flows of IPv4 that can be spared, half-open or closed when they were put
+/// here: a ring for each CPU, one after the other.
 #[map]
-static HALF_OPEN_V4: Array<FlowKeyV4> = Array::with_max_entries(1, 0);
+static SPARE_V4: Array<FlowKeyV4> = Array::with_max_entries(1, 0);
 /// The same of IPv6.
 #[map]
-static HALF_OPEN_V6: Array<FlowKeyV6> = Array::with_max_entries(1, 0);
+static SPARE_V6: Array<FlowKeyV6> = Array::with_max_entries(1, 0);
 /// Where the rings begin and end: of IPv4, then of IPv6.
 #[map]
-static HALF_OPEN_RINGS: PerCpuArray<Ring> = PerCpuArray::with_max_entries(2, 0);
+static SPARE_RINGS: Array<Ring> = Array::with_max_entries(2, 0);
 /// The search for a port that is under way.
 #[map]
 static SEARCH: PerCpuArray<Search> = PerCpuArray::with_max_entries(1, 0);
@@ -90,9 +91,12 @@ static NAT_PORT_FIRST: u16 = 0;
 #[unsafe(no_mangle)]
 static NAT_PORT_COUNT: u16 = 0;
 
-/// Places of one CPU's ring in `HALF_OPEN_V4` and in `HALF_OPEN_V6`, less one: a power of two.
+/// Places of one CPU's ring in `SPARE_V4` and in `SPARE_V6`, less one: a power of two.
 #[unsafe(no_mangle)]
-static HALF_OPEN_MASK: u32 = 0;
+static SPARE_MASK: u32 = 0;
+/// CPUs that there can be.
+#[unsafe(no_mangle)]
+static CPUS: u32 = 1;
 
 /// The range of source ports for translated flows.
 #[inline(always)]
@@ -190,22 +194,41 @@ fn flow_counters() -> Option<&'static mut FlowCounters> {
     unsafe { FLOW_COUNTERS.get_ptr_mut(0).map(|p| &mut *p) }
 }
 
-/// This CPU's ring of a family, and how many places it has.
+/// A CPU's ring of a family, and how many places it has. Only that CPU puts keys in; that two may
+/// take the same one out at once harms nobody.
 #[inline(always)]
-fn ring(family: u32) -> Option<(&'static mut Ring, u64)> {
-    // SAFETY: an initialised static; volatile as in `nat_ports`.
-    let mask = unsafe { core::ptr::read_volatile(&raw const HALF_OPEN_MASK) };
-    // SAFETY: this CPU's own element, and XDP does not nest.
-    let ring = unsafe { HALF_OPEN_RINGS.get_ptr_mut(family).map(|p| &mut *p) }?;
+fn ring(family: u32, cpu: u32) -> Option<(&'static mut Ring, u64)> {
+    // SAFETY: initialised statics; volatile as in `nat_ports`.
+    let (mask, cpus) = unsafe {
+        (core::ptr::read_volatile(&raw const SPARE_MASK), core::ptr::read_volatile(&raw const CPUS))
+    };
+    // SAFETY: an element of the map; integers only.
+    let ring = unsafe { SPARE_RINGS.get_ptr_mut(family * cpus + cpu).map(|p| &mut *p) }?;
     Some((ring, u64::from(mask) + 1))
 }
 
-/// Where in `HALF_OPEN_V4` and `HALF_OPEN_V6` a place of this CPU's ring is.
+/// Where in `SPARE_V4` and `SPARE_V6` a place of a CPU's ring is.
 #[inline(always)]
-fn ring_place(at: u64, size: u64) -> u32 {
-    // SAFETY: the helper has no precondition.
-    let cpu = unsafe { bpf_get_smp_processor_id() };
+fn ring_place(cpu: u32, at: u64, size: u64) -> u32 {
     cpu * size as u32 + (at & (size - 1)) as u32
+}
+
+#[inline(always)]
+fn this_cpu() -> u32 {
+    // SAFETY: the helper has no precondition.
+    unsafe { bpf_get_smp_processor_id() }
+}
+
+/// The CPU whose spare flows are looked at: this one first, then all in turn.
+#[inline(always)]
+fn spare_cpu(attempt: u32) -> u32 {
+    let cpu = this_cpu();
+    if attempt < ROOM_ATTEMPTS / 2 {
+        return cpu;
+    }
+    // SAFETY: an initialised static; volatile as in `nat_ports`.
+    let cpus = unsafe { core::ptr::read_volatile(&raw const CPUS) };
+    (cpu + attempt).checked_rem(cpus).unwrap_or(cpu)
 }
 
 /// This CPU's search for a port.
@@ -229,7 +252,7 @@ pub(crate) struct FlowsV4;
 pub(crate) struct FlowsV6;
 
 macro_rules! flow_table {
-    ($table:ident, $map:ident, $key:ty, $half_open:ident, $family:literal, $callbacks:ident) => {
+    ($table:ident, $map:ident, $key:ty, $spare:ident, $family:literal, $callbacks:ident) => {
         // SAFETY: elements of a preallocated hash map stay valid memory of the map while
         // the program runs.
         unsafe impl Flows<$key> for $table {
@@ -291,8 +314,8 @@ macro_rules! flow_table {
                 i64::from(search().is_none_or(|search| search.look(&$table, index)))
             }
 
-            pub(super) unsafe extern "C" fn let_one_go(_: u32, _: *mut c_void) -> i64 {
-                i64::from(ports::let_one_go(&$table))
+            pub(super) unsafe extern "C" fn let_one_go(attempt: u32, _: *mut c_void) -> i64 {
+                i64::from(ports::let_one_go(&$table, attempt))
             }
         }
 
@@ -324,20 +347,22 @@ macro_rules! flow_table {
             }
 
             #[inline(always)]
-            fn keep_half_open(&self, key: &$key) {
-                let Some((ring, size)) = ring($family) else { return };
-                let place = ring_place(ring.push(size), size);
-                if let Some(slot) = $half_open.get_ptr_mut(place) {
+            fn keep_spare(&self, key: &$key) {
+                let cpu = this_cpu();
+                let Some((ring, size)) = ring($family, cpu) else { return };
+                let place = ring_place(cpu, ring.push(size), size);
+                if let Some(slot) = $spare.get_ptr_mut(place) {
                     // SAFETY: an element of the map.
                     unsafe { *slot = *key };
                 }
             }
 
             #[inline(always)]
-            fn oldest_half_open(&self) -> *const $key {
-                let Some((ring, size)) = ring($family) else { return core::ptr::null() };
+            fn oldest_spare(&self, attempt: u32) -> *const $key {
+                let cpu = spare_cpu(attempt);
+                let Some((ring, size)) = ring($family, cpu) else { return core::ptr::null() };
                 let Some(at) = ring.pop() else { return core::ptr::null() };
-                $half_open.get_ptr(ring_place(at, size)).unwrap_or(core::ptr::null())
+                $spare.get_ptr(ring_place(cpu, at, size)).unwrap_or(core::ptr::null())
             }
 
             #[inline(always)]
@@ -369,5 +394,5 @@ macro_rules! flow_table {
     };
 }
 
-flow_table!(FlowsV4, FLOWS_V4, FlowKeyV4, HALF_OPEN_V4, 0, callbacks_v4);
-flow_table!(FlowsV6, FLOWS_V6, FlowKeyV6, HALF_OPEN_V6, 1, callbacks_v6);
+flow_table!(FlowsV4, FLOWS_V4, FlowKeyV4, SPARE_V4, 0, callbacks_v4);
+flow_table!(FlowsV6, FLOWS_V6, FlowKeyV6, SPARE_V6, 1, callbacks_v6);

@@ -18,6 +18,7 @@ pub mod cases;
 pub mod chatter;
 pub mod client;
 pub mod control;
+pub mod flood;
 pub mod hold;
 pub mod host;
 pub mod http;

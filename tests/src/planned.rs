@@ -24,7 +24,7 @@ use canary_ebpf_common::{
     abi::{self, BackendCounters, Flow, FlowKeyV4, FlowKeyV6, IPPROTO_TCP},
     entry::{BackendIndex, Entry},
     hash::bucket,
-    steer::Segment,
+    steer::{Segment, TCP_ACK, TCP_SYN},
 };
 
 use crate::{
@@ -450,7 +450,7 @@ impl Planned {
     /// As [`send`](Self::send); with it the source port that the packet left with.
     #[track_caller]
     pub fn translated(&mut self, tuple: &Tuple, segment: Segment) -> (Went, u16) {
-        write_frame(&mut self.frame, Host::Client(1), tuple, segment);
+        write_frame(&mut self.frame, Host::Client(1), tuple, segment, SERVER_SEQ + 1);
         let seen = self.loaded.run(&self.frame).expect("a run");
         let went = match seen.action {
             XDP_TX => {
@@ -471,14 +471,14 @@ impl Planned {
     /// The frame of a client's packet.
     pub fn frame(&self, tuple: &Tuple, segment: Segment) -> Vec<u8> {
         let mut frame = Vec::new();
-        write_frame(&mut frame, Host::Client(1), tuple, segment);
+        write_frame(&mut frame, Host::Client(1), tuple, segment, SERVER_SEQ + 1);
         frame
     }
 
-    /// Sends what backend `n` answers to a translated packet that came from `port`; whether it
-    /// goes to the client.
+    /// Sends what backend `n` answers to a translated packet that came from `port`, `ack` being
+    /// what it acknowledges; whether it goes to the client.
     #[track_caller]
-    pub fn answer(&mut self, tuple: &Tuple, n: u16, port: u16, segment: Segment) -> bool {
+    pub fn answer(&mut self, tuple: &Tuple, n: u16, port: u16, segment: Segment, ack: u32) -> bool {
         let family = family(tuple.src);
         let answer = Tuple {
             src: addr(Host::Backend(n), family),
@@ -487,14 +487,25 @@ impl Planned {
             dst_port: port,
             protocol: tuple.protocol,
         };
-        write_frame(&mut self.frame, Host::Backend(n), &answer, segment);
+        write_frame(&mut self.frame, Host::Backend(n), &answer, segment, ack);
         let seen = self.loaded.run(&self.frame).expect("a run");
         let at = transport_at(tuple) + 2;
         seen.action == XDP_TX
             && seen.frame[..6] == Host::Client(1).mac()
             && seen.frame[at..at + 2] == tuple.src_port.to_be_bytes()
     }
+
+    /// Sends backend `n`'s SYN-ACK to the SYN numbered `isn` that came from `port`; whether it
+    /// goes to the client.
+    #[track_caller]
+    pub fn syn_ack(&mut self, tuple: &Tuple, n: u16, port: u16, isn: u32) -> bool {
+        let segment = Segment::tcp(TCP_SYN | TCP_ACK, SERVER_SEQ);
+        self.answer(tuple, n, port, segment, isn.wrapping_add(1))
+    }
 }
+
+/// Sequence number of every server's SYN-ACK. A client's packets acknowledge it.
+pub const SERVER_SEQ: u32 = 500_000;
 
 /// Client `n`'s connection from `port`.
 pub fn tuple(n: u16, family: Family, port: u16, protocol: u8) -> Tuple {
@@ -552,7 +563,8 @@ fn transport_at(tuple: &Tuple) -> usize {
 
 /// Writes the packet's frame. Checksums of transport are left out: the program brings them up
 /// to date and never looks whether they are right.
-fn write_frame(frame: &mut Vec<u8>, from: Host, tuple: &Tuple, segment: Segment) {
+/// `ack` is the acknowledgement number where the segment has one.
+fn write_frame(frame: &mut Vec<u8>, from: Host, tuple: &Tuple, segment: Segment, ack: u32) {
     let Tuple { src, dst, src_port, dst_port, protocol } = *tuple;
     let tcp = protocol == IPPROTO_TCP;
     let transport_bytes: u16 = if tcp { 20 } else { 8 };
@@ -580,7 +592,9 @@ fn write_frame(frame: &mut Vec<u8>, from: Host, tuple: &Tuple, segment: Segment)
     frame.extend(dst_port.to_be_bytes());
     if tcp {
         frame.extend(segment.seq.to_be_bytes());
-        frame.extend([0, 0, 0, 0, 0x50, segment.tcp_flags, 0xff, 0xff, 0, 0, 0, 0]);
+        let ack = if segment.tcp_flags & TCP_ACK != 0 { ack } else { 0 };
+        frame.extend(ack.to_be_bytes());
+        frame.extend([0x50, segment.tcp_flags, 0xff, 0xff, 0, 0, 0, 0]);
     } else {
         // A sum of its own (RFC 768): IPv6 has no datagrams without.
         frame.extend([0, 8, 0x12, 0x34]);

@@ -179,7 +179,7 @@ pub struct Topology {
     pub backends: Vec<Host>,
     // Programs go before the namespaces that they are attached in.
     _programs: Vec<XdpPass>,
-    _switch: Namespace,
+    switch: Namespace,
 }
 
 impl Topology {
@@ -250,13 +250,14 @@ route add ::/0 via {BALANCER_V6}"
         for (namespace, interface) in &ends {
             wait::until("a link", || running(namespace, interface));
         }
-        Self {
-            shape: options.shape,
-            client,
-            balancer,
-            backends,
-            _programs: programs,
-            _switch: switch,
+        Self { shape: options.shape, client, balancer, backends, _programs: programs, switch }
+    }
+
+    /// The other end of the balancer's `eth0`: what leaves by it comes in there.
+    pub fn towards_balancer(&self) -> (&Namespace, &'static str) {
+        match self.shape {
+            Shape::TwoArmed => (&self.client, "eth0"),
+            Shape::OneArmed => (&self.switch, "balancer"),
         }
     }
 

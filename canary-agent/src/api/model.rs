@@ -184,7 +184,8 @@ pub struct MapStatus {
 pub struct FlowStatus {
     /// Entries that were stored.
     pub stored: u64,
-    /// Half-open translated connections that were let go for new ones, the table being full.
+    /// Half-open and closed translated connections that were let go for new ones, the table being
+    /// full.
     pub let_go: u64,
     /// Half-open and closed translated connections whose source port a new one has taken.
     pub taken_over: u64,

@@ -91,7 +91,7 @@ impl Pressure {
         }
         if let Some(count) = self.let_go.see(reading.flows.let_go, first, now_ms) {
             alerts.push(format!(
-                "the flow table is full: {count} half-open translated connections were let go for new ones; \
+                "the flow table is full: {count} half-open or closed translated connections were let go for new ones; \
                  raise `agent.capacity.flows`, unless it is a SYN flood"
             ));
         }

@@ -268,14 +268,16 @@ impl Datapath {
             (*r.start(), r.end().saturating_sub(*r.start()).saturating_add(1))
         });
         let vip_mask = pins::vip_slots(options.capacity.vips) - 1;
-        let half_open_mask = pins::half_open_places(options.capacity.flows) - 1;
+        let cpus = pins::cpus();
+        let spare_mask = pins::spare_places(options.capacity.flows) - 1;
         let mut loader = EbpfLoader::new();
         for (name, path, entries) in &paths {
             loader.map_max_entries(name, *entries).map_pin_path(name, path);
         }
         loader
             .override_global("VIP_MASK", &vip_mask, true)
-            .override_global("HALF_OPEN_MASK", &half_open_mask, true)
+            .override_global("SPARE_MASK", &spare_mask, true)
+            .override_global("CPUS", &cpus, true)
             .override_global("NAT_PORT_FIRST", &first, true)
             .override_global("NAT_PORT_COUNT", &count, true);
         let mut ebpf = loader.load(INGRESS)?;

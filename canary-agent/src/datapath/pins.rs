@@ -85,22 +85,22 @@ pub(super) fn layouts(options: &Options) -> Vec<Layout> {
             c.flows,
         ),
         layout(
-            "HALF_OPEN_V4",
+            "SPARE_V4",
             MapType::Array,
             4,
             size_of::<abi::FlowKeyV4>(),
             0,
-            half_open_places(c.flows) * cpus(),
+            spare_places(c.flows) * cpus(),
         ),
         layout(
-            "HALF_OPEN_V6",
+            "SPARE_V6",
             MapType::Array,
             4,
             size_of::<abi::FlowKeyV6>(),
             0,
-            half_open_places(c.flows) * cpus(),
+            spare_places(c.flows) * cpus(),
         ),
-        layout("HALF_OPEN_RINGS", MapType::PerCpuArray, 4, size_of::<abi::Ring>(), 0, 2),
+        layout("SPARE_RINGS", MapType::Array, 4, size_of::<abi::Ring>(), 0, 2 * cpus()),
         layout("FLOW_COUNTERS", MapType::PerCpuArray, 4, size_of::<abi::FlowCounters>(), 0, 1),
         layout(
             "BACKEND_COUNTERS",
@@ -116,20 +116,20 @@ pub(super) fn layouts(options: &Options) -> Vec<Layout> {
     ]
 }
 
-/// Places of one CPU's ring of half-open flows, a power of two: all CPUs' together hold about a
+/// Places of one CPU's ring of flows that can be spared, a power of two: all CPUs' together hold about a
 /// quarter as many flows as the table holds entries. Translated flows take two each.
-pub(super) fn half_open_places(flows: u32) -> u32 {
+pub(super) fn spare_places(flows: u32) -> u32 {
     let each = flows / 4 / cpus();
-    (each + 1).next_power_of_two().max(MIN_HALF_OPEN)
+    (each + 1).next_power_of_two().max(MIN_SPARE)
 }
 
 /// CPUs that there can be.
-fn cpus() -> u32 {
+pub(super) fn cpus() -> u32 {
     aya::util::nr_cpus().map_or(1, |cpus| cpus as u32)
 }
 
 /// Least places of one CPU's ring.
-const MIN_HALF_OPEN: u32 = 16;
+const MIN_SPARE: u32 = 16;
 
 /// Slots of `VIPS_V4` and of `VIPS_V6`: a quarter full at most, so that every
 /// address finds one of its two slots.

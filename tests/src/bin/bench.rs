@@ -5,10 +5,18 @@
 //! many runs, and the least of some rounds. Within a round the programs take turns in blocks, so
 //! that noise hits all alike.
 
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::{
+    os::fd::{AsFd as _, OwnedFd},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use canary_agent::plan::Family;
+use canary_ebpf_common::steer::{TCP_ACK, TCP_SYN};
 use canary_tests::{
     bpf,
     loaded::{Loaded, XDP_PASS, XDP_TX},
@@ -25,6 +33,15 @@ use serde::Serialize;
 enum Command {
     /// Nanoseconds a packet, and the program's size
     Packet(Packet),
+    /// A table full of flows: its memory, the time of a pass over it, and packets meanwhile
+    Flows(Flows),
+}
+
+#[derive(clap::Args)]
+struct Flows {
+    /// Entries of the table, all of which are in use
+    #[arg(long, default_value_t = 4_000_000)]
+    flows: u32,
 }
 
 #[derive(clap::Args)]
@@ -45,6 +62,99 @@ struct Packet {
     /// Print JSON
     #[arg(long)]
     json: bool,
+}
+
+/// Fills the IPv4 table with half-open flows of a service whose buckets have moved, and sweeps it:
+/// first while all may stay, then when all have expired.
+fn flows(options: &Flows) -> Result<()> {
+    let service = Service {
+        backends: vec![1, 2],
+        table: "b2 was b1".to_owned(),
+        buckets: 65_536,
+        ..Service::default()
+    };
+    let steady = Service {
+        vips: vec![Host::Vip(2).name()],
+        backends: vec![11, 12],
+        buckets: 65_536,
+        ..Service::default()
+    };
+    let world = World { service: vec![service, steady], flows: options.flows, ..World::default() };
+    let plane = world.plane(|name| anyhow::bail!("no interface {name}"))?;
+    let before = available_bytes()?;
+    let mut loaded = Loaded::new(&plane.plane, &world.sizes())?;
+    let maps = loaded.datapath.reader().maps();
+    let bytes = maps.iter().find(|map| map.name == "FLOWS_V4").map_or(0, |map| map.memory_bytes);
+    println!(
+        "table of {} entries: {:.1} MB by the kernel's account, {:.1} MB less available for both families",
+        options.flows,
+        bytes as f64 / 1e6,
+        (before.saturating_sub(available_bytes()?)) as f64 / 1e6
+    );
+    let mut syn = frame(Family::V4, 0, Host::Vip(1), "S seq=1000")?;
+    let began = Instant::now();
+    for n in 0..options.flows {
+        // Source address and port; the program does not look at checksums.
+        syn[27..30].copy_from_slice(&n.to_be_bytes()[1..]);
+        syn[34..36].copy_from_slice(&(10_000 + (n >> 16) as u16).to_be_bytes());
+        ensure!(loaded.time_ns(&syn)? < u32::MAX, "a run");
+    }
+    println!("filled in {:?}", began.elapsed());
+    let data = frame(Family::V4, 0, Host::Vip(2), "A seq=1001")?;
+    let mut quiet = Vec::new();
+    let (mut latest, mut last) = (Duration::ZERO, Instant::now());
+    while quiet.len() < 2_000_000 {
+        quiet.push(loaded.time_ns(&data)?);
+        latest = latest.max(last.elapsed());
+        last = Instant::now();
+    }
+    println!(
+        "no pass under way: gross ns {:?}, the longest gap between two packets {latest:?}",
+        figures(&mut quiet)
+    );
+    for round in ["nothing to remove", "everything to remove"] {
+        if round.starts_with("every") {
+            std::thread::sleep(Duration::from_secs(11));
+        }
+        let sweeper = loaded.datapath.sweeper()?;
+        let over = Arc::new(AtomicBool::new(false));
+        let pass = {
+            let over = Arc::clone(&over);
+            let mut sweeper = sweeper;
+            std::thread::spawn(move || {
+                // As the agent's thread. Where it is refused, the figures say so.
+                // SAFETY: no memory is involved.
+                unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 10) };
+                let began = Instant::now();
+                let swept = sweeper.pass(&[]);
+                over.store(true, Ordering::Relaxed);
+                (began.elapsed(), swept)
+            })
+        };
+        let mut busy = Vec::new();
+        let (mut latest, mut last) = (Duration::ZERO, Instant::now());
+        while !over.load(Ordering::Relaxed) {
+            busy.push(loaded.time_ns(&data)?);
+            latest = latest.max(last.elapsed());
+            last = Instant::now();
+        }
+        let (took, swept) = pass.join().map_err(|_| anyhow::anyhow!("the pass has panicked"))?;
+        println!(
+            "{round}: a pass took {took:?} ({:?}); {} packets meanwhile, gross ns {:?}, the longest gap between two {latest:?}",
+            swept?,
+            busy.len(),
+            figures(&mut busy),
+        );
+    }
+    Ok(())
+}
+
+/// `MemAvailable` of the host, bytes.
+fn available_bytes() -> Result<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")).context("no MemAvailable")?;
+    Ok(kib.trim().parse::<u64>()? * 1024)
 }
 
 /// A kind of packet to measure.
@@ -87,7 +197,10 @@ struct Report {
 }
 
 fn main() -> Result<()> {
-    let Command::Packet(options) = Command::parse();
+    let options = match Command::parse() {
+        Command::Packet(options) => options,
+        Command::Flows(options) => return flows(&options),
+    };
     ensure!(
         options.runs > 0 && options.rounds > 0 && options.flows > 0 && options.block > 0,
         "nothing to measure"
@@ -153,6 +266,16 @@ fn answer(sent: &[u8], family: Family) -> Vec<u8> {
     frame
 }
 
+/// The backend's SYN-ACK to a SYN numbered 1000 that the program sent it.
+fn syn_ack(sent: &[u8], family: Family) -> Vec<u8> {
+    let mut frame = answer(sent, family);
+    let tcp = if family == Family::V4 { 34 } else { 54 };
+    frame[tcp + 4..tcp + 8].copy_from_slice(&5000_u32.to_be_bytes());
+    frame[tcp + 8..tcp + 12].copy_from_slice(&1001_u32.to_be_bytes());
+    frame[tcp + 13] = TCP_SYN | TCP_ACK;
+    frame
+}
+
 /// Every kind of packet in `flows` flows, with the entries that it meets made beforehand.
 fn kinds(loaded: &mut Loaded, flows: usize) -> Result<Vec<Kind>> {
     let mut kinds = Vec::new();
@@ -165,10 +288,15 @@ fn kinds(loaded: &mut Loaded, flows: usize) -> Result<Vec<Kind>> {
         add("dsr", XDP_TX, frames(Host::Vip(1), "A seq=1001")?);
         for vip in [Host::Vip(2), Host::Vip(3)] {
             for syn in frames(vip, "S seq=1000")? {
-                ensure!(loaded.run(&syn)?.action == XDP_TX, "a flow was refused");
+                let sent = loaded.run(&syn)?;
+                ensure!(sent.action == XDP_TX, "a flow was refused");
+                if vip == Host::Vip(2) {
+                    let syn_ack = syn_ack(&sent.frame, family);
+                    ensure!(loaded.run(&syn_ack)?.action == XDP_TX, "an answer was refused");
+                }
             }
         }
-        let forward = frames(Host::Vip(2), "A seq=1001")?;
+        let forward = frames(Host::Vip(2), "A seq=1001 ack=5001")?;
         let back: Vec<_> = forward
             .iter()
             .map(|f| Ok(answer(&loaded.run(f)?.frame, family)))

@@ -57,6 +57,8 @@ pub(crate) struct Connection {
     pub(crate) isn: u32,
     /// Bytes that the client has sent.
     pub(crate) sent: u32,
+    /// Whether the client has sent a FIN: then it sends no more data (`nat`).
+    pub(crate) finished: bool,
     /// The source port that its packets leave with (`nat`).
     pub(crate) port: u16,
     /// Whether nothing but its own SYN can have made its flow entry: not for one that was opened
@@ -79,8 +81,13 @@ pub(crate) enum Sent {
     Duplicate,
     /// Data.
     Data,
-    /// A FIN or RST.
-    Close,
+    /// A FIN.
+    Fin,
+    /// A RST.
+    Reset,
+    /// A RST that is not the client's, with a number far from its own, where that is told from
+    /// the client's (`nat`).
+    Blind,
     /// A SYN that is not the client's.
     Forged,
     /// A datagram.
@@ -410,7 +417,7 @@ impl Reference {
         fresh: bool,
     ) {
         let now = self.now_ms;
-        if sent == Sent::Forged {
+        if matches!(sent, Sent::Forged | Sent::Blind) {
             return;
         }
         // A translated packet that is dropped opens nothing.
@@ -441,6 +448,7 @@ impl Reference {
             state: State::HalfOpen,
             isn,
             sent: 0,
+            finished: false,
             port,
             seen_ms: now,
             syn_ms: now,
@@ -454,9 +462,17 @@ impl Reference {
             (Sent::Resend, Some(c)) => new(c.isn),
             (Sent::Datagram, _) => Connection { state: State::Open, ..new(0) },
             (Sent::Duplicate, Some(c)) => Connection { seen_ms: now, ..c },
-            (Sent::Data, Some(c)) => Connection { state: State::Open, seen_ms: now, port, ..c },
-            (Sent::Close, Some(c)) => Connection { state: State::Closing, seen_ms: now, port, ..c },
-            (_, None) | (Sent::Forged, _) => return,
+            // What comes after its FIN acknowledges, and does not take it back.
+            (Sent::Data, Some(c)) => {
+                let over = self.rules.nat && c.finished;
+                let state = if over { State::Closing } else { State::Open };
+                Connection { state, seen_ms: now, port, ..c }
+            }
+            (Sent::Fin | Sent::Reset, Some(c)) => {
+                let finished = c.finished || sent == Sent::Fin;
+                Connection { state: State::Closing, finished, seen_ms: now, port, ..c }
+            }
+            (_, None) | (Sent::Forged | Sent::Blind, _) => return,
         };
         self.open.insert(*tuple, next);
     }

@@ -10,12 +10,12 @@ use canary_ebpf_common::{
 use canary_tests::{
     loaded::Sizes,
     model::Tuple,
-    planned::{Planned, Shop, Went, tuple},
+    planned::{Planned, SERVER_SEQ, Shop, Went, tuple},
 };
 
 use crate::{
     event::{ALWAYS, CONNECTIONS, DATAGRAMS, Event, Setting},
-    reference::{Reference, Rules, Seen, Sent, State},
+    reference::{Connection, Reference, Rules, Seen, Sent, State},
 };
 
 /// Entries of a flow table that is too small for what is open.
@@ -138,8 +138,8 @@ impl Run<'_> {
                     self.tcp(&tuple, Sent::Data, TCP_ACK, seq)?;
                 }
             }
-            Event::Fin { c } => self.close(c, TCP_FIN | TCP_ACK)?,
-            Event::Reset { c } => self.close(c, TCP_RST)?,
+            Event::Fin { c } => self.close(c, Sent::Fin, TCP_FIN | TCP_ACK)?,
+            Event::Reset { c } => self.close(c, Sent::Reset, TCP_RST)?,
             Event::ForgedSyn { c, guess } => {
                 let tuple = self.tuple(c);
                 if self.reference.may_forge(&tuple)
@@ -152,8 +152,14 @@ impl Run<'_> {
             }
             Event::ForgedReset { c, guess } => {
                 let tuple = self.tuple(c);
-                if self.state(&tuple, |s| s == State::Open).is_some() {
-                    self.tcp(&tuple, Sent::Close, TCP_RST, guess)?;
+                if let Some(isn) = self.state(&tuple, |s| s == State::Open) {
+                    let (sent, seq) = match self.reference.rules.nat {
+                        true => {
+                            (Sent::Blind, isn.wrapping_add(1 << 31).wrapping_add(guess & 0xff_ffff))
+                        }
+                        false => (Sent::Reset, guess),
+                    };
+                    self.tcp(&tuple, sent, TCP_RST, seq)?;
                 }
             }
             Event::Answer { c } => self.answer(c)?,
@@ -393,37 +399,67 @@ impl Run<'_> {
             isn = old.isn.wrapping_add(1 << 30).wrapping_add(seq & 0xfff_ffff);
         }
         let tuple = self.tuple(c);
+        let old = self.reference.open.get(&tuple).cloned();
         self.tally.opened += 1;
-        self.tcp(&tuple, Sent::Open { isn }, TCP_SYN, isn)
+        self.tcp(&tuple, Sent::Open { isn }, TCP_SYN, isn)?;
+        let follows = |old: &Connection| {
+            self.planned.flow(&tuple).is_some_and(|flow| flow.syn_seq == old.isn && old.isn != isn)
+        };
+        if self.reference.rules.nat
+            && let Some(old) = old.filter(follows)
+        {
+            // The server has a connection there, and says with which number it goes on; the
+            // client has none, refuses that, and asks again (RFC 9293, 3.10.7.4 and 3.5.2).
+            let next = old.isn.wrapping_add(1).wrapping_add(old.sent);
+            self.planned.translated(&tuple, Segment::tcp(TCP_RST, next));
+            self.tcp(&tuple, Sent::Open { isn }, TCP_SYN, isn)?;
+        }
+        Ok(())
     }
 
     fn data(&mut self, c: u8, bytes: u32) -> Result<(), String> {
         let tuple = self.tuple(c);
         let Some(connection) = self.reference.connection(&tuple) else { return Ok(()) };
         let seq = connection.isn.wrapping_add(1).wrapping_add(connection.sent);
-        connection.sent += bytes;
+        if !connection.finished {
+            connection.sent += bytes;
+        }
         self.tcp(&tuple, Sent::Data, TCP_ACK, seq)
     }
 
-    fn close(&mut self, c: u8, flags: u8) -> Result<(), String> {
+    fn close(&mut self, c: u8, sent: Sent, flags: u8) -> Result<(), String> {
         let tuple = self.tuple(c);
         let Some(connection) = self.reference.connection(&tuple) else { return Ok(()) };
         let seq = connection.isn.wrapping_add(1).wrapping_add(connection.sent);
-        self.tcp(&tuple, Sent::Close, flags, seq)
+        self.tcp(&tuple, sent, flags, seq)
     }
 
     fn tcp(&mut self, tuple: &Tuple, sent: Sent, tcp_flags: u8, seq: u32) -> Result<(), String> {
-        self.judged(tuple, sent, Segment::tcp(tcp_flags, seq))
+        let (went, port) = self.judged(tuple, sent, Segment::tcp(tcp_flags, seq))?;
+        if self.reference.rules.nat
+            && matches!(sent, Sent::Open { .. } | Sent::Resend)
+            && let Went::To(backend) = went
+            && self.planned.flow(tuple).is_some_and(|flow| flow.syn_seq == seq)
+        {
+            self.answered(tuple, backend, port, |planned| planned.syn_ack(tuple, backend, port, seq))?;
+        }
+        Ok(())
     }
 
     fn datagram(&mut self, c: u8) -> Result<(), String> {
         let tuple = self.tuple(c);
         self.tally.opened += u64::from(self.reference.connection(&tuple).is_none());
         let segment = Segment::udp();
-        self.judged(&tuple, Sent::Datagram, segment)
+        self.judged(&tuple, Sent::Datagram, segment).map(drop)
     }
 
-    fn judged(&mut self, tuple: &Tuple, sent: Sent, segment: Segment) -> Result<(), String> {
+    /// Where a packet went, and with which source port.
+    fn judged(
+        &mut self,
+        tuple: &Tuple,
+        sent: Sent,
+        segment: Segment,
+    ) -> Result<(Went, u16), String> {
         let went = self.planned.translated(tuple, segment);
         self.tally.packets += 1;
         let bucket = self.planned.bucket(tuple);
@@ -431,16 +467,33 @@ impl Run<'_> {
             let moved = self.planned.current(tuple) != Some(connection.backend);
             self.tally.kept += u64::from(moved && went.0 == Went::To(connection.backend));
         }
-        self.reference.judge(tuple, bucket, sent, went)
+        self.reference.judge(tuple, bucket, sent, went)?;
+        Ok(went)
     }
 
     fn answer(&mut self, c: u8) -> Result<(), String> {
         let tuple = self.tuple(c);
         let Some(connection) = self.reference.connection(&tuple) else { return Ok(()) };
-        let (backend, port) = (connection.backend, connection.port);
-        let segment = Segment::tcp(TCP_ACK, 1);
+        let Connection { backend, port, isn, sent, state, .. } = connection.clone();
+        self.answered(&tuple, backend, port, |planned| {
+            if state == State::HalfOpen {
+                return planned.syn_ack(&tuple, backend, port, isn);
+            }
+            let ack = isn.wrapping_add(1).wrapping_add(sent);
+            planned.answer(&tuple, backend, port, Segment::tcp(TCP_ACK, SERVER_SEQ + 1), ack)
+        })
+    }
+
+    /// Lets a backend answer, which has to reach the client.
+    fn answered(
+        &mut self,
+        tuple: &Tuple,
+        backend: u16,
+        port: u16,
+        answer: impl FnOnce(&mut Planned) -> bool,
+    ) -> Result<(), String> {
         self.tally.packets += 1;
-        match self.planned.answer(&tuple, backend, port, segment) {
+        match answer(self.planned) {
             true => Ok(()),
             false => Err(format!(
                 "an answer of {backend} from port {port} of {tuple:?} does not reach the client"

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use canary_agent::plan::Family;
 use canary_ebpf_common::{
-    abi::IPPROTO_TCP,
+    abi::{IPPROTO_TCP, flow_state},
     steer::{Segment, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN},
 };
 use canary_tests::{
@@ -108,10 +108,14 @@ pub(crate) fn number(went: Went) -> u16 {
     }
 }
 
-/// Opens a connection and confirms it; where it went.
+/// Opens a connection and confirms it, after the server's answer where that is seen; where it
+/// went.
 #[track_caller]
 pub(crate) fn establish(planned: &mut Planned, tuple: &Tuple, seq: u32) -> Went {
-    let went = planned.send(tuple, syn(seq));
+    let (went, port) = planned.translated(tuple, syn(seq));
+    if planned.flow(tuple).is_some_and(|flow| flow.state & flow_state::NAT != 0) {
+        assert!(planned.syn_ack(tuple, number(went), port, seq), "the answer reaches the client");
+    }
     assert_eq!(planned.send(tuple, ack(seq.wrapping_add(1))), went, "its first packet follows");
     went
 }

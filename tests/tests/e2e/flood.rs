@@ -1,0 +1,129 @@
+//! A SYN flood from forged addresses: what is open stays, and new connections get through.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use canary_tests::{
+    client::Connection,
+    flood::{Flood, SOURCES, mac_of},
+    host,
+    server::HTTP_PORT,
+    topology::{CLIENT_V4, Family, VIP_V4},
+    wait,
+};
+
+use crate::support::{Bench, Way};
+
+/// Connections that are open before it begins.
+const OPEN: u32 = 200;
+
+/// SYNs of the flood; `CANARY_FLOOD` says how many more in a long run.
+const SHORT: u64 = 300_000;
+
+/// Clients that open connections meanwhile, one after the other.
+const CLIENTS: u32 = 8;
+
+/// From one new connection of a client to its next.
+const PACE: Duration = Duration::from_millis(20);
+
+/// What came of new connections.
+#[derive(Clone, Copy, Debug, Default)]
+struct Attempts {
+    tried: u64,
+    failed: u64,
+}
+
+fn exercise(test: &str, way: Way, least: f64) {
+    if !host::ready(test) {
+        return;
+    }
+    let frames = std::env::var("CANARY_FLOOD").ok().and_then(|n| n.parse().ok()).unwrap_or(SHORT);
+    let bench = Bench::new(way, &[("stable", 4)]);
+    for backend in &bench.topology.backends {
+        // Their SYN-ACKs go out, to nobody.
+        if way == Way::Dsr {
+            backend.namespace.ip(&format!("route add {SOURCES} via {CLIENT_V4}"));
+        }
+    }
+    let agent = bench.agent("");
+    let mut pool = bench.connect(Family::V4, 0..OPEN);
+    let to = SocketAddr::new(VIP_V4.into(), HTTP_PORT);
+    let balancer = mac_of(&bench.topology.balancer, "eth0").expect("a MAC address");
+    let over = Arc::new(AtomicBool::new(false));
+    let flood = {
+        let over = Arc::clone(&over);
+        let (namespace, interface) = bench.topology.towards_balancer();
+        namespace.spawn_thread("flood", move || {
+            let began = Instant::now();
+            let sent = Flood::new(interface, balancer, VIP_V4, HTTP_PORT)
+                .and_then(|flood| flood.send(frames, || !wait::interrupted()));
+            over.store(true, Ordering::Relaxed);
+            (sent, began.elapsed())
+        })
+    };
+    let latest = Arc::new(AtomicU64::new(0));
+    let clients: Vec<_> = (0..CLIENTS)
+        .map(|n| {
+            let (over, latest) = (Arc::clone(&over), Arc::clone(&latest));
+            bench.client().spawn_thread("client", move || {
+                let mut attempts = Attempts::default();
+                let mut index = 10_000 + n * 100_000;
+                while !over.load(Ordering::Relaxed) {
+                    let began = Instant::now();
+                    let source = Family::V4.client(index);
+                    let asked = Connection::open_here(source, to).and_then(|mut c| c.name());
+                    attempts.tried += 1;
+                    attempts.failed += u64::from(asked.is_err());
+                    latest.fetch_max(began.elapsed().as_millis() as u64, Ordering::Relaxed);
+                    index += 1;
+                    wait::pause_until(began + PACE);
+                }
+                attempts
+            })
+        })
+        .collect();
+    while !over.load(Ordering::Relaxed) {
+        pool.assert_where_they_were("during the flood");
+    }
+    let (sent, took) = flood.join().expect("the flood's thread");
+    let sent = sent.expect("a flood");
+    let mut all = Attempts::default();
+    for client in clients {
+        let Attempts { tried, failed } = client.join().expect("a client's thread");
+        (all.tried, all.failed) = (all.tried + tried, all.failed + failed);
+    }
+    pool.assert_where_they_were("after the flood");
+    let status = agent.status();
+    let arrived: u64 = crate::support::backends(&status, crate::support::SHOP)
+        .map(|backend| backend.connections)
+        .sum();
+    println!(
+        "{test}: {sent} SYNs in {took:?} ({:.0} a second), {arrived} connections steered; {all:?}, the slowest took {} ms; {:?}; {:?}",
+        sent as f64 / took.as_secs_f64(),
+        latest.load(Ordering::Relaxed),
+        status.flows,
+        status.alerts,
+    );
+    let reasons: Vec<_> = status.reasons.iter().filter(|r| r.packets > 0).collect();
+    println!("{reasons:?}");
+    // What the pair of interfaces can't hold while the processors are busy is lost before it.
+    assert!(arrived > sent / 20, "{arrived} of {sent} SYNs were steered: it is no flood");
+    let succeeded = (all.tried - all.failed) as f64 / all.tried as f64;
+    assert!(all.tried > 20 && succeeded >= least, "{succeeded} of the new connections succeeded");
+}
+
+#[test]
+fn a_syn_flood_in_dsr_breaks_nothing_and_lets_new_connections_in() {
+    exercise("a SYN flood in dsr", Way::Dsr, 0.99);
+}
+
+#[test]
+fn a_syn_flood_in_nat_breaks_nothing_and_lets_new_connections_in() {
+    exercise("a SYN flood in nat", Way::NatTwoArmed, 0.5);
+}
