@@ -11,6 +11,8 @@ pub const ABI_VERSION: u32 = 1;
 pub const PAGE_BUCKETS: u32 = 4096;
 /// Backend records, index 0 (none) included; entries hold 15 bits.
 pub const BACKEND_INDICES: u32 = 1 << 15;
+/// Elements of `NAT_SOURCES`: addresses of all services, a list that several share once.
+pub const NAT_SOURCES: u32 = 4096;
 /// Versions in one service, control included.
 pub const MAX_VERSIONS: usize = 16;
 /// Longest name of a service, in bytes.

@@ -67,7 +67,7 @@ pub(super) fn layouts(options: &Options) -> Vec<Layout> {
         layout("VIPS_V6", MapType::Array, 4, size_of::<abi::VipSlotV6>(), MMAPABLE, vip_slots),
         layout("TABLE", MapType::Array, 4, 4 * page, MMAPABLE, pages),
         layout("BACKENDS", MapType::Array, 4, size_of::<abi::Backend>(), MMAPABLE, backends),
-        layout("NAT_SOURCES", MapType::Array, 4, 16, 0, NAT_SOURCES),
+        layout("NAT_SOURCES", MapType::Array, 4, 16, 0, abi::NAT_SOURCES),
         layout(
             "FLOWS_V4",
             MapType::Hash,
@@ -141,8 +141,6 @@ pub(super) const fn vip_slots(vips: u32) -> u32 {
 /// As many as [`canary_ebpf_common::vips::slots`] can tell apart.
 const MAX_VIP_SLOTS: u32 = 1 << 20;
 
-/// Elements of `NAT_SOURCES`.
-pub(super) const NAT_SOURCES: u32 = 4096;
 /// Elements of `TX_PORTS`.
 const TX_PORTS: u32 = 1024;
 const RDONLY_PROG: u32 = 1 << 7;

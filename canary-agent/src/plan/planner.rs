@@ -69,6 +69,18 @@ pub enum PlanError {
         /// The key that has changed.
         key: &'static str,
     },
+    /// There are more source addresses than elements.
+    #[error(
+        "no room for the source addresses of service `{service}`: the lists of `nat_source` up to it have {needed} \
+         addresses, and {room} is the most for all services together; name fewer, or let services share a list",
+        room = canary_ebpf_common::abi::NAT_SOURCES
+    )]
+    NatSources {
+        /// The service.
+        service: String,
+        /// Addresses of all lists up to its own, each list once.
+        needed: usize,
+    },
     /// The configured split makes no owners.
     #[error("service `{service}`: {reason}")]
     Split {
@@ -222,6 +234,8 @@ impl Planner {
     /// When the configuration does not fit into `agent.capacity`.
     pub fn begin(start: Start<'_>) -> Result<(Self, Vec<News>), PlanError> {
         let Start { config, adopted, stored, now_ms } = start;
+        record::configured_nat_sources(&config.services)
+            .map_err(|(service, needed)| PlanError::NatSources { service, needed })?;
         let mut claims = Claims::new(config);
         let kept = claims.take_over(config, &adopted);
         let stored: HashMap<&str, &ServiceRecord> =

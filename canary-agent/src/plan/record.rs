@@ -1,7 +1,7 @@
 //! Configuration and state → the records that the kernel side reads.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
@@ -102,8 +102,10 @@ pub(super) fn backend_plans(
         for table in &state.tables {
             let mut plan = |index, version, addr, hop: &Result<NextHop, String>| {
                 let next_hop = hop.as_ref().ok().copied();
-                let (nat_first, nat_count) =
-                    nat_range(&state.config, addr, next_hop, nat_ranges, nat_sources);
+                let range = nat_range(&state.config, addr, next_hop, nat_ranges, nat_sources);
+                // Without a source of its own it would get somebody else's.
+                let next_hop = next_hop.filter(|_| range.is_some());
+                let (nat_first, nat_count) = range.unwrap_or((0, 0));
                 let plan = BackendPlan {
                     addr,
                     service: table.id,
@@ -137,46 +139,108 @@ pub(super) fn backend_plans(
     plans
 }
 
+/// The lists of source addresses that the configuration names, and how many elements they take.
+/// Those that follow from routes come on top.
+pub(super) fn configured_nat_sources(services: &[Service]) -> Result<(), (String, usize)> {
+    let mut lists = HashSet::new();
+    let mut needed = 0;
+    for service in services.iter().filter(|service| service.forward == Forward::Nat) {
+        for family in [Family::V4, Family::V6] {
+            let list = configured(service, family);
+            let length = list.len();
+            if lists.insert(list) {
+                needed += length;
+            }
+        }
+        if needed > abi::NAT_SOURCES as usize {
+            return Err((service.name.clone(), needed));
+        }
+    }
+    Ok(())
+}
+
+fn configured(service: &Service, family: Family) -> Vec<IpAddr> {
+    service.nat_source.iter().copied().filter(|ip| Family::of(*ip) == family).collect()
+}
+
 /// Where in `NAT_SOURCES` a backend's addresses lie, put there if they are new.
-/// What lies there stays: records that are in force refer to it.
+/// What lies there stays: records that are in force refer to it. `None` if there is no room, or
+/// no address.
 fn nat_range(
     service: &Service,
     addr: SocketAddr,
     next_hop: Option<NextHop>,
     ranges: &mut HashMap<Vec<IpAddr>, u16>,
     sources: &mut Vec<IpAddr>,
-) -> (u16, u8) {
+) -> Option<(u16, u8)> {
     if service.forward != Forward::Nat {
-        return (0, 0);
+        return Some((0, 0));
     }
     let family = Family::of(addr.ip());
-    let mut wanted: Vec<IpAddr> =
-        service.nat_source.iter().copied().filter(|ip| Family::of(*ip) == family).collect();
+    let mut wanted = configured(service, family);
     if wanted.is_empty() {
         let source = next_hop.map(|hop| hop.source);
         wanted.extend(source.filter(|ip| !ip.is_unspecified() && Family::of(*ip) == family));
     }
     wanted.truncate(usize::from(u8::MAX));
-    if wanted.is_empty() {
-        return (0, 0);
-    }
-    let count = wanted.len() as u8;
+    let count = u8::try_from(wanted.len()).ok().filter(|count| *count > 0)?;
     if let Some(first) = ranges.get(&wanted) {
-        return (*first, count);
+        return Some((*first, count));
     }
-    match u16::try_from(sources.len()) {
-        Ok(first) => {
-            sources.extend(&wanted);
-            ranges.insert(wanted, first);
-            (first, count)
-        }
-        Err(_) => (0, 0),
+    if sources.len() + wanted.len() > abi::NAT_SOURCES as usize {
+        return None;
     }
+    let first = u16::try_from(sources.len()).ok()?;
+    sources.extend(&wanted);
+    ranges.insert(wanted, first);
+    Some((first, count))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn source_addresses_beyond_the_map_are_given_to_nobody() {
+        let (mut ranges, mut sources) = (HashMap::new(), Vec::new());
+        let mut service = Service {
+            name: "shop".to_owned(),
+            vips: Vec::new(),
+            ports: Vec::new(),
+            forward: Forward::Nat,
+            nat_source: Vec::new(),
+            stickiness: Stickiness::Client,
+            control: 0,
+            existing: crate::config::model::Existing::Pin,
+            drain: None,
+            udp_idle: std::time::Duration::from_secs(30),
+            quic: false,
+            slow_start: std::time::Duration::ZERO,
+            fallback: crate::config::model::Fallback::Control,
+            split: Default::default(),
+            health: crate::config::model::Health::None,
+            buckets: 4096,
+            hash_key: [0; 2],
+            versions: Vec::new(),
+        };
+        let backend = "10.0.0.1:80".parse().unwrap();
+        let list = |n: u32| (0..128).map(|i| std::net::Ipv4Addr::from(n << 8 | i).into()).collect();
+        for n in 1..=32 {
+            service.nat_source = list(n);
+            let range = nat_range(&service, backend, None, &mut ranges, &mut sources);
+            assert_eq!(range, Some((n as u16 * 128 - 128, 128)));
+        }
+        service.nat_source = list(33);
+        assert_eq!(nat_range(&service, backend, None, &mut ranges, &mut sources), None);
+        assert_eq!(sources.len(), 4096);
+        service.nat_source = list(7);
+        assert_eq!(nat_range(&service, backend, None, &mut ranges, &mut sources), Some((768, 128)));
+        let services: Vec<_> = (1..=33)
+            .map(|n| Service { nat_source: list(n), ..service.clone() })
+            .collect();
+        assert_eq!(configured_nat_sources(&services[..32]), Ok(()));
+        assert_eq!(configured_nat_sources(&services), Err(("shop".to_owned(), 33 * 128)));
+    }
 
     #[test]
     fn masks_cover_the_first_bits_of_an_address_as_it_is_loaded() {
