@@ -155,6 +155,8 @@ impl Reference {
             self.removed.remove(&n);
         } else {
             self.removed.entry(n).or_insert(self.now_ms);
+            // What operators have told it is forgotten with it.
+            self.out.remove(&n);
         }
     }
 
