@@ -43,11 +43,19 @@ pub const fn bits(flow: &Flow) -> u32 {
     flow.state | flow.other
 }
 
-/// Whether a flow with these [`bits`] is half-open. Only TCP's are: a QUIC connection whose
-/// handshake goes on has nothing in its answers that a number here could be held against.
+/// Whether a TCP flow with these [`bits`] is half-open. Not of QUIC: there a Handshake packet says
+/// that a connection goes on, and nothing in it could be held against a number that is kept.
 #[inline(always)]
 pub const fn half_open(bits: u32) -> bool {
     bits & (state::PROVISIONAL | state::SERVER_OPEN | state::QUIC) == state::PROVISIONAL
+}
+
+/// Whether a flow with these [`bits`] is still being opened, of TCP or QUIC: it can be spared
+/// before any that is open.
+#[inline(always)]
+pub const fn opening(bits: u32) -> bool {
+    let quic = state::PROVISIONAL | state::QUIC;
+    half_open(bits) || bits & quic == quic
 }
 
 /// Whether a flow with these [`bits`] is closed by both sides, or reset by one.
@@ -182,18 +190,17 @@ pub fn step<K: TupleKey, F: Pool<K>>(
         }
     };
     if !renew {
+        // A TCP client that asks again has reset an answer to an older connection.
+        let mut becomes = flow.state & !state::RESET;
         // Any packet but an Initial says that the handshake goes on: here no older connection
         // than the flow can be on the tuple, which a forged one would carry off.
-        if was & (state::QUIC | state::PROVISIONAL) == state::QUIC | state::PROVISIONAL
-            && !matches!(segment.quic, Quic::Initial | Quic::Other)
-        {
-            flow.state &= !state::PROVISIONAL;
+        if was & state::QUIC != 0 && !matches!(segment.quic, Quic::Initial | Quic::Other) {
+            becomes &= !state::PROVISIONAL;
         }
         flow.last_ns = now;
-        if flow.state & state::RESET != 0 {
-            // It has reset an answer to an older connection, and asks again.
-            flow.state &= !state::RESET;
-            mirror(flows, &reverse, CLIENT_BITS, flow.state);
+        if flow.state != becomes {
+            flow.state = becomes;
+            mirror(flows, &reverse, CLIENT_BITS, becomes);
         }
         return Step::Follow(pointer);
     }

@@ -7,9 +7,12 @@
 //! longest.
 
 use crate::{
-    abi::{Address, Backend, Flow, IPPROTO_TCP, Reason, Ring, Service, flow_state as state},
+    abi::{
+        Address, Backend, Flow, IPPROTO_TCP, IPPROTO_UDP, Reason, Ring, Service,
+        flow_state as state,
+    },
     entry::BackendIndex,
-    nat::{TupleKey, bits, closed, half_open, opposite},
+    nat::{TupleKey, bits, closed, opening, opposite},
     quic::Quic,
     steer::{Flows, Inserted, Segment},
 };
@@ -89,7 +92,7 @@ impl Ring {
 /// closed by both sides has nothing to lose but time.
 #[inline(always)]
 pub const fn reclaimable(bits: u32) -> bool {
-    half_open(bits) || closed(bits)
+    opening(bits) || closed(bits)
 }
 
 /// The range of source ports for translated flows, host order.
@@ -249,7 +252,7 @@ pub fn open<K: TupleKey, F: Pool<K>>(
         eth: client.eth,
         ifindex: client.ifindex,
         newest_seq: segment.seq,
-        other: if tcp { opened } else { 0 },
+        other: opened,
     };
     let source_count = u32::from(backend.nat_count);
     let first = first_candidate(client, hash);
@@ -326,7 +329,7 @@ pub fn open<K: TupleKey, F: Pool<K>>(
     }
     if inserted != Inserted::Stored {
         flows.remove(&answer);
-    } else if tcp {
+    } else if opened != 0 {
         flows.keep_spare(key);
     }
     let forward = flows.lookup(key);
@@ -383,7 +386,8 @@ pub fn let_one_go<K: TupleKey, F: Pool<K>>(flows: &F, attempt: u32) -> bool {
     if forward.state & state::NAT == 0 || !reclaimable(bits(forward)) {
         return false;
     }
-    flows.remove(&opposite(forward, IPPROTO_TCP));
+    let protocol = if forward.state & state::QUIC == 0 { IPPROTO_TCP } else { IPPROTO_UDP };
+    flows.remove(&opposite(forward, protocol));
     flows.remove(oldest);
     flows.count_let_go();
     true
@@ -627,6 +631,51 @@ mod tests {
         assert_eq!(nat.open(18), Err(Reason::DropNoPort));
         assert!((0..14).chain([16, 17]).all(|number| nat.is_there(number)));
         assert_eq!(nat.flows.len(), 32, "two entries a flow");
+    }
+
+    /// A QUIC packet of a client's, which opens a flow where there is none.
+    fn quic(nat: &Nat, number: u32, quic: Quic) -> Result<FlowKeyV4, Reason> {
+        let (client, _) = Nat::client(number);
+        let key = FlowKeyV4::tuple(
+            client.addr,
+            client.vip,
+            client.port_be,
+            client.vip_port_be,
+            IPPROTO_UDP,
+        );
+        let segment = Segment { quic, seq: 7, ..Segment::udp() };
+        let Nat { flows, service, backend, ports } = nat;
+        if matches!(step(flows, service, &key, segment, 0), Step::Open) {
+            let index = BackendIndex::new(1);
+            let hash = u64::from(number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            open(flows, service, index, backend, *ports, &client, &key, segment, hash)?;
+        }
+        Ok(key)
+    }
+
+    #[test]
+    fn quic_connections_give_up_port_and_room_until_a_handshake_packet_comes() {
+        for short_of_ports in [true, false] {
+            let nat = Nat::new(if short_of_ports { 8 } else { 10_000 }, 1);
+            nat.flows.capacity.set(if short_of_ports { 100 } else { 16 });
+            let mut keys = Vec::new();
+            for number in 0..8 {
+                nat.flows.clock_ns.set(nat.flows.clock_ns.get() + 1);
+                keys.push(quic(&nat, number, Quic::Initial).unwrap());
+            }
+            for number in (0..7).filter(|number| *number != 3) {
+                quic(&nat, number, Quic::Handshake).unwrap();
+            }
+            quic(&nat, 8, Quic::Initial).unwrap();
+            assert!(nat.flows.get(&keys[3]).is_none(), "the oldest that nothing has confirmed");
+            quic(&nat, 8, Quic::Handshake).unwrap();
+            quic(&nat, 9, Quic::Initial).unwrap();
+            assert!(nat.flows.get(&keys[7]).is_none());
+            quic(&nat, 9, Quic::Handshake).unwrap();
+            assert!(quic(&nat, 10, Quic::Initial).is_err(), "what is open stays");
+            assert!([0, 1, 2, 4, 5, 6].iter().all(|n| nat.flows.get(&keys[*n]).is_some()));
+            assert_eq!(nat.flows.len(), 16, "two entries a flow");
+        }
     }
 
     #[test]

@@ -147,8 +147,8 @@ fn is_over(flow: &Flow, service: &abi::Service, now_ns: u64) -> bool {
     let udp_idle_ns = u64::from(service.udp_idle_ms) * 1_000_000;
     let bits = nat::bits(flow);
     let ended = state::CLOSING | state::RESET | state::SERVER_RESET;
-    nat::half_open(bits)
-        || bits & (state::QUIC | state::PROVISIONAL) == state::QUIC | state::PROVISIONAL
+    // A reset that somebody goes on after is taken back, and the connection counted again.
+    nat::opening(bits)
         || bits & ended != 0
         || udp && expired(flow.state, now_ns.saturating_sub(flow.last_ns), udp_idle_ns)
 }

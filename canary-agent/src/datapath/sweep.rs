@@ -229,7 +229,7 @@ fn over<K: aya::Pod + FlowKey>(
 impl<K: aya::Pod> Pass<K> {
     fn keep(&mut self, flow: &Flow) {
         self.kept += 1;
-        if nat::half_open(nat::bits(flow)) {
+        if nat::opening(nat::bits(flow)) {
             self.half_open += 1;
         } else if flow.state & state::REVERSE == 0
             && let Some(open) = self.open.get_mut(usize::from(flow.backend))

@@ -235,9 +235,8 @@ mod tests {
         assert_eq!(sources.len(), 4096);
         service.nat_source = list(7);
         assert_eq!(nat_range(&service, backend, None, &mut ranges, &mut sources), Some((768, 128)));
-        let services: Vec<_> = (1..=33)
-            .map(|n| Service { nat_source: list(n), ..service.clone() })
-            .collect();
+        let services: Vec<_> =
+            (1..=33).map(|n| Service { nat_source: list(n), ..service.clone() }).collect();
         assert_eq!(configured_nat_sources(&services[..32]), Ok(()));
         assert_eq!(configured_nat_sources(&services), Err(("shop".to_owned(), 33 * 128)));
     }
