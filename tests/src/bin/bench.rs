@@ -164,6 +164,15 @@ struct Kind {
     frames: Vec<Vec<u8>>,
     /// What the program answers.
     action: u32,
+    /// Each run is a flow that is not known yet; there is one frame, whose client changes.
+    new: bool,
+}
+
+/// The frame as the `nth` new client sends it. Checksums stay: the program looks at none.
+fn as_client(frame: &mut [u8], family: Family, nth: u32) {
+    let (addr, port) = if family == Family::V4 { (28, 34) } else { (36, 54) };
+    frame[addr..addr + 2].copy_from_slice(&((nth >> 12) as u16).to_be_bytes());
+    frame[port..port + 2].copy_from_slice(&(20_000 + (nth & 0xfff) as u16).to_be_bytes());
 }
 
 /// Nanoseconds, net of the empty program's.
@@ -283,7 +292,9 @@ fn kinds(loaded: &mut Loaded, flows: usize) -> Result<Vec<Kind>> {
         let frames = |to: Host, segment: &str| -> Result<Vec<_>> {
             (0..flows).map(|i| frame(family, i, to, segment)).collect()
         };
-        let mut add = |name, action, frames| kinds.push(Kind { name, family, frames, action });
+        let mut add = |name, action, frames| {
+            kinds.push(Kind { name, family, frames, action, new: false });
+        };
         add("pass, no service", XDP_PASS, frames(Host::Us, "A seq=1001")?);
         add("dsr", XDP_TX, frames(Host::Vip(1), "A seq=1001")?);
         for vip in [Host::Vip(2), Host::Vip(3)] {
@@ -319,6 +330,37 @@ fn kinds(loaded: &mut Loaded, flows: usize) -> Result<Vec<Kind>> {
     Ok(kinds)
 }
 
+/// What opens flows: each run another one.
+fn openings() -> Result<Vec<Kind>> {
+    let mut kinds = Vec::new();
+    for family in [Family::V4, Family::V6] {
+        for (name, vip) in [("dsr tracked, SYN insert", 3), ("nat, new flow", 2)] {
+            let frames = vec![frame(family, 0, Host::Vip(vip), "S seq=1000")?];
+            kinds.push(Kind { name, family, frames, action: XDP_TX, new: true });
+        }
+    }
+    Ok(kinds)
+}
+
+/// Opens `count` flows in tables that are empty before and after. Returns what each took.
+fn open(loaded: &mut Loaded, kind: &mut Kind, count: usize) -> Result<Vec<u32>> {
+    let sent = |loaded: &Loaded| loaded.reasons().iter().sum::<u64>();
+    let before = sent(loaded);
+    let frame = kind.frames.first_mut().context("a frame")?;
+    let durations = (0..count as u32)
+        .map(|nth| {
+            as_client(frame, kind.family, nth);
+            loaded.time_ns(frame)
+        })
+        .collect::<Result<_>>()?;
+    ensure!(sent(loaded) == before, "{}: some were refused or passed", kind.name);
+    let entries = loaded.flows_v4.len() + loaded.flows_v6.len();
+    ensure!(entries >= count, "{}: {entries} entries of {count} flows", kind.name);
+    loaded.flows_v4.clear()?;
+    loaded.flows_v6.clear()?;
+    Ok(durations)
+}
+
 fn figures(durations: &mut [u32]) -> Figures {
     durations.sort_unstable();
     let at = |part: f64| f64::from(durations[((durations.len() - 1) as f64 * part) as usize]);
@@ -345,8 +387,8 @@ impl Empty {
 }
 
 fn measure(options: &Packet) -> Result<Report> {
-    let world = world(options.flows);
-    let plane = world.plane(|name| anyhow::bail!("no interface {name}"))?;
+    let measured = world(options.flows);
+    let plane = measured.plane(|name| anyhow::bail!("no interface {name}"))?;
     // On one processor: the other's caches are cold.
     let mut cpus = nix::sched::CpuSet::new();
     cpus.set(0)?;
@@ -366,12 +408,19 @@ fn measure(options: &Packet) -> Result<Report> {
     };
     let mut empties = Vec::new();
     for flows in [1, options.flows] {
-        let mut loaded = Loaded::new(&plane.plane, &world.sizes())?;
+        let mut loaded = Loaded::new(&plane.plane, &measured.sizes())?;
         let info = loaded.info()?;
         report.verified_insns = info.verified_instruction_count();
         report.xlated_bytes = info.size_translated();
         report.jited_bytes = info.size_jitted();
-        let kinds = kinds(&mut loaded, flows)?;
+        let mut kinds = kinds(&mut loaded, flows)?;
+        // New flows are opened in tables of their own, and once is enough.
+        let opened = world(options.block);
+        let empty_plane = opened.plane(|name| anyhow::bail!("no interface {name}"))?;
+        let mut fresh = Loaded::new(&empty_plane.plane, &opened.sizes())?;
+        if flows == options.flows {
+            kinds.extend(openings()?);
+        }
         let mut empty = Empty {
             program: bpf::load_empty().context("loading the empty program")?,
             frame: frame(Family::V4, 0, Host::Us, "A")?,
@@ -386,7 +435,11 @@ fn measure(options: &Packet) -> Result<Report> {
                 for _ in block.clone() {
                     base.push(empty.time_ns()?);
                 }
-                for (kind, durations) in kinds.iter().zip(&mut durations) {
+                for (kind, durations) in kinds.iter_mut().zip(&mut durations) {
+                    if kind.new {
+                        durations.extend(open(&mut fresh, kind, block.len())?);
+                        continue;
+                    }
                     for i in block.clone() {
                         durations.push(loaded.time_ns(&kind.frames[i % kind.frames.len()])?);
                     }
@@ -402,7 +455,7 @@ fn measure(options: &Packet) -> Result<Report> {
             report.rows.push(Row {
                 packet: kind.name,
                 family: if kind.family == Family::V4 { 4 } else { 6 },
-                flows,
+                flows: if kind.new { options.block } else { flows },
                 net,
             });
         }

@@ -441,7 +441,9 @@ impl Run<'_> {
             && let Went::To(backend) = went
             && self.planned.flow(tuple).is_some_and(|flow| flow.syn_seq == seq)
         {
-            self.answered(tuple, backend, port, |planned| planned.syn_ack(tuple, backend, port, seq))?;
+            self.answered(tuple, backend, port, |planned| {
+                planned.syn_ack(tuple, backend, port, seq)
+            })?;
         }
         Ok(())
     }
