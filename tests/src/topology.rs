@@ -282,16 +282,34 @@ route add ::/0 via {BALANCER_V6}"
 
     /// The `[service.versions.NAME]` tables of a configuration, with every backend.
     pub fn versions_toml(&self, families: &[Family], port: u16) -> String {
+        self.weighted_versions_toml(families, port, |_| Some(1))
+    }
+
+    /// The same with the weight that each backend is to have; `None` leaves it out.
+    pub fn weighted_versions_toml(
+        &self,
+        families: &[Family],
+        port: u16,
+        weight_of: impl Fn(&Host) -> Option<u32>,
+    ) -> String {
         let mut names: Vec<&str> = self.backends.iter().map(|host| host.version.as_str()).collect();
         names.dedup();
         let mut text = String::new();
         for name in names {
-            let addrs: Vec<String> = self
-                .backend_addrs(name, families, port)
-                .iter()
-                .map(|addr| format!("\"{addr}\""))
+            let hosts = self.backends.iter().filter(|host| host.version == name);
+            let backends: Vec<String> = hosts
+                .filter_map(|host| weight_of(host).map(|weight| (host, weight)))
+                .flat_map(|(host, weight)| {
+                    families.iter().map(move |family| {
+                        let addr = SocketAddr::new(host.addr(*family), port);
+                        match weight {
+                            1 => format!("\"{addr}\""),
+                            _ => format!("{{ addr = \"{addr}\", weight = {weight} }}"),
+                        }
+                    })
+                })
                 .collect();
-            text += &format!("[service.versions.{name}]\nbackends = [{}]\n", addrs.join(", "));
+            text += &format!("[service.versions.{name}]\nbackends = [{}]\n", backends.join(", "));
         }
         text
     }

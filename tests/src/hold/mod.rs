@@ -149,7 +149,8 @@ pub struct Record {
 }
 
 impl Record {
-    fn ended(&self) -> bool {
+    /// Whether it has been closed, or is broken.
+    pub fn ended(&self) -> bool {
         matches!(self.state, State::Closed | State::Broken)
     }
 

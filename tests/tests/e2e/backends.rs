@@ -160,17 +160,11 @@ fn backends_drain_and_go_into_maintenance_in_dsr() {
 
 /// The HTTP service with these backends of control: a host's name and its weight.
 fn weighted(bench: &Bench, stable: &[(&str, u32)]) -> String {
-    let text = bench.services("split = { v2 = \"30%\" }");
-    let (before, after) = text.split_once("[service.versions.stable]").expect("the version");
-    let (_, after) = after.trim_start().split_once('\n').expect("its backends");
-    let backends: Vec<String> = stable
-        .iter()
-        .flat_map(|(name, weight)| {
-            let addrs = addrs_of(bench, name).into_iter();
-            addrs.map(move |addr| format!("{{ addr = \"{addr}\", weight = {weight} }}"))
-        })
-        .collect();
-    format!("{before}[service.versions.stable]\nbackends = [{}]\n{after}", backends.join(", "))
+    let keys = "health = { type = \"none\" }\nsplit = { v2 = \"30%\" }";
+    bench.weighted_service(&Family::ALL, SHOP, HTTP_PORT, &["tcp"], keys, |host| {
+        let weight = stable.iter().find(|(name, _)| host.name == *name).map(|(_, weight)| *weight);
+        if host.version == "stable" { weight } else { Some(1) }
+    })
 }
 
 /// What is changed, control's backends with their weights from then on, and the shares of

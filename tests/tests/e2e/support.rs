@@ -119,13 +119,26 @@ impl Bench {
         protocols: &[&str],
         keys: &str,
     ) -> String {
+        self.weighted_service(families, name, port, protocols, keys, |_| Some(1))
+    }
+
+    /// The same with the weight that each backend is to have; `None` leaves it out.
+    pub(crate) fn weighted_service(
+        &self,
+        families: &[Family],
+        name: &str,
+        port: u16,
+        protocols: &[&str],
+        keys: &str,
+        weight_of: impl Fn(&Host) -> Option<u32>,
+    ) -> String {
         let forward = if self.way == Way::Dsr { "dsr" } else { "nat" };
         let ports: Vec<String> = protocols.iter().map(|one| format!("{one}/{port}")).collect();
         let vips: Vec<String> = families.iter().map(|family| family.vip().to_string()).collect();
         format!(
             "[[service]]\nname = {name:?}\nvip = {vips:?}\nports = {ports:?}\nforward = {forward:?}\n\
              control = \"stable\"\n{keys}\n{}\n",
-            self.topology.versions_toml(families, port)
+            self.topology.weighted_versions_toml(families, port, weight_of)
         )
     }
 

@@ -37,19 +37,25 @@ struct Way {
 }
 
 /// The service that a connection is to.
-fn service(kind: Kind) -> &'static str {
+pub(super) fn service(kind: Kind) -> &'static str {
     match kind {
         Kind::Udp => ECHO,
         _ => SHOP,
     }
 }
 
+/// An address and port as a part of a request's target.
+pub(super) fn encoded(addr: SocketAddr) -> String {
+    let mut text = String::new();
+    for byte in addr.to_string().bytes() {
+        let _ = write!(text, "%{byte:02x}");
+    }
+    text
+}
+
 /// The query for where a connection goes.
 fn explain_target(record: &Record) -> String {
-    let mut from = String::new();
-    for byte in record.from.to_string().bytes() {
-        let _ = write!(from, "%{byte:02x}");
-    }
+    let from = encoded(record.from);
     let protocol = if record.kind == Kind::Udp { "udp" } else { "tcp" };
     format!("/v1/services/{}/explain?from={from}&protocol={protocol}", service(record.kind))
 }

@@ -1,11 +1,12 @@
 //! Hundreds of connections of every kind are held open while the splits change at
-//! random, backends fail their checks and pass them again, and the agent is killed:
-//! none may notice.
+//! random, backends fail their checks, are taken out and put back, weighted, removed and
+//! added, and the agent is killed: none may notice.
 //!
 //! `CANARY_SEED` makes a run again (its changes and pauses; not how the kernel
 //! schedules it). `CANARY_LONG` makes it long: every change of the issue in each
 //! mode instead of in both together, and one mode more.
 
+mod fleet;
 mod history;
 mod script;
 
@@ -19,12 +20,13 @@ use canary_tests::{
     netns::Namespace,
     nginx::{self, Nginx},
     server::{ECHO_PORT, HEALTH_PATH, HTTP_PORT, Server},
-    topology::Family,
+    topology::{Family, Host},
 };
 
 use self::{
+    fleet::Fleet,
     history::History,
-    script::{Backends, Script},
+    script::{Place, Script},
 };
 use crate::support::{Bench, ECHO, SHOP, Way, alone};
 
@@ -68,6 +70,26 @@ fn resets(namespace: &Namespace) -> u64 {
     values.split(' ').nth(column).and_then(|value| value.parse().ok()).expect("a number")
 }
 
+/// Sockets of a host that are, or have just been, a client's connections to a port: those that
+/// wait for stray segments are over.
+fn client_sockets(namespace: &Namespace, port: u16) -> usize {
+    const TIME_WAIT: &str = "06";
+    const LISTEN: &str = "0A";
+    let port = format!("{port:04X}");
+    let of = |file: &str| {
+        let path = format!("/proc/thread-self/net/{file}");
+        let text = namespace.run(|| std::fs::read_to_string(path)).expect("a host's sockets");
+        let rows = text.lines().skip(1).filter(|line| {
+            let mut words = line.split_whitespace().skip(1);
+            let (local, _, state) = (words.next(), words.next(), words.next());
+            let here = local.and_then(|l| l.rsplit(':').next()) == Some(port.as_str());
+            here && state.is_some_and(|state| ![TIME_WAIT, LISTEN].contains(&state))
+        });
+        rows.count()
+    };
+    of("tcp") + of("tcp6")
+}
+
 /// Versions with their numbers of backends.
 const VERSIONS: &[(&str, u8)] = &[("stable", 3), ("v2", 2), ("v3", 2)];
 
@@ -105,16 +127,21 @@ fn hold(test: &str, bench: &Bench, held: &[(Kind, u32)], set_healthy: &dyn Fn(us
     let (changes, kills) = if long() { (300, 10) } else { (150, 5) };
     let random = Random::from_environment(test);
     let health = format!("health = {{ type = \"http\", path = \"{HEALTH_PATH}\", {CHECKS} }}");
-    let services = bench.service_with(&Family::ALL, SHOP, HTTP_PORT, &["tcp"], &health)
-        + &bench.service(ECHO, ECHO_PORT, &["tcp", "udp"], "");
-    let agent = Agent::start(&bench.topology, &AgentOptions::native(&bench.topology), &services);
+    let services = |fleet: &Fleet| {
+        let weight = |service| move |host: &Host| fleet.weight(service, host);
+        let (all, none) = (&Family::ALL, "health = { type = \"none\" }");
+        bench.weighted_service(all, SHOP, HTTP_PORT, &["tcp"], &health, weight(SHOP))
+            + &bench.weighted_service(all, ECHO, ECHO_PORT, &["tcp", "udp"], none, weight(ECHO))
+    };
+    let fleet = Fleet::new(&bench.topology.backends);
+    let options = AgentOptions::native(&bench.topology);
+    let agent = Agent::start(&bench.topology, &options, &services(&fleet));
     bench.wait_answered();
     let hold = Hold::start(bench.client(), &bench.servers, random.clone().bits());
     let started = Instant::now();
     let history = History::new(started, &agent);
-    let names = bench.servers.iter().map(|server| server.name().to_owned()).collect();
-    let backends = Backends { names, set_healthy };
-    let mut script = Script::new(backends, agent, &hold, history, random);
+    let place = Place { bench, set_healthy, services: &services };
+    let mut script = Script::new(place, agent, &hold, history, random, fleet);
     for (kind, count) in held {
         for number in 0..*count {
             script.open(*kind, Family::ALL[(number % 2) as usize]);
@@ -127,6 +154,7 @@ fn hold(test: &str, bench: &Bench, held: &[(Kind, u32)], set_healthy: &dyn Fn(us
     let took = started.elapsed();
     let after: u64 = bench.topology.backends.iter().map(|host| resets(&host.namespace)).sum();
     let unmeasured = hold.unmeasured();
+    let made = script.made();
     let Script { history, agent, .. } = script;
     let records = hold.finish();
     let faults = |cause| count(&records, |r| r.faults.iter().any(|f| f.cause == cause));
@@ -136,7 +164,7 @@ fn hold(test: &str, bench: &Bench, held: &[(Kind, u32)], set_healthy: &dyn Fn(us
     println!(
         "{test}: {} connections, {changes} changes and {kills} kills in {:.1} s: {} broken, {} stalled, \
          {} corrupted, {} moved, {} resets; longest wait {longest:.0?}, {:.1} MB checked, \
-         {elsewhere} had their bucket moved, {:.2} % of the time not measurable",
+         {elsewhere} had their bucket moved, {:.2} % of the time not measurable\n  {made}",
         records.len(),
         took.as_secs_f64(),
         faults(Cause::Broken),

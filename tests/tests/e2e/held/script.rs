@@ -1,22 +1,34 @@
 //! Random changes, one after the other, and kills of the agent among them.
+//!
+//! What an operator can do to a backend is among them: `drain` and `ready`; `maint`, which
+//! breaks its connections by contract and so comes when it has none any more; weights,
+//! removals and additions by a changed configuration, at each start after a kill and at
+//! restarts of their own.
 
 use std::{
     collections::BTreeSet,
+    net::SocketAddr,
     thread,
     time::{Duration, Instant},
 };
 
+use canary_agent::store::Admin;
 use canary_tests::{
-    agent::Agent,
+    agent::{Agent, AgentOptions},
     control::Control,
-    hold::{Hold, Kind, State},
+    hold::{Hold, State},
     model::Random,
     topology::Family,
+    wait,
 };
 use nix::sys::signal::Signal;
 
-use super::history::History;
-use crate::support::{ECHO, SHOP};
+use super::{
+    Kind, client_sockets,
+    fleet::Fleet,
+    history::{History, encoded, service},
+};
+use crate::support::{Bench, ECHO, SHOP};
 
 /// Longest pause between two changes.
 const PAUSE_MAX: Duration = Duration::from_millis(60);
@@ -31,12 +43,16 @@ const INTO_CHANGE_MAX: Duration = Duration::from_millis(6);
 type Make = fn(&mut Script<'_>) -> Option<String>;
 
 /// The kinds of change, each with how often it is made relative to the others.
-const CHANGES: [(u64, Make); 5] = [
-    (5, |script| script.split(Shares::Two)),
-    (5, |script| script.split(Shares::Three)),
-    (2, |script| script.split(Shares::Whole)),
-    (3, |script| script.fail()),
-    (3, |script| script.recover()),
+const CHANGES: [(u64, &str, Make); 9] = [
+    (10, "splits of one version", |script| script.split(Shares::Two)),
+    (10, "splits of two", |script| script.split(Shares::Three)),
+    (4, "whole splits", |script| script.split(Shares::Whole)),
+    (6, "failed checks", |script| script.fail()),
+    (6, "passed checks", |script| script.recover()),
+    (7, "drain", |script| script.drain()),
+    (7, "ready", |script| script.ready()),
+    (3, "maint", |script| script.maintain()),
+    (3, "restarts", |script| script.restart()),
 ];
 
 /// What kind of split is drawn.
@@ -50,17 +66,18 @@ enum Shares {
     Whole,
 }
 
-/// What the script needs of the backends.
-pub(super) struct Backends<'a> {
-    /// Their names.
-    pub(super) names: Vec<String>,
-    /// Lets one pass or fail its checks and go on otherwise, by its position.
+/// What the script needs of the hosts and their services.
+pub(super) struct Place<'a> {
+    pub(super) bench: &'a Bench,
+    /// Lets a server pass or fail its checks and go on otherwise, by its position.
     pub(super) set_healthy: &'a dyn Fn(usize, bool),
+    /// The configuration after its `[agent]` table.
+    pub(super) services: &'a dyn Fn(&Fleet) -> String,
 }
 
 /// The run's means and where it stands.
 pub(super) struct Script<'a> {
-    backends: Backends<'a>,
+    place: Place<'a>,
     pub(super) agent: Agent<'a>,
     control: Option<Control>,
     hold: &'a Hold,
@@ -68,20 +85,36 @@ pub(super) struct Script<'a> {
     random: Random,
     /// Positions of the servers that fail their checks.
     failing: BTreeSet<usize>,
+    fleet: Fleet,
     next_client: u32,
+    /// How often each of [`CHANGES`] was made, and changed configurations at a start.
+    made: [u32; CHANGES.len()],
+    configured: u32,
 }
 
 impl<'a> Script<'a> {
     pub(super) fn new(
-        backends: Backends<'a>,
+        place: Place<'a>,
         agent: Agent<'a>,
         hold: &'a Hold,
         history: History,
         random: Random,
+        fleet: Fleet,
     ) -> Self {
         let control = Some(Control::open(&agent.socket()).expect("the socket"));
-        let failing = BTreeSet::new();
-        Self { backends, agent, control, hold, history, random, failing, next_client: 0 }
+        Self {
+            place,
+            agent,
+            control,
+            hold,
+            history,
+            random,
+            failing: BTreeSet::new(),
+            fleet,
+            next_client: 0,
+            made: Default::default(),
+            configured: 0,
+        }
     }
 
     /// Begins to open a connection from a client of its own.
@@ -105,14 +138,16 @@ impl<'a> Script<'a> {
                 self.kill();
             }
             let what = loop {
-                let total = CHANGES.iter().map(|(weight, _)| weight).sum();
+                let total = CHANGES.iter().map(|(weight, ..)| weight).sum();
                 let mut drawn = self.random.below(total);
-                let make = CHANGES.iter().find(|(weight, _)| {
+                let kind = CHANGES.iter().position(|(weight, ..)| {
                     let found = drawn < *weight;
                     drawn = drawn.saturating_sub(*weight);
                     found
                 });
-                if let Some(what) = make.and_then(|(_, make)| make(self)) {
+                let kind = kind.expect("less than the total was drawn");
+                if let Some(what) = CHANGES[kind].2(self) {
+                    self.made[kind] += 1;
                     break what;
                 }
             };
@@ -120,6 +155,13 @@ impl<'a> Script<'a> {
             self.replace_one();
             thread::sleep(self.random.between(Duration::ZERO, PAUSE_MAX));
         }
+    }
+
+    /// What was done how often.
+    pub(super) fn made(&self) -> String {
+        let kinds = CHANGES.iter().zip(self.made);
+        let kinds: Vec<String> = kinds.map(|((_, name, _), n)| format!("{n} {name}")).collect();
+        format!("{}; {} starts with other backends", kinds.join(", "), self.configured)
     }
 
     /// Closes a connection and opens another of its kind: some are always as young
@@ -153,16 +195,130 @@ impl<'a> Script<'a> {
 
     fn split(&mut self, shares: Shares) -> Option<String> {
         let (target, body, what) = self.draw(shares);
+        self.put(&target, &body, &what);
+        Some(what)
+    }
+
+    /// Asks for a change, which must be made.
+    #[track_caller]
+    fn put(&mut self, target: &str, body: &str, what: &str) {
         let control = self.control.as_mut().expect("an agent");
-        let answer = control.ask("PUT", &target, body.as_bytes()).expect("an answer");
+        let answer = control.ask("PUT", target, body.as_bytes()).expect("an answer");
         let text = String::from_utf8_lossy(&answer.body);
         assert_eq!(answer.status, 200, "{what}: {text}");
-        Some(what)
+    }
+
+    /// A service and the position of a server of it.
+    fn draw_backend(&mut self) -> (&'static str, usize) {
+        let server = self.random.below(self.place.bench.servers.len() as u64) as usize;
+        (self.random.one_of(&[SHOP, ECHO]), server)
+    }
+
+    /// Tells both addresses of a server in a service something.
+    fn tell(&mut self, name: &'static str, server: usize, admin: Admin) -> String {
+        let host = &self.place.bench.topology.backends[server];
+        let what = format!("{} {name} {}", admin.name(), host.name);
+        let port = self.fleet.port(name);
+        let addrs = Family::ALL.map(|family| SocketAddr::new(host.addr(family), port));
+        for addr in addrs {
+            let target = format!("/v1/services/{name}/backends/{}", encoded(addr));
+            self.put(&target, &format!("{{\"state\": {:?}}}", admin.name()), &what);
+        }
+        self.fleet.member(name, server).admin = admin;
+        what
+    }
+
+    fn drain(&mut self) -> Option<String> {
+        let (name, server) = self.draw_backend();
+        let ready = self.fleet.member(name, server).admin == Admin::Ready;
+        (ready && self.fleet.may_go(name, server)).then(|| self.tell(name, server, Admin::Drain))
+    }
+
+    fn ready(&mut self) -> Option<String> {
+        let (name, server) = self.draw_backend();
+        let member = self.fleet.member(name, server);
+        (member.configured && member.admin != Admin::Ready)
+            .then(|| self.tell(name, server, Admin::Ready))
+    }
+
+    /// Drains a server, ends what is open on it as its clients would, and puts it into
+    /// maintenance. What was ended begins anew, elsewhere.
+    fn maintain(&mut self) -> Option<String> {
+        let (name, server) = self.draw_backend();
+        let member = *self.fleet.member(name, server);
+        let there = member.configured && member.admin != Admin::Maint;
+        if !there || !self.fleet.may_go(name, server) {
+            return None;
+        }
+        self.tell(name, server, Admin::Drain);
+        self.hold.wait_opened();
+        let host = &self.place.bench.topology.backends[server];
+        let records = self.hold.records();
+        let on_it: Vec<usize> = (0..records.len())
+            .filter(|id| {
+                let record = &records[*id];
+                service(record.kind) == name
+                    && !record.ended()
+                    && record.server.as_deref() == Some(&host.name)
+            })
+            .collect();
+        on_it.iter().for_each(|id| self.hold.close(*id as u64));
+        let port = self.fleet.port(name);
+        wait::until("a drained server without connections", || {
+            let records = self.hold.records();
+            let open = on_it.iter().filter(|id| !records[**id].ended()).count();
+            // A connection ends for its client before it ends for the server.
+            let sockets = client_sockets(&host.namespace, port);
+            (open + sockets == 0)
+                .then_some(())
+                .ok_or_else(|| format!("{name} on {}: {open} held, {sockets} sockets", host.name))
+        });
+        let what = self.tell(name, server, Admin::Maint);
+        on_it.iter().for_each(|id| self.open(records[*id].kind, records[*id].family));
+        Some(format!("{what}, {} connections having ended", on_it.len()))
+    }
+
+    /// Another configuration, and the agent ended and started with it.
+    fn restart(&mut self) -> Option<String> {
+        let what = self.reconfigure();
+        self.control = None;
+        self.agent.stop(Signal::SIGTERM);
+        self.start();
+        Some(format!("restarted with {what}"))
+    }
+
+    /// Writes a configuration with other weights and other backends, for the next start.
+    fn reconfigure(&mut self) -> String {
+        let mut done = Vec::new();
+        for _ in 0..1 + self.random.below(3) {
+            let (name, server) = self.draw_backend();
+            let weight = self.random.below(4) as u32;
+            let toggle = self.random.below(2) == 0;
+            let host = &self.place.bench.topology.backends[server].name;
+            let change = match toggle {
+                true => self.fleet.toggle(name, server),
+                false => self.fleet.weigh(name, server, weight),
+            };
+            done.extend(change.map(|change| format!("{name} {host} {change}")));
+        }
+        let options = AgentOptions::native(&self.place.bench.topology);
+        self.agent.configure(&options, &(self.place.services)(&self.fleet));
+        if done.is_empty() {
+            return "the same configuration".to_owned();
+        }
+        self.configured += 1;
+        done.join(", ")
+    }
+
+    fn start(&mut self) {
+        self.agent.run();
+        self.agent.wait_ready();
+        self.control = Some(Control::open(&self.agent.socket()).expect("the socket"));
     }
 
     /// Lets a server fail its checks; it goes on serving.
     fn fail(&mut self) -> Option<String> {
-        let server = self.random.below(self.backends.names.len() as u64) as usize;
+        let server = self.random.below(self.place.bench.servers.len() as u64) as usize;
         self.failing.insert(server).then(|| self.set_health(server, false))
     }
 
@@ -174,12 +330,13 @@ impl<'a> Script<'a> {
     }
 
     fn set_health(&self, server: usize, healthy: bool) -> String {
-        (self.backends.set_healthy)(server, healthy);
-        let name = &self.backends.names[server];
+        (self.place.set_healthy)(server, healthy);
+        let name = self.place.bench.servers[server].name();
         format!("the checks of {name} {}", if healthy { "pass" } else { "fail" })
     }
 
-    /// Kills the agent, every second time in the middle of a change, and starts it again.
+    /// Kills the agent, every second time in the middle of a change, and starts it again,
+    /// every second time with another configuration.
     fn kill(&mut self) {
         self.control = None;
         let in_change = self.random.below(2) == 0;
@@ -203,10 +360,12 @@ impl<'a> Script<'a> {
         self.note(what);
         self.replace_one();
         thread::sleep(self.random.between(Duration::ZERO, DEAD_MAX));
+        let with = match self.random.below(2) {
+            0 => self.reconfigure(),
+            _ => "the same configuration".to_owned(),
+        };
         let begun = Instant::now();
-        self.agent.run();
-        self.agent.wait_ready();
-        self.control = Some(Control::open(&self.agent.socket()).expect("the socket"));
-        self.note(format!("started again, which took {:.0?}", begun.elapsed()));
+        self.start();
+        self.note(format!("started again with {with}, which took {:.0?}", begun.elapsed()));
     }
 }
