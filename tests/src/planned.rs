@@ -354,6 +354,8 @@ impl Planned {
             let until = at.saturating_sub(self.now_ms);
             self.pass(Duration::from_millis(until));
             each(self);
+            let overdue = self.wakeup_ms.is_some_and(|at| at <= self.now_ms);
+            assert!(!overdue, "what was due is due still");
         }
         self.pass(Duration::from_millis(end - self.now_ms));
     }

@@ -389,6 +389,7 @@ impl Table {
                 }
             }
         }
+        done.changed |= self.pass_over();
         if self.unprepared {
             let watched = prepare::watch(
                 &self.entries,
@@ -405,6 +406,35 @@ impl Table {
         }
         self.release(inputs, &mut done);
         done
+    }
+
+    /// Where `previous` is a backend in maintenance, nobody's connection is there any more, and
+    /// what finds no entry goes to `current`. So it does after further moves and when that
+    /// backend is back: a connection without an entry (there may be no room for one) stays.
+    fn pass_over(&mut self) -> bool {
+        let live = self.backends.iter().filter(|b| b.admin == Admin::Maint).map(|b| b.index);
+        let gone = self.draining.iter().filter(|d| d.maint).map(|d| d.index);
+        let maintained: BTreeSet<BackendIndex> = live.chain(gone).collect();
+        if maintained.is_empty() {
+            return false;
+        }
+        let stale = |entry: &Entry| {
+            entry.tracked()
+                && entry.previous() != entry.current()
+                && !entry.current().is_none()
+                && maintained.contains(&entry.previous())
+        };
+        let updates: Vec<Update> = (0..)
+            .zip(self.entries.iter().zip(self.ledger.iter()))
+            .filter(|(_, (entry, _))| stale(entry))
+            .map(|(bucket, (&before, &record))| {
+                let current = before.current();
+                let after = Entry::tracking(current, current, before.learning());
+                Update { bucket, before, after, record }
+            })
+            .collect();
+        self.update(&updates);
+        !updates.is_empty()
     }
 
     /// What of a backend that left is still referred to, and what is not any more.

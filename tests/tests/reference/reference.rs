@@ -149,10 +149,12 @@ impl Reference {
         }
     }
 
-    /// A backend has left the configuration, or is in it again.
+    /// A backend has left the configuration, or is in it again: what operators had told it is
+    /// forgotten then.
     pub(crate) fn configured(&mut self, n: u16, configured: bool) {
         if configured {
             self.removed.remove(&n);
+            self.out.remove(&n);
         } else {
             self.removed.entry(n).or_insert(self.now_ms);
             // What operators have told it is forgotten with it.
@@ -168,6 +170,19 @@ impl Reference {
         };
         if admin == Admin::Maint {
             self.open.retain(|_, connection| connection.backend != n);
+            self.pass_over();
+        }
+    }
+
+    /// Nothing is open any more where a bucket's origin is in maintenance: what nobody remembers
+    /// goes where new connections go from then on.
+    fn pass_over(&mut self) {
+        let out = &self.out;
+        for bucket in self.buckets.iter_mut().flatten() {
+            let maintained = |n| out.get(&n) == Some(&Admin::Maint);
+            if bucket.origin.is_some_and(maintained) && bucket.current.is_some() {
+                bucket.origin = bucket.current;
+            }
         }
     }
 
@@ -221,6 +236,7 @@ impl Reference {
                 }
             }
         }
+        self.pass_over();
         // Translated connections of a removed backend live for its drain.
         let over = |since: &u64| drain_ms.is_some_and(|drain| now >= since + drain - drain / 10);
         if nat && self.removed.values().any(over) {
@@ -424,7 +440,9 @@ impl Reference {
         }
         // A translated packet that is dropped opens nothing.
         let opens = matches!(sent, Sent::Open { .. } | Sent::Resend | Sent::Datagram);
-        let stays = known.as_ref().is_some_and(|c| at == Some(c.backend));
+        // Nor does one of an open connection end it; but a SYN that comes again takes the flow
+        // of one that is half open away from a backend that can't be reached.
+        let stays = !opens && known.as_ref().is_some_and(|c| at == Some(c.backend));
         let Some(backend) = at.filter(|_| went != Went::Dropped || !self.rules.nat || stays) else {
             if opens {
                 self.open.remove(tuple);

@@ -6,7 +6,7 @@ use canary_ebpf_common::{
     entry::Entry,
 };
 use canary_tests::{
-    loaded::XDP_PASS,
+    loaded::{Sizes, XDP_PASS},
     model::Tuple,
     notation::parse,
     planned::{Planned, Shop, Version, Went},
@@ -183,6 +183,40 @@ fn rule_09_a_bucket_waits_for_its_sweep_before_it_moves_again() {
 }
 
 #[test]
+fn rule_09_a_bucket_waits_for_its_sweep_before_it_is_watched() {
+    let mut planned = moved();
+    let mut all = tuples(Family::V4, IPPROTO_TCP);
+    let tuple = all.find(|t| matches!(planned.current(t), Some(3 | 4))).unwrap();
+    establish(&mut planned, &tuple, 1000);
+    planned.now_ms += 1_000_001;
+    let now = planned.now_ms;
+    assert!(planned.planner.step(now).changed);
+    let split = [("v2".to_owned(), "1%".parse().unwrap())].into();
+    let ownership = planned.planner.services()[0].propose(split).unwrap().ownership;
+    planned.planner.prepare(0, Some(&ownership));
+    planned.planner.step(now);
+    let bucket = planned.bucket(&tuple) as usize;
+    assert!(!planned.planner.plane().services[0].entries[bucket].tracked());
+    assert!(!planned.planner.is_prepared(0));
+    planned.settle();
+    assert!(planned.entry(&tuple).tracked() && planned.planner.is_prepared(0));
+    assert_eq!(planned.flow(&tuple), None);
+}
+
+#[test]
+fn rule_09_a_plan_that_clears_buckets_is_in_force_when_they_have_been_swept() {
+    let mut planned = moved();
+    for family in FAMILIES {
+        let tuple = one_moved(&planned, family);
+        establish(&mut planned, &tuple, 1000);
+    }
+    planned.now_ms += 1_000_001;
+    assert!(planned.planner.step(planned.now_ms).changed);
+    planned.loaded.datapath.apply(planned.planner.plane()).unwrap();
+    assert_eq!(planned.flows(), 0, "not only when expired entries are looked for");
+}
+
+#[test]
 fn rule_09_a_sweep_leaves_what_is_still_looked_at() {
     let mut planned = moved();
     let tuples = tuples_moved(&planned, Family::V4, IPPROTO_TCP, 200);
@@ -265,6 +299,22 @@ fn rule_10_a_step_that_is_prepared_takes_no_retransmitted_syn_along() {
 }
 
 #[test]
+fn rule_10_what_is_watched_is_not_forgotten_before_it_moves() {
+    let drain = Some(5 * S);
+    let mut planned = planned(&Shop { drain, ..Shop::default() });
+    let step = [("v2", "100%")];
+    planned.prepare(&step);
+    let all: Vec<Tuple> = tuples(Family::V4, IPPROTO_TCP).take(50).collect();
+    let went: Vec<Went> = all.iter().map(|t| planned.send(t, syn(1000))).collect();
+    planned.pass_by_steps(7 * S, |_| {});
+    planned.split(&step);
+    for (tuple, at) in all.iter().zip(went) {
+        assert_ne!(current(&planned, tuple), at);
+        assert_eq!(planned.send(tuple, syn(1000)), at, "its SYN again");
+    }
+}
+
+#[test]
 fn rule_12_drain_takes_no_new_connections_and_maintenance_none_at_all() {
     let mut planned = shop();
     let open = open_before(&mut planned);
@@ -286,6 +336,35 @@ fn rule_12_drain_takes_no_new_connections_and_maintenance_none_at_all() {
     let back =
         fresh(2000).iter().filter(|t| establish(&mut planned, t, 1000) == Went::To(2)).count();
     assert!(back > 50, "{back} of 200");
+}
+
+#[test]
+fn rule_12_what_finds_no_room_beside_maintenance_stays_where_it_opened() {
+    let versions = [("stable", 1), ("v2", 2), ("v3", 3)];
+    let versions = versions.map(|(name, n)| Version { name, backends: vec![(n, 1)] });
+    let shop = Shop { versions: versions.into(), ..Shop::default() };
+    let mut planned = Planned::new(&shop, &Sizes { flows: 1, ..Sizes::default() });
+    planned.split(&[("v2", "100%")]);
+    planned.split(&[("v3", "100%"), ("v2", "0%")]);
+    for family in FAMILIES {
+        let all = tuples_moved(&planned, family, IPPROTO_TCP, 21);
+        establish(&mut planned, &all[0], 1000);
+    }
+    // Every bucket's `previous`.
+    planned.tell(1, Admin::Maint);
+    let mut open = Vec::new();
+    for family in FAMILIES {
+        for tuple in tuples(family, IPPROTO_TCP).skip(100).take(20) {
+            assert_eq!(establish(&mut planned, &tuple, 1000), Went::To(3), "there is no room");
+            open.push((tuple, Went::To(3)));
+        }
+    }
+    planned.split(&[("v2", "100%"), ("v3", "0%")]);
+    all_stay(&mut planned, &open, "after a split");
+    planned.tell(1, Admin::Ready);
+    all_stay(&mut planned, &open, "with the backend back");
+    planned.split(&[("v2", "0%")]);
+    all_stay(&mut planned, &open, "with everything at it again");
 }
 
 #[test]
@@ -367,26 +446,44 @@ fn rule_13_with_existing_move_a_split_takes_connections_along_and_sweeps() {
 #[test]
 fn rule_15_icmp_errors_and_fragments_make_and_refresh_no_entry() {
     let mut planned = moved();
-    let tuple = one_moved(&planned, Family::V4);
-    let at = establish(&mut planned, &tuple, 1000);
-    planned.loaded.silence(5 * S).unwrap();
-    let before: Flow = planned.flow(&tuple).unwrap();
-    let port = tuple.src_port;
-    for packet in [
-        format!(
-            "eth client > us / ip client > vip / icmp type=3 code=4 rest=0x000005dc / ip vip > client / tcp 80 > {port} A seq=1"
-        ),
-        format!(
-            "eth client > us / ip client > vip / icmp type=3 code=1 / ip vip > client / tcp 80 > {} A seq=1",
-            port + 1
-        ),
-        format!("eth client > us / ip client > vip frag=0 mf / tcp {port} > 80 A seq=1001"),
-        "eth client > us / ip client > vip frag=104 / zeros 64".to_owned(),
-    ] {
-        let seen = planned.loaded.run(&parse(&packet).unwrap()).unwrap();
-        assert_eq!(seen.action, XDP_PASS, "{packet}");
-        assert_eq!(planned.flow(&tuple), Some(before), "{packet}");
-        assert_eq!(planned.flows(), 1, "{packet}");
+    for family in FAMILIES {
+        let tuple = one_moved(&planned, family);
+        let at = establish(&mut planned, &tuple, 1000);
+        planned.loaded.silence(5 * S).unwrap();
+        let before: Flow = planned.flow(&tuple).unwrap();
+        let (flows, port) = (planned.flows(), tuple.src_port);
+        let other = port + 1;
+        let packets = match family {
+            Family::V4 => [
+                format!(
+                    "ip client > vip / icmp type=3 code=4 rest=0x000005dc / ip vip > client / tcp 80 > {port} A seq=1"
+                ),
+                format!(
+                    "ip client > vip / icmp type=3 code=1 / ip vip > client / tcp 80 > {other} A seq=1"
+                ),
+                format!("ip client > vip frag=0 mf / tcp {port} > 80 A seq=1001"),
+                "ip client > vip frag=104 / zeros 64".to_owned(),
+            ],
+            Family::V6 => [
+                format!(
+                    "ip6 client > vip / icmp6 type=2 code=0 rest=0x000005dc / ip6 vip > client / tcp 80 > {port} A seq=1"
+                ),
+                format!(
+                    "ip6 client > vip / icmp6 type=1 code=0 / ip6 vip > client / tcp 80 > {other} A seq=1"
+                ),
+                // Fragment headers (RFC 8200, 4.5): the first with a TCP header, and a later one.
+                format!(
+                    "ip6 client > vip next=44 / hex 0600000100000001 {port:04x}0050000003e9000000005010ffff00000000"
+                ),
+                "ip6 client > vip next=44 / hex 0600006800000001 / zeros 64".to_owned(),
+            ],
+        };
+        for packet in packets.map(|packet| format!("eth client > us / {packet}")) {
+            let seen = planned.loaded.run(&parse(&packet).unwrap()).unwrap();
+            assert_eq!(seen.action, XDP_PASS, "{packet}");
+            assert_eq!(planned.flow(&tuple), Some(before), "{packet}");
+            assert_eq!(planned.flows(), flows, "{packet}");
+        }
+        assert_eq!(planned.send(&tuple, ack(1001)), at);
     }
-    assert_eq!(planned.send(&tuple, ack(1001)), at);
 }
