@@ -630,12 +630,18 @@ fn release_slots(state: &mut ServiceState) {
     debug_assert!(slots.len() <= MAX_VERSIONS);
 }
 
+/// Tables of fewer buckets take no longer than a thread takes to start.
+const PARALLEL_BUCKETS: usize = 16_384;
+
 /// Steps a service's tables: those of both families at the same time, since a split
-/// change takes the compiler about a millisecond for each.
+/// change takes the compiler about a millisecond for each of 65,536 buckets.
 fn step_all(tables: &mut [Table], inputs: &Inputs<'_>) -> Vec<TableStep> {
     let [one, other] = tables else {
         return tables.iter_mut().map(|table| table.step(inputs)).collect();
     };
+    if one.entries().len() < PARALLEL_BUCKETS {
+        return vec![one.step(inputs), other.step(inputs)];
+    }
     std::thread::scope(|scope| {
         let one = scope.spawn(|| one.step(inputs));
         let other = other.step(inputs);
