@@ -7,7 +7,8 @@
 //! tortoises*, 2002). An hour passes before the first step, so that old ones are open.
 //!
 //! Full tracking, held against it, has an entry for every connection, and keeps it as long
-//! after a FIN as the agent keeps its own.
+//! after a FIN as the agent keeps its own; or until it is evicted for want of room, which a
+//! table for all connections of the hour never does.
 //!
 //! ```console
 //! # cargo run --release -p canary-tests --example ramp
@@ -59,8 +60,11 @@ struct Counts {
     /// Sums over its seconds: of entries, and of those that full tracking would have.
     entries_sum: u64,
     full_sum: u64,
-    /// Both, at the second with the most entries.
+    /// Both, at the second with the most entries, and at the end of the hour.
     most: (usize, usize),
+    at_end: (usize, usize),
+    /// Entries that were made where packets without one go to the same backend.
+    needless: u64,
     /// Connections whose packets went to two backends, but for those that outlived the drain.
     broken: u64,
     outlived: u64,
@@ -176,12 +180,15 @@ fn ramp(drain: Duration, seed: u64) {
         }
         while next_ms < (now_ms + 1000) as f64 {
             let before = model.flows.len();
-            let (_, at) = model.decide(service, &tuple(number), segment(TCP_SYN, 1000), 0, 64);
+            let (bucket, at) = model.decide(service, &tuple(number), segment(TCP_SYN, 1000), 0, 64);
             let (_, again) = model.decide(service, &tuple(number), segment(TCP_ACK, 1001), 0, 64);
             counts.broken += u64::from(at != again);
             if in_hour {
                 counts.began += 1;
-                counts.made += (model.flows.len() - before) as u64;
+                let made = (model.flows.len() - before) as u64;
+                let entry = service.entries[bucket as usize];
+                counts.made += made;
+                counts.needless += if entry.current() == entry.previous() { made } else { 0 };
             }
             let lifetime_s = LIFETIME.0 * (LIFETIME.1 * normal(&mut random)).exp();
             ends.push(Reverse((now_ms + 1000 + (lifetime_s * 1000.0) as u64, number)));
@@ -196,6 +203,7 @@ fn ramp(drain: Duration, seed: u64) {
         if in_hour {
             counts.entries_sum += entries as u64;
             counts.full_sum += full as u64;
+            counts.at_end = (entries, full);
         }
         counts.most = counts.most.max((entries, full));
         let marked = second + 1 >= BEFORE_S && (second + 1 - BEFORE_S).is_multiple_of(300);
@@ -222,6 +230,16 @@ fn ramp(drain: Duration, seed: u64) {
         percent(counts.entries_sum, counts.full_sum),
         counts.most.0,
         counts.most.1,
+    );
+    let (entries, full) = (counts.at_end.0 as u64, counts.at_end.1 as u64);
+    println!(
+        "at the end of the hour: {entries} entries, {:.1} % of the {full} of full tracking with our \
+         expiry, {:.1} % of the {} of one that keeps them until they are evicted; {} of those made \
+         named the backend that packets without one go to",
+        percent(entries, full),
+        percent(entries, counts.began),
+        counts.began,
+        counts.needless,
     );
     println!(
         "{} connections changed their backend, and {} that outlived the drain",
