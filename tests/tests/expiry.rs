@@ -174,7 +174,7 @@ fn a_udp_flow_on_which_one_side_speaks_stays_with_both_entries() {
     let nat_port = client(&mut loaded, 40_000, "udp PORT > 80 / \"x\"");
     loaded.silence(31 * S).unwrap();
     server(&mut loaded, nat_port, "udp 80 > PORT / \"y\"");
-    assert_eq!(left_after(&mut loaded, 0 * S), 2);
+    assert_eq!(left_after(&mut loaded, Duration::ZERO), 2);
 }
 
 #[test]
@@ -223,10 +223,10 @@ fn half_open_and_closing_flows_go_sooner_when_the_table_is_nearly_full() {
     client(&mut loaded, 41_000, "tcp PORT > 80 S seq=1000");
     establish(&mut loaded, 41_001);
     client(&mut loaded, 41_001, "tcp PORT > 80 FA seq=1001 ack=5001");
-    assert_eq!(left_after(&mut loaded, 0 * S), 30, "three quarters of the table");
+    assert_eq!(left_after(&mut loaded, Duration::ZERO), 30, "three quarters of the table");
     assert_eq!(left_after(&mut loaded, 11 * S), 28, "the half-open one goes");
     client(&mut loaded, 41_000, "tcp PORT > 80 S seq=1000");
-    assert_eq!(left_after(&mut loaded, 0 * S), 30);
+    assert_eq!(left_after(&mut loaded, Duration::ZERO), 30);
     assert_eq!(left_after(&mut loaded, 31 * S), 26, "both go");
 }
 
