@@ -149,12 +149,10 @@ impl Reference {
         }
     }
 
-    /// A backend has left the configuration, or is in it again: what operators had told it is
-    /// forgotten then.
+    /// A backend has left the configuration, or is in it again.
     pub(crate) fn configured(&mut self, n: u16, configured: bool) {
         if configured {
             self.removed.remove(&n);
-            self.out.remove(&n);
         } else {
             self.removed.entry(n).or_insert(self.now_ms);
             // What operators have told it is forgotten with it.

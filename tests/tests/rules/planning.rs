@@ -204,19 +204,6 @@ fn rule_09_a_bucket_waits_for_its_sweep_before_it_is_watched() {
 }
 
 #[test]
-fn rule_09_a_plan_that_clears_buckets_is_in_force_when_they_have_been_swept() {
-    let mut planned = moved();
-    for family in FAMILIES {
-        let tuple = one_moved(&planned, family);
-        establish(&mut planned, &tuple, 1000);
-    }
-    planned.now_ms += 1_000_001;
-    assert!(planned.planner.step(planned.now_ms).changed);
-    planned.loaded.datapath.apply(planned.planner.plane()).unwrap();
-    assert_eq!(planned.flows(), 0, "not only when expired entries are looked for");
-}
-
-#[test]
 fn rule_09_a_sweep_leaves_what_is_still_looked_at() {
     let mut planned = moved();
     let tuples = tuples_moved(&planned, Family::V4, IPPROTO_TCP, 200);
