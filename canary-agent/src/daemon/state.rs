@@ -8,7 +8,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use canary_ebpf_common::{
@@ -574,6 +574,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             (touched, moved) = self.touched(at, &tables);
             report.backends_touched = touched;
             report.applied = true;
+            report.took_us = micros(settled.saturating_duration_since(arrived));
             // What was prepared was in force as quickly as any other when its time had come.
             let since = if request.learn { started } else { arrived };
             self.metrics.split_applied(settled.saturating_duration_since(since));
@@ -590,7 +591,9 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             );
         }
         report.revision = self.revision;
-        report.took_us = u64::try_from(arrived.elapsed().as_micros()).unwrap_or(u64::MAX);
+        if report.took_us == 0 {
+            report.took_us = micros(arrived.elapsed());
+        }
         if report.buckets_moved > 0 {
             let entries: Vec<_> = tables
                 .iter()
@@ -738,6 +741,10 @@ fn tables_of(plane: &DataPlane, service: &str) -> Vec<Arc<ServicePlan>> {
     let mut tables: Vec<_> = plane.services.iter().filter(|s| s.name == service).cloned().collect();
     tables.sort_by_key(|table| table.family);
     tables
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn not_stored(error: &StoreError) -> String {

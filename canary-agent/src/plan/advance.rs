@@ -82,6 +82,8 @@ pub struct Advance<'a> {
     pub desired: Option<&'a [BackendIndex]>,
     /// Who should own each bucket.
     pub owners: &'a [u8],
+    /// Who the ledger says owns each bucket, if that is at hand: it is read faster than there.
+    pub owned: Option<&'a [u8]>,
     /// Buckets that were cleared by plans not applied yet: one of those does not begin to be
     /// tracked, so its move waits.
     pub unswept: &'a BucketSet,
@@ -97,7 +99,7 @@ pub struct Advance<'a> {
 impl Advance<'_> {
     /// What has to change.
     pub fn run(&self) -> Advanced {
-        let Self { entries, ledger, desired, owners, .. } = *self;
+        let Self { entries, ledger, desired, owners, owned, .. } = *self;
         let of = entries.len().min(ledger.len()).min(owners.len());
         let of = desired.map_or(of, |desired| of.min(desired.len()));
         let mut done = Advanced::default();
@@ -105,16 +107,16 @@ impl Advance<'_> {
             done.next_due_ms = (self.quiet_until_ms < BootMs::MAX).then_some(self.quiet_until_ms);
             let (entries, ledger, owners) = (&entries[..of], &ledger[..of], &owners[..of]);
             let another = |record: LedgerEntry, owner| record.owner() != owner;
-            let others = differing(ledger, owners, another);
-            let elsewhere = |entry: Entry, wanted| entry.current() != wanted;
-            match desired {
-                Some(desired) => {
-                    let both = differing(entries, desired, elsewhere).zip(others);
-                    ones(both.map(|(moves, others)| moves | others))
-                        .for_each(|bucket| self.bucket(bucket, &mut done));
-                }
-                None => ones(others).for_each(|bucket| self.bucket(bucket, &mut done)),
+            let mut moves: Vec<u64> = match owned {
+                Some(owned) => differing(owned, owners, |owned, owner| owned != owner).collect(),
+                None => differing(ledger, owners, another).collect(),
+            };
+            if let Some(desired) = desired {
+                let elsewhere = |entry: Entry, wanted| entry.current() != wanted;
+                let words = moves.iter_mut().zip(differing(entries, desired, elsewhere));
+                words.for_each(|(moves, elsewhere)| *moves |= elsewhere);
             }
+            ones(moves.into_iter()).for_each(|bucket| self.bucket(bucket, &mut done));
         } else {
             (0..of).for_each(|bucket| self.bucket(bucket, &mut done));
         }

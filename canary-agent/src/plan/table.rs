@@ -371,6 +371,11 @@ impl Table {
                 ledger: &self.ledger,
                 desired: assignment.as_ref().map(|a| &a.backends[..]),
                 owners: inputs.owners,
+                // What waits for a sweep has its old owner in the ledger still.
+                owned: match &self.compiled {
+                    Some((owned, _)) if !self.deferred => Some(owned),
+                    _ => None,
+                },
                 unswept: &self.unswept,
                 policy: &inputs.policy,
                 quiet_until_ms,
