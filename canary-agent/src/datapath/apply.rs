@@ -22,7 +22,10 @@ use super::{
     pod,
     vips::{VipTable, vips},
 };
-use crate::plan::{BackendPlan, DataPlane, Family, ServicePlan};
+use crate::{
+    failpoint::Failpoint,
+    plan::{BackendPlan, DataPlane, Family, ServicePlan},
+};
 
 /// What an `apply` changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -125,6 +128,7 @@ impl Maps {
         // A backend goes into maintenance when nothing names it any more for new connections.
         let maintained = self.maintained(backends);
         applied.backends += self.store_backends(before, backends, &maintained)?;
+        Failpoint::BackendsWritten.pass();
         let old: StdMap<_, _> =
             before.iter().flat_map(|b| &b.services).map(|s| (s.record.id, s)).collect();
         for service in services {
@@ -133,6 +137,7 @@ impl Maps {
                 self.store_table(old.map(|o| &***o), service, &mut applied)?;
             }
         }
+        Failpoint::TablesWritten.pass();
         for (index, plan) in backends.iter().filter(|(index, _)| maintained.contains(index)) {
             applied.backends += usize::from(self.store_backend(*index, &plan.record())?);
         }
@@ -234,16 +239,29 @@ impl Maps {
         let old_ledger = old.map(|o| &o.ledger);
         if old_ledger.is_none_or(|old| !Arc::ptr_eq(old, &service.ledger)) {
             let words = &self.ledger.words64()[range.clone()];
-            store(words, old_ledger.map(|old| &old[..]), &service.ledger, |_, _| {});
+            // After the first line of words that differ.
+            let mut first = true;
+            let half = |_, _| {
+                if std::mem::take(&mut first) {
+                    Failpoint::LedgerHalfWritten.pass();
+                }
+            };
+            store(words, old_ledger.map(|old| &old[..]), &service.ledger, half);
+            Failpoint::LedgerWritten.pass();
         }
         let old_entries = old.map(|o| &o.entries);
         if old_entries.is_none_or(|old| !Arc::ptr_eq(old, &service.entries)) {
             let words = &self.table.words32()[range];
+            let mut first = true;
             let count = |before: Entry, after: Entry| {
+                if std::mem::take(&mut first) {
+                    Failpoint::TableHalfWritten.pass();
+                }
                 applied.untracked += usize::from(before.tracked() && !after.tracked());
                 applied.entries += usize::from(before != after);
             };
             store(words, old_entries.map(|old| &old[..]), &service.entries, count);
+            Failpoint::TableWritten.pass();
         }
         if old.is_none_or(|o| info(o) != info(service)) {
             self.info.set(service.record.id, pod::ServiceInfo(info(service)), 0)?;

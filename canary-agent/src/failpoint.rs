@@ -1,0 +1,104 @@
+//! Places at which a test lets the agent die: each write of the store, and each between store
+//! and maps.
+//!
+//! Only builds with debug assertions, which no release has, look for them: there, the file
+//! that [`FILE`] names holds the name of the place at which the agent ends as by SIGKILL.
+//! It is read anew each time, so that a test chooses when.
+
+/// The environment variable that names the file.
+pub const FILE: &str = "CANARY_FAILPOINT_FILE";
+
+macro_rules! failpoints {
+    ($($(#[$doc:meta])* $point:ident = $name:literal,)*) => {
+        /// A place to die at.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Failpoint {
+            $($(#[$doc])* $point,)*
+        }
+
+        impl Failpoint {
+            /// All of them, in the order in which a change passes them.
+            pub const ALL: &[Self] = &[$(Self::$point,)*];
+
+            /// The name that stands in the file.
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $(Self::$point => $name,)*
+                }
+            }
+        }
+    };
+}
+
+failpoints! {
+    /// A change was asked for and accepted; nothing is written.
+    BeforeStore = "before-store",
+    /// The store's transaction has begun.
+    StoreBegun = "store-begun",
+    /// The line of the audit trail is written.
+    ChangeWritten = "change-written",
+    /// The service's state is written.
+    ServiceWritten = "service-written",
+    /// Everything is written and nothing committed.
+    BeforeCommit = "before-commit",
+    /// It is durable.
+    Committed = "committed",
+    /// It is durable and not planned yet.
+    BeforePlan = "before-plan",
+    /// It is planned, and no map written.
+    BeforeMaps = "before-maps",
+    /// Backends' records are written.
+    BackendsWritten = "backends-written",
+    /// Some words of a ledger are written.
+    LedgerHalfWritten = "ledger-half-written",
+    /// A ledger is written, and its table is not.
+    LedgerWritten = "ledger-written",
+    /// Some entries of a table are written.
+    TableHalfWritten = "table-half-written",
+    /// A table is written.
+    TableWritten = "table-written",
+    /// Everything is in the maps but maintenance, addresses and the sweep.
+    TablesWritten = "tables-written",
+    /// Everything is in the maps, and nothing swept.
+    BeforeSweep = "before-sweep",
+    /// Everything is in force, and nobody has been told.
+    InForce = "in-force",
+}
+
+impl Failpoint {
+    /// Ends the process here, if a test has chosen this place.
+    #[cfg(debug_assertions)]
+    pub(crate) fn pass(self) {
+        use std::{path::PathBuf, sync::OnceLock};
+
+        use nix::{
+            sys::signal::{Signal, kill},
+            unistd::Pid,
+        };
+
+        static CHOICE: OnceLock<Option<PathBuf>> = OnceLock::new();
+        let file = CHOICE.get_or_init(|| std::env::var_os(FILE).map(PathBuf::from));
+        let Some(file) = file else { return };
+        if std::fs::read_to_string(file).is_ok_and(|chosen| chosen.trim() == self.name()) {
+            // Whoever survives SIGKILL goes on, and the test says so.
+            let _ = kill(Pid::this(), Signal::SIGKILL);
+        }
+    }
+
+    /// Nothing: this build knows no tests.
+    #[cfg(not(debug_assertions))]
+    pub(crate) const fn pass(self) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn names_tell_the_places_apart() {
+        let names: HashSet<&str> = Failpoint::ALL.iter().map(|point| point.name()).collect();
+        assert_eq!(names.len(), Failpoint::ALL.len());
+    }
+}
