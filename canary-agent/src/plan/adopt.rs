@@ -12,7 +12,7 @@ use std::{
 
 use canary_ebpf_common::{
     abi::{self, LedgerEntry, MAX_VERSIONS},
-    compile::{self, Change},
+    compile,
     entry::{BackendIndex, Entry},
 };
 
@@ -244,7 +244,7 @@ pub(super) fn begin(
     });
     let news = (!unchanged).then(|| {
         let action = if from_store { "config" } else { "adopt" };
-        (action, before, compile::encode_changes(&difference(&known, &ownership.owners)))
+        (action, before, compile::encode_changes(&compile::difference(&known, &ownership.owners)))
     });
     Ok(Beginning { slots, ownership, news })
 }
@@ -274,15 +274,6 @@ pub(super) fn admins<'a>(
         service.versions.iter().flat_map(|v| &v.backends).map(|b| b.addr).collect();
     admins.retain(|addr, admin| *admin != Admin::Ready && configured.contains(addr));
     admins
-}
-
-/// What turns `before` into `after`, as far as both have the bucket.
-fn difference(before: &[u8], after: &[u8]) -> Vec<Change> {
-    let pairs = (0..).zip(before.iter().zip(after));
-    pairs
-        .filter(|(_, (from, to))| from != to)
-        .map(|(bucket, (from, to))| Change { bucket, from: *from, to: *to })
-        .collect()
 }
 
 /// The slot of the version `name`.

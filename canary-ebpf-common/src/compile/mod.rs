@@ -84,7 +84,7 @@ pub use codec::{
     DecodeError, decode_changes, decode_owners, decode_placement, encode_changes, encode_owners,
     encode_placement,
 };
-pub use owners::{Change, OwnersError, apply, counts, initial_owners, plan, revert};
+pub use owners::{Change, OwnersError, apply, counts, difference, initial_owners, plan, revert};
 pub use placement::{BackendsError, Placement};
 pub use score::identity;
 pub use split::{SplitError, Targets, Wanted, targets};

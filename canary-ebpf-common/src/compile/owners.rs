@@ -237,6 +237,15 @@ pub fn revert(owners: &mut [u8], changes: &[Change]) -> Result<(), OwnersError> 
     Ok(())
 }
 
+/// What turns `before` into `after`, as far as both have the bucket.
+pub fn difference(before: &[u8], after: &[u8]) -> Vec<Change> {
+    let pairs = (0..).zip(before.iter().zip(after));
+    pairs
+        .filter(|(_, (from, to))| from != to)
+        .map(|(bucket, (from, to))| Change { bucket, from: *from, to: *to })
+        .collect()
+}
+
 fn turn(owners: &mut [u8], bucket: u32, from: u8, to: u8) -> Result<(), OwnersError> {
     let owner = owners.get_mut(bucket as usize).ok_or(OwnersError::NoSuchBucket(bucket))?;
     if *owner != from {
