@@ -59,10 +59,10 @@ failpoints! {
     TableWritten = "table-written",
     /// Everything is in the maps but maintenance, addresses and the sweep.
     TablesWritten = "tables-written",
-    /// Everything is in the maps, and nothing swept.
-    BeforeSweep = "before-sweep",
     /// Everything is in force, and nobody has been told.
     InForce = "in-force",
+    /// Flow entries are to be swept, and none has been.
+    BeforeSweep = "before-sweep",
 }
 
 impl Failpoint {

@@ -3,8 +3,8 @@
 use std::{fs, os::unix::fs::FileExt, path::Path, thread};
 
 use canary_agent::store::{
-    Admin, BackendChange, Change, Commit, PlacementRecord, ServiceRecord, SqliteStore, StateStore,
-    StoreError,
+    Admin, BackendChange, Change, Commit, Deadline, Event, EventQuery, KEPT_CHANGES, KEPT_LISTS,
+    KEPT_NOTICES, Notice, PlacementRecord, ServiceRecord, SqliteStore, StateStore, StoreError,
 };
 use nix::{
     mount::{MsFlags, mount},
@@ -23,9 +23,9 @@ fn commit(service: &str, share: &str, owners: &[u8]) -> Commit {
             before: Default::default(),
             after,
             moved: vec![1, 2, 3],
-            backend: None,
+            ..Change::default()
         },
-        record: ServiceRecord {
+        record: Some(ServiceRecord {
             name: service.to_owned(),
             control: "stable".to_owned(),
             split: [("v2".to_owned(), share.parse().unwrap())].into(),
@@ -34,8 +34,15 @@ fn commit(service: &str, share: &str, owners: &[u8]) -> Commit {
             salt: u64::MAX - 5,
             placements: Some(Vec::new()),
             admins: Default::default(),
-        },
+        }),
+        deadline: None,
+        settles: Vec::new(),
     }
+}
+
+/// The state that it leads to.
+fn record(commit: &mut Commit) -> &mut ServiceRecord {
+    commit.record.as_mut().expect("a service")
 }
 
 /// Runs `test` in a mount namespace of its own, with `dir` a tmpfs made with `options`.
@@ -64,8 +71,8 @@ fn what_is_committed_is_read_back_by_the_next_process() {
     let mut commits = [commit("shop", "5%", &[0, 9, 0]), commit("api", "64/65536", &[7])];
     let addr = "[2001:db8::1]:443".parse().unwrap();
     let change = BackendChange { addr, before: Admin::Ready, after: Admin::Maint };
-    commits[1].change.backend = Some(change);
-    commits[1].record.admins =
+    commits[1].change.backends = vec![change];
+    record(&mut commits[1]).admins =
         [(addr, Admin::Maint), ("10.0.0.1:80".parse().unwrap(), Admin::Drain)].into();
     assert_eq!(store.commit(0, &commits).unwrap(), 2);
     assert_eq!(store.commit(2, &[commit("shop", "0.1%", &[])]).unwrap(), 3);
@@ -74,7 +81,8 @@ fn what_is_committed_is_read_back_by_the_next_process() {
     let mut store = SqliteStore::new(&state_dir);
     let snapshot = store.load().unwrap();
     assert_eq!(snapshot.revision, 3);
-    assert_eq!(snapshot.services, [commits[1].record.clone(), commit("shop", "0.1%", &[]).record]);
+    let [_, two] = commits.clone().map(|commit| commit.record.unwrap());
+    assert_eq!(snapshot.services, [two, commit("shop", "0.1%", &[]).record.unwrap()]);
     assert_eq!(snapshot.services[0].split["v2"].to_string(), "64/65536", "kept as written");
     let trail = store.changes(1, 10).unwrap();
     assert_eq!(trail.iter().map(|(revision, _)| *revision).collect::<Vec<_>>(), [2, 3]);
@@ -86,37 +94,154 @@ fn what_is_committed_is_read_back_by_the_next_process() {
     assert_eq!(mode & 0o777, 0o600);
 }
 
-/// What release 1 made: its tables, with a service in them.
-const SCHEMA_1: &str = "CREATE TABLE change (
-        revision INTEGER PRIMARY KEY, unix_ms INTEGER NOT NULL, uid INTEGER, service TEXT NOT NULL,
-        action TEXT NOT NULL, reason TEXT, before TEXT NOT NULL, after TEXT NOT NULL,
-        moved BLOB NOT NULL
-    ) STRICT;
-    CREATE TABLE service (
-        name TEXT PRIMARY KEY, revision INTEGER NOT NULL REFERENCES change (revision),
-        control TEXT NOT NULL, split TEXT NOT NULL, slots TEXT NOT NULL, owners BLOB NOT NULL,
-        salt INTEGER NOT NULL
-    ) STRICT, WITHOUT ROWID;
-    INSERT INTO change VALUES (1, 5, 0, 'shop', 'split', NULL, '{}', '{\"v2\":\"5%\"}', x'0102');
-    INSERT INTO service VALUES
-        ('shop', 1, 'stable', '{\"v2\":\"5%\"}', '[\"stable\",\"v2\"]', x'07', 3);";
+fn fixture(schema: i64) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/schemas/{schema}.sql"))
+}
+
+fn raw(dir: &Path) -> rusqlite::Connection {
+    rusqlite::Connection::open(dir.join("state.db")).unwrap()
+}
+
+/// Every table and index, as the file has them.
+fn structure(dir: &Path) -> Vec<(String, String)> {
+    let raw = raw(dir);
+    let query = "SELECT name, coalesce(sql, '') FROM sqlite_schema ORDER BY name";
+    let mut statement = raw.prepare(query).unwrap();
+    let rows = statement.query_map((), |row| Ok((row.get(0)?, row.get(1)?))).unwrap();
+    rows.collect::<rusqlite::Result<_>>().unwrap()
+}
 
 #[test]
-fn a_file_of_the_first_schema_is_brought_up_to_date() {
+fn a_file_of_each_schema_there_was_is_brought_up_to_date() {
+    let fresh = tempfile::tempdir().unwrap();
+    SqliteStore::new(fresh.path()).load().unwrap();
+    let newest: i64 =
+        raw(fresh.path()).query_row("PRAGMA user_version", (), |row| row.get(0)).unwrap();
+    assert!(newest >= 4 && !fixture(newest + 1).exists());
+    for schema in 1..=newest {
+        let text = fs::read_to_string(fixture(schema))
+            .unwrap_or_else(|error| panic!("a file of schema {schema} is to be kept: {error}"));
+        let dir = tempfile::tempdir().unwrap();
+        raw(dir.path()).execute_batch(&text).unwrap();
+        let mut store = SqliteStore::new(dir.path());
+        let snapshot = store.load().unwrap();
+        assert!(store.take_set_aside().is_empty(), "schema {schema}");
+        assert_eq!(structure(dir.path()), structure(fresh.path()), "schema {schema}");
+
+        let shop = &snapshot.services[0];
+        assert_eq!((shop.name.as_str(), shop.control.as_str()), ("shop", "stable"));
+        assert_eq!((&shop.slots[..], shop.salt), (&["stable".to_owned(), "v2".to_owned()][..], 3));
+        assert_eq!(shop.owners, [1, 0, 3, 1, 5, 0, 0xf8, 0x1f]);
+        let placements = shop.placements.as_ref().unwrap();
+        assert_eq!(placements.len(), usize::from(schema >= 2), "schema {schema}");
+        let drained = shop.admins.get(&"10.0.1.1:443".parse().unwrap());
+        assert_eq!(drained, (schema >= 3).then_some(&Admin::Drain), "schema {schema}");
+
+        let trail = store.changes(0, 99).unwrap();
+        assert_eq!(trail[1].1.reason.as_deref(), Some("ticket 7"));
+        assert_eq!(trail[1].1.moved, [2, 0, 1, 2, 3, 1, 0]);
+        if schema >= 3 {
+            let [told] = trail[2].1.backends[..] else { panic!("schema {schema}") };
+            assert_eq!((told.before, told.after), (Admin::Ready, Admin::Drain));
+        }
+        // What there was before events were kept is among them.
+        let query = EventQuery { limit: 99, ..EventQuery::default() };
+        let events = store.events(&query).unwrap();
+        let changes = events.iter().filter(|event| matches!(event, Event::Change(..)));
+        assert_eq!(changes.count(), trail.len(), "schema {schema}");
+        assert_eq!(*store.watch().borrow(), events.last().unwrap().id());
+        if schema >= 4 {
+            let [pending] = &snapshot.pending[..] else { panic!("one waits") };
+            assert_eq!((pending.revision, pending.deadline.boot_ms), (4, 5_300_000));
+            assert_eq!(pending.change.moved, [2, 0, 1, 1, 10]);
+            assert_eq!(snapshot.freezes[0].reason, "the night before");
+        }
+        let next = snapshot.revision + 1;
+        let stored = store.commit(snapshot.revision, &[commit("shop", "7%", &[8])]);
+        assert_eq!(stored.unwrap(), next, "schema {schema}");
+    }
+}
+
+#[test]
+fn events_are_in_the_order_in_which_they_were_stored_and_changes_among_them() {
     let dir = tempfile::tempdir().unwrap();
-    let raw = rusqlite::Connection::open(dir.path().join("state.db")).unwrap();
-    raw.execute_batch(SCHEMA_1).unwrap();
-    raw.pragma_update(None, "application_id", 0x636e_7279).unwrap();
-    raw.pragma_update(None, "user_version", 1).unwrap();
-    drop(raw);
     let mut store = SqliteStore::new(dir.path());
-    let snapshot = store.load().unwrap();
-    assert_eq!((snapshot.revision, &snapshot.services[0].owners[..]), (1, &[7][..]));
-    assert!(snapshot.services[0].admins.is_empty());
-    assert_eq!(snapshot.services[0].placements, Some(Vec::new()));
-    assert_eq!(store.changes(0, 9).unwrap()[0].1.backend, None);
-    assert_eq!(store.commit(1, &[commit("shop", "7%", &[8])]).unwrap(), 2);
-    assert!(store.take_set_aside().is_empty());
+    let mut news = store.watch();
+    let notice = |service: &str, text: &str, unix_ms| Notice {
+        unix_ms,
+        kind: "down".to_owned(),
+        service: service.to_owned(),
+        text: text.to_owned(),
+    };
+    store.commit(0, &[commit("shop", "5%", &[]), commit("api", "6%", &[])]).unwrap();
+    store.record(&[notice("shop", "one", 5), notice("", "two", 1_700_000_000_000)]).unwrap();
+    store.commit(2, &[commit("", "7%", &[])]).unwrap();
+    assert!(news.has_changed().unwrap() && *news.borrow_and_update() == 5);
+    let said = |query: EventQuery, store: &mut SqliteStore| -> Vec<String> {
+        let events = store.events(&query).unwrap();
+        let one = |event: &Event| match event {
+            Event::Change(id, revision, change) => {
+                assert!(change.moved.is_empty(), "lists are not shown");
+                format!("{id}: revision {revision} {}", change.service)
+            }
+            Event::Notice(id, notice) => format!("{id}: {}", notice.text),
+        };
+        events.iter().map(one).collect()
+    };
+    let all = ["1: revision 1 shop", "2: revision 2 api", "3: one", "4: two", "5: revision 3 "];
+    let query = |limit| EventQuery { limit, ..EventQuery::default() };
+    assert_eq!(said(query(9), &mut store), all);
+    assert_eq!(said(query(2), &mut store), all[3..], "the newest");
+    let after = |after, limit| EventQuery { after: Some(after), ..query(limit) };
+    assert_eq!(said(after(1, 2), &mut store), all[1..3], "the oldest");
+    assert_eq!(said(after(5, 2), &mut store), [""; 0]);
+    let of = |service: &str| EventQuery { service: Some(service.to_owned()), ..query(9) };
+    assert_eq!(said(of("shop"), &mut store), [all[0], all[2], all[4]], "and changes of all");
+    let since = EventQuery { since_unix_ms: Some(6), ..query(9) };
+    assert_eq!(said(since, &mut store), [all[0], all[1], all[3], all[4]]);
+    // The next process goes on counting.
+    let mut store = SqliteStore::new(dir.path());
+    store.load().unwrap();
+    assert_eq!(*store.watch().borrow(), 5);
+}
+
+#[test]
+fn the_trail_is_bounded_and_what_is_in_force_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut store = SqliteStore::new(dir.path());
+    let mut first = commit("old", "5%", &[1]);
+    first.deadline =
+        Some(Deadline { batch: 2, within_ms: 5, boot_ms: 5, boot_id: String::new(), unix_ms: 5 });
+    store.commit(0, &[commit("kept", "5%", &[]), first]).unwrap();
+    let some = |count: u64| vec![commit("shop", "5%", &[2]); count as usize];
+    let mut revision = store.commit(2, &some(KEPT_LISTS)).unwrap();
+    let lists = |store: &mut SqliteStore| -> Vec<u64> {
+        let trail = store.changes(0, 200_000).unwrap();
+        let kept = trail.iter().filter(|(_, change)| !change.moved.is_empty());
+        kept.map(|(revision, _)| *revision).collect()
+    };
+    let kept = lists(&mut store);
+    assert_eq!(kept[..2], [2, 3], "what waits for a confirmation keeps its list");
+    assert_eq!(*kept.last().unwrap(), revision);
+    while revision < KEPT_CHANGES + 200 {
+        revision = store.commit(revision, &some(20_000)).unwrap();
+    }
+    let kept = lists(&mut store);
+    assert_eq!(kept.len() as u64, KEPT_LISTS + 1, "{:?}", &kept[..3]);
+    let trail = store.changes(0, 200_000).unwrap();
+    let (oldest, length) = (&trail[..3], trail.len() as u64);
+    assert_eq!((oldest[0].0, oldest[1].0), (1, 2), "services and what waits refer to them");
+    assert_eq!((length, oldest[2].0), (KEPT_CHANGES + 2, revision - KEPT_CHANGES + 1));
+    assert_eq!(store.load().unwrap().services.len(), 3);
+
+    let notice =
+        Notice { unix_ms: 5, kind: "up".to_owned(), service: String::new(), text: String::new() };
+    for _ in 0..3 {
+        store.record(&vec![notice.clone(); KEPT_NOTICES as usize]).unwrap();
+    }
+    let count = "SELECT count(*) FROM event WHERE revision IS NULL";
+    let count: i64 = raw(dir.path()).query_row(count, (), |row| row.get(0)).unwrap();
+    assert_eq!(count as u64, KEPT_NOTICES);
 }
 
 #[test]
@@ -128,7 +253,7 @@ fn placements_stay_until_a_commit_brings_others() {
     };
     let with = |service: &str, placements: Option<Vec<PlacementRecord>>| {
         let mut commit = commit(service, "5%", &[0]);
-        commit.record.placements = placements;
+        record(&mut commit).placements = placements;
         commit
     };
     let both = vec![placement("stable", 4, &[3, 1]), placement("stable", 6, &[])];

@@ -16,7 +16,7 @@ use tokio::time::timeout;
 use super::{
     Api,
     error::{ApiError, exit},
-    server::Origin,
+    server::{Closing, Origin},
 };
 use crate::daemon::Peer;
 
@@ -191,6 +191,27 @@ async fn path_part(parts: &mut Parts, api: &Api, part: &str) -> Result<String, A
     match found {
         Some((_, text)) => Ok(text.to_owned()),
         None => Err(ApiError::bad_request("bad_path", format!("the path has no {part}"))),
+    }
+}
+
+/// Tells an answer that goes on when the listener ends.
+pub(super) struct EndOfService(Option<Closing>);
+
+impl EndOfService {
+    /// Waits until it does; where nobody listens, for ever.
+    pub(super) async fn ended(&mut self) {
+        match &mut self.0 {
+            Some(closing) => closing.ended().await,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+impl FromRequestParts<Api> for EndOfService {
+    type Rejection = std::convert::Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &Api) -> Result<Self, Self::Rejection> {
+        Ok(Self(parts.extensions.get::<Closing>().cloned()))
     }
 }
 

@@ -10,6 +10,7 @@
 
 mod deadline;
 mod error;
+mod events;
 mod extract;
 mod host;
 pub mod model;
@@ -25,6 +26,7 @@ use std::sync::Arc;
 use tokio::{net::TcpListener, sync::watch};
 
 use self::{
+    events::Users,
     peer::Identity,
     snapshot::{Snapshot, Snapshots},
 };
@@ -70,6 +72,7 @@ pub struct Api {
     metrics: Metrics,
     limits: Limits,
     snapshots: Arc<Snapshots>,
+    users: Arc<Users>,
     agent_uid: u32,
     host_name: Arc<str>,
 }
@@ -86,6 +89,7 @@ impl Api {
             metrics,
             limits: Limits::default(),
             snapshots: Arc::default(),
+            users: Arc::default(),
             agent_uid: nix::unistd::geteuid().as_raw(),
             host_name: host_name.into(),
         }

@@ -25,6 +25,32 @@ pub struct Status {
     pub flows: FlowStatus,
     /// What an operator should know, each a sentence.
     pub alerts: Vec<String>,
+    /// Changes that are taken back unless they are confirmed, oldest first.
+    #[serde(default)]
+    pub pending: Vec<PendingStatus>,
+}
+
+/// A change of [`Status`] that is taken back unless it is confirmed.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct PendingStatus {
+    /// Seconds until then.
+    pub left_seconds: f64,
+    /// The change.
+    #[serde(flatten)]
+    pub change: Event,
+}
+
+/// Why and since when something may only be changed towards control.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct FreezeStatus {
+    /// Why.
+    pub reason: String,
+    /// Number of the change that said so.
+    pub revision: u64,
+    /// Since when, in milliseconds since 1970.
+    pub unix_ms: u64,
+    /// Who said so; absent for the agent itself.
+    pub uid: Option<u32>,
 }
 
 /// The agent's own part of [`Status`].
@@ -40,6 +66,9 @@ pub struct AgentStatus {
     pub uptime_seconds: f64,
     /// Number of the last change to the live state.
     pub revision: u64,
+    /// Whether all services may only be changed towards control.
+    #[serde(default)]
+    pub frozen: Option<FreezeStatus>,
 }
 
 /// One interface of [`Status`].
@@ -76,6 +105,9 @@ pub struct ServiceStatus {
     pub tracked_buckets: u32,
     /// Versions, control first.
     pub versions: Vec<VersionStatus>,
+    /// Whether it, by itself, may only be changed towards control.
+    #[serde(default)]
+    pub frozen: Option<FreezeStatus>,
 }
 
 /// One version of [`ServiceStatus`].
@@ -297,6 +329,12 @@ pub struct BackendRequest {
     /// Also where nobody is left to take new connections.
     #[serde(default)]
     pub force: bool,
+    /// Only if the service has not changed since this revision.
+    #[serde(default)]
+    pub if_revision: Option<u64>,
+    /// Taken back after this time, such as `5m`, unless it is confirmed.
+    #[serde(default)]
+    pub confirm: Option<String>,
 }
 
 /// The answer to [`BackendRequest`], asked for or carried out.
@@ -326,6 +364,9 @@ pub struct BackendReport {
     pub connections_per_second: Option<f64>,
     /// What else there is to know, in sentences.
     pub notes: Vec<String>,
+    /// Milliseconds until it is taken back unless it is confirmed.
+    #[serde(default)]
+    pub confirm_within_ms: Option<u64>,
     /// Microseconds from the request's arrival until the table was in force.
     pub took_us: u64,
 }
@@ -345,6 +386,12 @@ pub struct SplitRequest {
     /// where the first one went. The answer comes when they have moved.
     #[serde(default)]
     pub learn: bool,
+    /// Only if the service has not changed since this revision.
+    #[serde(default)]
+    pub if_revision: Option<u64>,
+    /// Taken back after this time, such as `5m`, unless it is confirmed.
+    #[serde(default)]
+    pub confirm: Option<String>,
 }
 
 /// The answer to a split change, asked for or carried out.
@@ -376,6 +423,9 @@ pub struct ChangeReport {
     /// absent where they move at once.
     #[serde(default)]
     pub learned_ms: Option<u64>,
+    /// Milliseconds until it is taken back unless it is confirmed.
+    #[serde(default)]
+    pub confirm_within_ms: Option<u64>,
     /// Microseconds from the request's arrival until the table was in force.
     pub took_us: u64,
 }
@@ -391,6 +441,204 @@ pub struct ShareChange {
     pub before: f64,
     /// Share of buckets after, a fraction of 1.
     pub in_force: f64,
+}
+
+/// `POST /v1/undo`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct UndoRequest {
+    /// Only changes of this service; without it, of all.
+    #[serde(default)]
+    pub service: Option<String>,
+    /// Back to the state as of this revision; without it, the last change alone.
+    #[serde(default)]
+    pub to: Option<u64>,
+    /// Kept in the audit trail.
+    #[serde(default)]
+    pub reason: Option<String>,
+    /// Only say what would happen.
+    #[serde(default)]
+    pub dry_run: bool,
+    /// Also where nobody is left to take new connections.
+    #[serde(default)]
+    pub force: bool,
+    /// Only if nothing of it has changed since this revision.
+    #[serde(default)]
+    pub if_revision: Option<u64>,
+    /// Itself taken back after this time, such as `5m`, unless it is confirmed.
+    #[serde(default)]
+    pub confirm: Option<String>,
+}
+
+/// The answer to [`UndoRequest`], asked for or carried out.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct UndoReport {
+    /// Whether it was carried out (not a dry run).
+    pub applied: bool,
+    /// Number of the last change that it made.
+    pub revision: u64,
+    /// The changes that it takes back, newest first.
+    pub undone: Vec<Event>,
+    /// What becomes of services.
+    pub services: Vec<ServiceUndo>,
+    /// Buckets whose owner changes, of all services.
+    pub buckets_moved: u32,
+    /// Backends that gain or lose buckets.
+    pub backends_touched: Vec<String>,
+    /// About how many open connections the buckets hold that go elsewhere; absent where no
+    /// entry is kept for them.
+    pub connections_held: Option<u64>,
+    /// What else there is to know, in sentences.
+    pub notes: Vec<String>,
+    /// Milliseconds until it is itself taken back unless it is confirmed.
+    pub confirm_within_ms: Option<u64>,
+    /// Microseconds from the request's arrival until the tables were in force.
+    pub took_us: u64,
+}
+
+/// One service of [`UndoReport`].
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct ServiceUndo {
+    /// The service.
+    pub service: String,
+    /// Versions with their shares after it, control first.
+    pub versions: Vec<ShareChange>,
+    /// Buckets whose owner changes.
+    pub buckets_moved: u32,
+    /// Backends that are told to be something else.
+    pub backends: Vec<BackendTold>,
+}
+
+/// What a backend was told to be, and was before.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct BackendTold {
+    /// Address and port.
+    pub backend: String,
+    /// What it was: `ready`, `drain` or `maint`.
+    pub before: String,
+    /// What it is since.
+    pub state: String,
+}
+
+/// `POST /v1/confirm`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ConfirmRequest {
+    /// Which change; may be left out while only one waits.
+    #[serde(default)]
+    pub revision: Option<u64>,
+    /// Kept in the audit trail.
+    #[serde(default)]
+    pub reason: Option<String>,
+    /// Only say what would happen.
+    #[serde(default)]
+    pub dry_run: bool,
+    /// Only if nothing of it has changed since this revision.
+    #[serde(default)]
+    pub if_revision: Option<u64>,
+}
+
+/// The answer to [`ConfirmRequest`], asked for or carried out.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct ConfirmReport {
+    /// Whether it was carried out (not a dry run).
+    pub applied: bool,
+    /// Number of the change that says so.
+    pub revision: u64,
+    /// The changes that stay.
+    pub confirmed: Vec<Event>,
+}
+
+/// `POST /v1/freeze`, `POST /v1/unfreeze`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FreezeRequest {
+    /// The service; without it, all of them.
+    #[serde(default)]
+    pub service: Option<String>,
+    /// Shown to whoever is refused a change, and kept in the audit trail; `freeze` needs it.
+    #[serde(default)]
+    pub reason: Option<String>,
+    /// Only say what would happen.
+    #[serde(default)]
+    pub dry_run: bool,
+    /// Only if nothing of it has changed since this revision.
+    #[serde(default)]
+    pub if_revision: Option<u64>,
+    /// Taken back after this time, such as `5m`, unless it is confirmed.
+    #[serde(default)]
+    pub confirm: Option<String>,
+}
+
+/// The answer to [`FreezeRequest`], asked for or carried out.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct FreezeReport {
+    /// Whether it was carried out (not a dry run).
+    pub applied: bool,
+    /// Number of the change; that of the last one where nothing changed.
+    pub revision: u64,
+    /// The service; absent for all of them.
+    pub service: Option<String>,
+    /// Why it was frozen before; absent where it was not.
+    pub before: Option<String>,
+    /// Why it is frozen now; absent where it is not.
+    pub frozen: Option<String>,
+    /// What else there is to know, in sentences.
+    pub notes: Vec<String>,
+    /// Milliseconds until it is taken back unless it is confirmed.
+    pub confirm_within_ms: Option<u64>,
+}
+
+/// `GET /v1/events`, `events --json`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct Events {
+    /// The oldest first.
+    pub events: Vec<Event>,
+    /// Number of the last event there is, whatever was asked for.
+    pub last: u64,
+}
+
+/// Something that has happened: a change, or anything else.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Event {
+    /// Its number in the log of events; 0 where it is named outside the log.
+    pub id: u64,
+    /// When, in milliseconds since 1970.
+    pub unix_ms: u64,
+    /// The same as RFC 3339 has it, in UTC.
+    pub time: String,
+    /// `split`, `backend`, `undo`, `confirm`, `freeze`, `unfreeze`, and what the agent does by
+    /// itself: `initial`, `adopt`, `config`, `start`, `down`, `up`, `interface`, `alert`.
+    pub kind: String,
+    /// The service; absent where it is about none, or all.
+    pub service: Option<String>,
+    /// Number of the change; absent for what is none.
+    pub revision: Option<u64>,
+    /// Who made the change; absent for the agent itself.
+    pub uid: Option<u32>,
+    /// The name of that user, where this host knows it.
+    pub user: Option<String>,
+    /// Why, as given.
+    pub reason: Option<String>,
+    /// What, in a sentence.
+    pub text: String,
+    /// Asked shares before, as written, where the change was about shares.
+    #[serde(default)]
+    pub before: std::collections::BTreeMap<String, String>,
+    /// Asked shares after it.
+    #[serde(default)]
+    pub after: std::collections::BTreeMap<String, String>,
+    /// Buckets that it moved.
+    #[serde(default)]
+    pub buckets_moved: u32,
+    /// What backends were told to be.
+    #[serde(default)]
+    pub backends: Vec<BackendTold>,
+    /// Revisions that it took back or confirmed.
+    #[serde(default)]
+    pub about: Vec<u64>,
+    /// Within how many milliseconds it had to be confirmed.
+    pub confirm_within_ms: Option<u64>,
 }
 
 /// `GET /v1/services/{name}/explain?from=ADDRESS[:PORT]&to=ADDRESS:PORT&protocol=tcp`.

@@ -12,7 +12,7 @@ use utoipa::{
     },
 };
 
-use super::{model, routes};
+use super::{events, model, routes};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -35,6 +35,11 @@ use super::{model, routes};
         routes::backends,
         routes::set_backend,
         routes::explain,
+        events::events,
+        routes::undo,
+        routes::confirm,
+        routes::freeze,
+        routes::unfreeze,
         routes::description,
         routes::metrics,
     ),

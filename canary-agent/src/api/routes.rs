@@ -9,18 +9,20 @@ use axum::{
     http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header},
     middleware::{self, Next},
     response::{Html, IntoResponse, Response},
-    routing::{MethodRouter, get, put},
+    routing::{MethodRouter, get, post, put},
 };
 use bytes::Bytes;
 
 use super::{
     Api,
     error::{ApiError, exit},
+    events::events,
     extract::{BackendName, Body, NoQuery, Operator, Query, ServiceName, read_only},
     host,
     model::{
-        BackendReport, BackendRequest, Backends, ChangeReport, Explain, Health, ServiceStatus,
-        Split, SplitRequest, Status, VersionShare, VersionStatus,
+        BackendReport, BackendRequest, Backends, ChangeReport, ConfirmReport, ConfirmRequest,
+        Explain, FreezeReport, FreezeRequest, Health, ServiceStatus, Split, SplitRequest, Status,
+        UndoReport, UndoRequest, VersionShare, VersionStatus,
     },
     openapi::{self, ChangeErrors, ReadErrors, ServiceErrors},
 };
@@ -30,7 +32,7 @@ use crate::{
 };
 
 /// Everything that can be asked: paths, parameters in braces, and their methods.
-pub(super) fn routes() -> [(&'static str, MethodRouter<Api>); 9] {
+pub(super) fn routes() -> [(&'static str, MethodRouter<Api>); 14] {
     [
         ("/v1/status", get(status)),
         ("/v1/health", get(health)),
@@ -39,6 +41,11 @@ pub(super) fn routes() -> [(&'static str, MethodRouter<Api>); 9] {
         ("/v1/services/{name}/backends", get(backends)),
         ("/v1/services/{name}/backends/{backend}", put(set_backend)),
         ("/v1/services/{name}/explain", get(explain)),
+        ("/v1/events", get(events)),
+        ("/v1/undo", post(undo)),
+        ("/v1/confirm", post(confirm)),
+        ("/v1/freeze", post(freeze)),
+        ("/v1/unfreeze", post(unfreeze)),
         ("/v1/openapi.json", get(description)),
         ("/metrics", get(metrics)),
     ]
@@ -231,6 +238,78 @@ async fn set_backend(
     Body(request): Body<BackendRequest>,
 ) -> Result<Json<BackendReport>, ApiError> {
     Ok(Json(api.handle.backend(service, backend, request, peer).await?))
+}
+
+/// Takes the last change back, or all changes since a revision; or says what that would do.
+///
+/// Needs what a change of the split needs.
+#[utoipa::path(post, path = "/v1/undo", tag = "changing",
+    request_body = UndoRequest,
+    responses(
+        (status = 200, description = "What is, or would be, taken back.", body = UndoReport),
+        ChangeErrors))]
+async fn undo(
+    State(api): State<Api>,
+    _: NoQuery,
+    Operator(peer): Operator,
+    Body(request): Body<UndoRequest>,
+) -> Result<Json<UndoReport>, ApiError> {
+    let mut report = api.handle.undo(request, peer).await?;
+    api.users.name(&mut report.undone).await;
+    Ok(Json(report))
+}
+
+/// Keeps a change that was made with `confirm`.
+///
+/// Needs what a change of the split needs.
+#[utoipa::path(post, path = "/v1/confirm", tag = "changing",
+    request_body = ConfirmRequest,
+    responses(
+        (status = 200, description = "What stays, or would.", body = ConfirmReport),
+        ChangeErrors))]
+async fn confirm(
+    State(api): State<Api>,
+    _: NoQuery,
+    Operator(peer): Operator,
+    Body(request): Body<ConfirmRequest>,
+) -> Result<Json<ConfirmReport>, ApiError> {
+    let mut report = api.handle.confirm(request, peer).await?;
+    api.users.name(&mut report.confirmed).await;
+    Ok(Json(report))
+}
+
+/// From now on, a service or all of them may only be changed towards control.
+///
+/// Needs what a change of the split needs.
+#[utoipa::path(post, path = "/v1/freeze", tag = "changing",
+    request_body = FreezeRequest,
+    responses(
+        (status = 200, description = "What is, or would be, frozen.", body = FreezeReport),
+        ChangeErrors))]
+async fn freeze(
+    State(api): State<Api>,
+    _: NoQuery,
+    Operator(peer): Operator,
+    Body(request): Body<FreezeRequest>,
+) -> Result<Json<FreezeReport>, ApiError> {
+    Ok(Json(api.handle.freeze(request, true, peer).await?))
+}
+
+/// Ends a freeze.
+///
+/// Needs what a change of the split needs.
+#[utoipa::path(post, path = "/v1/unfreeze", tag = "changing",
+    request_body = FreezeRequest,
+    responses(
+        (status = 200, description = "What is, or would be, changed again.", body = FreezeReport),
+        ChangeErrors))]
+async fn unfreeze(
+    State(api): State<Api>,
+    _: NoQuery,
+    Operator(peer): Operator,
+    Body(request): Body<FreezeRequest>,
+) -> Result<Json<FreezeReport>, ApiError> {
+    Ok(Json(api.handle.freeze(request, false, peer).await?))
 }
 
 /// Where a client's connections go, and why.

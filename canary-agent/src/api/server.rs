@@ -83,6 +83,17 @@ pub(super) enum Origin {
     ReadOnly,
 }
 
+/// Whether the listener has ended; goes with every request, for answers that last.
+#[derive(Clone, Debug)]
+pub(super) struct Closing(watch::Receiver<bool>);
+
+impl Closing {
+    /// Waits until it has.
+    pub(super) async fn ended(&mut self) {
+        ended(&mut self.0).await;
+    }
+}
+
 /// Something that connections come from.
 pub(super) trait Listen {
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
@@ -241,8 +252,10 @@ async fn connection<S>(
 ) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let closing = Closing(closed.clone());
     let service = service_fn(move |mut request: hyper::Request<Incoming>| {
         request.extensions_mut().insert(origin.clone());
+        request.extensions_mut().insert(closing.clone());
         answer(router.clone(), request.map(axum::body::Body::new), limits)
     });
     let io = TokioIo::new(WriteDeadline::new(stream, limits.write));

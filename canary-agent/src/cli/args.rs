@@ -71,6 +71,21 @@ pub(super) enum Command {
     /// a backend that is ready gets connections when it is up.
     #[command(subcommand)]
     Backend(Backend),
+    /// Take the last change back, or all changes since a revision
+    ///
+    /// Gives back exactly the buckets that the changes took. What was taken back is not taken
+    /// back again but with --to.
+    Undo(Undo),
+    /// Keep a change that was made with --confirm
+    Confirm(Confirm),
+    /// Let a service, or all of them, be changed towards control only
+    ///
+    /// Shares may still be lowered, and what waits for a confirmation is still taken back.
+    Freeze(Freeze),
+    /// End a freeze
+    Unfreeze(Freeze),
+    /// Show who has changed what, when and why, and what else has happened
+    Events(Events),
     /// Say where a client's connections go, and why
     Explain(Explain),
     /// Take the program off the interfaces and remove the pins
@@ -120,12 +135,9 @@ pub(super) struct Split {
     /// New shares, as v2=5%, v2=64/65536 or v2=0
     #[arg(value_name = "VERSION=SHARE")]
     pub(super) assignments: Vec<Assignment>,
-    /// Kept in the audit trail
-    #[arg(long, value_name = "TEXT", requires = "assignments")]
-    pub(super) reason: Option<String>,
-    /// Only say what would happen
-    #[arg(long, requires = "assignments")]
-    pub(super) dry_run: bool,
+    /// On what terms.
+    #[command(flatten)]
+    pub(super) terms: Terms,
     /// Watch the buckets for seven seconds before they move, so that a SYN that is sent again
     /// goes where the first one went; ends when they have moved
     #[arg(long, requires = "assignments")]
@@ -158,15 +170,96 @@ pub(super) struct Told {
     /// The backend
     #[arg(value_name = "ADDRESS[:PORT]")]
     pub(super) backend: String,
+    /// On what terms.
+    #[command(flatten)]
+    pub(super) terms: Terms,
+    /// Also where nobody is left to take new connections
+    #[arg(long)]
+    pub(super) force: bool,
+}
+
+/// What every command has that changes something.
+#[derive(Args, Debug)]
+pub(super) struct Terms {
     /// Kept in the audit trail
     #[arg(long, value_name = "TEXT")]
     pub(super) reason: Option<String>,
     /// Only say what would happen
     #[arg(long)]
     pub(super) dry_run: bool,
+    /// Only if nothing of it has changed since this revision
+    #[arg(long, value_name = "REVISION")]
+    pub(super) if_revision: Option<u64>,
+    /// Take it back after this time, such as 5m, unless `confirm` follows
+    #[arg(long, value_name = "DURATION")]
+    pub(super) confirm: Option<String>,
+}
+
+impl Terms {
+    /// Whether any are given.
+    pub(super) const fn given(&self) -> bool {
+        let Self { reason, dry_run, if_revision, confirm } = self;
+        reason.is_some() || *dry_run || if_revision.is_some() || confirm.is_some()
+    }
+}
+
+/// `undo`.
+#[derive(Args, Debug)]
+pub(super) struct Undo {
+    /// Only changes of this service
+    pub(super) service: Option<String>,
+    /// Back to the state as of this revision
+    #[arg(long, value_name = "REVISION")]
+    pub(super) to: Option<u64>,
     /// Also where nobody is left to take new connections
     #[arg(long)]
     pub(super) force: bool,
+    /// On what terms.
+    #[command(flatten)]
+    pub(super) terms: Terms,
+}
+
+/// `confirm`.
+#[derive(Args, Debug)]
+pub(super) struct Confirm {
+    /// Which change; may be left out while only one waits
+    pub(super) revision: Option<u64>,
+    /// Kept in the audit trail
+    #[arg(long, value_name = "TEXT")]
+    pub(super) reason: Option<String>,
+    /// Only say what would happen
+    #[arg(long)]
+    pub(super) dry_run: bool,
+    /// Only if nothing of it has changed since this revision
+    #[arg(long, value_name = "REVISION")]
+    pub(super) if_revision: Option<u64>,
+}
+
+/// `freeze` and `unfreeze`.
+#[derive(Args, Debug)]
+pub(super) struct Freeze {
+    /// Only this service; without it, all of them
+    pub(super) service: Option<String>,
+    /// On what terms.
+    #[command(flatten)]
+    pub(super) terms: Terms,
+}
+
+/// `events`.
+#[derive(Args, Debug)]
+pub(super) struct Events {
+    /// Go on with what happens, until interrupted
+    #[arg(long, short)]
+    pub(super) follow: bool,
+    /// Only those of this service, and changes of all
+    #[arg(long, value_name = "SERVICE")]
+    pub(super) service: Option<String>,
+    /// Only those since then: 2h for two hours ago, or a time in UTC
+    #[arg(long, value_name = "TIME")]
+    pub(super) since: Option<String>,
+    /// At most so many, the newest; with --since all of them
+    #[arg(long, value_name = "NUMBER", conflicts_with = "since")]
+    pub(super) limit: Option<usize>,
 }
 
 /// `explain`.

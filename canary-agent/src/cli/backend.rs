@@ -3,11 +3,11 @@
 use std::{net::IpAddr, time::Duration};
 
 use super::{
-    args::{Backend, Told},
+    args::{Backend, Terms, Told},
     client::{Client, encoded},
     failure::{Failure, exit},
     print,
-    split::{held, noted},
+    split::{held, noted, waits},
     text::{self, Align, Table, counted, percent},
 };
 use crate::api::model::{BackendDetail, BackendReport, BackendRequest, Backends, VersionBackends};
@@ -22,9 +22,11 @@ pub(super) async fn run(client: &Client, command: Backend, json: bool) -> Result
         Backend::Drain(told) => ("drain", told),
         Backend::Maint(told) => ("maint", told),
     };
-    let Told { service, backend, reason, dry_run, force } = told;
+    let Told { service, backend, terms, force } = told;
+    let Terms { reason, dry_run, if_revision, confirm } = terms;
     let target = format!("/v1/services/{}/backends/{}", encoded(&service), encoded(&backend));
-    let request = BackendRequest { state: state.to_owned(), reason, dry_run, force };
+    let request =
+        BackendRequest { state: state.to_owned(), reason, dry_run, force, if_revision, confirm };
     let answer = client.put(&target, &request).await?;
     if json {
         return print(&format!("{}\n", answer.text()));
@@ -157,6 +159,7 @@ fn reported(report: &BackendReport) -> String {
         connections_held,
         connections_per_second,
         notes,
+        confirm_within_ms,
         took_us,
     } = report;
     let took = Duration::from_micros(*took_us);
@@ -183,6 +186,7 @@ fn reported(report: &BackendReport) -> String {
     let place = if state == "ready" { "in these buckets" } else { "on it" };
     out.push_str(&held(*connections_held, *connections_per_second, place));
     out.push_str(&noted(notes));
+    out.push_str(&waits(*confirm_within_ms));
     if !applied {
         out.push_str("nothing was changed (--dry-run)\n");
     }

@@ -11,7 +11,7 @@ use std::{
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::{Method, Request, client::conn::http1, header};
+use hyper::{Method, Request, StatusCode, body::Incoming, client::conn::http1, header};
 use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::{
@@ -88,6 +88,59 @@ impl Client {
         self.ask(Method::PUT, target, body.into()).await
     }
 
+    /// The same, as a request for something to be done.
+    ///
+    /// # Errors
+    /// The agent's own, or that it can't be reached.
+    pub(super) async fn post(
+        &self,
+        target: &str,
+        body: &impl Serialize,
+    ) -> Result<Answer, Failure> {
+        let body = serde_json::to_vec(body)
+            .map_err(|error| Failure::new("failed", exit::FAILED, error.to_string()))?;
+        self.ask(Method::POST, target, body.into()).await
+    }
+
+    /// Reads `target`, whose answer goes on, and hands each line to `take`. Returns when the
+    /// agent ends the answer.
+    ///
+    /// # Errors
+    /// The agent's own, that it can't be reached or has gone, and those of `take`.
+    pub(super) async fn lines(
+        &self,
+        target: &str,
+        mut take: impl FnMut(&str) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let stream = self.connect().await?;
+        let late = || {
+            let socket = self.socket.display();
+            let message = format!("the agent at {socket} has not answered within {ANSWER:?}");
+            Failure::new("timeout", exit::UNREACHABLE, message)
+        };
+        let begun = timeout(ANSWER, self.begin(stream, Method::GET, target, Bytes::new())).await;
+        let (status, mut body) = begun.map_err(|_| late())??;
+        let mut line = Vec::new();
+        if !status.is_success() {
+            while let Some(Ok(frame)) = body.frame().await {
+                line.extend_from_slice(frame.data_ref().map_or(&[], |data| &data[..]));
+            }
+            return Err(self.error(status, &line));
+        }
+        while let Some(frame) = body.frame().await {
+            let frame = frame.map_err(|error| self.lost(&error))?;
+            let Some(data) = frame.data_ref() else { continue };
+            for part in data.split_inclusive(|byte| *byte == b'\n') {
+                line.extend_from_slice(part);
+                if line.ends_with(b"\n") {
+                    take(String::from_utf8_lossy(&line).trim_end())?;
+                    line.clear();
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Whether anybody listens on the socket; in doubt, somebody does.
     pub(super) async fn is_anybody_there(&self) -> bool {
         use io::ErrorKind::{ConnectionRefused, NotFound};
@@ -133,14 +186,30 @@ impl Client {
         target: &str,
         body: Bytes,
     ) -> Result<Answer, Failure> {
-        let lost = |error: &dyn std::fmt::Display| {
-            let socket = self.socket.display();
-            let message = format!("the connection to the agent at {socket} was lost: {error}");
-            Failure::new("unreachable", exit::UNREACHABLE, message)
-        };
+        let (status, body) = self.begin(stream, method, target, body).await?;
+        let body = Limited::new(body, ANSWER_BYTES)
+            .collect()
+            .await
+            .map_err(|error| self.lost(&error))?
+            .to_bytes();
+        match status.is_success() {
+            true => Ok(Answer(body)),
+            false => Err(self.error(status, &body)),
+        }
+    }
+
+    /// Asks, and returns when the answer begins.
+    async fn begin(
+        &self,
+        stream: UnixStream,
+        method: Method,
+        target: &str,
+        body: Bytes,
+    ) -> Result<(StatusCode, Incoming), Failure> {
         let (mut sender, connection) =
-            http1::handshake(TokioIo::new(stream)).await.map_err(|error| lost(&error))?;
-        let connection = tokio::spawn(connection);
+            http1::handshake(TokioIo::new(stream)).await.map_err(|error| self.lost(&error))?;
+        // It ends with the answer.
+        tokio::spawn(connection);
         let request = Request::builder()
             .method(method)
             .uri(target)
@@ -148,23 +217,24 @@ impl Client {
             .header(header::CONTENT_TYPE, "application/json")
             .body(Full::new(body))
             .map_err(|error| Failure::new("failed", exit::FAILED, error.to_string()))?;
-        let response = sender.send_request(request).await.map_err(|error| lost(&error))?;
-        let status = response.status();
-        let body = Limited::new(response.into_body(), ANSWER_BYTES)
-            .collect()
-            .await
-            .map_err(|error| lost(&error))?
-            .to_bytes();
-        connection.abort();
-        if status.is_success() {
-            return Ok(Answer(body));
-        }
-        match serde_json::from_slice::<ErrorBody>(&body) {
-            Ok(ErrorBody { error }) => Err(error.into()),
-            Err(_) => Err(bad_answer(format!(
+        let response = sender.send_request(request).await.map_err(|error| self.lost(&error))?;
+        Ok((response.status(), response.into_body()))
+    }
+
+    fn lost(&self, error: &dyn std::fmt::Display) -> Failure {
+        let socket = self.socket.display();
+        let message = format!("the connection to the agent at {socket} was lost: {error}");
+        Failure::new("unreachable", exit::UNREACHABLE, message)
+    }
+
+    /// What an answer says that is an error.
+    fn error(&self, status: StatusCode, body: &[u8]) -> Failure {
+        match serde_json::from_slice::<ErrorBody>(body) {
+            Ok(ErrorBody { error }) => error.into(),
+            Err(_) => bad_answer(format!(
                 "{} answers with {status} and no reason: it is no agent",
                 self.socket.display()
-            ))),
+            )),
         }
     }
 

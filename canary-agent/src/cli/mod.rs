@@ -11,9 +11,11 @@
 
 mod args;
 mod backend;
+mod changes;
 mod check;
 mod client;
 mod detach;
+mod events;
 mod explain;
 mod failure;
 mod generate;
@@ -100,6 +102,13 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         }
         Command::Split(split) => wait_for(split::run(&client(&global), split, json))?,
         Command::Backend(backend) => wait_for(backend::run(&client(&global), backend, json))?,
+        Command::Undo(undo) => wait_for(changes::undo(&client(&global), undo, json))?,
+        Command::Confirm(confirm) => wait_for(changes::confirm(&client(&global), confirm, json))?,
+        Command::Freeze(freeze) => wait_for(changes::freeze(&client(&global), freeze, true, json))?,
+        Command::Unfreeze(freeze) => {
+            wait_for(changes::freeze(&client(&global), freeze, false, json))?;
+        }
+        Command::Events(asked) => wait_for(events::run(&client(&global), asked, json))?,
         Command::Explain(query) => wait_for(explain::run(&client(&global), query, json))?,
         Command::Detach(detach) => {
             let client = client(&global);

@@ -13,9 +13,14 @@ use crate::api::model::{ChangeReport, Split, SplitRequest};
 
 /// Shows the split, or sets it and says what has moved.
 pub(super) async fn run(client: &Client, split: args::Split, json: bool) -> Result<(), Failure> {
-    let args::Split { service, assignments, reason, dry_run, learn } = split;
+    let args::Split { service, assignments, terms, learn } = split;
     let target = format!("/v1/services/{}/split", encoded(&service));
     if assignments.is_empty() {
+        if terms.given() {
+            let message = "there is no share to set: the options are those of a change";
+            return Err(Failure::new("usage", exit::USAGE, message)
+                .help(format!("say which, as in `canary-agent split {service} v2=5%`")));
+        }
         let answer = client.get(&target).await?;
         if json {
             return print(&format!("{}\n", answer.text()));
@@ -30,7 +35,8 @@ pub(super) async fn run(client: &Client, split: args::Split, json: bool) -> Resu
         }
         shares.insert(version, share);
     }
-    let request = SplitRequest { split: shares, reason, dry_run, learn };
+    let args::Terms { reason, dry_run, if_revision, confirm } = terms;
+    let request = SplitRequest { split: shares, reason, dry_run, learn, if_revision, confirm };
     let answer = client.put(&target, &request).await?;
     if json {
         return print(&format!("{}\n", answer.text()));
@@ -71,6 +77,7 @@ fn reported(report: &ChangeReport) -> String {
         connections_per_second,
         notes,
         learned_ms,
+        confirm_within_ms,
         took_us,
     } = report;
     let buckets = counted(u64::from(*buckets_moved), "bucket");
@@ -113,10 +120,19 @@ fn reported(report: &ChangeReport) -> String {
         out.push_str(&held(*connections_held, *connections_per_second, "in these buckets"));
     }
     out.push_str(&noted(notes));
+    out.push_str(&waits(*confirm_within_ms));
     if !applied {
         out.push_str("nothing was changed (--dry-run)\n");
     }
     out
+}
+
+/// That a change waits for its confirmation.
+pub(super) fn waits(confirm_within_ms: Option<u64>) -> String {
+    confirm_within_ms.map_or_else(String::new, |ms| {
+        let time = humantime::format_duration(Duration::from_millis(ms));
+        format!("it is taken back in {time} unless `canary-agent confirm` follows\n")
+    })
 }
 
 /// How many connections a change is about, as far as that is known.

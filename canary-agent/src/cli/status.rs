@@ -8,7 +8,7 @@ use super::{
     print,
     text::{self, Align, Table, age, bytes, maybe_percent, percent},
 };
-use crate::api::model::{AgentStatus, ServiceStatus, Status};
+use crate::api::model::{AgentStatus, FreezeStatus, PendingStatus, ServiceStatus, Status};
 
 /// Asks once and prints.
 pub(super) async fn run(client: &Client, service: Option<&str>, json: bool) -> Result<(), Failure> {
@@ -48,7 +48,8 @@ pub(super) async fn block(
 }
 
 fn everything(status: &Status) -> String {
-    let AgentStatus { version, abi_version: _, pid, uptime_seconds, revision } = &status.agent;
+    let AgentStatus { version, abi_version: _, pid, uptime_seconds, revision, frozen } =
+        &status.agent;
     let mut out = format!(
         "canary-agent {}, up {}, pid {pid}, revision {revision}\n",
         text::plain(version),
@@ -56,6 +57,16 @@ fn everything(status: &Status) -> String {
     );
     for alert in &status.alerts {
         out.push_str(&format!("ALERT: {}\n", text::plain(alert)));
+    }
+    out.push_str(&frozen.as_ref().map_or_else(String::new, |freeze| is_frozen("all", freeze)));
+    for PendingStatus { left_seconds, change } in &status.pending {
+        let what = format!(
+            "revision {} ({}) is taken back in {} unless it is confirmed",
+            change.revision.unwrap_or_default(),
+            change.text,
+            age(left_seconds.ceil())
+        );
+        out.push_str(&format!("WAITS: {}\n", text::plain(&what)));
     }
     for service in &status.services {
         out.push('\n');
@@ -69,6 +80,14 @@ fn everything(status: &Status) -> String {
     out
 }
 
+/// That something may only be changed towards control.
+fn is_frozen(what: &str, freeze: &FreezeStatus) -> String {
+    let FreezeStatus { reason, revision, unix_ms: _, uid } = freeze;
+    let who = uid.map_or_else(|| "the agent".to_owned(), |uid| format!("uid {uid}"));
+    let line = format!("FROZEN: {what}, by {who} since revision {revision}: {reason}");
+    format!("{}\n", text::plain(&line))
+}
+
 fn one_service(service: &ServiceStatus) -> String {
     let ServiceStatus {
         name,
@@ -80,6 +99,7 @@ fn one_service(service: &ServiceStatus) -> String {
         buckets,
         tracked_buckets,
         versions,
+        frozen,
     } = service;
     let head = format!(
         "{name}  {}  {}  {forward}, by {stickiness}, {buckets} buckets, {tracked_buckets} tracked",
@@ -87,6 +107,7 @@ fn one_service(service: &ServiceStatus) -> String {
         ports.join(" ")
     );
     let mut out = format!("{}\n", text::plain(&head));
+    out.push_str(&frozen.as_ref().map_or_else(String::new, |freeze| is_frozen(name, freeze)));
     let mut table = Table::new([
         ("VERSION", Align::Left),
         ("ASKED", Align::Right),

@@ -56,6 +56,14 @@ pub struct Loaded {
     pub files: Vec<PathBuf>,
 }
 
+/// A duration as the configuration writes it: `90s`, `1h30m`.
+///
+/// # Errors
+/// What is wrong with the text.
+pub fn duration(text: &str) -> Result<std::time::Duration, String> {
+    scalar::duration(text).map_err(|problem| problem.message)
+}
+
 /// Reads the configuration whose main file is `path`.
 ///
 /// `conf.d/*.toml` beside it follow in the order of their names; hidden files

@@ -10,6 +10,7 @@ use tokio::sync::oneshot;
 
 use super::{
     Kernel, Moment, Peer, Refusal, State,
+    changes::{self, Terms, Thing},
     held::{self, NOT_COUNTED},
     listing::{self, Listing},
     split::{self, suggestion},
@@ -88,7 +89,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         request: &BackendRequest,
         (peer, arrived, now): (Peer, Instant, Moment),
     ) -> Result<Reported, Refusal> {
-        let BackendRequest { state: word, reason, dry_run, force } = request;
+        let BackendRequest { state: word, reason, dry_run, force, if_revision, confirm } = request;
         let (at, state) = self
             .planner
             .service(service)
@@ -101,12 +102,21 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             exit_code: 2,
         })?;
         let before = state.admins().get(&addr).copied().unwrap_or_default();
+        let (reason, confirm) = (reason.as_deref(), confirm.as_deref());
+        let terms = Terms { peer, reason, if_revision: *if_revision, confirm };
+        if before != admin
+            && let Some(freeze) = self.control.frozen(service)
+        {
+            return Err(changes::frozen(service, freeze));
+        }
         if !force && admin != Admin::Ready && before == Admin::Ready {
             last_of_version(state, addr, admin)?;
         }
+        let thing = Thing::Backend(service, addr);
+        let within = self.terms(Some(service), &[thing], &terms, now)?;
         let preview = match before == admin {
             true => Preview::default(),
-            false => self.planner.preview(at, None, Some((addr, admin))),
+            false => self.planner.preview(at, None, &[(addr, admin)]),
         };
         let state = &self.planner.services()[at];
         let tables: Vec<_> =
@@ -128,7 +138,9 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         };
         if !dry_run && before != admin {
             let change = BackendChange { addr, before, after: admin };
-            self.store_backend(at, change, reason.as_deref(), peer, now)?;
+            self.store_backend(at, change, &terms, within, now)?;
+            let within = within.map(|within| u64::try_from(within.as_millis()));
+            report.confirm_within_ms = within.map(|within| within.unwrap_or(u64::MAX));
             self.planner.set_admin(at, addr, admin);
             self.settle_or_refuse(now)?;
             tracing::info!(
@@ -136,7 +148,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 backend = %addr,
                 revision = self.revision,
                 uid = peer.uid,
-                reason = reason.as_deref(),
+                reason,
                 buckets_moved = report.buckets_moved,
                 "the backend was {} and is {} now",
                 before.name(),
@@ -205,7 +217,11 @@ fn find(state: &ServiceState, text: &str) -> Result<SocketAddr, Refusal> {
 }
 
 /// Refuses what would leave nobody to take new connections.
-fn last_of_version(state: &ServiceState, addr: SocketAddr, admin: Admin) -> Result<(), Refusal> {
+pub(super) fn last_of_version(
+    state: &ServiceState,
+    addr: SocketAddr,
+    admin: Admin,
+) -> Result<(), Refusal> {
     let config = state.config();
     let owned = state.ownership().counts();
     for table in state.tables() {

@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{Kernel, State};
+use super::{Kernel, Moment, State};
 use crate::{
     config::model,
     health::{Change, Reports, Target},
@@ -51,9 +51,15 @@ impl<S: StateStore, K: Kernel> State<S, K> {
     }
 
     /// Takes over what has gone down and come up.
-    pub(super) fn health(&mut self, changes: Vec<Change>) {
+    pub(super) fn health(&mut self, changes: Vec<Change>, now: Moment) {
         let mut by_service: HashMap<Arc<str>, HashMap<SocketAddr, bool>> = HashMap::new();
         for Change { service, addr, down, why } in changes {
+            let (kind, because) = match (&why, down) {
+                (Some(why), true) => ("down", format!(": {why}")),
+                (None, true) => ("down", String::new()),
+                (_, false) => ("up", String::new()),
+            };
+            self.notices.add(now, kind, &service, format!("{addr} is {kind}{because}"));
             match why {
                 Some(why) if down => {
                     tracing::warn!(%service, backend = %addr, %why, "the backend is down");

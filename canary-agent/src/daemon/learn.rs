@@ -43,7 +43,7 @@ pub(super) struct Learning {
 impl<S: StateStore, K: Kernel> State<S, K> {
     /// Makes a split, prepares it, or says what it would do.
     pub(super) fn ask_split(&mut self, asked: Asked, now: Moment) {
-        match self.prepare_split(&asked) {
+        match self.prepare_split(&asked, now) {
             Err(refusal) => drop(asked.reply.send(Err(refusal))),
             Ok(Some(at)) => self.learning.push(Learning { at, asked, due_ms: None }),
             Ok(None) => {
@@ -84,12 +84,14 @@ impl<S: StateStore, K: Kernel> State<S, K> {
     }
 
     /// Begins to watch what a split would move. `None` if it is to be made at once.
-    fn prepare_split(&mut self, asked: &Asked) -> Result<Option<usize>, Refusal> {
-        let Asked { service, request, .. } = asked;
+    fn prepare_split(&mut self, asked: &Asked, now: Moment) -> Result<Option<usize>, Refusal> {
+        let Asked { service, request, peer, .. } = asked;
         if !request.learn || request.dry_run {
             return Ok(None);
         }
         let (at, proposal) = split::propose(&self.planner, service, request)?;
+        self.split_terms(service, request, *peer, now)?;
+        self.thaw(&self.planner.services()[at], &proposal)?;
         if self.learning.iter().any(|learning| learning.at == at) {
             return Err(Refusal {
                 code: "split_is_prepared",
@@ -149,7 +151,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
     }
 
     /// Tells those whose split of a service is being prepared that another one was made.
-    fn supersede(&mut self, at: usize) {
+    pub(super) fn supersede(&mut self, at: usize) {
         let (over, others) =
             std::mem::take(&mut self.learning).into_iter().partition(|learning| learning.at == at);
         self.learning = others;

@@ -1,6 +1,7 @@
 //! The one loop that owns the state, and the handle by which others reach it.
 
 mod backends;
+mod changes;
 mod explain;
 mod health;
 mod held;
@@ -9,6 +10,7 @@ mod listing;
 pub mod lock;
 mod pressure;
 mod run;
+mod saving;
 mod split;
 mod state;
 mod status;
@@ -17,13 +19,15 @@ mod sweep;
 use tokio::sync::{mpsc, oneshot};
 
 pub use self::{
+    changes::{EventsAsked, EventsFound},
     held::Counter,
     run::run,
     state::{AttachError, Attachment, BeginError, Event, Kernel, LinkStates, Moment, State},
 };
 
 use crate::api::model::{
-    BackendReport, BackendRequest, Backends, ChangeReport, Explain, SplitRequest, Status,
+    BackendReport, BackendRequest, Backends, ChangeReport, ConfirmReport, ConfirmRequest, Explain,
+    FreezeReport, FreezeRequest, SplitRequest, Status, UndoReport, UndoRequest,
 };
 
 /// Who asks, as the kernel says (`SO_PEERCRED`).
@@ -86,6 +90,42 @@ pub enum Request {
         peer: Peer,
         /// Where the answer goes.
         reply: oneshot::Sender<Result<BackendReport, Refusal>>,
+    },
+    /// Takes changes back.
+    Undo {
+        /// What is asked.
+        request: UndoRequest,
+        /// Who asks.
+        peer: Peer,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<UndoReport, Refusal>>,
+    },
+    /// Keeps what waits for a confirmation.
+    Confirm {
+        /// What is asked.
+        request: ConfirmRequest,
+        /// Who asks.
+        peer: Peer,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<ConfirmReport, Refusal>>,
+    },
+    /// Lets a service, or all, be changed towards control only, or ends that.
+    Freeze {
+        /// What is asked.
+        request: FreezeRequest,
+        /// Whether it is to be frozen, or no more.
+        freezes: bool,
+        /// Who asks.
+        peer: Peer,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<FreezeReport, Refusal>>,
+    },
+    /// What has happened.
+    Events {
+        /// What of it.
+        asked: EventsAsked,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<EventsFound, Refusal>>,
     },
     /// Says where a client's connections go.
     Explain {
@@ -168,6 +208,48 @@ impl Handle {
         peer: Peer,
     ) -> Result<BackendReport, Refusal> {
         self.ask(|reply| Request::Backend { service, backend, request, peer, reply }).await?
+    }
+
+    /// Takes changes back, or says what that would do.
+    ///
+    /// # Errors
+    /// What the loop refuses: nothing to take back, a configuration in between, state that
+    /// can't be stored.
+    pub async fn undo(&self, request: UndoRequest, peer: Peer) -> Result<UndoReport, Refusal> {
+        self.ask(|reply| Request::Undo { request, peer, reply }).await?
+    }
+
+    /// Keeps what waits for a confirmation, or says what that would be.
+    ///
+    /// # Errors
+    /// Nothing waits, or several changes do; state that can't be stored.
+    pub async fn confirm(
+        &self,
+        request: ConfirmRequest,
+        peer: Peer,
+    ) -> Result<ConfirmReport, Refusal> {
+        self.ask(|reply| Request::Confirm { request, peer, reply }).await?
+    }
+
+    /// Freezes or unfreezes a service or all of them, or says what that would do.
+    ///
+    /// # Errors
+    /// An unknown service, no reason, nothing that is frozen; state that can't be stored.
+    pub async fn freeze(
+        &self,
+        request: FreezeRequest,
+        freezes: bool,
+        peer: Peer,
+    ) -> Result<FreezeReport, Refusal> {
+        self.ask(|reply| Request::Freeze { request, freezes, peer, reply }).await?
+    }
+
+    /// What has happened.
+    ///
+    /// # Errors
+    /// An unknown service, a time that is none; a trail that can't be read.
+    pub async fn events(&self, asked: EventsAsked) -> Result<EventsFound, Refusal> {
+        self.ask(|reply| Request::Events { asked, reply }).await?
     }
 
     /// Says where a client's connections go, and why.

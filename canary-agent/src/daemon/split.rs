@@ -20,7 +20,7 @@ pub(super) fn propose(
     service: &str,
     request: &SplitRequest,
 ) -> Result<(usize, Proposal), Refusal> {
-    let SplitRequest { split: asked, reason: _, dry_run: _, learn: _ } = request;
+    let SplitRequest { split: asked, .. } = request;
     let (at, state) = planner.service(service).ok_or_else(|| unknown_service(planner, service))?;
     let mut split = state.ownership().split.clone();
     for (version, text) in asked {
@@ -164,6 +164,7 @@ pub(super) fn report(
         connections_per_second: None,
         notes: Vec::new(),
         learned_ms: None,
+        confirm_within_ms: None,
         took_us: 0,
     }
 }

@@ -17,21 +17,25 @@ use canary_ebpf_common::{
 };
 
 use super::{
-    Counter, Peer, Refusal, Request, explain,
+    Counter, Peer, Refusal, Request,
+    changes::{Control, Notices, Terms, Thing, reckoned},
+    explain,
     learn::{Asked, Learning},
     pressure::{Pressure, Reading},
+    saving::{not_stored, refused},
     split, status,
 };
 use crate::{
     api::model::{ChangeReport, InterfaceStatus, MapStatus, SplitRequest, Status},
     config::model::{Config, Forward},
     datapath::Swept,
+    failpoint::Failpoint,
     health,
     plan::{
         Adopted, BootMs, BucketSet, DataPlane, News, NextHop, PlanError, Planner, ServicePlan,
         ServiceState, Start, Sweep,
     },
-    store::{Admin, BackendChange, Change, Commit, Split, StateStore, StoreError},
+    store::{Change, Commit, StateStore, StoreError},
     telemetry::Metrics,
 };
 
@@ -139,6 +143,10 @@ pub trait Kernel {
     fn counter(&self) -> Option<Counter> {
         None
     }
+    /// What tells one start of the host from another.
+    fn boot_id(&self) -> String {
+        String::new()
+    }
 }
 
 /// Why the agent can't begin.
@@ -167,19 +175,23 @@ pub enum BeginError {
 pub struct State<S, K> {
     pub(super) planner: Planner,
     pub(super) checks: health::Reports,
-    store: S,
+    pub(super) store: S,
     pub(super) kernel: K,
     metrics: Metrics,
     pub(super) revision: u64,
     /// What beginning decided and the store does not know yet.
-    unsaved: Vec<News>,
+    pub(super) unsaved: Vec<News>,
     interfaces: Vec<InterfaceStatus>,
     links: LinkStates,
-    alerts: BTreeMap<&'static str, Vec<String>>,
+    pub(super) alerts: BTreeMap<&'static str, Vec<String>>,
     pub(super) samples: status::Samples,
     /// Splits that are being prepared.
     pub(super) learning: Vec<Learning>,
     pressure: Pressure,
+    /// What waits for a confirmation, and what is frozen.
+    pub(super) control: Control,
+    /// What has happened and is not stored yet.
+    pub(super) notices: Notices,
     begun_ms: BootMs,
     attach_ms: BootMs,
     /// The present plan is not in force, and is tried again then.
@@ -229,6 +241,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             .iter()
             .map(|name| InterfaceStatus { name: name.clone(), ..InterfaceStatus::default() })
             .collect();
+        let boot_id = kernel.boot_id();
         let mut state = Self {
             planner,
             checks: health::Reports::default(),
@@ -242,6 +255,13 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             alerts,
             samples: status::Samples::default(),
             learning: Vec::new(),
+            control: Control {
+                pending: reckoned(snapshot.pending, &boot_id, now),
+                freezes: snapshot.freezes,
+                boot_id,
+                retry_ms: None,
+            },
+            notices: Notices::default(),
             begun_ms: now.boot_ms,
             attach_ms: now.boot_ms,
             retry_ms: None,
@@ -255,6 +275,8 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         {
             tracing::error!(%error, "the state can't be stored: changes are refused");
         }
+        let agent = format!("canary-agent {} has started", env!("CARGO_PKG_VERSION"));
+        state.notices.add(now, "start", "", agent);
         Ok(state)
     }
 
@@ -280,17 +302,19 @@ impl<S: StateStore, K: Kernel> State<S, K> {
     /// When the kernel refuses. A missing interface is no error.
     pub fn go(&mut self, now: Moment) -> Result<Option<BootMs>, BeginError> {
         self.in_force = true;
+        // What was not confirmed while nobody ran is never in force again.
+        let due = self.unconfirmed(now);
         self.planner.step(now.boot_ms);
         // A bucket may be tracked by the first plan already.
         self.kernel.clean(self.planner.plane()).map_err(BeginError::Apply)?;
         self.retry_ms = Some(now.boot_ms);
-        let wakeup = self.settle(now.boot_ms);
+        let wakeup = [self.settle(now.boot_ms), due].into_iter().flatten().min();
         if self.retry_ms.is_some() {
             let why = self.alerts.remove("maps").unwrap_or_default();
             return Err(BeginError::Apply(why.concat()));
         }
         for at in 0..self.interfaces.len() {
-            self.attach(at);
+            self.attach(at, now);
             let interface = &self.interfaces[at];
             let missing = interface.message.as_deref() == Some(NO_SUCH_INTERFACE);
             if interface.mode.is_none() && !missing {
@@ -308,31 +332,33 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         match event {
             Event::Request { request, arrived } => self.request(request, arrived, now),
             Event::NextHops(hops) => self.planner.set_next_hops(&hops),
-            Event::Health(changes) => self.health(changes),
-            Event::Links(links) => self.links(links),
+            Event::Health(changes) => self.health(changes, now),
+            Event::Links(links) => self.links(links, now),
             Event::Alerts(from, alerts) => {
                 for alert in alerts
                     .iter()
                     .filter(|a| !self.alerts.get(from).is_some_and(|old| old.contains(a)))
                 {
                     tracing::warn!("{alert}");
+                    self.notices.add(now, "alert", "", alert);
                 }
                 self.alerts.insert(from, alerts);
             }
             Event::Swept(result) => self.swept(result, now.boot_ms),
-            Event::Tick => self.tick(now.boot_ms),
+            Event::Tick => self.tick(now),
             Event::Wakeup => {}
         }
         if !self.in_force {
             return None;
         }
+        let due = self.unconfirmed(now);
         let mut wakeup = self.settle(now.boot_ms);
         if !self.learning.is_empty() {
             let learned = self.learned(now);
             // What was made just now is due for other things at other times.
             wakeup = [self.settle(now.boot_ms), learned].into_iter().flatten().min();
         }
-        wakeup
+        [wakeup, due].into_iter().flatten().min()
     }
 
     /// Brings the plan up to date and the maps to the plan.
@@ -340,8 +366,10 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let step = self.planner.step(now_ms);
         let wakeup = step.next_wakeup_ms;
         if self.retry_ms.is_some() || step.changed {
+            Failpoint::BeforeMaps.pass();
             match self.kernel.apply(self.planner.plane()) {
                 Ok(()) => {
+                    Failpoint::InForce.pass();
                     self.retry_ms = None;
                     if self.alerts.remove("maps").is_some() {
                         tracing::info!("the forwarding tables are in force again");
@@ -359,6 +387,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         if self.retry_ms.is_none()
             && let Some(sweep) = self.planner.begin_sweep()
         {
+            Failpoint::BeforeSweep.pass();
             self.kernel.sweep(sweep.clone());
             self.sweep_under_way = Some(sweep);
         }
@@ -413,7 +442,9 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         }
     }
 
-    fn tick(&mut self, now_ms: BootMs) {
+    fn tick(&mut self, now: Moment) {
+        let now_ms = now.boot_ms;
+        self.store_notices(now);
         let backends = self.planner.plane().backends.len();
         if self.samples.due(backends, now_ms) {
             let counters = self.counters();
@@ -437,34 +468,38 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             let interface = &self.interfaces[at];
             let there = self.links.get(&interface.name).is_some_and(Option::is_some);
             if interface.mode.is_none() && there {
-                self.attach(at);
+                self.attach(at, now);
             }
         }
     }
 
-    fn links(&mut self, links: LinkStates) {
+    fn links(&mut self, links: LinkStates, now: Moment) {
         self.links = links;
         for at in 0..self.interfaces.len() {
             let interface = &mut self.interfaces[at];
             match self.links.get(&interface.name).copied().flatten() {
                 None if interface.mode.is_some() => {
                     tracing::warn!(interface = interface.name, "the interface is gone");
+                    let text = format!("interface {} is gone", interface.name);
+                    self.notices.add(now, "interface", "", text);
                     (interface.ifindex, interface.mode) = (None, None);
                     interface.message = Some(NO_SUCH_INTERFACE.to_owned());
                 }
                 Some(ifindex) if self.in_force && interface.ifindex != Some(ifindex) => {
-                    self.attach(at)
+                    self.attach(at, now)
                 }
                 _ => {}
             }
         }
     }
 
-    fn attach(&mut self, at: usize) {
+    fn attach(&mut self, at: usize, now: Moment) {
         let interface = &mut self.interfaces[at];
         match self.kernel.attach(&interface.name) {
             Ok(Attachment { ifindex, mode, warning }) => {
                 tracing::info!(interface = interface.name, mode, "attached");
+                let text = format!("attached to {}, {mode}", interface.name);
+                self.notices.add(now, "interface", "", text);
                 if let Some(warning) = &warning {
                     tracing::warn!(interface = interface.name, "{warning}");
                 }
@@ -476,6 +511,8 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 let message = error.to_string();
                 if interface.message.as_ref() != Some(&message) {
                     tracing::error!(interface = interface.name, "not attached: {message}");
+                    let text = format!("not attached to {}: {message}", interface.name);
+                    self.notices.add(now, "interface", "", text);
                 }
                 (interface.ifindex, interface.mode) = (None, None);
                 interface.message = Some(message);
@@ -497,6 +534,16 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             Request::Backend { service, backend, request, peer, reply } => {
                 self.tell_backend(&service, &backend, &request, (peer, arrived, now), reply);
             }
+            Request::Undo { request, peer, reply } => {
+                self.undo(&request, peer, (arrived, now), reply);
+            }
+            Request::Confirm { request, peer, reply } => {
+                drop(reply.send(self.confirm(&request, peer, now)));
+            }
+            Request::Freeze { request, freezes, peer, reply } => {
+                drop(reply.send(self.freeze(&request, freezes, peer, now)));
+            }
+            Request::Events { asked, reply } => drop(reply.send(self.events(&asked, now))),
         }
     }
 
@@ -512,6 +559,8 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 reasons: self.kernel.reasons(),
                 maps: self.kernel.maps(),
                 interfaces: &self.interfaces,
+                control: &self.control,
+                pending: self.pending_status(now),
                 alerts: self.alerts.values().flatten().cloned().collect(),
                 revision: self.revision,
                 uptime_ms: now.boot_ms.saturating_sub(self.begun_ms),
@@ -536,7 +585,9 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         now: Moment,
     ) -> Result<(ChangeReport, Vec<BucketSet>), Refusal> {
         let (at, proposal) = split::propose(&self.planner, service, request)?;
+        let within = self.split_terms(service, request, peer, now)?;
         let state = &self.planner.services()[at];
+        self.thaw(state, &proposal)?;
         let before = state.ownership().clone();
         let mut report = split::report(state, &before, &proposal, &[]);
         let nothing = proposal.moved == 0 && proposal.ownership.split == before.split;
@@ -544,12 +595,14 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let counts = self.bucket_counts(at);
         let mut moved = vec![BucketSet::default(); tables.len()];
         if request.dry_run {
-            let preview = self.planner.preview(at, Some(&proposal.ownership), None);
+            let preview = self.planner.preview(at, Some(&proposal.ownership), &[]);
             report.backends_touched = preview.touched.iter().map(ToString::to_string).collect();
             moved = preview.moved;
         } else if nothing {
             report.applied = true;
         } else {
+            let deadline = self.deadline(within, now);
+            report.confirm_within_ms = deadline.as_ref().map(|deadline| deadline.within_ms);
             let commit = Commit {
                 change: Change {
                     unix_ms: now.unix_ms,
@@ -560,9 +613,15 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                     before: before.split,
                     after: proposal.ownership.split.clone(),
                     moved: proposal.change_list,
-                    backend: None,
+                    buckets_moved: proposal.moved,
+                    slots: state.slots().to_vec(),
+                    salt: Some(before.salt),
+                    confirm_ms: report.confirm_within_ms,
+                    ..Change::default()
                 },
-                record: state.stored(&proposal.ownership),
+                record: Some(state.stored(&proposal.ownership)),
+                deadline,
+                settles: Vec::new(),
             };
             self.save(vec![commit], now)
                 .map_err(|error| refused(&format!("the split of service `{service}`"), &error))?;
@@ -606,6 +665,20 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         Ok((report, moved))
     }
 
+    /// Refuses a split on terms that don't hold, prepared or not.
+    pub(super) fn split_terms(
+        &mut self,
+        service: &str,
+        request: &SplitRequest,
+        peer: Peer,
+        now: Moment,
+    ) -> Result<Option<Duration>, Refusal> {
+        let SplitRequest { reason, if_revision, confirm, .. } = request;
+        let (reason, confirm) = (reason.as_deref(), confirm.as_deref());
+        let terms = Terms { peer, reason, if_revision: *if_revision, confirm };
+        self.terms(Some(service), &[Thing::Split(service)], &terms, now)
+    }
+
     /// Brings about what was stored.
     pub(super) fn settle_or_refuse(&mut self, now: Moment) -> Result<(), Refusal> {
         self.settle(now.boot_ms);
@@ -627,31 +700,6 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         }
     }
 
-    /// Stores what a backend of a service is told to be.
-    pub(super) fn store_backend(
-        &mut self,
-        service: usize,
-        change: BackendChange,
-        reason: Option<&str>,
-        peer: Peer,
-        now: Moment,
-    ) -> Result<(), Refusal> {
-        let mut commit = self.own_commit(service, "backend", Split::new(), Vec::new(), now);
-        let state = &self.planner.services()[service];
-        commit.record = state.stored(state.ownership());
-        commit.change.before = commit.change.after.clone();
-        commit.change.uid = Some(peer.uid);
-        commit.change.reason = reason.map(str::to_owned);
-        commit.change.backend = Some(change);
-        let BackendChange { addr, before: _, after } = change;
-        match after {
-            Admin::Ready => commit.record.admins.remove(&addr),
-            out => commit.record.admins.insert(addr, out),
-        };
-        let what = format!("backend {addr} of service `{}`", commit.record.name);
-        self.save(vec![commit], now).map_err(|error| refused(&what, &error))
-    }
-
     /// Which backends have gained or lost buckets since a service had `tables`, and which
     /// buckets those are.
     fn touched(
@@ -669,72 +717,6 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         }
         (touched.iter().map(ToString::to_string).collect(), moved)
     }
-
-    /// Stores `commits`, after whatever could not be stored before.
-    fn save(&mut self, commits: Vec<Commit>, now: Moment) -> Result<(), StoreError> {
-        let unsaved = std::mem::take(&mut self.unsaved);
-        let earlier = unsaved.iter().map(|news| {
-            let News { service, action, before, moved } = news.clone();
-            self.own_commit(service, action, before, moved, now)
-        });
-        let all: Vec<Commit> = earlier.chain(commits.iter().cloned()).collect();
-        let mut stored = match all.is_empty() {
-            true => Ok(self.revision),
-            false => self.store.commit(self.revision, &all),
-        };
-        if let Err(StoreError::Stale { found, .. }) = stored {
-            // Nobody else may write it while we run: the file was replaced, by an operator or
-            // because it was damaged. What is in force goes into the new one.
-            tracing::warn!(
-                found,
-                known = self.revision,
-                "the state file is another one: storing everything anew"
-            );
-            let whole = (0..self.planner.services().len())
-                .map(|service| self.own_commit(service, "adopt", Split::new(), Vec::new(), now));
-            let all: Vec<Commit> = whole.chain(commits).collect();
-            stored = self.store.commit(found, &all);
-        }
-        match stored {
-            Ok(revision) => {
-                self.revision = revision;
-                self.alerts.remove("store");
-                Ok(())
-            }
-            Err(error) => {
-                self.unsaved = unsaved;
-                self.alerts.insert("store", vec![not_stored(&error)]);
-                Err(error)
-            }
-        }
-    }
-
-    /// A change that the agent makes by itself.
-    fn own_commit(
-        &self,
-        service: usize,
-        action: &str,
-        before: Split,
-        moved: Vec<u8>,
-        now: Moment,
-    ) -> Commit {
-        let state = &self.planner.services()[service];
-        let ownership = state.ownership();
-        Commit {
-            change: Change {
-                unix_ms: now.unix_ms,
-                uid: None,
-                service: state.config().name.clone(),
-                action: action.to_owned(),
-                reason: None,
-                before,
-                after: ownership.split.clone(),
-                moved,
-                backend: None,
-            },
-            record: state.stored_whole(),
-        }
-    }
 }
 
 fn tables_of(plane: &DataPlane, service: &str) -> Vec<Arc<ServicePlan>> {
@@ -745,18 +727,4 @@ fn tables_of(plane: &DataPlane, service: &str) -> Vec<Arc<ServicePlan>> {
 
 fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
-}
-
-fn not_stored(error: &StoreError) -> String {
-    format!("changes can't be stored and are refused: {error}")
-}
-
-/// `what` is as it was, because it can't be stored.
-fn refused(what: &str, error: &StoreError) -> Refusal {
-    Refusal {
-        code: "state_not_stored",
-        message: format!("{what} is as it was: {}", not_stored(error)),
-        help: Some("make room for it, or make it writable, and try again".to_owned()),
-        exit_code: 1,
-    }
 }

@@ -7,10 +7,16 @@ use canary_ebpf_common::{
     entry::BackendIndex,
 };
 
-use super::{explain::protocol_name, listing::Listing, split};
+use super::{
+    changes::{Control, freeze_status},
+    explain::protocol_name,
+    listing::Listing,
+    split,
+};
 use crate::{
     api::model::{
-        FlowStatus, InterfaceStatus, MapStatus, ReasonCount, ServiceStatus, Status, VersionStatus,
+        FlowStatus, InterfaceStatus, MapStatus, PendingStatus, ReasonCount, ServiceStatus, Status,
+        VersionStatus,
     },
     config::model::{Forward, Stickiness},
     datapath::Swept,
@@ -89,6 +95,8 @@ pub(super) struct Sources<'a> {
     pub(super) reasons: Vec<u64>,
     pub(super) maps: Vec<MapStatus>,
     pub(super) interfaces: &'a [InterfaceStatus],
+    pub(super) control: &'a Control,
+    pub(super) pending: Vec<PendingStatus>,
     pub(super) alerts: Vec<String>,
     pub(super) revision: u64,
     pub(super) uptime_ms: u64,
@@ -106,6 +114,8 @@ pub(super) fn status(planner: &Planner, sources: Sources<'_>) -> Status {
         reasons,
         maps,
         interfaces,
+        control,
+        pending,
         mut alerts,
         revision,
         uptime_ms,
@@ -137,8 +147,10 @@ pub(super) fn status(planner: &Planner, sources: Sources<'_>) -> Status {
         maps,
         flows: flow_status(flows),
         alerts,
+        pending,
         ..Status::default()
     };
+    status.agent.frozen = control.freeze_of("").map(freeze_status);
     status.agent.version = env!("CARGO_PKG_VERSION").to_owned();
     status.agent.abi_version = ABI_VERSION;
     status.agent.pid = std::process::id();
@@ -208,6 +220,7 @@ fn service_status(state: &ServiceState, sources: &Sources<'_>) -> ServiceStatus 
         buckets: config.buckets,
         tracked_buckets: state.tables().iter().map(Table::tracked).sum(),
         versions: versions.collect(),
+        frozen: sources.control.freeze_of(&config.name).map(freeze_status),
     }
 }
 

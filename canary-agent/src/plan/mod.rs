@@ -21,6 +21,7 @@ mod prepare;
 mod record;
 mod slow_start;
 mod table;
+mod undo;
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -43,6 +44,7 @@ pub use planner::{News, PlanError, Planner, Preview, ServiceState, Start, Step};
 pub use prepare::LEARN_MS;
 pub use slow_start::{STEPS as SLOW_START_STEPS, SlowStart};
 pub use table::{BackendState, LiveBackend, Removed, Table};
+pub use undo::{UndoError, Undone};
 
 /// Milliseconds of `CLOCK_BOOTTIME`, the clock that counts suspended time.
 pub type BootMs = u64;

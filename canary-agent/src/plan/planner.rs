@@ -379,7 +379,7 @@ impl Planner {
     pub fn prepare(&mut self, service: usize, ownership: Option<&Ownership>) -> u32 {
         let mut moved = match ownership {
             Some(ownership) if self.learns(service) => {
-                self.preview(service, Some(ownership), None).moved
+                self.preview(service, Some(ownership), &[]).moved
             }
             _ => Vec::new(),
         };
@@ -548,13 +548,13 @@ impl Planner {
         begun && waiting
     }
 
-    /// What would move in a service with other owners, or with a backend told to be something
+    /// What would move in a service with other owners, or with backends told to be something
     /// else; a backend that comes back with all of its share.
     pub fn preview(
         &mut self,
         service: usize,
         ownership: Option<&Ownership>,
-        backend: Option<(SocketAddr, Admin)>,
+        told: &[(SocketAddr, Admin)],
     ) -> Preview {
         let mut preview = Preview::default();
         let Some(state) = self.services.get_mut(service) else {
@@ -564,10 +564,8 @@ impl Planner {
         for table in tables {
             let mut backends = table.backends.clone();
             for one in &mut backends {
-                if let Some((addr, admin)) = backend
-                    && one.addr == addr
-                {
-                    one.admin = admin;
+                if let Some((_, admin)) = told.iter().find(|(addr, _)| *addr == one.addr) {
+                    one.admin = *admin;
                     one.slow_start = SlowStart::Whole;
                 }
             }

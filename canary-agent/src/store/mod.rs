@@ -6,14 +6,21 @@
 //! opaque bytes here, encoded by the table compiler.
 
 mod json;
+mod rows;
 mod schema;
 mod sqlite;
+mod trail;
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
 use canary_ebpf_common::share::Share;
+use tokio::sync::watch;
 
 pub use sqlite::SqliteStore;
+pub use trail::{
+    BackendChange, Change, Deadline, Event, EventQuery, Freeze, FreezeChange, KEPT_CHANGES,
+    KEPT_LISTS, KEPT_NOTICES, Notice, Pending,
+};
 
 /// A split as it was asked for: shares by version name, control left out.
 pub type Split = BTreeMap<String, Share>;
@@ -85,47 +92,18 @@ pub struct PlacementRecord {
     pub placement: Vec<u8>,
 }
 
-/// One line of the audit trail.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Change {
-    /// When, in milliseconds since 1970. For people: nothing is computed from it.
-    pub unix_ms: u64,
-    /// Who, as the kernel said; `None` for the agent itself.
-    pub uid: Option<u32>,
-    /// The service.
-    pub service: String,
-    /// `initial`, `adopt`, `config`, `split`, `backend` …
-    pub action: String,
-    /// Why, as given.
-    pub reason: Option<String>,
-    /// The asked split before.
-    pub before: Split,
-    /// The asked split after.
-    pub after: Split,
-    /// Which buckets went from whom to whom, encoded: what undo restores.
-    pub moved: Vec<u8>,
-    /// The backend that was told to be something else.
-    pub backend: Option<BackendChange>,
-}
-
-/// What became of a backend in a [`Change`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BackendChange {
-    /// Address and port.
-    pub addr: SocketAddr,
-    /// What it was.
-    pub before: Admin,
-    /// What it is since.
-    pub after: Admin,
-}
-
 /// A change together with the state that it leads to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Commit {
     /// For the audit trail.
     pub change: Change,
-    /// The service's state from then on.
-    pub record: ServiceRecord,
+    /// The service's state from then on; `None` leaves what is stored.
+    pub record: Option<ServiceRecord>,
+    /// When it is taken back unless somebody confirms it.
+    pub deadline: Option<Deadline>,
+    /// Revisions that need no confirmation any more, because they were confirmed or
+    /// taken back.
+    pub settles: Vec<u64>,
 }
 
 /// All live state at one revision.
@@ -135,6 +113,10 @@ pub struct Snapshot {
     pub revision: u64,
     /// Services by name.
     pub services: Vec<ServiceRecord>,
+    /// Changes that are taken back unless they are confirmed, oldest first.
+    pub pending: Vec<Pending>,
+    /// What may only be changed towards control.
+    pub freezes: Vec<Freeze>,
 }
 
 /// Why state was not read or stored. Nothing was changed by the call.
@@ -199,9 +181,38 @@ pub trait StateStore: Send {
     /// when it can't be written.
     fn commit(&mut self, expected: u64, commits: &[Commit]) -> Result<u64, StoreError>;
 
+    /// Adds what has happened besides changes. It has no revision, and need not outlive a
+    /// failure of power.
+    ///
+    /// # Errors
+    /// [`StoreError`] when it can't be written.
+    fn record(&mut self, notices: &[Notice]) -> Result<(), StoreError>;
+
     /// The audit trail after revision `after`, oldest first, at most `limit` lines.
     ///
     /// # Errors
     /// [`StoreError`] when it can't be read.
     fn changes(&mut self, after: u64, limit: usize) -> Result<Vec<(u64, Change)>, StoreError>;
+
+    /// The changes of one service, or of all, before revision `before`: newest first, at
+    /// most `limit`.
+    ///
+    /// # Errors
+    /// [`StoreError`] when it can't be read.
+    fn changes_before(
+        &mut self,
+        service: Option<&str>,
+        before: u64,
+        limit: usize,
+    ) -> Result<Vec<(u64, Change)>, StoreError>;
+
+    /// Changes and what has happened besides, in the order in which it was stored. Changes
+    /// come without their lists of buckets.
+    ///
+    /// # Errors
+    /// [`StoreError`] when it can't be read.
+    fn events(&mut self, query: &EventQuery) -> Result<Vec<Event>, StoreError>;
+
+    /// The number of the last event. It changes whenever something was stored, by whomever.
+    fn watch(&self) -> watch::Receiver<u64>;
 }

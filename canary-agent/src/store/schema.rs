@@ -38,6 +38,43 @@ const MIGRATIONS: &[&str] = &[
     ) STRICT, WITHOUT ROWID;",
     "ALTER TABLE change ADD COLUMN backend TEXT;
     ALTER TABLE service ADD COLUMN admins TEXT NOT NULL DEFAULT '{}';",
+    // A backend's change becomes a list of them. What is not known of older changes is NULL.
+    "ALTER TABLE change ADD COLUMN buckets_moved INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE change ADD COLUMN slots TEXT;
+    ALTER TABLE change ADD COLUMN salt INTEGER;
+    ALTER TABLE change ADD COLUMN freeze TEXT;
+    ALTER TABLE change ADD COLUMN about TEXT;
+    ALTER TABLE change ADD COLUMN confirm_ms INTEGER;
+    ALTER TABLE change RENAME COLUMN backend TO backends;
+    UPDATE change SET backends = '[' || backends || ']' WHERE backends IS NOT NULL;
+    CREATE INDEX change_by_service ON change (service, revision);
+    CREATE TABLE pending (
+        revision INTEGER PRIMARY KEY REFERENCES change (revision),
+        batch INTEGER NOT NULL,
+        within_ms INTEGER NOT NULL,
+        boot_ms INTEGER NOT NULL,
+        boot_id TEXT NOT NULL,
+        unix_ms INTEGER NOT NULL
+    ) STRICT;
+    CREATE TABLE freeze (
+        service TEXT PRIMARY KEY,
+        revision INTEGER NOT NULL REFERENCES change (revision),
+        unix_ms INTEGER NOT NULL,
+        uid INTEGER,
+        reason TEXT NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE event (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        revision INTEGER REFERENCES change (revision),
+        unix_ms INTEGER NOT NULL,
+        kind TEXT NOT NULL,
+        service TEXT NOT NULL,
+        text TEXT NOT NULL
+    ) STRICT;
+    CREATE INDEX event_change ON event (revision) WHERE revision IS NOT NULL;
+    CREATE INDEX event_notice ON event (id) WHERE revision IS NULL;
+    INSERT INTO event (revision, unix_ms, kind, service, text)
+        SELECT revision, unix_ms, action, service, '' FROM change ORDER BY revision;",
 ];
 
 /// The newest schema known here.

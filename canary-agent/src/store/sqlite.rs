@@ -9,17 +9,20 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use rusqlite::{
-    Connection, ErrorCode, OpenFlags, OptionalExtension, Transaction, TransactionBehavior, params,
-};
+use rusqlite::{Connection, ErrorCode, OpenFlags, Transaction, TransactionBehavior, params};
+use tokio::sync::watch;
 
 use super::{
-    Change, Commit, PlacementRecord, ServiceRecord, Snapshot, StateStore, StoreError, json,
+    Change, Commit, Event, EventQuery, KEPT_LISTS, Notice, Snapshot, StateStore, StoreError, rows,
     schema::{self, Schema},
 };
+use crate::failpoint::Failpoint;
 
 /// How long another reader of the file may keep a change waiting.
 const BUSY_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// So many changes pass between two looks for what is too old.
+const PRUNED_EVERY: u64 = 64;
 
 /// [`StateStore`] in `state.db`, in WAL mode with full synchronisation.
 ///
@@ -31,12 +34,22 @@ pub struct SqliteStore {
     connection: Option<Connection>,
     /// Names of damaged files that were set aside, until they are asked for.
     set_aside: Vec<PathBuf>,
+    /// The number of the last event.
+    last: watch::Sender<u64>,
+    /// Up to this revision lists of buckets have been forgotten.
+    forgotten: u64,
 }
 
 impl SqliteStore {
     /// The store at `state_dir/state.db`. Nothing is touched before the first call.
     pub fn new(state_dir: &Path) -> Self {
-        Self { path: state_dir.join("state.db"), connection: None, set_aside: Vec::new() }
+        Self {
+            path: state_dir.join("state.db"),
+            connection: None,
+            set_aside: Vec::new(),
+            last: watch::Sender::new(0),
+            forgotten: 0,
+        }
     }
 
     /// The damaged files that were set aside since the last call.
@@ -57,6 +70,7 @@ impl SqliteStore {
                 })?;
                 tracing::error!(file = %path.display(), set_aside = %aside.display(), reason, "the state file is damaged; an empty one takes its place");
                 self.set_aside.push(aside);
+                self.forgotten = 0;
                 self.attempt(&work)
             }
             result => result,
@@ -82,80 +96,110 @@ impl SqliteStore {
 
 impl StateStore for SqliteStore {
     fn load(&mut self) -> Result<Snapshot, StoreError> {
-        self.with(|connection| {
+        let (snapshot, last) = self.with(|connection| {
             let transaction = connection.transaction()?;
-            let revision = revision(&transaction)?;
-            let mut services = Vec::new();
-            let mut statement = transaction.prepare(
-                "SELECT name, control, split, slots, owners, salt, admins FROM service ORDER BY name",
-            )?;
-            let mut rows = statement.query(())?;
-            while let Some(row) = rows.next()? {
-                services.push(ServiceRecord {
-                    name: row.get(0)?,
-                    control: row.get(1)?,
-                    split: json::split_from(&row.get::<_, String>(2)?)?,
-                    slots: serde_json::from_str(&row.get::<_, String>(3)?)
-                        .map_err(|e| Failure::Damaged(format!("slots: {e}")))?,
-                    owners: row.get(4)?,
-                    salt: row.get::<_, i64>(5)?.cast_unsigned(),
-                    placements: Some(Vec::new()),
-                    admins: json::admins_from(&row.get::<_, String>(6)?)?,
-                });
-            }
-            placements(&transaction, &mut services)?;
-            Ok(Snapshot { revision, services })
-        })
+            let snapshot = Snapshot {
+                revision: rows::revision(&transaction)?,
+                services: rows::services(&transaction)?,
+                pending: rows::pending(&transaction)?,
+                freezes: rows::freezes(&transaction)?,
+            };
+            Ok((snapshot, rows::last_event(&transaction)?))
+        })?;
+        self.last.send_replace(last);
+        Ok(snapshot)
     }
 
     fn commit(&mut self, expected: u64, commits: &[Commit]) -> Result<u64, StoreError> {
-        self.with(|connection| {
+        Failpoint::BeforeStore.pass();
+        let forgotten = self.forgotten;
+        let (number, last, pruned) = self.with(|connection| {
             let transaction = Transaction::new(connection, TransactionBehavior::Immediate)?;
-            let found = revision(&transaction)?;
+            Failpoint::StoreBegun.pass();
+            let found = rows::revision(&transaction)?;
             if found != expected {
                 return Err(Failure::Stale { expected, found });
             }
             let mut number = found;
-            for Commit { change, record } in commits {
+            for commit in commits {
                 number += 1;
-                insert(&transaction, number, change, record)?;
+                rows::insert(&transaction, number, commit)?;
             }
+            let prunes = number / PRUNED_EVERY != found / PRUNED_EVERY;
+            if prunes {
+                rows::prune(&transaction, number, forgotten)?;
+            }
+            let last = rows::last_event(&transaction)?;
+            Failpoint::BeforeCommit.pass();
             transaction.commit()?;
-            Ok(number)
-        })
+            Ok((number, last, prunes))
+        })?;
+        Failpoint::Committed.pass();
+        if pruned {
+            self.forgotten = number.saturating_sub(KEPT_LISTS);
+        }
+        self.last.send_replace(last);
+        Ok(number)
+    }
+
+    fn record(&mut self, notices: &[Notice]) -> Result<(), StoreError> {
+        let last = self.with(|connection| {
+            // A second's events are not worth waiting for the disk.
+            connection.pragma_update(None, "synchronous", "NORMAL")?;
+            let recorded = (|| -> Result<u64, Failure> {
+                let transaction = Transaction::new(connection, TransactionBehavior::Immediate)?;
+                rows::insert_notices(&transaction, notices)?;
+                let last = rows::last_event(&transaction)?;
+                transaction.commit()?;
+                Ok(last)
+            })();
+            connection.pragma_update(None, "synchronous", "FULL")?;
+            recorded
+        })?;
+        self.last.send_replace(last);
+        Ok(())
     }
 
     fn changes(&mut self, after: u64, limit: usize) -> Result<Vec<(u64, Change)>, StoreError> {
+        let (after, limit) = (signed(after), signed(limit as u64));
         self.with(|connection| {
-            let mut statement = connection.prepare_cached(
-                "SELECT revision, unix_ms, uid, service, action, reason, before, after, moved, backend
-                 FROM change WHERE revision > ?1 ORDER BY revision LIMIT ?2",
-            )?;
-            let mut rows = statement.query(params![
-                i64::try_from(after).unwrap_or(i64::MAX),
-                i64::try_from(limit).unwrap_or(i64::MAX)
-            ])?;
-            let mut changes = Vec::new();
-            while let Some(row) = rows.next()? {
-                let change = Change {
-                    unix_ms: row.get::<_, i64>(1)?.cast_unsigned(),
-                    uid: row.get(2)?,
-                    service: row.get(3)?,
-                    action: row.get(4)?,
-                    reason: row.get(5)?,
-                    before: json::split_from(&row.get::<_, String>(6)?)?,
-                    after: json::split_from(&row.get::<_, String>(7)?)?,
-                    moved: row.get(8)?,
-                    backend: row
-                        .get::<_, Option<String>>(9)?
-                        .map(|text| json::backend_from(&text))
-                        .transpose()?,
-                };
-                changes.push((row.get::<_, i64>(0)?.cast_unsigned(), change));
-            }
-            Ok(changes)
+            let condition = "revision > ?1 ORDER BY revision LIMIT ?2";
+            rows::changes(connection, condition, params![after, limit])
         })
     }
+
+    fn changes_before(
+        &mut self,
+        service: Option<&str>,
+        before: u64,
+        limit: usize,
+    ) -> Result<Vec<(u64, Change)>, StoreError> {
+        let (before, limit) = (signed(before), signed(limit as u64));
+        self.with(|connection| match service {
+            Some(service) => rows::changes(
+                connection,
+                "service = ?1 AND revision < ?2 ORDER BY revision DESC LIMIT ?3",
+                params![service, before, limit],
+            ),
+            None => rows::changes(
+                connection,
+                "revision < ?1 ORDER BY revision DESC LIMIT ?2",
+                params![before, limit],
+            ),
+        })
+    }
+
+    fn events(&mut self, query: &EventQuery) -> Result<Vec<Event>, StoreError> {
+        self.with(|connection| rows::events(connection, query))
+    }
+
+    fn watch(&self) -> watch::Receiver<u64> {
+        self.last.subscribe()
+    }
+}
+
+fn signed(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
 }
 
 /// Why work on the open file failed.
@@ -324,86 +368,4 @@ fn escape(path: &Path) -> String {
         }
     }
     text
-}
-
-fn revision(connection: &Connection) -> Result<u64, Failure> {
-    let revision: Option<i64> = connection
-        .query_row("SELECT max(revision) FROM change", (), |row| row.get(0))
-        .optional()?
-        .flatten();
-    Ok(revision.unwrap_or(0).cast_unsigned())
-}
-
-fn insert(
-    transaction: &Transaction<'_>,
-    revision: u64,
-    change: &Change,
-    record: &ServiceRecord,
-) -> Result<(), Failure> {
-    let Change { unix_ms, uid, service, action, reason, before, after, moved, backend } = change;
-    let ServiceRecord { name, control, split, slots, owners, salt, placements, admins } = record;
-    transaction
-        .prepare_cached("INSERT INTO change VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)")?
-        .execute(params![
-            revision.cast_signed(),
-            unix_ms.cast_signed(),
-            uid,
-            service,
-            action,
-            reason,
-            json::split_to(before),
-            json::split_to(after),
-            moved,
-            backend.as_ref().map(json::backend_to)
-        ])?;
-    transaction
-        .prepare_cached(
-            "INSERT INTO service VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)
-             ON CONFLICT (name) DO UPDATE SET revision = excluded.revision,
-             control = excluded.control, split = excluded.split,
-             slots = excluded.slots, owners = excluded.owners, salt = excluded.salt,
-             admins = excluded.admins",
-        )?
-        .execute(params![
-            name,
-            revision.cast_signed(),
-            control,
-            json::split_to(split),
-            serde_json::Value::from(slots.as_slice()).to_string(),
-            owners,
-            salt.cast_signed(),
-            json::admins_to(admins)
-        ])?;
-    if let Some(placements) = placements {
-        transaction.execute("DELETE FROM placement WHERE service = ?1", [name])?;
-        let mut statement =
-            transaction.prepare_cached("INSERT INTO placement VALUES (?1, ?2, ?3, ?4)")?;
-        for PlacementRecord { version, family, placement } in placements {
-            statement.execute(params![name, version, family, placement])?;
-        }
-    }
-    Ok(())
-}
-
-/// Gives `services`, which are in order of name, their placements.
-fn placements(
-    transaction: &Transaction<'_>,
-    services: &mut [ServiceRecord],
-) -> Result<(), Failure> {
-    let mut statement = transaction.prepare(
-        "SELECT service, version, family, placement FROM placement ORDER BY service, version, family",
-    )?;
-    let mut rows = statement.query(())?;
-    while let Some(row) = rows.next()? {
-        let service: String = row.get(0)?;
-        let at = services.binary_search_by(|s| s.name.cmp(&service)).map_err(|_| {
-            Failure::Damaged(format!("a placement of service {service}, which does not exist"))
-        })?;
-        services[at].placements.get_or_insert_default().push(PlacementRecord {
-            version: row.get(1)?,
-            family: row.get(2)?,
-            placement: row.get(3)?,
-        });
-    }
-    Ok(())
 }

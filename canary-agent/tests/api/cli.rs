@@ -277,7 +277,7 @@ fn usage_errors_are_json_too() {
     let plain = run(&["frobnicate"]);
     assert_eq!(code(&plain), 2);
     assert!(stderr(&plain).contains("frobnicate"));
-    for later in ["undo", "rollout", "confirm", "panic"] {
+    for later in ["rollout", "panic"] {
         assert_eq!(code(&run(&[later])), 2, "{later} is not there yet");
     }
     assert_eq!(code(&run(&["--help"])), 0);
@@ -431,8 +431,22 @@ fn every_shell_gets_its_completions() {
     assert_eq!(code(&run(&["completions", "tcsh"])), 2);
 }
 
-const COMMANDS: [&str; 9] =
-    ["run", "check", "status", "split", "backend", "explain", "detach", "completions", "man"];
+const COMMANDS: [&str; 14] = [
+    "run",
+    "check",
+    "status",
+    "split",
+    "backend",
+    "undo",
+    "confirm",
+    "freeze",
+    "unfreeze",
+    "events",
+    "explain",
+    "detach",
+    "completions",
+    "man",
+];
 
 /// Commands of commands, which have pages of their own too.
 const BELOW: [&str; 4] = ["backend-list", "backend-ready", "backend-drain", "backend-maint"];

@@ -2,6 +2,7 @@
 //! over real sockets with a scripted loop behind them.
 
 mod cli;
+mod control;
 mod metrics;
 mod process;
 mod server;

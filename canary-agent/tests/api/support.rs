@@ -17,14 +17,15 @@ use canary_agent::{
     api::{
         self, Api, ControlSocket, Limits,
         model::{
-            AgentStatus, BackendDetail, BackendReport, BackendRequest, BackendStatus, Backends,
-            ChangeReport, CheckStatus, Explain, FlowStatus, InterfaceStatus, MapStatus,
-            ReasonCount, ServiceStatus, ShareChange, SplitRequest, Status, VersionBackends,
-            VersionStatus,
+            AgentStatus, BackendDetail, BackendReport, BackendRequest, BackendStatus, BackendTold,
+            Backends, ChangeReport, CheckStatus, ConfirmReport, Event, Events, Explain, FlowStatus,
+            FreezeReport, FreezeStatus, InterfaceStatus, MapStatus, PendingStatus, ReasonCount,
+            ServiceStatus, ServiceUndo, ShareChange, SplitRequest, Status, UndoReport, UndoRequest,
+            VersionBackends, VersionStatus,
         },
     },
     config::model::Operators,
-    daemon::{Handle, Peer, Refusal, Request},
+    daemon::{EventsAsked, EventsFound, Handle, Peer, Refusal, Request},
     telemetry::Metrics,
 };
 use serde_json::Value;
@@ -54,6 +55,8 @@ pub(crate) struct Agent {
     pub(crate) told: Arc<Mutex<Vec<Told>>>,
     /// What it counts.
     pub(crate) metrics: Metrics,
+    /// The number of the last event.
+    pub(crate) happened: watch::Sender<u64>,
     stop: Vec<oneshot::Sender<()>>,
     serving: Vec<JoinHandle<()>>,
 }
@@ -68,7 +71,10 @@ impl Agent {
         let (operators, operators_seen) = watch::channel(Operators::default());
         let (asked, told) = (Arc::default(), Arc::default());
         let (handle, requests) = Handle::channel(64);
-        tokio::spawn(scripted_loop(requests, Arc::clone(&asked), Arc::clone(&told)));
+        let happened = watch::Sender::new(20);
+        let scripted =
+            scripted_loop(requests, Arc::clone(&asked), Arc::clone(&told), happened.clone());
+        tokio::spawn(scripted);
         let metrics = Metrics::new();
         let api = Api::new(handle, operators_seen, metrics.clone()).with_limits(limits);
         let socket = ControlSocket::bind(&dir.path().join("agent.sock")).expect("a socket");
@@ -82,7 +88,7 @@ impl Agent {
             tokio::spawn(api::serve_read_only(listener, api, ended(tcp_stopped))),
         ];
         let stop = vec![stop_control, stop_tcp];
-        Self { dir, tcp, operators, asked, told, metrics, stop, serving }
+        Self { dir, tcp, operators, asked, told, metrics, happened, stop, serving }
     }
 
     /// Its control socket.
@@ -177,6 +183,7 @@ async fn scripted_loop(
     mut requests: mpsc::Receiver<Request>,
     asked: Arc<Mutex<Vec<Asked>>>,
     told: Arc<Mutex<Vec<Told>>>,
+    happened: watch::Sender<u64>,
 ) {
     let mut stuck = Vec::new();
     while let Some(request) = requests.recv().await {
@@ -218,8 +225,88 @@ async fn scripted_loop(
                 };
                 drop(reply.send(answer));
             }
+            Request::Undo { request, peer: _, reply } => drop(reply.send(undo(&request))),
+            Request::Confirm { request, peer: _, reply } => {
+                let applied = !request.dry_run;
+                let confirmed = vec![event(0, 7)];
+                drop(reply.send(Ok(ConfirmReport { applied, revision: 8, confirmed })));
+            }
+            Request::Freeze { request, freezes, peer: _, reply } => {
+                drop(reply.send(Ok(FreezeReport {
+                    applied: !request.dry_run,
+                    revision: 8,
+                    service: request.service,
+                    before: Some("the night before".to_owned()),
+                    frozen: request.reason.filter(|_| freezes),
+                    ..FreezeReport::default()
+                })));
+            }
+            Request::Events { asked, reply } => {
+                drop(reply.send(events(&asked, happened.subscribe())));
+            }
         }
     }
+}
+
+/// The event of that number: a split by root.
+pub(crate) fn event(id: u64, revision: u64) -> Event {
+    Event {
+        id,
+        unix_ms: 1_700_000_000_000 + id,
+        time: "2023-11-14T22:13:20.000Z".to_owned(),
+        kind: "split".to_owned(),
+        service: Some("shop".to_owned()),
+        revision: Some(revision),
+        uid: Some(0),
+        reason: Some("ticket 7".to_owned()),
+        text: "shop: v2 5% to 10%".to_owned(),
+        buckets_moved: 3277,
+        ..Event::default()
+    }
+}
+
+fn undo(request: &UndoRequest) -> Result<UndoReport, Refusal> {
+    if let Some(service) = request.service.as_ref().filter(|service| *service != "shop") {
+        return Err(unknown_service(service));
+    }
+    Ok(UndoReport {
+        applied: !request.dry_run,
+        revision: 8,
+        undone: vec![event(0, 7)],
+        services: vec![ServiceUndo {
+            service: "shop".to_owned(),
+            versions: vec![ShareChange {
+                name: "v2".to_owned(),
+                asked: "5%".to_owned(),
+                before: 0.1,
+                in_force: 0.05,
+            }],
+            buckets_moved: 3277,
+            backends: vec![BackendTold {
+                backend: "10.0.1.1:8443".to_owned(),
+                before: "drain".to_owned(),
+                state: "ready".to_owned(),
+            }],
+        }],
+        buckets_moved: 3277,
+        connections_held: Some(41),
+        notes: vec!["the freeze of revision 6 stays".to_owned()],
+        confirm_within_ms: request.confirm.as_ref().map(|_| 300_000),
+        took_us: 2150,
+        ..UndoReport::default()
+    })
+}
+
+/// Of the events 1 to as many as there are, those that are asked for.
+fn events(asked: &EventsAsked, news: watch::Receiver<u64>) -> Result<EventsFound, Refusal> {
+    if let Some(service) = asked.service.as_ref().filter(|service| *service != "shop") {
+        return Err(unknown_service(service));
+    }
+    let (last, limit) = (*news.borrow(), asked.limit.unwrap_or(1_000).min(7));
+    let first = asked.after.unwrap_or_else(|| last.saturating_sub(limit as u64)) + 1;
+    let events: Vec<Event> = (first..=last).take(limit).map(|id| event(id, id)).collect();
+    let more = asked.after.is_some() && events.len() == limit;
+    Ok(EventsFound { events: Events { events, last }, more, news })
 }
 
 fn unknown_service(service: &str) -> Refusal {
@@ -267,6 +354,7 @@ fn change(service: &str, request: &SplitRequest) -> Result<ChangeReport, Refusal
         connections_per_second: Some(12.5),
         notes: vec!["the buckets have been moved".to_owned()],
         learned_ms: request.learn.then_some(7_000),
+        confirm_within_ms: request.confirm.as_ref().map(|_| 300_000),
         took_us: 2150,
     })
 }
@@ -295,6 +383,7 @@ fn tell(service: &str, backend: &str, request: &BackendRequest) -> Result<Backen
         connections_held: Some(17),
         connections_per_second: Some(3.26),
         notes: vec!["its open connections stay".to_owned()],
+        confirm_within_ms: None,
         took_us: 2150,
     })
 }
@@ -399,6 +488,12 @@ pub(crate) fn status() -> Status {
             version("stable", 0.95, "95%", 62_259, stable),
             version("v2", 0.05, "5%", 3_277, vec![backend("10.0.2.1:8443", "up", 3_277, 5)]),
         ],
+        frozen: Some(FreezeStatus {
+            reason: "the night before".to_owned(),
+            revision: 6,
+            unix_ms: 1_700_000_000_000,
+            uid: Some(1000),
+        }),
     };
     Status {
         flows: FlowStatus { stored: 40, let_go: 3, taken_over: 2, untracked: 1, half_open: [6, 4] },
@@ -408,6 +503,7 @@ pub(crate) fn status() -> Status {
             pid: 4711,
             uptime_seconds: 3_725.5,
             revision: 7,
+            frozen: None,
         },
         interfaces: vec![
             InterfaceStatus {
@@ -439,6 +535,7 @@ pub(crate) fn status() -> Status {
             memory_bytes: 25_165_824,
         }],
         alerts: vec!["eth1 does not exist: the other interfaces work".to_owned()],
+        pending: vec![PendingStatus { left_seconds: 61.2, change: event(7, 7) }],
     }
 }
 

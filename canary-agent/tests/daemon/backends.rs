@@ -65,7 +65,7 @@ fn a_drained_backend_gets_nothing_new_and_its_connections_stay_over_a_restart() 
     assert_eq!((again.buckets_moved, again.revision), (0, 3));
 
     let trail = SqliteStore::new(dir.path()).changes(2, 10).unwrap();
-    let change = trail[0].1.backend.unwrap();
+    let [change] = trail[0].1.backends[..] else { panic!("one backend") };
     assert_eq!(
         (trail.len(), trail[0].1.action.as_str(), trail[0].1.uid),
         (1, "backend", Some(1000))

@@ -1,6 +1,7 @@
 //! The state loop without a kernel: what is asked, what is stored, what is applied.
 
 mod backends;
+mod changes;
 #[path = "../plan_support/mod.rs"]
 mod plan_support;
 mod support;

@@ -19,14 +19,17 @@ use canary_agent::{
     },
     datapath::{Census, Counted, Swept},
     plan::{Adopted, DataPlane, Sweep},
-    store::{Change, Commit, Snapshot, SqliteStore, StateStore, StoreError},
+    store::{
+        Change, Commit, Event as Stored, EventQuery, Notice, Snapshot, SqliteStore, StateStore,
+        StoreError,
+    },
     telemetry::Metrics,
 };
 use canary_ebpf_common::{
     abi::{BackendCounters, FlowCounters},
     entry::BackendIndex,
 };
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use crate::plan_support::{config, hop, service};
 
@@ -39,6 +42,10 @@ pub(crate) struct Host {
     pub(crate) refuse_store: bool,
     pub(crate) missing: Vec<String>,
     pub(crate) connections: HashMap<BackendIndex, u64>,
+    /// Buckets of the second version, in each plan that was applied.
+    pub(crate) owned: Vec<usize>,
+    /// Which start of the host it is.
+    pub(crate) boot_id: String,
     /// What counting open connections comes to; without it there is nothing to count.
     pub(crate) census: Option<Census>,
     /// What is being swept.
@@ -63,6 +70,9 @@ impl Kernel for Shared {
                 return Err("the kernel is in a bad mood".to_owned());
             }
             host.log.push("apply".to_owned());
+            let ledger = plane.services.first().map(|service| service.ledger.iter());
+            let owned = ledger.into_iter().flatten().filter(|entry| entry.owner() == 1).count();
+            host.owned.push(owned);
             host.plane = plane.clone();
             Ok(())
         })
@@ -115,6 +125,10 @@ impl Kernel for Shared {
         Vec::new()
     }
 
+    fn boot_id(&self) -> String {
+        self.with(|host| host.boot_id.clone())
+    }
+
     fn counter(&self) -> Option<Counter> {
         let census = self.with(|host| host.census.clone())?;
         Some(Box::new(move |_: &[Counted]| Ok(census)))
@@ -141,21 +155,64 @@ impl StateStore for Watched {
     fn changes(&mut self, after: u64, limit: usize) -> Result<Vec<(u64, Change)>, StoreError> {
         self.0.changes(after, limit)
     }
+
+    fn record(&mut self, notices: &[Notice]) -> Result<(), StoreError> {
+        self.0.record(notices)
+    }
+
+    fn changes_before(
+        &mut self,
+        service: Option<&str>,
+        before: u64,
+        limit: usize,
+    ) -> Result<Vec<(u64, Change)>, StoreError> {
+        self.0.changes_before(service, before, limit)
+    }
+
+    fn events(&mut self, query: &EventQuery) -> Result<Vec<Stored>, StoreError> {
+        self.0.events(query)
+    }
+
+    fn watch(&self) -> watch::Receiver<u64> {
+        self.0.watch()
+    }
 }
 
 pub(crate) struct Agent {
     pub(crate) state: State<Watched, Shared>,
     pub(crate) host: Shared,
     pub(crate) boot_ms: u64,
+    /// When the host was started, by the wall clock.
+    pub(crate) unix_ms: u64,
 }
 
 impl Agent {
     pub(crate) fn start(dir: &Path, config: &Config, host: Shared, adopted: Adopted) -> Self {
-        let boot_ms = 5_000;
+        Self::start_at(dir, config, host, adopted, 5_000)
+    }
+
+    pub(crate) fn start_at(
+        dir: &Path,
+        config: &Config,
+        host: Shared,
+        adopted: Adopted,
+        boot_ms: u64,
+    ) -> Self {
+        Self::start_with(dir, config, host, adopted, boot_ms, 1_700_000_000_000)
+    }
+
+    pub(crate) fn start_with(
+        dir: &Path,
+        config: &Config,
+        host: Shared,
+        adopted: Adopted,
+        boot_ms: u64,
+        unix_ms: u64,
+    ) -> Self {
         let store = Watched(SqliteStore::new(dir), host.clone());
-        let at = Moment { boot_ms, unix_ms: 1_700_000_000_000 };
+        let at = Moment { boot_ms, unix_ms: unix_ms + boot_ms };
         let state = State::begin(config, store, host.clone(), adopted, Metrics::new(), at).unwrap();
-        let mut agent = Self { state, host, boot_ms };
+        let mut agent = Self { state, host, boot_ms, unix_ms };
         let backends = config.services.iter().flat_map(|s| &s.versions).flat_map(|v| &v.backends);
         let hops = backends.map(|b| (b.addr.ip(), Ok(hop(b.addr)))).collect();
         agent.event(Event::NextHops(hops));
@@ -166,7 +223,7 @@ impl Agent {
     }
 
     pub(crate) fn now(&self) -> Moment {
-        Moment { boot_ms: self.boot_ms, unix_ms: 1_700_000_000_000 + self.boot_ms }
+        Moment { boot_ms: self.boot_ms, unix_ms: self.unix_ms + self.boot_ms }
     }
 
     pub(crate) fn event(&mut self, event: Event) -> Option<u64> {
@@ -203,7 +260,7 @@ impl Agent {
         split: &[(&str, &str)],
     ) -> (oneshot::Receiver<Result<ChangeReport, Refusal>>, Option<u64>) {
         let split = split.iter().map(|(v, s)| ((*v).to_owned(), (*s).to_owned())).collect();
-        let request = SplitRequest { split, reason: None, dry_run: false, learn: true };
+        let request = SplitRequest { split, learn: true, ..SplitRequest::default() };
         let peer = Peer { uid: 1000, gid: 1000, pid: None };
         let (reply, answer) = oneshot::channel();
         let request = Request::Split { service: "shop".to_owned(), request, peer, reply };
@@ -223,6 +280,7 @@ impl Agent {
             reason: Some("because".to_owned()),
             dry_run: state.contains("--dry-run"),
             force: state.contains("--force"),
+            ..BackendRequest::default()
         };
         let peer = Peer { uid: 1000, gid: 1000, pid: None };
         let (service, backend) = ("shop".to_owned(), backend.to_owned());
@@ -237,8 +295,8 @@ impl Agent {
     ) -> Result<ChangeReport, Refusal> {
         let split: BTreeMap<_, _> =
             split.iter().map(|(v, s)| ((*v).to_owned(), (*s).to_owned())).collect();
-        let request =
-            SplitRequest { split, reason: Some("because".to_owned()), dry_run, learn: false };
+        let reason = Some("because".to_owned());
+        let request = SplitRequest { split, reason, dry_run, ..SplitRequest::default() };
         let peer = Peer { uid: 1000, gid: 1000, pid: None };
         let service = service.to_owned();
         self.ask(|reply| Request::Split { service, request, peer, reply })
