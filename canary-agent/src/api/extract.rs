@@ -60,6 +60,12 @@ impl<T: DeserializeOwned> FromRequest<Api> for Body<T> {
                 }
             })?
             .to_bytes();
+        // A list would be read too, as fields in their order: none at all, for an empty one.
+        let is_list = bytes.trim_ascii_start().first() == Some(&b'[');
+        if is_list && serde_json::from_slice::<serde::de::IgnoredAny>(&bytes).is_ok() {
+            return Err(ApiError::bad_request("bad_body", "the body is a list, and no object")
+                .help("the fields are described by /v1/openapi.json"));
+        }
         serde_json::from_slice(&bytes).map(Self).map_err(|error| {
             if error.is_data() {
                 ApiError::bad_request("bad_body", format!("the body does not fit: {error}"))

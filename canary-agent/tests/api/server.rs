@@ -69,7 +69,7 @@ type Wrong = (&'static str, &'static str, Option<&'static str>, u16, &'static st
 async fn every_error_is_an_error_body() {
     const SPLIT: &str = "/v1/services/shop/split";
     let agent = Agent::start(Limits::default()).await;
-    let wrong: [Wrong; 20] = [
+    let wrong: [Wrong; 24] = [
         ("GET", "/", None, 404, "unknown_route"),
         ("GET", "/v2/status", None, 404, "unknown_route"),
         ("GET", "/v1/status/", None, 404, "unknown_route"),
@@ -86,6 +86,11 @@ async fn every_error_is_an_error_body() {
         ("PUT", SPLIT, Some("{"), 400, "malformed_json"),
         ("PUT", SPLIT, Some(r#"{"split": {"v2": "1%"}} x"#), 400, "malformed_json"),
         ("PUT", SPLIT, Some(r#"{"split": {}, "shares": {}}"#), 400, "bad_body"),
+        // Not a change of which nothing is said.
+        ("POST", "/v1/undo", Some(" []"), 400, "bad_body"),
+        ("POST", "/v1/undo", Some("["), 400, "malformed_json"),
+        ("POST", "/v1/undo", Some("null"), 400, "bad_body"),
+        ("POST", "/v1/undo", Some(""), 400, "malformed_json"),
         ("PUT", SPLIT, Some(r#"{"split": {"v2": 5}}"#), 400, "bad_body"),
         ("PUT", SPLIT, Some("[]"), 400, "bad_body"),
         ("PUT", SPLIT, Some(r#"{"split": {"v9": "1%"}}"#), 422, "unknown_version"),

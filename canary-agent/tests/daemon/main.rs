@@ -2,6 +2,7 @@
 
 mod backends;
 mod changes;
+mod clients;
 #[path = "../plan_support/mod.rs"]
 mod plan_support;
 mod support;
