@@ -181,11 +181,15 @@ impl<'a> Agent<'a> {
                 "the agent is not ready: {last}\n{}",
                 self.log_tail()
             );
-            self.ready().inspect_err(|reason| last.clone_from(reason))
+            self.ready_now().inspect_err(|reason| last.clone_from(reason))
         })
     }
 
-    fn ready(&self) -> Result<Status, String> {
+    /// Whether the agent answers and its program is on every interface.
+    ///
+    /// # Errors
+    /// What is not so.
+    pub fn ready_now(&self) -> Result<Status, String> {
         let output = self.cli(&["status", "--json"]);
         if output.code != 0 {
             return Err(output.stderr + &output.stdout);
@@ -199,8 +203,8 @@ impl<'a> Agent<'a> {
         }
     }
 
-    /// How the process ended, if it did.
-    fn ended(&mut self) -> Option<ExitStatus> {
+    /// How the process ended, if it did by itself; [`Agent::stop`] comes after it.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
         self.child.as_mut()?.try_wait().ok().flatten()
     }
 

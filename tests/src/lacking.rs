@@ -22,6 +22,8 @@ enum Change {
     Unmount,
     Hide,
     ReadOnly,
+    /// A file system in memory, of so many bytes at most.
+    Small(CString),
 }
 
 /// Mounts that only a child sees.
@@ -41,10 +43,17 @@ impl Mounts {
         self.and(Change::Hide, path.as_ref())
     }
 
-    /// Makes what is mounted at a path read-only.
+    /// Makes a path read-only.
     #[must_use]
     pub fn read_only(self, path: impl AsRef<Path>) -> Self {
         self.and(Change::ReadOnly, path.as_ref())
+    }
+
+    /// Puts an empty file system over a folder that holds no more than so many bytes.
+    #[must_use]
+    pub fn small(self, path: impl AsRef<Path>, bytes: u64) -> Self {
+        let size = CString::new(format!("size={bytes}")).expect("no NUL");
+        self.and(Change::Small(size), path.as_ref())
     }
 
     fn and(mut self, change: Change, path: &Path) -> Self {
@@ -83,7 +92,12 @@ impl Change {
                 done => done?,
             },
             Self::Hide => mount(Some("none"), path, Some("tmpfs"), MsFlags::empty(), none)?,
+            Self::Small(size) => {
+                mount(Some("none"), path, Some("tmpfs"), MsFlags::empty(), Some(size.as_c_str()))?;
+            }
             Self::ReadOnly => {
+                // It need not be a mount of its own.
+                mount(Some(path), path, none, bind, none)?;
                 let read_only = bind | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
                 mount(none, path, none, read_only, none)?;
             }

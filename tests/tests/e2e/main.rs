@@ -4,6 +4,8 @@
 mod backends;
 mod bad_input;
 mod commands;
+mod crashes;
+mod disks;
 mod explain;
 mod flood;
 mod held;

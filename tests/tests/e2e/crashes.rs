@@ -1,0 +1,292 @@
+//! The agent is killed at each place between a request and its effect, and at each again
+//! while it starts: what is stored and what is in the maps fit together afterwards, nobody's
+//! connection notices, and what waits for a confirmation is still taken back.
+
+use std::{
+    collections::BTreeMap, fs, os::unix::process::ExitStatusExt as _, thread, time::Duration,
+};
+
+use canary_agent::{
+    api::model::{Events, Status},
+    failpoint::{self, Failpoint},
+    store::{SqliteStore, StateStore},
+};
+use canary_ebpf_common::{
+    abi::BACKEND_USABLE,
+    compile,
+    entry::{BackendIndex, Entry},
+};
+use canary_tests::{
+    agent::{Agent, AgentOptions},
+    host,
+    tables::Tables,
+    topology::Family,
+    wait,
+};
+use nix::sys::signal::Signal;
+
+use crate::support::{Bench, SHOP, Way, version};
+
+/// The shares that follow on each other.
+const SHARES: [&str; 2] = ["20%", "60%"];
+
+/// Asserts that store, maps, status and audit trail say the same, and that every entry is one
+/// that packets may meet.
+#[track_caller]
+fn assert_sound(agent: &Agent<'_>, status: &Status, when: &str) {
+    let tables = Tables::open(&agent.folder().join("bpffs/canary"));
+    let mut store = SqliteStore::new(&agent.folder().join("state"));
+    let snapshot = store.load().expect("the state");
+    assert!(store.take_set_aside().is_empty(), "{when}");
+    assert_eq!(snapshot.revision, status.agent.revision, "{when}");
+    let record = snapshot.services.iter().find(|record| record.name == SHOP).expect("stored");
+    let stored = compile::decode_owners(&record.owners).expect("owners");
+    let v2 = version(status, SHOP, "v2");
+    assert_eq!(record.split["v2"].to_string(), v2.asked_text, "{when}");
+
+    for family in Family::ALL {
+        let place = tables.place(SHOP, family);
+        let known = &place.versions[..record.slots.len()];
+        assert_eq!(known, record.slots, "{when}, {family:?}");
+        let owners: Vec<u8> = tables.ledger(&place).iter().map(|entry| entry.owner()).collect();
+        assert!(owners == stored, "{when}, {family:?}: the ledger has other owners");
+        let owned = owners.iter().filter(|slot| place.versions[usize::from(**slot)] == "v2");
+        assert_eq!(owned.count() as u32, v2.buckets, "{when}, {family:?}");
+        let mut backends: BTreeMap<u16, (u8, bool)> = BTreeMap::new();
+        let mut backend = |index: BackendIndex| {
+            *backends.entry(index.get()).or_insert_with(|| {
+                let record = tables.backend(index);
+                (record.version, record.flags & BACKEND_USABLE != 0)
+            })
+        };
+        let ledger = tables.ledger(&place);
+        for (bucket, bits) in tables.entries(&place).into_iter().enumerate() {
+            let entry = Entry(bits);
+            let (owner, usable) = backend(entry.current());
+            assert!(owner == owners[bucket] && usable, "{when}, {family:?}: {bucket}: {entry:?}");
+            if entry.tracked() {
+                assert!(!entry.previous().is_none(), "{when}, {family:?}: {bucket}: {entry:?}");
+                assert_ne!(ledger[bucket].moved_ms(), 0, "{when}, {family:?}: {bucket}");
+            }
+        }
+    }
+
+    let events: Events = agent.json(&["events", "--limit", "1000"]);
+    let changes: Vec<_> = events.events.iter().filter(|event| event.revision.is_some()).collect();
+    let numbers: Vec<u64> = changes.iter().filter_map(|event| event.revision).collect();
+    assert_eq!(numbers, (1..=status.agent.revision).collect::<Vec<_>>(), "{when}");
+    let last = changes.iter().rfind(|event| event.after.contains_key("v2"));
+    assert_eq!(last.map(|event| &event.after["v2"]), Some(&v2.asked_text), "{when}");
+}
+
+/// Kills an agent at each of `points`, in the middle of a split and in a start after it.
+fn exercise(test: &str, way: Way, points: &[Failpoint], keys: &str) {
+    if !host::ready(test) {
+        return;
+    }
+    let bench = Bench::new(way, &[("stable", 2), ("v2", 2)]);
+    let services = bench.services(&format!("buckets = 4096\n{keys}"));
+    let options = AgentOptions::native(&bench.topology);
+    let mut agent = Agent::prepare(&bench.topology.balancer, &options, &services);
+    let choice = agent.folder().join("failpoint");
+    let run = |agent: &mut Agent<'_>| {
+        agent.run_with(|command| {
+            command.env(failpoint::FILE, &choice);
+        });
+    };
+    run(&mut agent);
+    agent.wait_ready();
+    agent.split(SHOP, "v2", SHARES[1]);
+    let mut pool = bench.connect(Family::V4, 0..10);
+    pool.open.extend(bench.connect(Family::V6, 0..10).open);
+    let mut again = 0;
+    for (round, point) in points.iter().enumerate() {
+        let before = agent.status();
+        let (was, asked) = (SHARES[(round + 1) % 2], SHARES[round % 2]);
+        assert_eq!(version(&before, SHOP, "v2").asked_text, was);
+        fs::write(&choice, point.name()).expect("a choice");
+        let output = agent.cli(&["split", SHOP, &format!("v2={asked}")]);
+        let when = format!("{test}, {}", point.name());
+        if *point != Failpoint::BeforeSweep {
+            assert_eq!(output.code, 5, "{when}: whoever asked is told: {output:?}");
+        }
+        wait::until("the end of the agent", || agent.ended().ok_or_else(|| "it runs".to_owned()));
+        let end = agent.stop(Signal::SIGTERM);
+        assert_eq!(end.signal(), Some(9), "{when}: {end}");
+        pool.assert_where_they_were(&when);
+        // Whoever begins now is served, by whatever is in the maps.
+        drop(bench.connect(Family::V4, 500..505));
+
+        // The next start may end at the same place.
+        run(&mut agent);
+        let started = wait::until("the agent or its end", || match agent.ended() {
+            Some(_) => Ok(None),
+            None => agent.ready_now().map(Some),
+        });
+        if started.is_none() {
+            again += 1;
+            let end = agent.stop(Signal::SIGTERM);
+            let killed = end.signal();
+            assert_eq!(killed, Some(9), "{when}, at the start: {end}");
+            pool.assert_where_they_were(&format!("{when}, at the start"));
+            fs::remove_file(&choice).expect("a choice");
+            run(&mut agent);
+        } else {
+            fs::remove_file(&choice).expect("a choice");
+        }
+        let status = agent.wait_ready();
+        let durable = *point as usize >= Failpoint::Committed as usize;
+        let now = if durable { asked } else { was };
+        assert_eq!(version(&status, SHOP, "v2").asked_text, now, "{when}");
+        let revision = before.agent.revision + u64::from(durable);
+        assert_eq!(status.agent.revision, revision, "{when}");
+        assert_sound(&agent, &status, &when);
+        pool.assert_where_they_were(&format!("{when}, started again"));
+        agent.split(SHOP, "v2", asked);
+        assert_sound(&agent, &agent.status(), &format!("{when}, and asked again"));
+    }
+    println!("{test}: {} places, {again} of them in a start too", points.len());
+    pool.assert_where_they_were("in the end");
+}
+
+/// Those that a split passes, whatever follows on it.
+fn of_a_split() -> Vec<Failpoint> {
+    Failpoint::ALL.iter().copied().filter(|point| *point != Failpoint::BeforeSweep).collect()
+}
+
+#[test]
+fn a_kill_at_each_write_leaves_one_split_or_the_other_in_dsr() {
+    let test = "a_kill_at_each_write_leaves_one_split_or_the_other_in_dsr";
+    exercise(test, Way::Dsr, &of_a_split(), "");
+}
+
+#[test]
+fn a_kill_at_each_write_leaves_one_split_or_the_other_in_nat() {
+    let test = "a_kill_at_each_write_leaves_one_split_or_the_other_in_nat";
+    exercise(test, Way::NatTwoArmed, &of_a_split(), "");
+}
+
+#[test]
+fn a_kill_at_each_write_of_a_first_start_is_repaired_by_the_next() {
+    let test = "a_kill_at_each_write_of_a_first_start_is_repaired_by_the_next";
+    if !host::ready(test) {
+        return;
+    }
+    let bench = Bench::new(Way::Dsr, &[("stable", 2), ("v2", 2)]);
+    let services = bench.services("buckets = 4096\nsplit = { v2 = \"20%\" }");
+    let options = AgentOptions::native(&bench.topology);
+    let mut passed = 0;
+    for point in Failpoint::ALL {
+        let when = format!("{test}, {}", point.name());
+        let mut agent = Agent::prepare(&bench.topology.balancer, &options, &services);
+        let choice = agent.folder().join("failpoint");
+        fs::write(&choice, point.name()).expect("a choice");
+        agent.run_with(|command| {
+            command.env(failpoint::FILE, &choice);
+        });
+        let started = wait::until("the agent or its end", || match agent.ended() {
+            Some(_) => Ok(None),
+            None => agent.ready_now().map(Some),
+        });
+        if started.is_none() {
+            passed += 1;
+            let end = agent.stop(Signal::SIGTERM);
+            assert_eq!(end.signal(), Some(9), "{when}: {end}");
+            agent.run();
+        }
+        let status = agent.wait_ready();
+        assert_eq!(version(&status, SHOP, "v2").asked_text, "20%", "{when}");
+        assert_sound(&agent, &status, &when);
+        drop(bench.connect(Family::V4, 0..5));
+    }
+    println!("{test}: a start passes {passed} of {} places", Failpoint::ALL.len());
+    assert!(passed > 10, "{passed}");
+}
+
+/// Buckets whose connections may be let go are swept.
+#[test]
+fn a_kill_before_a_sweep_leaves_the_split_as_it_is() {
+    let test = "a_kill_before_a_sweep_leaves_the_split_as_it_is";
+    if !host::ready(test) {
+        return;
+    }
+    let bench = Bench::new(Way::Dsr, &[("stable", 2), ("v2", 2)]);
+    let services = bench.services("buckets = 4096\ndrain = \"1s\"");
+    let options = AgentOptions::native(&bench.topology);
+    let mut agent = Agent::prepare(&bench.topology.balancer, &options, &services);
+    let choice = agent.folder().join("failpoint");
+    fs::write(&choice, Failpoint::BeforeSweep.name()).expect("a choice");
+    agent.run_with(|command| {
+        command.env(failpoint::FILE, &choice);
+    });
+    agent.wait_ready();
+    agent.split(SHOP, "v2", "40%");
+    wait::until("the end of the agent", || agent.ended().ok_or_else(|| "it runs".to_owned()));
+    agent.stop(Signal::SIGTERM);
+    drop(bench.connect(Family::V4, 0..10));
+    agent.run();
+    let status = agent.wait_ready();
+    assert_eq!(version(&status, SHOP, "v2").asked_text, "40%");
+    assert_sound(&agent, &status, test);
+    wait::until("the end of tracking", || match version_tracked(&agent.status()) {
+        0 => Ok(()),
+        tracked => Err(format!("{tracked} buckets")),
+    });
+    assert_sound(&agent, &agent.status(), test);
+}
+
+fn version_tracked(status: &Status) -> u32 {
+    crate::support::service(status, SHOP).tracked_buckets
+}
+
+#[test]
+fn what_waits_for_a_confirmation_is_taken_back_whoever_is_killed() {
+    let test = "what_waits_for_a_confirmation_is_taken_back_whoever_is_killed";
+    if !host::ready(test) {
+        return;
+    }
+    let bench = Bench::new(Way::Dsr, &[("stable", 2), ("v2", 2)]);
+    let mut agent = bench.agent("buckets = 4096");
+    agent.split(SHOP, "v2", "20%");
+    let mut pool = bench.connect(Family::V4, 0..10);
+    let v2 = |status: &Status| version(status, SHOP, "v2").asked_text.clone();
+    // Down for a moment, and for longer than there is time.
+    for (time, down) in [("4s", Duration::ZERO), ("2s", Duration::from_secs(2))] {
+        let output = agent.cli(&["split", SHOP, "v2=60%", "--confirm", time]);
+        assert_eq!(output.code, 0, "{output:?}");
+        assert!(output.stdout.contains("taken back in"), "{output:?}");
+        assert_eq!((v2(&agent.status()).as_str(), agent.status().pending.len()), ("60%", 1));
+        agent.stop(Signal::SIGKILL);
+        thread::sleep(down);
+        agent.run();
+        let status = agent.wait_ready();
+        if !down.is_zero() {
+            assert_eq!(v2(&status), "20%", "{test}: never in force again");
+        }
+        wait::until("the split to be taken back", || match agent.status() {
+            status if status.pending.is_empty() => Ok(()),
+            status => Err(format!("{:?}", status.pending)),
+        });
+        let status = agent.status();
+        assert_eq!(v2(&status), "20%", "{test}");
+        assert_sound(&agent, &status, test);
+        pool.assert_where_they_were(test);
+        let events: Events = agent.json(&["events", "--service", SHOP]);
+        let undo = events.events.iter().rfind(|event| event.revision.is_some()).expect("one");
+        assert_eq!((undo.kind.as_str(), undo.uid), ("undo", None), "{undo:?}");
+        assert_eq!(undo.about, [status.agent.revision - 1], "{undo:?}");
+    }
+    // Confirmed, it stays, over a kill too.
+    assert_eq!(agent.cli(&["split", SHOP, "v2=60%", "--confirm", "2s"]).code, 0);
+    assert_eq!(agent.cli(&["confirm"]).code, 0);
+    assert_eq!(agent.cli(&["confirm"]).code, 1, "nothing waits any more");
+    agent.stop(Signal::SIGKILL);
+    thread::sleep(Duration::from_secs(2));
+    agent.run();
+    assert_eq!(v2(&agent.wait_ready()), "60%");
+    let undone = agent.cli(&["undo", "--reason", "the end of the test"]);
+    assert_eq!(undone.code, 0, "{undone:?}");
+    assert_eq!(v2(&agent.status()), "20%");
+    assert_sound(&agent, &agent.status(), test);
+    pool.assert_where_they_were(test);
+}
