@@ -18,6 +18,7 @@ use super::{
     source::{At, Span},
     walk::{Fields, List, Node},
 };
+use crate::telemetry;
 
 /// Most services.
 pub(super) const MAX_SERVICES: u32 = 4096;
@@ -34,6 +35,9 @@ pub(super) const MAX_FLOWS: u32 = 4_000_000;
 /// What suits a small host.
 const DEFAULT_CAPACITY: Capacity =
     Capacity { services: 256, vips: 1024, backends: 1024, buckets: 1 << 20, flows: 131_072 };
+
+/// What is logged if nobody says otherwise.
+const DEFAULT_LOG: &str = "info";
 
 /// Buckets are given out in pages.
 const PAGE: u32 = canary_ebpf_common::abi::PAGE_BUCKETS;
@@ -91,6 +95,7 @@ pub(super) fn read(
         Some(node) => node.parse(sink, nat_ports),
         None => None,
     };
+    let log = fields.take("log", sink).and_then(|node| node.parse(sink, log));
     let operators = operators(&mut fields, outside, sink);
     let (capacity, places) = capacity(&mut fields, sink);
     fields.finish(sink);
@@ -107,6 +112,7 @@ pub(super) fn read(
             operators,
             nat_ports: nat_ports.unwrap_or(FIRST_NAT_PORT..=32_767),
             capacity,
+            log: log.unwrap_or_else(|| DEFAULT_LOG.to_owned()),
         },
         capacity: places,
     }
@@ -186,6 +192,23 @@ fn listen(text: &str) -> Result<Option<SocketAddr>, Problem> {
             "write it as `127.0.0.1:9109` or `[::1]:9109`, or `off` for no listener",
         )
     })
+}
+
+fn log(text: &str) -> Result<String, Problem> {
+    let wrong = |reason: String| {
+        Problem::with(
+            format!("{} says nothing of what to log: {reason}", quote(text)),
+            "write a level (`error`, `warn`, `info`, `debug`, `trace`), or several as in \
+             `info,canary_agent::health=debug`",
+        )
+    };
+    if text.trim().is_empty() {
+        return Err(wrong("it is empty".to_owned()));
+    }
+    match telemetry::check_log_filter(text) {
+        Ok(()) => Ok(text.to_owned()),
+        Err(reason) => Err(wrong(reason)),
+    }
 }
 
 fn nat_ports(text: &str) -> Result<RangeInclusive<u16>, Problem> {

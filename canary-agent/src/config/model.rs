@@ -47,6 +47,8 @@ pub struct Agent {
     pub nat_ports: RangeInclusive<u16>,
     /// Sizes of the maps.
     pub capacity: Capacity,
+    /// What is logged, in the notation of `RUST_LOG`.
+    pub log: String,
 }
 
 /// `agent.xdp_mode`.

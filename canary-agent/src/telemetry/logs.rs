@@ -1,9 +1,31 @@
 //! Where the log goes, and how it looks.
 
-use std::io::{self, IsTerminal};
+use std::{
+    io::{self, IsTerminal},
+    sync::OnceLock,
+    time::{Duration, Instant},
+};
 
 use tracing::Subscriber;
-use tracing_subscriber::{EnvFilter, fmt::MakeWriter, util::SubscriberInitExt};
+use tracing_subscriber::{
+    EnvFilter, Layer, Registry,
+    fmt::{self, MakeWriter},
+    layer::SubscriberExt,
+    reload::{self, Handle},
+    util::SubscriberInitExt,
+};
+
+use super::repeats::{Repeats, WINDOW, shortened};
+
+/// What of a process's log can be changed while it runs.
+struct Log {
+    filter: Handle<EnvFilter, Registry>,
+    repeats: Repeats,
+    /// `RUST_LOG` is set, and holds.
+    by_environment: bool,
+}
+
+static LOG: OnceLock<Log> = OnceLock::new();
 
 /// How a log line looks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -19,15 +41,53 @@ pub enum LogFormat {
 /// when it is not set or wrong), without timestamps under systemd, whose journal
 /// has its own (`JOURNAL_STREAM` is set). A second call changes nothing.
 pub fn init_logs(format: LogFormat) {
-    let (filter, wrong) = filter(std::env::var("RUST_LOG").ok());
+    let text = std::env::var("RUST_LOG").ok().filter(|text| !text.is_empty());
+    let by_environment = text.is_some();
+    let (filter, wrong) = filter(text);
     let look = Look {
         format,
         times: std::env::var_os("JOURNAL_STREAM").is_none(),
         colours: io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none(),
     };
-    let set = log(look, filter, io::stderr).try_init();
-    if let (Ok(()), Some(wrong)) = (set, wrong) {
-        tracing::warn!("RUST_LOG is wrong, logging at info: {wrong}");
+    let (filter, handle) = reload::Layer::new(filter);
+    let repeats = Repeats::default();
+    let set = log(look, filter, repeats.clone(), io::stderr).try_init();
+    if set.is_ok() {
+        // Nobody was first: setting the subscriber was.
+        let _ = LOG.set(Log { filter: handle, repeats, by_environment });
+        if let Some(wrong) = wrong {
+            tracing::warn!("RUST_LOG is wrong, logging at info: {wrong}");
+        }
+    }
+}
+
+/// Whether `filter` says what to log, in the notation of `RUST_LOG`.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check_log_filter(filter: &str) -> Result<(), String> {
+    EnvFilter::try_new(filter).map(drop).map_err(|error| error.to_string())
+}
+
+/// Logs what `filter` says from now on, unless `RUST_LOG` is set. Returns whether it does.
+pub fn set_log_filter(filter: &str) -> bool {
+    let Some(log) = LOG.get().filter(|log| !log.by_environment) else {
+        return false;
+    };
+    EnvFilter::try_new(filter).is_ok_and(|filter| log.filter.reload(filter).is_ok())
+}
+
+/// Tells from time to time which lines were repeated and left out, until it is dropped.
+pub async fn tell_repeats() {
+    let Some(Log { repeats, .. }) = LOG.get() else {
+        return;
+    };
+    loop {
+        tokio::time::sleep(WINDOW / 2).await;
+        for (line, times) in repeats.take(Instant::now()) {
+            let within = Duration::from_secs(WINDOW.as_secs());
+            tracing::info!(times, ?within, "said again and left out: {}", shortened(&line));
+        }
     }
 }
 
@@ -49,22 +109,25 @@ struct Look {
     colours: bool,
 }
 
-fn log<W>(look: Look, filter: EnvFilter, writer: W) -> Box<dyn Subscriber + Send + Sync>
+fn log<W>(
+    look: Look,
+    filter: impl Layer<Registry> + Send + Sync,
+    repeats: Repeats,
+    writer: W,
+) -> Box<dyn Subscriber + Send + Sync>
 where
     W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
 {
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(writer)
-        .with_ansi(look.colours);
-    match (look.format, look.times) {
-        (LogFormat::Text, true) => Box::new(log.finish()),
-        (LogFormat::Text, false) => Box::new(log.without_time().finish()),
-        (LogFormat::Json, true) => Box::new(log.json().flatten_event(true).finish()),
+    let lines = fmt::layer().with_writer(writer).with_ansi(look.colours);
+    let lines = match (look.format, look.times) {
+        (LogFormat::Text, true) => lines.with_filter(repeats).boxed(),
+        (LogFormat::Text, false) => lines.without_time().with_filter(repeats).boxed(),
+        (LogFormat::Json, true) => lines.json().flatten_event(true).with_filter(repeats).boxed(),
         (LogFormat::Json, false) => {
-            Box::new(log.json().flatten_event(true).without_time().finish())
+            lines.json().flatten_event(true).without_time().with_filter(repeats).boxed()
         }
-    }
+    };
+    Box::new(tracing_subscriber::registry().with(filter).with(lines))
 }
 
 #[cfg(test)]
@@ -91,8 +154,11 @@ mod tests {
         let look = Look { format, times, colours: false };
         let buffer = Buffer::default();
         let writer = buffer.clone();
-        let log = log(look, EnvFilter::new("info"), move || writer.clone());
+        let (filter, handle) = reload::Layer::new(EnvFilter::new("warn"));
+        let log = log(look, filter, Repeats::default(), move || writer.clone());
         tracing::subscriber::with_default(log, || {
+            tracing::info!("not asked for yet");
+            handle.reload(EnvFilter::new("info")).expect("the log is there");
             tracing::info!(service = "shop", "split applied");
             tracing::debug!("not asked for");
         });
@@ -113,6 +179,31 @@ mod tests {
         assert_eq!(read(true)["service"], "shop");
         assert!(read(true)["timestamp"].is_string());
         assert!(read(false).get("timestamp").is_none());
+    }
+
+    #[test]
+    fn a_warning_that_is_repeated_is_left_out() {
+        let look = Look { format: LogFormat::Text, times: false, colours: false };
+        let (buffer, repeats) = (Buffer::default(), Repeats::default());
+        let writer = buffer.clone();
+        let log = log(look, EnvFilter::new("info"), repeats.clone(), move || writer.clone());
+        tracing::subscriber::with_default(log, || {
+            for n in 0..6 {
+                tracing::warn!(map = "TABLE", "the kernel refuses");
+                tracing::warn!(n = n / 3, "another");
+                tracing::info!("as often as it likes");
+            }
+        });
+        let bytes = buffer.0.lock().expect("not poisoned").clone();
+        let text = String::from_utf8(bytes).expect("text");
+        let count = |part: &str| text.matches(part).count();
+        assert_eq!([count("refuses"), count("another"), count("likes")], [1, 2, 6], "{text}");
+        let mut told = repeats.take(Instant::now() + WINDOW);
+        told.sort();
+        let line = |(line, times): &(String, u64)| (shortened(line).to_owned(), *times);
+        let told: Vec<_> = told.iter().map(line).collect();
+        assert_eq!(told[2], ("the kernel refuses map=\"TABLE\"".to_owned(), 5), "{told:?}");
+        assert_eq!(told.iter().map(|(_, times)| times).sum::<u64>(), 9);
     }
 
     #[test]

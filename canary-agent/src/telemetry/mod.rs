@@ -6,8 +6,9 @@
 mod collect;
 mod logs;
 mod metrics;
+mod repeats;
 
 pub use self::{
-    logs::{LogFormat, init_logs},
+    logs::{LogFormat, check_log_filter, init_logs, set_log_filter, tell_repeats},
     metrics::{Exposition, Metrics},
 };

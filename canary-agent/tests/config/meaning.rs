@@ -32,6 +32,7 @@ fn default_agent(interfaces: &[&str]) -> Agent {
             buckets: 1 << 20,
             flows: 131_072,
         },
+        log: "info".to_owned(),
     }
 }
 
@@ -134,6 +135,7 @@ fn every_key_reaches_the_model() {
         manage_vips = false
         operators = { users = ["alice", 7], uids = [7], groups = ["ops"], gids = 9 }
         nat_ports = "20000-29999"
+log = "warn,canary_agent::health=debug"
         capacity = { services = 1, vips = 3, backends = 3, buckets = 8192, flows = 5 }
 
         [[service]]
@@ -178,6 +180,7 @@ fn every_key_reaches_the_model() {
         operators,
         nat_ports,
         capacity,
+        log,
     } = loaded.config.agent;
     assert_eq!(interfaces, ["lo"]);
     assert_eq!(xdp_mode, XdpMode::Generic);
@@ -190,6 +193,7 @@ fn every_key_reaches_the_model() {
     assert_eq!(operators.uids, [7, 1000]);
     assert_eq!(operators.gids, [9, 2000]);
     assert_eq!(nat_ports, 20_000..=29_999);
+    assert_eq!(log, "warn,canary_agent::health=debug");
     assert_eq!(capacity, Capacity { services: 1, vips: 3, backends: 3, buckets: 8192, flows: 5 });
     let service = &loaded.config.services[0];
     assert_eq!(service.forward, Forward::Dsr);

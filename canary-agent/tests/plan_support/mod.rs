@@ -31,6 +31,7 @@ pub(crate) fn config(services: Vec<Service>) -> Config {
                 buckets: 1 << 26,
                 flows: 1 << 16,
             },
+            log: "info".to_owned(),
         },
         services,
     }
