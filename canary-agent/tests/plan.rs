@@ -94,6 +94,7 @@ enum Event {
     Wait(u64),
     Restart,
     Backends(u8),
+    Reload(u8),
     FailedApply,
     Admin(u8, Admin),
     Prepare(u8, u8),
@@ -108,6 +109,7 @@ fn event() -> impl Strategy<Value = Event> {
         2 => (0..40_000_u64).prop_map(Event::Wait),
         1 => Just(Event::Restart),
         1 => (0..=255_u8).prop_map(Event::Backends),
+        2 => (0..=255_u8).prop_map(Event::Reload),
         1 => Just(Event::FailedApply),
         2 => (0..8_u8, 0..3_usize).prop_map(|(n, admin)| Event::Admin(n, Admin::ALL[admin])),
         1 => (0..=100_u8, 0..=100_u8).prop_map(|(a, b)| Event::Prepare(a, b)),
@@ -294,6 +296,19 @@ proptest! {
                     // An agent that starts finds what is in force, not what a failed plan wanted.
                     planner = begin(&configured, maps(&kernel.plane), &stored(&planner), now);
                     planner.set_next_hops(&hops);
+                }
+                Event::Reload(bits) => {
+                    configured = with_backends(bits);
+                    let baseline = planner.baseline(&configured, &HashMap::new(), now);
+                    let mut prepared = baseline.prepare().unwrap();
+                    if bits & 1 != 0 {
+                        // Something else happens meanwhile, or not.
+                        now += 5;
+                        planner.step(now);
+                    }
+                    prepared.warm(hops.clone(), now);
+                    let ready = planner.ready(prepared, now).unwrap();
+                    planner.install(ready);
                 }
                 Event::Backends(bits) => {
                     configured = with_backends(bits);

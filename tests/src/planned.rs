@@ -229,6 +229,20 @@ impl Planned {
         self.settle();
     }
 
+    /// The agent goes on with the configuration of `shop`, without a restart.
+    #[track_caller]
+    pub fn reload(&mut self, shop: &Shop) {
+        let baseline = self.planner.baseline(&shop.config(), &HashMap::new(), self.now_ms);
+        let mut prepared = baseline.prepare().unwrap_or_else(|error| panic!("no plan: {error}"));
+        for ip in prepared.unknown_hops() {
+            self.hops.entry(ip).or_insert_with(|| Ok(next_hop(ip)));
+        }
+        prepared.warm(self.hops.clone(), self.now_ms);
+        let ready = self.planner.ready(prepared, self.now_ms);
+        self.planner.install(ready.unwrap_or_else(|error| panic!("no plan: {error}")));
+        self.settle();
+    }
+
     /// As [`restart`](Self::restart), with the program loaded anew over the pinned maps, and
     /// what is adopted read from them.
     #[track_caller]

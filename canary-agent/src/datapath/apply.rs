@@ -162,10 +162,16 @@ impl Maps {
         for index in gone {
             applied.backends += usize::from(self.store_backend(index, &abi::Backend::default())?);
         }
+        // Whoever reads the directory next must not find pages there that others have by then.
         let ids: HashSet<_> = services.iter().map(|s| s.record.id).collect();
-        for old in before.iter().flat_map(|b| &b.services) {
-            if !ids.contains(&old.record.id) {
-                self.info.set(old.record.id, pod::ServiceInfo(EMPTY_INFO), 0)?;
+        let listed: Vec<u32> = match before {
+            Some(before) => before.services.iter().map(|s| s.record.id).collect(),
+            None => (0..self.info.len()).collect(),
+        };
+        for id in listed.into_iter().filter(|id| !ids.contains(id)) {
+            let pod::ServiceInfo(found) = self.info.get(&id, 0)?;
+            if found != EMPTY_INFO {
+                self.info.set(id, pod::ServiceInfo(EMPTY_INFO), 0)?;
             }
         }
         Ok(applied)
@@ -234,9 +240,15 @@ impl Maps {
         applied: &mut Applied,
     ) -> Result<(), Error> {
         let range = self.range(service)?;
+        // What was stored elsewhere says nothing of what these pages hold.
+        let there = |old: &&ServicePlan| {
+            (old.record.first_page, old.record.bucket_mask)
+                == (service.record.first_page, service.record.bucket_mask)
+        };
+        let stored = old.filter(there);
         // The ledger first: an agent that is killed in between finds moves that
         // have not happened yet, and makes them again, never moves without a time.
-        let old_ledger = old.map(|o| &o.ledger);
+        let old_ledger = stored.map(|o| &o.ledger);
         if old_ledger.is_none_or(|old| !Arc::ptr_eq(old, &service.ledger)) {
             let words = &self.ledger.words64()[range.clone()];
             // After the first line of words that differ.
@@ -249,7 +261,7 @@ impl Maps {
             store(words, old_ledger.map(|old| &old[..]), &service.ledger, half);
             Failpoint::LedgerWritten.pass();
         }
-        let old_entries = old.map(|o| &o.entries);
+        let old_entries = stored.map(|o| &o.entries);
         if old_entries.is_none_or(|old| !Arc::ptr_eq(old, &service.entries)) {
             let words = &self.table.words32()[range];
             let mut first = true;

@@ -41,13 +41,16 @@ pub struct Census {
     pub by_backend: HashMap<BackendIndex, u64>,
     /// Those of the buckets that were asked for.
     pub in_buckets: u64,
+    /// The same by table.
+    pub by_table: HashMap<u16, u64>,
 }
 
 impl Census {
     /// Adds what another table's entries came to.
     pub(super) fn add(&mut self, other: Self) {
-        let Self { by_backend, in_buckets } = other;
+        let Self { by_backend, in_buckets, by_table } = other;
         self.in_buckets += in_buckets;
+        by_table.into_iter().for_each(|(id, n)| *self.by_table.entry(id).or_default() += n);
         by_backend.into_iter().for_each(|(i, n)| *self.by_backend.entry(i).or_default() += n);
     }
 }
@@ -104,9 +107,9 @@ pub(super) fn count<K: Key>(
     wanted: &HashMap<u16, &Counted>,
     now_ns: u64,
 ) -> io::Result<Census> {
-    let mut counts: HashMap<BackendIndex, [u64; 2]> = HashMap::new();
+    let mut counts: HashMap<(u16, BackendIndex), [u64; 2]> = HashMap::new();
     let mut not_counted: HashSet<K::Tuple> = HashSet::new();
-    let mut closed: Vec<(K::Tuple, BackendIndex, bool)> = Vec::new();
+    let mut closed: Vec<(K::Tuple, (u16, BackendIndex), bool)> = Vec::new();
     let position = table.look(BATCHES, |key: K, pod::Flow(flow): pod::Flow| {
         let Some(Counted { record, buckets }) = wanted.get(&flow.service) else {
             return;
@@ -115,28 +118,34 @@ pub(super) fn count<K: Key>(
             true => (key.opposite(&flow), true),
             false => (key, false),
         };
-        let index = BackendIndex::new(flow.backend);
+        let at = (flow.service, BackendIndex::new(flow.backend));
         let asked = || buckets.contains(key.bucket(record));
         if reverse {
             if flow.state & state::SERVER_CLOSING != 0 {
-                closed.push((key.tuple(), index, asked()));
+                closed.push((key.tuple(), at, asked()));
             }
         } else if is_over(&flow, record, now_ns) {
             not_counted.insert(key.tuple());
         } else {
-            let count = counts.entry(index).or_default();
+            let count = counts.entry(at).or_default();
             *count = [count[0] + 1, count[1] + u64::from(asked())];
         }
     })?;
-    for (_, index, asked) in closed.into_iter().filter(|(key, ..)| !not_counted.contains(key)) {
-        let count = counts.entry(index).or_default();
+    for (_, at, asked) in closed.into_iter().filter(|(key, ..)| !not_counted.contains(key)) {
+        let count = counts.entry(at).or_default();
         *count = [count[0].saturating_sub(1), count[1].saturating_sub(u64::from(asked))];
     }
     let whole = whole(position, capacity);
     let scaled = |count: u64| (count as f64 * whole).round() as u64;
+    let (mut by_table, mut by_backend) = (HashMap::new(), HashMap::new());
+    for ((id, index), [all, asked]) in &counts {
+        *by_table.entry(*id).or_default() += asked;
+        *by_backend.entry(*index).or_default() += all;
+    }
     Ok(Census {
-        in_buckets: scaled(counts.values().map(|[_, asked]| asked).sum()),
-        by_backend: counts.into_iter().map(|(i, [all, _])| (i, scaled(all))).collect(),
+        in_buckets: scaled(by_table.values().sum()),
+        by_backend: by_backend.into_iter().map(|(index, all)| (index, scaled(all))).collect(),
+        by_table: by_table.into_iter().map(|(id, asked)| (id, scaled(asked))).collect(),
     })
 }
 

@@ -16,12 +16,12 @@ use super::{
     adopt::{self, slot},
     alloc::{Ids, Indices, Pages},
     placements::Placements,
-    planner::{NOT_ASKED_YET, PlanError, ServiceState},
+    planner::{NOT_ASKED_YET, PlanError, ServiceState, Vacated},
     record,
     slow_start::marked,
     table::{Draining, LiveBackend, Table},
 };
-use crate::config::model::{Backend, Capacity, Config, Health};
+use crate::config::model::{Backend, Capacity, Config, Health, Service};
 
 /// What is given out while services begin.
 pub(super) struct Claims {
@@ -32,6 +32,8 @@ pub(super) struct Claims {
     live: u32,
     /// Indices of adopted records that are gone on with.
     pub(super) taken: BTreeSet<BackendIndex>,
+    /// Where tables are that nobody goes on with.
+    pub(super) vacated: Vec<Vacated>,
 }
 
 impl Claims {
@@ -47,14 +49,22 @@ impl Claims {
             indices: Indices::new(highest),
             live: backends,
             taken: BTreeSet::new(),
+            vacated: Vec::new(),
         }
+    }
+
+    /// Goes on from what a planner has given out. How many backends there may be was seen to
+    /// when the configuration was read.
+    pub(super) fn resume(pages: Pages, ids: Ids, indices: Indices) -> Self {
+        let (taken, vacated) = (BTreeSet::new(), Vec::new());
+        Self { pages, ids, indices, live: u32::MAX, taken, vacated }
     }
 
     /// Reserves everything that `adopted` uses, and returns the tables that services of
     /// the configuration go on with.
     ///
-    /// What the others use is free after the next start only: packets to their addresses
-    /// may be on their way through their pages until the first plan is in force.
+    /// What the others use is free when the first plan is in force and has rested: packets to
+    /// their addresses may be on their way through their pages until then.
     pub(super) fn take_over<'a>(
         &mut self,
         config: &Config,
@@ -70,14 +80,21 @@ impl Claims {
                 && self.ids.reserve(table.id)
                 && !table.entries.is_empty()
                 && !table.ledger.is_empty();
-            let service = config.services.iter().find(|s| s.name == table.name);
-            if let (true, Some(service)) = (sound, service) {
-                let family = table.family;
-                let wanted = service.vips.iter().any(|vip| Family::of(*vip) == family);
+            if !sound {
+                continue;
+            }
+            let (family, first_page) = (table.family, table.first_page);
+            let named = |s: &&Service| s.name == table.name;
+            let wanted = config.services.iter().find(named).filter(|service| {
                 let twice = kept.iter().any(|(f, t)| *f == family && t.name == table.name);
-                if wanted && !twice {
-                    kept.push((family, table));
-                }
+                !twice && service.vips.iter().any(|vip| Family::of(*vip) == family)
+            });
+            let id = wanted.is_none().then_some(table.id);
+            if wanted.is_none_or(|service| service.buckets != table.buckets) {
+                self.vacated.push(Vacated { id, first_page });
+            }
+            if wanted.is_some() {
+                kept.push((family, table));
             }
         }
         kept
@@ -99,9 +116,10 @@ impl Claims {
         let Some(old) = old else {
             let id = self
                 .ids
-                .take()
+                .take(now_ms)
                 .ok_or_else(|| PlanError::Services { service: service.name.clone() })?;
-            let first_page = self.pages.take(needed).ok_or_else(|| no_pages(self.pages.free()))?;
+            let first_page =
+                self.pages.take(needed, now_ms).ok_or_else(|| no_pages(self.pages.free()))?;
             let owners = state.ownership.owners.iter();
             let ledger = owners.map(|owner| LedgerEntry::new(*owner, 0)).collect();
             let entries = vec![Default::default(); service.buckets as usize];
@@ -109,7 +127,7 @@ impl Claims {
         };
         let first_page = match old.buckets == service.buckets {
             true => old.first_page,
-            false => self.pages.take(needed).ok_or_else(|| no_pages(self.pages.free()))?,
+            false => self.pages.take(needed, now_ms).ok_or_else(|| no_pages(self.pages.free()))?,
         };
         let records = || adopted.backends.iter().filter(|(_, b)| b.service == old.id);
         let known: BTreeSet<BackendIndex> = records().map(|(index, _)| *index).collect();

@@ -12,7 +12,7 @@ use super::{
     Adopted, AdoptedService, BootMs, BucketSet, DataPlane, Family, NextHop, Proposal, ServicePlan,
     SlowStart, Sweep,
     adopt::{self, slot},
-    alloc::Indices,
+    alloc::{Ids, Indices, Pages},
     begin::Claims,
     ownership::{Ownership, ProposeError},
     placements::Placements,
@@ -81,6 +81,9 @@ pub enum PlanError {
         /// Addresses of all lists up to its own, each list once.
         needed: usize,
     },
+    /// Another plan has come first.
+    #[error("another reload was made meanwhile: ask again")]
+    Overtaken,
     /// The configured split makes no owners.
     #[error("service `{service}`: {reason}")]
     Split {
@@ -135,9 +138,69 @@ pub struct ServiceState {
     pub(super) tables: Vec<Table>,
     pub(super) admins: Admins,
     pub(super) dirty: bool,
+    /// Counts whatever happens to it, so that a plan made meanwhile can tell.
+    pub(super) generation: u64,
 }
 
 impl ServiceState {
+    /// Has it looked at with the next step.
+    fn touch(&mut self) {
+        self.dirty = true;
+        self.generation += 1;
+    }
+
+    /// A copy that shares the large tables.
+    pub(super) fn copy(&self) -> Self {
+        let Self { config, slots, control, ownership, tables, admins, dirty, generation } = self;
+        Self {
+            config: Arc::clone(config),
+            slots: slots.clone(),
+            control: *control,
+            ownership: ownership.clone(),
+            tables: tables.iter().map(Table::copy).collect(),
+            admins: admins.clone(),
+            dirty: *dirty,
+            generation: *generation,
+        }
+    }
+
+    /// Brings its tables to what is desired of them.
+    pub(super) fn step(&mut self, now_ms: BootMs) -> Vec<TableStep> {
+        self.dirty = false;
+        self.generation += 1;
+        let Self { config, control, ownership, tables, .. } = self;
+        step_all(tables, &inputs(config, *control, ownership, now_ms))
+    }
+
+    /// The plans of its tables.
+    pub(super) fn plans(&self) -> impl Iterator<Item = ServicePlan> + '_ {
+        let plan = |table| record::service_plan(&self.config, &self.slots, self.control, table);
+        self.tables.iter().map(plan)
+    }
+
+    /// Takes over what is known of next hops. Says whether that was news.
+    pub(super) fn set_next_hops(
+        &mut self,
+        hops: &HashMap<IpAddr, Result<NextHop, String>>,
+    ) -> bool {
+        let mut changed = false;
+        for table in &mut self.tables {
+            let live = table.backends.iter_mut().map(|b| (b.addr.ip(), &mut b.hop));
+            let gone = table.draining.iter_mut().map(|d| (d.addr.ip(), &mut d.hop));
+            for (address, hop) in live.chain(gone) {
+                if let Some(news) = hops.get(&address)
+                    && news != hop
+                {
+                    *hop = news.clone();
+                    changed = true;
+                }
+            }
+        }
+        if changed {
+            self.touch();
+        }
+        changed
+    }
     /// What the configuration says of it.
     pub fn config(&self) -> &Service {
         &self.config
@@ -215,16 +278,37 @@ impl ServiceState {
 ///
 /// A step costs what has changed, and a little for each service.
 pub struct Planner {
-    services: Vec<ServiceState>,
-    by_name: HashMap<String, usize>,
-    indices: Indices,
-    nat_ranges: HashMap<Vec<IpAddr>, u16>,
-    plane: DataPlane,
+    pub(super) services: Vec<ServiceState>,
+    pub(super) by_name: HashMap<String, usize>,
+    pub(super) pages: Pages,
+    pub(super) ids: Ids,
+    pub(super) indices: Indices,
+    pub(super) nat_ranges: HashMap<Vec<IpAddr>, u16>,
+    pub(super) plane: DataPlane,
     /// Indices that nothing names any more but flow entries.
-    released: Vec<BackendIndex>,
+    pub(super) released: Vec<BackendIndex>,
     /// Those of them that the sweep under way is about.
     releasing: Vec<BackendIndex>,
-    backends_changed: bool,
+    /// A sweep is under way.
+    sweeping: bool,
+    /// What the present plan has no use for any more.
+    pub(super) vacated: Vec<Vacated>,
+    /// What the plan in force has no use for any more.
+    vacating: Vec<Vacated>,
+    pub(super) backends_changed: bool,
+    /// The plan has become another since the last step.
+    pub(super) replaced: bool,
+    /// Counts configurations.
+    pub(super) epoch: u64,
+}
+
+/// Where a table was that is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Vacated {
+    /// Its id, unless another table goes on with it.
+    pub(super) id: Option<u16>,
+    /// Its first page.
+    pub(super) first_page: u32,
 }
 
 impl Planner {
@@ -234,7 +318,7 @@ impl Planner {
     /// When the configuration does not fit into `agent.capacity`.
     pub fn begin(start: Start<'_>) -> Result<(Self, Vec<News>), PlanError> {
         let Start { config, adopted, stored, now_ms } = start;
-        record::configured_nat_sources(&config.services)
+        record::configured_nat_sources(config.services.iter())
             .map_err(|(service, needed)| PlanError::NatSources { service, needed })?;
         let mut claims = Claims::new(config);
         let kept = claims.take_over(config, &adopted);
@@ -269,6 +353,7 @@ impl Planner {
                 tables: Vec::new(),
                 admins,
                 dirty: true,
+                generation: 0,
             };
             for family in [Family::V4, Family::V6] {
                 if service.vips.iter().any(|vip| Family::of(*vip) == family) {
@@ -305,12 +390,19 @@ impl Planner {
         let planner = Self {
             services,
             by_name,
+            pages: claims.pages,
+            ids: claims.ids,
             indices: claims.indices,
             nat_ranges: HashMap::new(),
             plane: DataPlane::default(),
             released: orphans,
             releasing: Vec::new(),
+            sweeping: false,
+            vacated: claims.vacated,
+            vacating: Vec::new(),
             backends_changed: true,
+            replaced: false,
+            epoch: 0,
         };
         Ok((planner, news))
     }
@@ -341,7 +433,7 @@ impl Planner {
     pub fn set_ownership(&mut self, service: usize, ownership: Ownership) {
         if let Some(state) = self.services.get_mut(service) {
             state.ownership = ownership;
-            state.dirty = true;
+            state.touch();
         }
         self.prepare(service, None);
     }
@@ -358,10 +450,10 @@ impl Planner {
         for backend in state.tables.iter_mut().flat_map(|t| &mut t.backends) {
             if backend.addr == addr && backend.admin != admin {
                 backend.admin = admin;
-                state.dirty = true;
                 self.backends_changed = true;
             }
         }
+        state.touch();
     }
 
     /// Whether watching buckets of a service before they move is of any use.
@@ -392,6 +484,7 @@ impl Planner {
             state.dirty |= !moved.is_empty();
             table.prepare(moved);
         }
+        state.generation += 1;
         watched
     }
 
@@ -405,19 +498,7 @@ impl Planner {
     /// not name keep what was known of them.
     pub fn set_next_hops(&mut self, hops: &HashMap<IpAddr, Result<NextHop, String>>) {
         for state in &mut self.services {
-            for table in &mut state.tables {
-                let live = table.backends.iter_mut().map(|b| (b.addr.ip(), &mut b.hop));
-                let gone = table.draining.iter_mut().map(|d| (d.addr.ip(), &mut d.hop));
-                for (address, hop) in live.chain(gone) {
-                    if let Some(news) = hops.get(&address)
-                        && news != hop
-                    {
-                        *hop = news.clone();
-                        state.dirty = true;
-                        self.backends_changed = true;
-                    }
-                }
-            }
+            self.backends_changed |= state.set_next_hops(hops);
         }
     }
 
@@ -432,36 +513,36 @@ impl Planner {
         let Some(state) = self.services.get_mut(service) else {
             return;
         };
+        let mut changed = false;
         for backend in state.tables.iter_mut().flat_map(|t| &mut t.backends) {
             if let Some(down) = down.get(&backend.addr)
                 && backend.down != *down
             {
                 backend.down = *down;
-                state.dirty = true;
-                self.backends_changed = true;
+                changed = true;
             }
+        }
+        if changed {
+            state.touch();
+            self.backends_changed = true;
         }
     }
 
     /// Brings the plan up to date with everything that was set, and with `now_ms`.
     pub fn step(&mut self, now_ms: BootMs) -> Step {
-        let mut done = Step::default();
+        let mut done = Step { changed: std::mem::take(&mut self.replaced), ..Step::default() };
+        self.vacate(now_ms);
         for state in &mut self.services {
             let due = |table: &Table| table.due_ms().is_some_and(|at| at <= now_ms);
             if !state.dirty && !state.tables.iter().any(due) {
                 continue;
             }
-            state.dirty = false;
-            let ServiceState { config, slots, control, ownership, tables, .. } = state;
-            let inputs = inputs(config, *control, ownership, now_ms);
-            let steps = step_all(tables, &inputs);
-            for (table, stepped) in tables.iter().zip(steps) {
+            for stepped in state.step(now_ms) {
                 self.backends_changed |= stepped.records_changed || !stepped.released.is_empty();
                 self.released.extend(stepped.released);
-                done.changed |= set_service(
-                    &mut self.plane.services,
-                    record::service_plan(config, slots, *control, table),
-                );
+            }
+            for plan in state.plans() {
+                done.changed |= set_service(&mut self.plane.services, plan);
             }
             release_slots(state);
         }
@@ -498,20 +579,27 @@ impl Planner {
     /// Begins a sweep of all that the plan in force, which is the present one, wants swept.
     /// `None` if that is nothing, or another sweep is under way.
     pub fn begin_sweep(&mut self) -> Option<Sweep> {
-        if self.plane.sweep == Sweep::default() || self.sweeping() {
+        self.vacating.append(&mut self.vacated);
+        if self.plane.sweep == Sweep::default() || self.sweeping {
             return None;
         }
+        self.sweeping = true;
         self.releasing = std::mem::take(&mut self.released);
-        for table in self.services.iter_mut().flat_map(|s| &mut s.tables) {
-            table.sweeping = table.unswept.clone();
+        for state in &mut self.services {
+            for table in &mut state.tables {
+                table.sweeping = table.unswept.clone();
+                state.generation += u64::from(!table.sweeping.is_empty());
+            }
         }
         Some(self.plane.sweep.clone())
     }
 
-    /// Whether a sweep is under way.
-    fn sweeping(&self) -> bool {
-        !self.releasing.is_empty()
-            || self.services.iter().flat_map(|s| &s.tables).any(|t| !t.sweeping.is_empty())
+    /// Lets what no packet finds any more rest.
+    fn vacate(&mut self, now_ms: BootMs) {
+        for Vacated { id, first_page } in self.vacating.drain(..) {
+            id.into_iter().for_each(|id| self.ids.release(id, now_ms));
+            self.pages.release(first_page, now_ms);
+        }
     }
 
     /// Says that the sweep that was begun is done since `now_ms`. Returns whether another step is
@@ -520,6 +608,8 @@ impl Planner {
         for index in self.releasing.drain(..) {
             self.indices.release(index, now_ms);
         }
+        self.sweeping = false;
+        self.vacate(now_ms);
         let mut waiting = false;
         for state in &mut self.services {
             for table in &mut state.tables {
@@ -530,6 +620,7 @@ impl Planner {
                 } else {
                     swept.iter().for_each(|bucket| table.unswept.remove(bucket));
                 }
+                state.generation += u64::from(!swept.is_empty());
                 if (table.deferred || !table.is_prepared()) && !swept.is_empty() {
                     state.dirty = true;
                     waiting = true;
@@ -596,7 +687,7 @@ pub struct Preview {
 }
 
 /// What the tables of a service are stepped with.
-fn inputs<'a>(
+pub(super) fn inputs<'a>(
     config: &Service,
     control: u8,
     ownership: &'a Ownership,
@@ -614,7 +705,7 @@ fn inputs<'a>(
 }
 
 /// Frees the slots of versions that are in nobody's memory any more.
-fn release_slots(state: &mut ServiceState) {
+pub(super) fn release_slots(state: &mut ServiceState) {
     let ServiceState { config, slots, ownership, tables, .. } = state;
     let used = |at: u8| {
         ownership.owners.contains(&at)
@@ -651,7 +742,7 @@ fn step_all(tables: &mut [Table], inputs: &Inputs<'_>) -> Vec<TableStep> {
 }
 
 /// Puts a table's plan into its place by id, unless it is there already.
-fn set_service(services: &mut Vec<Arc<ServicePlan>>, plan: ServicePlan) -> bool {
+pub(super) fn set_service(services: &mut Vec<Arc<ServicePlan>>, plan: ServicePlan) -> bool {
     match services.binary_search_by_key(&plan.record.id, |s| s.record.id) {
         Ok(at) if same(&services[at], &plan) => false,
         Ok(at) => {

@@ -141,14 +141,39 @@ pub(super) fn backend_plans(
 
 /// The lists of source addresses that the configuration names, and how many elements they take.
 /// Those that follow from routes come on top.
-pub(super) fn configured_nat_sources(services: &[Service]) -> Result<(), (String, usize)> {
+pub(super) fn configured_nat_sources<'a>(
+    services: impl Iterator<Item = &'a Service>,
+) -> Result<(), (String, usize)> {
     let mut lists = HashSet::new();
     let mut needed = 0;
-    for service in services.iter().filter(|service| service.forward == Forward::Nat) {
+    for service in services.filter(|service| service.forward == Forward::Nat) {
         for family in [Family::V4, Family::V6] {
             let list = configured(service, family);
             let length = list.len();
             if lists.insert(list) {
+                needed += length;
+            }
+        }
+        if needed > abi::NAT_SOURCES as usize {
+            return Err((service.name.clone(), needed));
+        }
+    }
+    Ok(())
+}
+
+/// Whether the lists of `services` find room beside those of earlier configurations, which stay
+/// where they are. If not: the first that does not, and how many elements it would take.
+pub(super) fn room_for_nat_sources<'a>(
+    services: impl Iterator<Item = &'a Service>,
+    ranges: &HashMap<Vec<IpAddr>, u16>,
+    used: usize,
+) -> Result<(), (String, usize)> {
+    let (mut new, mut needed) = (HashSet::new(), used);
+    for service in services.filter(|service| service.forward == Forward::Nat) {
+        for family in [Family::V4, Family::V6] {
+            let list = configured(service, family);
+            let length = list.len();
+            if !ranges.contains_key(&list) && new.insert(list) {
                 needed += length;
             }
         }
@@ -237,8 +262,8 @@ mod tests {
         assert_eq!(nat_range(&service, backend, None, &mut ranges, &mut sources), Some((768, 128)));
         let services: Vec<_> =
             (1..=33).map(|n| Service { nat_source: list(n), ..service.clone() }).collect();
-        assert_eq!(configured_nat_sources(&services[..32]), Ok(()));
-        assert_eq!(configured_nat_sources(&services), Err(("shop".to_owned(), 33 * 128)));
+        assert_eq!(configured_nat_sources(services[..32].iter()), Ok(()));
+        assert_eq!(configured_nat_sources(services.iter()), Err(("shop".to_owned(), 33 * 128)));
     }
 
     #[test]

@@ -189,6 +189,50 @@ impl Table {
         }
     }
 
+    /// The same table with its buckets at `first_page`, and with other placements: what a
+    /// changed configuration goes on from. It is compiled anew with its next step.
+    ///
+    /// `entries` and `ledger` are its own, or those of a table of another size.
+    pub(super) fn successor(
+        &self,
+        first_page: u32,
+        entries: Arc<Vec<Entry>>,
+        ledger: Arc<Vec<LedgerEntry>>,
+        placements: Placements,
+    ) -> Self {
+        let Self { family, id, ref backends, ref draining, ref preparing, .. } = *self;
+        Self {
+            family,
+            id,
+            first_page,
+            entries,
+            ledger,
+            backends: backends.clone(),
+            draining: draining.clone(),
+            unswept: self.unswept.clone(),
+            sweeping: self.sweeping.clone(),
+            placements,
+            compiler: Compiler::new(),
+            compiled: None,
+            preparing: preparing.clone(),
+            unprepared: self.unprepared,
+            slow_due_ms: None,
+            counts: Vec::new(),
+            tracked: 0,
+            next_due_ms: self.next_due_ms,
+            deferred: self.deferred,
+            control_checks_ignored: self.control_checks_ignored,
+            control_taken_out: self.control_taken_out,
+            fell_back: self.fell_back,
+        }
+    }
+
+    /// A copy that is compiled anew with its next step.
+    pub(super) fn copy(&self) -> Self {
+        let (entries, ledger) = (Arc::clone(&self.entries), Arc::clone(&self.ledger));
+        self.successor(self.first_page, entries, ledger, self.placements.clone())
+    }
+
     /// Index of its service record.
     pub fn id(&self) -> u16 {
         self.id

@@ -242,7 +242,11 @@ fn open_connections_are_counted_where_all_have_entries() {
     let dir = tempfile::tempdir().unwrap();
     let mut agent = start(&dir, |config| config.services[0].forward = Forward::Nat);
     let (one, two) = (index_of(&agent, "10.0.1.1:443"), index_of(&agent, "10.0.1.2:443"));
-    let census = Census { by_backend: HashMap::from([(one, 30), (two, 12)]), in_buckets: 5 };
+    let census = Census {
+        by_backend: HashMap::from([(one, 30), (two, 12)]),
+        in_buckets: 5,
+        ..Census::default()
+    };
     agent.host.with(|host| host.census = Some(census));
     let list = agent.listed();
     let open: Vec<_> = list.versions[0].backends.iter().map(|d| d.open_connections).collect();

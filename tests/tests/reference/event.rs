@@ -58,10 +58,10 @@ pub(crate) enum Event {
     Told { n: u16, admin: Admin },
     /// A backend's next hop goes or comes.
     Reachable { n: u16, reachable: bool },
-    /// A backend's weight, by a restart.
-    Weight { n: u16, weight: u32 },
-    /// A backend is removed or added, by a restart.
-    Configured { n: u16, configured: bool },
+    /// A backend's weight, by a reload (`live`) or a restart.
+    Weight { n: u16, weight: u32, live: bool },
+    /// A backend is removed or added, likewise.
+    Configured { n: u16, configured: bool, live: bool },
     /// The agent ends and starts.
     Restart,
 }
@@ -152,8 +152,11 @@ fn event(kind: Kind, random: &mut Random) -> Event {
         950..956 => Event::Told { n, admin: random.one_of(&Admin::ALL) },
         956..962 => Event::Fails { version: (bits % 3) as u8, down: random.below(2) == 0 },
         962..976 => Event::Reachable { n, reachable: random.below(2) > 0 },
-        976..984 => Event::Weight { n, weight: random.below(4) as u32 },
-        984..994 => Event::Configured { n, configured: random.below(2) == 0 },
+        976..984 => Event::Weight { n, weight: random.below(4) as u32, live: random.below(2) == 0 },
+        984..994 => {
+            let (configured, live) = (random.below(2) == 0, random.below(2) == 0);
+            Event::Configured { n, configured, live }
+        }
         _ => Event::Restart,
     }
 }

@@ -218,13 +218,13 @@ impl Run<'_> {
                 };
                 self.planned.reachable(n, reachable);
             }
-            Event::Weight { n, weight } => {
+            Event::Weight { n, weight, live } => {
                 let weight = if ALWAYS.contains(&n) { weight.max(1) } else { weight };
                 let backends = self.shop.versions.iter_mut().flat_map(|v| &mut v.backends);
                 backends.filter(|(b, _)| *b == n).for_each(|(_, w)| *w = weight);
-                self.restart();
+                self.reconfigure(live);
             }
-            Event::Configured { n, configured } => {
+            Event::Configured { n, configured, live } => {
                 if ALWAYS.contains(&n) {
                     return;
                 }
@@ -243,7 +243,7 @@ impl Run<'_> {
                 } else {
                     backends.retain(|(b, _)| *b != n);
                 }
-                self.restart();
+                self.reconfigure(live);
                 self.reference.now_ms = self.planned.now_ms;
                 self.reference.configured(n, configured);
             }
@@ -270,15 +270,30 @@ impl Run<'_> {
         self.observe();
     }
 
+    /// Goes on with what the configuration says now.
+    fn reconfigure(&mut self, live: bool) {
+        match live {
+            true => {
+                self.planned.reload(&self.shop);
+                self.recall_checks();
+            }
+            false => self.restart(),
+        }
+    }
+
+    /// Nobody really checks here: what begins as up is told again that it is not.
+    fn recall_checks(&mut self) {
+        for n in self.reference.down.clone() {
+            self.planned.down(n, true);
+        }
+    }
+
     fn restart(&mut self) {
         // What is due by then happens before, and is seen.
         self.planned.pass(std::time::Duration::from_millis(canary_agent::plan::QUARANTINE_MS));
         self.observe();
         self.planned.restart(&self.shop);
-        // Checks begin with what the records say; here they go on at once.
-        for n in self.reference.down.clone() {
-            self.planned.down(n, true);
-        }
+        self.recall_checks();
     }
 
     /// Looks at the tables after something may have changed them.
