@@ -10,7 +10,7 @@ use axum::{
 };
 
 use super::model::{ErrorBody, ErrorDetail};
-use crate::daemon::Refusal;
+use crate::daemon::{Refusal, ReloadError};
 
 /// A request that gets an error for an answer.
 #[derive(Clone, Debug)]
@@ -25,6 +25,8 @@ pub(super) mod exit {
     pub(in crate::api) const FAILED: u8 = 1;
     /// It was asked wrongly.
     pub(in crate::api) const USAGE: u8 = 2;
+    /// The configuration is wrong.
+    pub(in crate::api) const BAD_CONFIG: u8 = 78;
     /// The daemon does not answer.
     pub(in crate::api) const UNREACHABLE: u8 = 5;
     /// Who asks may not.
@@ -39,8 +41,13 @@ impl ApiError {
         exit_code: u8,
         message: impl Into<String>,
     ) -> Self {
-        let detail =
-            ErrorDetail { code: code.to_owned(), message: message.into(), help: None, exit_code };
+        let detail = ErrorDetail {
+            code: code.to_owned(),
+            message: message.into(),
+            help: None,
+            exit_code,
+            diagnostics: Vec::new(),
+        };
         Self { status, detail }
     }
 
@@ -94,6 +101,22 @@ impl From<Refusal> for ApiError {
         match help {
             Some(help) => error.help(help),
             None => error,
+        }
+    }
+}
+
+impl From<ReloadError> for ApiError {
+    fn from(error: ReloadError) -> Self {
+        let message = error.to_string();
+        match error {
+            ReloadError::Refused(refusal) => refusal.into(),
+            ReloadError::Config(diagnostics) => {
+                let status = StatusCode::UNPROCESSABLE_ENTITY;
+                let mut error = Self::new(status, "bad_config", exit::BAD_CONFIG, message)
+                    .help("`canary-agent check` shows them all; what runs has not changed");
+                error.detail.diagnostics = diagnostics;
+                error
+            }
         }
     }
 }

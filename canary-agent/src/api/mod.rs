@@ -16,6 +16,7 @@ mod host;
 pub mod model;
 mod openapi;
 mod peer;
+pub mod reload;
 mod routes;
 mod server;
 mod snapshot;

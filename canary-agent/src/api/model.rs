@@ -7,6 +7,8 @@ use std::net::SocketAddr;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::config::Diagnostic;
+
 /// `GET /v1/status`, `status --json`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 pub struct Status {
@@ -686,4 +688,7 @@ pub struct ErrorDetail {
     pub help: Option<String>,
     /// The exit code that the command ends with.
     pub exit_code: u8,
+    /// `bad_config`: everything that is wrong or strange about the configuration files.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub diagnostics: Vec<Diagnostic>,
 }

@@ -40,6 +40,7 @@ use super::{events, model, routes};
         routes::confirm,
         routes::freeze,
         routes::unfreeze,
+        routes::reload,
         routes::description,
         routes::metrics,
     ),
@@ -79,7 +80,10 @@ const CHANGE: [(&str, &str); 4] = [
     ("403", "The peer may not change anything (`not_permitted`), or asks over TCP (`read_only`)."),
     ("413", "The body is larger than 1 MiB (`body_too_large`)."),
     ("415", "The body is not declared as JSON (`not_json`)."),
-    ("422", "The body names something that is not there, such as a version."),
+    (
+        "422",
+        "The body names something that is not there, such as a version; or the configuration files are wrong (`bad_config`).",
+    ),
 ];
 
 fn errors<'a>(table: impl IntoIterator<Item = &'a (&'a str, &'a str)>) -> Responses {

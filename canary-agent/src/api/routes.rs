@@ -25,14 +25,18 @@ use super::{
         UndoReport, UndoRequest, VersionShare, VersionStatus,
     },
     openapi::{self, ChangeErrors, ReadErrors, ServiceErrors},
+    reload::{ReloadReport, ReloadRequest},
 };
 use crate::{
     daemon::{ExplainQuery, Refusal},
     telemetry::Exposition,
 };
 
+/// The route that may take longer than others.
+pub(super) const RELOAD: &str = "/v1/reload";
+
 /// Everything that can be asked: paths, parameters in braces, and their methods.
-pub(super) fn routes() -> [(&'static str, MethodRouter<Api>); 14] {
+pub(super) fn routes() -> [(&'static str, MethodRouter<Api>); 15] {
     [
         ("/v1/status", get(status)),
         ("/v1/health", get(health)),
@@ -46,6 +50,7 @@ pub(super) fn routes() -> [(&'static str, MethodRouter<Api>); 14] {
         ("/v1/confirm", post(confirm)),
         ("/v1/freeze", post(freeze)),
         ("/v1/unfreeze", post(unfreeze)),
+        (RELOAD, post(reload)),
         ("/v1/openapi.json", get(description)),
         ("/metrics", get(metrics)),
     ]
@@ -336,6 +341,24 @@ async fn explain(
     })?;
     let query = ExplainQuery { from, to, protocol };
     Ok(Json(api.handle.explain(service, query).await?))
+}
+
+/// Goes on with what the configuration files say by now, or says what that would change.
+///
+/// All of it or nothing. Needs what a change of the split needs, also with `dry_run`: the
+/// answer shows lines of the files.
+#[utoipa::path(post, path = "/v1/reload", tag = "changing",
+    request_body = ReloadRequest,
+    responses(
+        (status = 200, description = "What has changed, or would change.", body = ReloadReport),
+        ChangeErrors))]
+async fn reload(
+    State(api): State<Api>,
+    _: NoQuery,
+    Operator(peer): Operator,
+    Body(request): Body<ReloadRequest>,
+) -> Result<Json<ReloadReport>, ApiError> {
+    Ok(Json(api.handle.reload(request, Some(peer)).await?))
 }
 
 /// This description.

@@ -27,6 +27,7 @@ use super::{
     deadline::WriteDeadline,
     error::{ApiError, exit},
     peer::Identity,
+    routes,
 };
 
 /// How much a client may ask of the agent. The defaults suit every host; tests
@@ -44,6 +45,8 @@ pub struct Limits {
     pub body: Duration,
     /// Until a request is answered, its body included.
     pub request: Duration,
+    /// The same for a reload, which reads files and may plan thousands of services.
+    pub reload: Duration,
     /// Until an answer is taken.
     pub write: Duration,
     /// Until open connections are cut when the agent stops.
@@ -58,6 +61,7 @@ impl Default for Limits {
             head: Duration::from_secs(5),
             body: Duration::from_secs(5),
             request: Duration::from_secs(10),
+            reload: Duration::from_secs(120),
             write: Duration::from_secs(20),
             stop: Duration::from_secs(2),
         }
@@ -300,13 +304,17 @@ async fn ended(closed: &mut watch::Receiver<bool>) {
 
 /// Answers one request within its time.
 async fn answer(router: Router, request: Request, limits: Limits) -> Result<Response, Infallible> {
-    match timeout(limits.request, router.oneshot(request)).await {
+    let limit = match request.uri().path() {
+        routes::RELOAD => limits.reload,
+        _ => limits.request,
+    };
+    match timeout(limit, router.oneshot(request)).await {
         Ok(answered) => answered,
         Err(_) => Ok(ApiError::new(
             StatusCode::GATEWAY_TIMEOUT,
             "timeout",
             exit::UNREACHABLE,
-            format!("the agent has not answered within {:?}", limits.request),
+            format!("the agent has not answered within {limit:?}"),
         )
         .help("a change that was asked for may still be carried out: see `canary-agent status`")
         .into_response()),

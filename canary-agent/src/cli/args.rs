@@ -58,6 +58,16 @@ pub(super) enum Command {
     Run(Run),
     /// Validate the configuration and print every error in it
     Check,
+    /// Show what a reload would change
+    ///
+    /// Reads the configuration files that the daemon was started with, on the daemon's host.
+    /// Ends with 0 whether or not anything would change; with 78 if the files are wrong.
+    Diff,
+    /// Go on with what the configuration files say by now
+    ///
+    /// All of it or nothing. Splits, what backends have been told, and open connections stay.
+    /// SIGHUP does the same.
+    Reload(Reload),
     /// Show services, versions, shares and backends
     Status(Status),
     /// Show or set the split of a service
@@ -115,6 +125,20 @@ pub(super) struct Run {
     /// How log lines look; RUST_LOG says which there are
     #[arg(long, value_enum, value_name = "FORMAT", default_value = "text")]
     pub(super) log_format: LogFormat,
+}
+
+/// `reload`.
+#[derive(Args, Debug)]
+pub(super) struct Reload {
+    /// Kept in the audit trail
+    #[arg(long, value_name = "TEXT")]
+    pub(super) reason: Option<String>,
+    /// Only say what would happen, as `diff` does
+    #[arg(long)]
+    pub(super) dry_run: bool,
+    /// Also where open connections break
+    #[arg(long)]
+    pub(super) force: bool,
 }
 
 /// `status`.

@@ -26,6 +26,8 @@ use crate::api::model::ErrorBody;
 const CONNECT: Duration = Duration::from_secs(3);
 /// Until the answer is there: longer than the agent takes to say that it is late.
 const ANSWER: Duration = Duration::from_secs(15);
+/// The same for a reload.
+const LONG_ANSWER: Duration = Duration::from_secs(125);
 /// The largest answer that is read.
 const ANSWER_BYTES: usize = 256 * 1024 * 1024;
 
@@ -97,9 +99,30 @@ impl Client {
         target: &str,
         body: &impl Serialize,
     ) -> Result<Answer, Failure> {
+        self.post_within(ANSWER, target, body).await
+    }
+
+    /// The same of something that may take its time.
+    ///
+    /// # Errors
+    /// The agent's own, or that it can't be reached.
+    pub(super) async fn post_long(
+        &self,
+        target: &str,
+        body: &impl Serialize,
+    ) -> Result<Answer, Failure> {
+        self.post_within(LONG_ANSWER, target, body).await
+    }
+
+    async fn post_within(
+        &self,
+        limit: Duration,
+        target: &str,
+        body: &impl Serialize,
+    ) -> Result<Answer, Failure> {
         let body = serde_json::to_vec(body)
             .map_err(|error| Failure::new("failed", exit::FAILED, error.to_string()))?;
-        self.ask(Method::POST, target, body.into()).await
+        self.ask_within(limit, Method::POST, target, body.into()).await
     }
 
     /// Reads `target`, whose answer goes on, and hands each line to `take`. Returns when the
@@ -168,12 +191,20 @@ impl Client {
     }
 
     async fn ask(&self, method: Method, target: &str, body: Bytes) -> Result<Answer, Failure> {
+        self.ask_within(ANSWER, method, target, body).await
+    }
+
+    async fn ask_within(
+        &self,
+        limit: Duration,
+        method: Method,
+        target: &str,
+        body: Bytes,
+    ) -> Result<Answer, Failure> {
         let stream = self.connect().await?;
-        timeout(ANSWER, self.exchange(stream, method, target, body)).await.unwrap_or_else(|_| {
-            let message = format!(
-                "the agent at {} has not answered within {ANSWER:?}",
-                self.socket.display()
-            );
+        timeout(limit, self.exchange(stream, method, target, body)).await.unwrap_or_else(|_| {
+            let message =
+                format!("the agent at {} has not answered within {limit:?}", self.socket.display());
             Err(Failure::new("timeout", exit::UNREACHABLE, message)
                 .help("a change that was asked for may still be carried out"))
         })

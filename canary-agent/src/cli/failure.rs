@@ -4,6 +4,7 @@ use std::io;
 
 use crate::{
     api::model::{ErrorBody, ErrorDetail},
+    config,
     daemon::Refusal,
 };
 
@@ -42,6 +43,7 @@ impl Failure {
             message: message.into(),
             help: None,
             exit_code,
+            diagnostics: Vec::new(),
         }))
     }
 
@@ -80,6 +82,9 @@ impl Failure {
     /// For people.
     pub(super) fn text(&self) -> Option<String> {
         match self {
+            Self::Told(detail) if !detail.diagnostics.is_empty() => {
+                Some(config::render(&detail.diagnostics).trim_end().to_owned())
+            }
             Self::Told(detail) => {
                 let help = detail.help.as_ref();
                 let help = help.map_or_else(String::new, |help| format!("\n  help: {help}"));

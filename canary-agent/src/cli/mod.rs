@@ -19,6 +19,7 @@ mod events;
 mod explain;
 mod failure;
 mod generate;
+mod reload;
 mod settings;
 mod split;
 mod status;
@@ -90,6 +91,8 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
             })?);
         }
         Command::Check => return check::run(&global.config, json),
+        Command::Diff => wait_for(reload::diff(&client(&global), json))?,
+        Command::Reload(reload) => wait_for(reload::run(&client(&global), reload, json))?,
         Command::Status(status) => {
             let client = client(&global);
             wait_for(async {

@@ -8,9 +8,10 @@
 use std::fmt::Write as _;
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// Whether a configuration with this finding may be used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
     /// It may not.
@@ -30,7 +31,7 @@ impl Severity {
 }
 
 /// One finding about the configuration files.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Diagnostic {
     /// How bad it is.
     pub severity: Severity,
@@ -48,7 +49,7 @@ pub struct Diagnostic {
 }
 
 /// A second place of a [`Diagnostic`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Related {
     /// What is there.
     pub message: String,
@@ -58,7 +59,7 @@ pub struct Related {
 }
 
 /// A place in a configuration file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Place {
     /// The file's path as it was given or found.
     pub file: String,
@@ -72,7 +73,7 @@ pub struct Place {
 }
 
 /// A source line, or the part of a long one around the place.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Excerpt {
     /// The text, without control characters.
     pub text: String,

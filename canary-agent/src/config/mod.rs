@@ -20,6 +20,7 @@ use toml::de::DeTable;
 mod across;
 mod agent;
 mod diagnostic;
+pub mod difference;
 mod health;
 pub mod model;
 mod outside;

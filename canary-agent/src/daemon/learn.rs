@@ -83,6 +83,23 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         next
     }
 
+    /// Finds the services of splits that are being prepared, now that the configuration is
+    /// another. Of a service that is gone, nothing will be made.
+    pub(super) fn follow_services(&mut self) {
+        for mut learning in std::mem::take(&mut self.learning) {
+            match self.planner.service(&learning.asked.service) {
+                Some((at, _)) => {
+                    learning.at = at;
+                    self.learning.push(learning);
+                }
+                None => {
+                    let refusal = split::unknown_service(&self.planner, &learning.asked.service);
+                    drop(learning.asked.reply.send(Err(refusal)));
+                }
+            }
+        }
+    }
+
     /// Begins to watch what a split would move. `None` if it is to be made at once.
     fn prepare_split(&mut self, asked: &Asked, now: Moment) -> Result<Option<usize>, Refusal> {
         let Asked { service, request, peer, .. } = asked;

@@ -8,7 +8,9 @@ mod held;
 mod learn;
 mod listing;
 pub mod lock;
+mod notify;
 mod pressure;
+mod reload;
 mod run;
 mod saving;
 mod split;
@@ -16,18 +18,27 @@ mod state;
 mod status;
 mod sweep;
 
+use std::{sync::Arc, time::Instant};
+
 use tokio::sync::{mpsc, oneshot};
 
 pub use self::{
     changes::{EventsAsked, EventsFound},
     held::Counter,
+    reload::{Order, Planned, ReloadError, Reloaded, Survey},
     run::run,
     state::{AttachError, Attachment, BeginError, Event, Kernel, LinkStates, Moment, State},
 };
 
-use crate::api::model::{
-    BackendReport, BackendRequest, Backends, ChangeReport, ConfirmReport, ConfirmRequest, Explain,
-    FreezeReport, FreezeRequest, SplitRequest, Status, UndoReport, UndoRequest,
+use crate::{
+    api::{
+        model::{
+            BackendReport, BackendRequest, Backends, ChangeReport, ConfirmReport, ConfirmRequest,
+            Explain, FreezeReport, FreezeRequest, SplitRequest, Status, UndoReport, UndoRequest,
+        },
+        reload::{ReloadReport, ReloadRequest},
+    },
+    config::Config,
 };
 
 /// Who asks, as the kernel says (`SO_PEERCRED`).
@@ -127,6 +138,25 @@ pub enum Request {
         /// Where the answer goes.
         reply: oneshot::Sender<Result<EventsFound, Refusal>>,
     },
+    /// What a reload of a configuration is planned from.
+    Survey {
+        /// The configuration.
+        config: Arc<Config>,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Survey>,
+    },
+    /// Puts a plan for another configuration in force.
+    Reload {
+        /// The plan.
+        order: Box<Order>,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<Reloaded, Refusal>>,
+    },
+    /// A sign of life.
+    Pulse {
+        /// Where the answer goes.
+        reply: oneshot::Sender<Pulse>,
+    },
     /// Says where a client's connections go.
     Explain {
         /// The service's name.
@@ -136,6 +166,22 @@ pub enum Request {
         /// Where the answer goes.
         reply: oneshot::Sender<Result<Explain, Refusal>>,
     },
+}
+
+/// How the loop does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pulse {
+    /// The present plan is in the maps.
+    pub in_force: bool,
+    /// On how many interfaces the program is.
+    pub attached: usize,
+}
+
+impl Pulse {
+    /// Whether packets are steered as they should be, on one interface at least.
+    pub fn is_steering(self) -> bool {
+        self.in_force && self.attached > 0
+    }
 }
 
 /// A request that was not carried out; nothing has changed.
@@ -156,13 +202,54 @@ pub struct Refusal {
 #[derive(Clone, Debug)]
 pub struct Handle {
     requests: mpsc::Sender<Request>,
+    /// Absent where there are no files to read again.
+    reloads: Option<mpsc::Sender<reload::Asked>>,
 }
 
 impl Handle {
     /// A handle and the end of the channel that the loop reads.
     pub fn channel(depth: usize) -> (Self, mpsc::Receiver<Request>) {
         let (requests, receiver) = mpsc::channel(depth);
-        (Self { requests }, receiver)
+        (Self { requests, reloads: None }, receiver)
+    }
+
+    /// The same with a way to whoever makes reloads.
+    fn with_reloads(self, reloads: mpsc::Sender<reload::Asked>) -> Self {
+        Self { reloads: Some(reloads), ..self }
+    }
+
+    /// Goes on with what the configuration files say by now, or says what that would change.
+    /// `peer` is `None` for a signal.
+    ///
+    /// # Errors
+    /// Everything that is wrong with the files; or what can't be done, or would break
+    /// connections. Nothing has changed then.
+    pub async fn reload(
+        &self,
+        request: ReloadRequest,
+        peer: Option<Peer>,
+    ) -> Result<ReloadReport, ReloadError> {
+        let Some(reloads) = &self.reloads else { return Err(stopping().into()) };
+        let (reply, answer) = oneshot::channel();
+        let asked = reload::Asked { request, peer, arrived: Instant::now(), reply };
+        reloads.send(asked).await.map_err(|_| stopping())?;
+        answer.await.map_err(|_| stopping())?
+    }
+
+    async fn survey(&self, config: Arc<Config>) -> Result<Survey, Refusal> {
+        self.ask(|reply| Request::Survey { config, reply }).await
+    }
+
+    async fn put_in_force(&self, order: Order) -> Result<Reloaded, Refusal> {
+        self.ask(|reply| Request::Reload { order: Box::new(order), reply }).await?
+    }
+
+    /// A sign of life from the loop.
+    ///
+    /// # Errors
+    /// [`Refusal`] `stopping` when the loop has ended.
+    pub async fn pulse(&self) -> Result<Pulse, Refusal> {
+        self.ask(|reply| Request::Pulse { reply }).await
     }
 
     /// The status of everything.
@@ -264,14 +351,17 @@ impl Handle {
         &self,
         request: impl FnOnce(oneshot::Sender<T>) -> Request,
     ) -> Result<T, Refusal> {
-        let stopping = || Refusal {
-            code: "stopping",
-            message: "the agent is stopping".to_owned(),
-            help: None,
-            exit_code: 5,
-        };
         let (reply, answer) = oneshot::channel();
         self.requests.send(request(reply)).await.map_err(|_| stopping())?;
         answer.await.map_err(|_| stopping())
+    }
+}
+
+fn stopping() -> Refusal {
+    Refusal {
+        code: "stopping",
+        message: "the agent is stopping".to_owned(),
+        help: None,
+        exit_code: 5,
     }
 }

@@ -5,8 +5,9 @@
 //! clients do not delay the loop.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::BTreeSet,
     net::IpAddr,
+    path::PathBuf,
     process::ExitCode,
     sync::Arc,
     thread,
@@ -30,24 +31,28 @@ use super::{
     AttachError, Attachment, Counter, Event, Handle, Kernel, LinkStates, Moment, Refusal, Request,
     State,
     lock::{self, LockError},
+    notify::Notifier,
+    reload::{HostWants, Listening, Reloader},
     sweep::{self, Order},
 };
 use crate::{
-    api::{self, Api, ControlSocket, model::MapStatus},
+    api::{self, Api, ControlSocket, model::MapStatus, reload::ReloadRequest},
     cli::RunOptions,
     config::{self, Config, model::Forward},
     datapath::{self, Datapath, Reader, Swept},
     health::{self, Prober},
-    plan::{Adopted, BootMs, DataPlane, NextHop, QUARANTINE_MS, Sweep},
+    plan::{Adopted, BootMs, DataPlane, Hops, QUARANTINE_MS, Sweep},
     resolve::{self, Resolver, Unresolved, VipManager},
     store::{SqliteStore, StateStore},
-    telemetry::Metrics,
+    telemetry::{self, Metrics},
 };
 
 /// How long the first plan waits for the host's routes and neighbours.
 const FIRST_ANSWER: Duration = Duration::from_secs(3);
 /// Requests that may wait for the loop.
 const REQUESTS: usize = 256;
+/// Reloads that may wait for their turn.
+const RELOADS: usize = 16;
 /// The nice value that the agent gives itself: well before others, behind what the host's
 /// owner has put first.
 const NICE: i32 = -10;
@@ -63,6 +68,8 @@ const NOT_PERMITTED: u8 = 77;
 /// Whatever keeps it from starting; a [`Refusal`] in it says the exit code.
 pub fn run(options: RunOptions) -> anyhow::Result<ExitCode> {
     let RunOptions { config: file, socket_override, replace, log_format: _ } = options;
+    // Where a daemon is started from says nothing about where it reads again.
+    let file = std::path::absolute(&file).unwrap_or(file);
     let loaded = match config::load(&file) {
         Ok(loaded) => loaded,
         Err(diagnostics) => {
@@ -74,17 +81,18 @@ pub fn run(options: RunOptions) -> anyhow::Result<ExitCode> {
         tracing::warn!("{}", warning.message);
     }
     let mut config = loaded.config;
-    if let Some(socket) = socket_override {
-        config.agent.socket = socket;
+    if let Some(socket) = &socket_override {
+        config.agent.socket.clone_from(socket);
     }
+    telemetry::set_log_filter(&config.agent.log);
     let (_state_lock, _pins_lock, made) = locks(&config)?;
     let locked = Instant::now();
 
-    let nat = config.services.iter().any(|s| s.forward == Forward::Nat);
     let (datapath, adopted) = Datapath::open(datapath::Options {
         bpffs: config.agent.bpffs.clone(),
         capacity: config.agent.capacity,
-        nat_ports: nat.then(|| config.agent.nat_ports.clone()),
+        // A reload may bring the first service that translates.
+        nat_ports: Some(config.agent.nat_ports.clone()),
         xdp_mode: config.agent.xdp_mode,
         replace,
     })
@@ -108,7 +116,8 @@ pub fn run(options: RunOptions) -> anyhow::Result<ExitCode> {
         .enable_all()
         .build()
         .context("can't start a runtime")?;
-    let done = runtime.block_on(serve(Arc::new(config), datapath, adopted));
+    let from = (file, socket_override);
+    let done = runtime.block_on(serve(Arc::new(config), from, datapath, adopted));
     // Whoever still asks has been given time; a name look-up in progress is not waited for.
     runtime.shutdown_timeout(Duration::from_secs(1));
     done.map(|()| ExitCode::SUCCESS)
@@ -162,13 +171,20 @@ fn refusal(error: datapath::Error) -> anyhow::Error {
 }
 
 /// Brings everything up, serves until a signal comes, and winds down.
-async fn serve(config: Arc<Config>, datapath: Datapath, adopted: Adopted) -> anyhow::Result<()> {
+async fn serve(
+    config: Arc<Config>,
+    (file, socket_override): (PathBuf, Option<PathBuf>),
+    datapath: Datapath,
+    adopted: Adopted,
+) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
     let socket = ControlSocket::bind(&config.agent.socket)?;
     let metrics = Metrics::new();
     let (handle, requests) = Handle::channel(REQUESTS);
+    let (reloads, asked) = mpsc::channel(RELOADS);
+    let handle = handle.with_reloads(reloads);
     let (events, received) = mpsc::channel(64);
 
     let mut alerts = Vec::new();
@@ -233,39 +249,57 @@ async fn serve(config: Arc<Config>, datapath: Datapath, adopted: Adopted) -> any
             .context("can't start the loop's thread")?
     };
     let checks = tokio::spawn(watch_checks(prober.changes(), events.clone()));
-    let watcher = tokio::spawn(watch_host(Arc::clone(&config), updates, events));
-    let (_operators, operators) = watch::channel(config.agent.operators.clone());
-    let api = Api::new(handle, operators, metrics);
+    let (host, host_wanted) = watch::channel(HostWants::of(&config));
+    let watcher = tokio::spawn(watch_host(host_wanted, updates, events.clone()));
+    let (operators, operators_seen) = watch::channel(config.agent.operators.clone());
+    let api = Api::new(handle.clone(), operators_seen, metrics);
     let stopped = |mut stopping: watch::Receiver<bool>| async move {
         let _ = stopping.wait_for(|stop| *stop).await;
     };
     let control = tokio::spawn(api::serve_control(socket, api.clone(), stopped(stopping.clone())));
-    let read_only = listener.map(|listener| {
-        tokio::spawn(api::serve_read_only(listener, api.clone(), stopped(stopping.clone())))
-    });
-    // The loop ends when nobody can ask any more.
-    drop(api);
+    let listening = listener.map(|listener| Listening::start(listener, api.clone()));
+    let notifier = Notifier::default();
+    let alive = tokio::spawn(notifier.clone().follow(handle.clone(), steering(&config)));
+    let repeats = tokio::spawn(telemetry::tell_repeats());
+    let reloader = Reloader {
+        file,
+        socket_override,
+        running: config,
+        handle: handle.clone(),
+        events,
+        resolver,
+        prober,
+        operators,
+        host,
+        api,
+        listening,
+        notifier: notifier.clone(),
+    };
+    let reloader = tokio::spawn(reloader.run(asked, stopping));
 
     let failed = loop {
         tokio::select! {
             _ = terminate.recv() => break false,
             _ = interrupt.recv() => break false,
             _ = hangup.recv() => {
-                tracing::warn!("reload is not supported yet: restart the agent, traffic goes on meanwhile");
+                let handle = handle.clone();
+                // It says itself how it went.
+                tokio::spawn(async move { handle.reload(ReloadRequest::default(), None).await });
             }
             () = watched(&loop_thread) => break true,
         }
     };
     tracing::info!("stopping; the data plane stays in place");
+    notifier.stopping();
     let _ = stop.send(true);
     let _ = control.await;
-    if let Some(read_only) = read_only {
-        let _ = read_only.await;
-    }
-    for task in [watcher, checks] {
+    let _ = reloader.await;
+    for task in [watcher, checks, alive, repeats] {
         task.abort();
         let _ = task.await;
     }
+    // The loop ends when nobody can ask any more.
+    drop(handle);
     let ended = tokio::task::spawn_blocking(move || loop_thread.join()).await?;
     match (ended, failed) {
         (Ok(Ok(())), false) => Ok(()),
@@ -314,25 +348,28 @@ async fn drive<S: StateStore, K: Kernel>(
 /// Follows the host: next hops and links become events, and the VIPs are kept where
 /// they belong.
 async fn watch_host(
-    config: Arc<Config>,
+    mut wanted: watch::Receiver<HostWants>,
     mut updates: watch::Receiver<resolve::Update>,
     events: mpsc::Sender<Event>,
 ) {
-    let mut vips = match config.agent.manage_vips.then(VipManager::open).transpose() {
-        Ok(vips) => vips,
-        Err(error) => {
-            let _ = events.send(Event::Alerts("vips", vec![error.to_string()])).await;
-            None
-        }
-    };
+    let mut vips: Option<VipManager> = None;
     let mut placed = None;
     loop {
         let update = updates.borrow_and_update().clone();
-        let found = (Arc::clone(&update.links), Arc::clone(&update.addresses));
-        if let Some(manager) = &mut vips
+        let wants = wanted.borrow_and_update().clone();
+        if wants.manage_vips && vips.is_none() {
+            match VipManager::open() {
+                Ok(manager) => vips = Some(manager),
+                Err(error) => {
+                    let _ = events.send(Event::Alerts("vips", vec![error.to_string()])).await;
+                }
+            }
+        }
+        let found = (Arc::clone(&update.links), Arc::clone(&update.addresses), wants.clone());
+        if let Some(manager) = vips.as_mut().filter(|_| wants.manage_vips)
             && placed.as_ref() != Some(&found)
         {
-            let alerts = place_vips(manager, &config).await;
+            let alerts = place_vips(manager, &wants).await;
             // What failed is tried again with the next change; the rest is as it was seen.
             placed = Some(found);
             if events.send(Event::Alerts("vips", alerts)).await.is_err() {
@@ -344,7 +381,12 @@ async fn watch_host(
                 return;
             }
         }
-        if updates.changed().await.is_err() {
+        let followed = tokio::select! {
+            changed = updates.changed() => changed.is_ok(),
+            // Whoever says what is wanted ends before this does.
+            Ok(()) = wanted.changed() => true,
+        };
+        if !followed {
             let lost =
                 "routes and neighbours are not followed any more: restart the agent".to_owned();
             let _ = events.send(Event::Alerts("resolver", vec![lost])).await;
@@ -365,9 +407,8 @@ async fn watch_checks(mut changes: health::Changes, events: mpsc::Sender<Event>)
     }
 }
 
-async fn place_vips(manager: &mut VipManager, config: &Config) -> Vec<String> {
-    let vips = config.services.iter().flat_map(|s| s.vips.iter().copied());
-    match manager.apply(vips, &config.agent.interfaces).await {
+async fn place_vips(manager: &mut VipManager, wants: &HostWants) -> Vec<String> {
+    match manager.apply(wants.vips.iter().copied(), &wants.interfaces).await {
         Ok(report) => {
             for placed in &report.added {
                 tracing::info!(address = %placed.address, interface = placed.interface, "VIP added");
@@ -383,7 +424,7 @@ async fn place_vips(manager: &mut VipManager, config: &Config) -> Vec<String> {
 
 /// What the plan is told about next hops. A neighbour that is just being asked for is
 /// left out: what was known of it holds until it has not answered.
-fn next_hops(update: &resolve::Update) -> HashMap<IpAddr, Result<NextHop, String>> {
+pub(super) fn next_hops(update: &resolve::Update) -> Hops {
     let hops = update.hops.iter();
     hops.filter(|(_, hop)| !matches!(hop, Err(Unresolved::Resolving { .. })))
         .map(|(address, hop)| (*address, hop.clone().map_err(|why| why.to_string())))
@@ -394,7 +435,16 @@ fn links(update: &resolve::Update) -> LinkStates {
     update.links.iter().map(|(name, link)| (name.clone(), link.map(|link| link.ifindex))).collect()
 }
 
-fn moment() -> anyhow::Result<Moment> {
+/// What the service manager shows of an agent that runs.
+pub(super) fn steering(config: &Config) -> String {
+    match config.services.len() {
+        1 => "steering 1 service".to_owned(),
+        services => format!("steering {services} services"),
+    }
+}
+
+/// Now, on the clocks that the loop goes by.
+pub(super) fn moment() -> anyhow::Result<Moment> {
     let boot = clock_gettime(ClockId::CLOCK_BOOTTIME).context("CLOCK_BOOTTIME can't be read")?;
     let boot = Duration::from(boot);
     let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -425,6 +475,10 @@ impl Kernel for Live {
             Err(datapath::Error::NoInterface { .. }) => Err(AttachError::Missing),
             Err(error) => Err(AttachError::Refused(error.to_string())),
         }
+    }
+
+    fn detach(&mut self, interface: &str) -> Result<(), String> {
+        self.datapath.detach_interface(interface).map_err(|error| error.to_string())
     }
 
     fn clean(&mut self, plane: &DataPlane) -> Result<(), String> {

@@ -17,11 +17,12 @@ use canary_ebpf_common::{
 };
 
 use super::{
-    Counter, Peer, Refusal, Request,
+    Counter, Peer, Pulse, Refusal, Request,
     changes::{Control, Notices, Terms, Thing, reckoned},
     explain,
     learn::{Asked, Learning},
     pressure::{Pressure, Reading},
+    reload::LastPackets,
     saving::{not_stored, refused},
     split, status,
 };
@@ -35,7 +36,7 @@ use crate::{
         Adopted, BootMs, BucketSet, DataPlane, News, NextHop, PlanError, Planner, ServicePlan,
         ServiceState, Start, Sweep,
     },
-    store::{Change, Commit, StateStore, StoreError},
+    store::{Change, Commit, ServiceRecord, StateStore, StoreError},
     telemetry::Metrics,
 };
 
@@ -44,7 +45,8 @@ const RETRY_MS: u64 = 1_000;
 /// So often what is not attached is tried again.
 const ATTACH_MS: u64 = 5_000;
 /// Said of an interface that is not there.
-const NO_SUCH_INTERFACE: &str = "the interface does not exist; it is attached when it appears";
+pub(super) const NO_SUCH_INTERFACE: &str =
+    "the interface does not exist; it is attached when it appears";
 
 /// When something happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,6 +122,11 @@ pub trait Kernel {
     /// # Errors
     /// [`AttachError`].
     fn attach(&mut self, interface: &str) -> Result<Attachment, AttachError>;
+    /// Takes the program off an interface, if it is there.
+    ///
+    /// # Errors
+    /// What the kernel refused.
+    fn detach(&mut self, interface: &str) -> Result<(), String>;
     /// Takes away what an earlier agent cleared in the maps and had not swept when it ended, by
     /// the services of `plane`, before that is applied.
     ///
@@ -181,7 +188,10 @@ pub struct State<S, K> {
     pub(super) revision: u64,
     /// What beginning decided and the store does not know yet.
     pub(super) unsaved: Vec<News>,
-    interfaces: Vec<InterfaceStatus>,
+    /// What the store knows of services that are not in the configuration.
+    pub(super) parked: HashMap<String, ServiceRecord>,
+    pub(super) last_packets: LastPackets,
+    pub(super) interfaces: Vec<InterfaceStatus>,
     links: LinkStates,
     pub(super) alerts: BTreeMap<&'static str, Vec<String>>,
     pub(super) samples: status::Samples,
@@ -235,6 +245,8 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             stored: &snapshot.services,
             now_ms: now.boot_ms,
         })?;
+        let parked = snapshot.services.into_iter().filter(|s| planner.service(&s.name).is_none());
+        let parked = parked.map(|record| (record.name.clone(), record)).collect();
         let interfaces = config
             .agent
             .interfaces
@@ -250,6 +262,8 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             metrics,
             revision: snapshot.revision,
             unsaved,
+            parked,
+            last_packets: LastPackets::default(),
             interfaces,
             links: LinkStates::new(),
             alerts,
@@ -448,6 +462,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let backends = self.planner.plane().backends.len();
         if self.samples.due(backends, now_ms) {
             let counters = self.counters();
+            self.note_traffic(&counters, now_ms);
             self.samples.push(now_ms, counters.iter().map(|(index, c)| (*index, *c)));
             self.look_for_pressure(counters, now_ms);
         }
@@ -524,6 +539,9 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         // Whoever has stopped waiting for the answer has lost nothing but the answer.
         match request {
             Request::Status { reply } => drop(reply.send(self.status(now))),
+            Request::Survey { config, reply } => drop(reply.send(self.survey(&config, now))),
+            Request::Reload { order, reply } => drop(reply.send(self.reload(*order, now))),
+            Request::Pulse { reply } => drop(reply.send(self.pulse())),
             Request::Explain { service, query, reply } => {
                 drop(reply.send(explain::explain(&self.planner, &service, &query)));
             }
@@ -545,6 +563,11 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             }
             Request::Events { asked, reply } => drop(reply.send(self.events(&asked, now))),
         }
+    }
+
+    fn pulse(&self) -> Pulse {
+        let attached = self.interfaces.iter().filter(|one| one.mode.is_some()).count();
+        Pulse { in_force: self.in_force && self.retry_ms.is_none(), attached }
     }
 
     /// The status at `now`.

@@ -431,9 +431,11 @@ fn every_shell_gets_its_completions() {
     assert_eq!(code(&run(&["completions", "tcsh"])), 2);
 }
 
-const COMMANDS: [&str; 14] = [
+const COMMANDS: [&str; 16] = [
     "run",
     "check",
+    "diff",
+    "reload",
     "status",
     "split",
     "backend",

@@ -5,6 +5,7 @@ mod changes;
 mod clients;
 #[path = "../plan_support/mod.rs"]
 mod plan_support;
+mod reload;
 mod support;
 
 use std::{collections::BTreeMap, path::Path, time::Duration};

@@ -41,6 +41,9 @@ pub(crate) struct Host {
     pub(crate) refuse_apply: bool,
     pub(crate) refuse_store: bool,
     pub(crate) missing: Vec<String>,
+    /// Interfaces that somebody else's program is on.
+    pub(crate) refused: Vec<String>,
+    pub(crate) packets: HashMap<BackendIndex, u64>,
     pub(crate) connections: HashMap<BackendIndex, u64>,
     /// Buckets of the second version, in each plan that was applied.
     pub(crate) owned: Vec<usize>,
@@ -79,13 +82,22 @@ impl Kernel for Shared {
     }
 
     fn attach(&mut self, interface: &str) -> Result<Attachment, AttachError> {
-        self.with(|host| match host.missing.contains(&interface.to_owned()) {
-            true => Err(AttachError::Missing),
-            false => {
+        let interface = interface.to_owned();
+        self.with(|host| match () {
+            () if host.missing.contains(&interface) => Err(AttachError::Missing),
+            () if host.refused.contains(&interface) => {
+                Err(AttachError::Refused("another program is on it".to_owned()))
+            }
+            () => {
                 host.log.push(format!("attach {interface}"));
                 Ok(Attachment { ifindex: 7, mode: "native", warning: None })
             }
         })
+    }
+
+    fn detach(&mut self, interface: &str) -> Result<(), String> {
+        self.with(|host| host.log.push(format!("detach {interface}")));
+        Ok(())
     }
 
     fn clean(&mut self, _: &DataPlane) -> Result<(), String> {
@@ -111,8 +123,11 @@ impl Kernel for Shared {
     fn counters(&self, backends: &[BackendIndex]) -> Vec<BackendCounters> {
         let of = |host: &Host, index| host.connections.get(index).copied().unwrap_or(0);
         self.with(|host| {
-            let one =
-                |index| BackendCounters { connections: of(host, index), ..Default::default() };
+            let one = |index| BackendCounters {
+                connections: of(host, index),
+                packets: host.packets.get(index).copied().unwrap_or(0),
+                ..Default::default()
+            };
             backends.iter().map(one).collect()
         })
     }
