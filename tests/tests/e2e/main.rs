@@ -21,6 +21,7 @@ mod payloads;
 mod pressure;
 mod quic;
 mod quic_peer;
+mod reload;
 mod splits;
 mod stickiness;
 mod support;
