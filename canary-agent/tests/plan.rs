@@ -253,6 +253,7 @@ proptest! {
         let mut configured = with_backends(0xff);
         let mut hops = all_hops(&configured);
         let mut now = 1_000;
+        let mut begun = now;
         let mut planner = started(&configured);
         let mut kernel = Kernel { plane: planner.plane().clone(), gone: BTreeMap::new(), flows: HashMap::new(), drain_ms: 1_000_000 };
         let mut fail = false;
@@ -293,12 +294,14 @@ proptest! {
                 Event::Wait(ms) => now += ms,
                 Event::FailedApply => fail = true,
                 Event::Restart => {
+                    begun = now;
                     // An agent that starts finds what is in force, not what a failed plan wanted.
                     planner = begin(&configured, maps(&kernel.plane), &stored(&planner), now);
                     planner.set_next_hops(&hops);
                 }
                 Event::Reload(bits) => {
                     configured = with_backends(bits);
+                    now = now.max(begun + QUARANTINE_MS);
                     let baseline = planner.baseline(&configured, &HashMap::new(), now);
                     let mut prepared = baseline.prepare().unwrap();
                     if bits & 1 != 0 {
@@ -315,6 +318,7 @@ proptest! {
                     if maps(&kernel.plane).lacks_backends(&configured) {
                         now += QUARANTINE_MS;
                     }
+                    begun = now;
                     planner = begin(&configured, maps(&kernel.plane), &stored(&planner), now);
                     planner.set_next_hops(&hops);
                 }

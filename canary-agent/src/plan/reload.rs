@@ -153,6 +153,10 @@ pub struct Ready {
 impl Planner {
     /// What a plan for `config` begins with. `parked` has what the store knows of services
     /// that are not in the present configuration.
+    ///
+    /// Not sooner than [`QUARANTINE_MS`](super::QUARANTINE_MS) after the planner has begun:
+    /// what an earlier agent freed as the last thing it did rests as well, and nobody knows
+    /// any more what that is.
     pub fn baseline(
         &self,
         config: &Config,

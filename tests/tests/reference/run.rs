@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use canary_agent::plan::Family;
+use canary_agent::plan::{Family, QUARANTINE_MS};
 use canary_ebpf_common::{
     abi::{IPPROTO_TCP, IPPROTO_UDP},
     steer::{Segment, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN},
@@ -274,6 +274,9 @@ impl Run<'_> {
     fn reconfigure(&mut self, live: bool) {
         match live {
             true => {
+                // What is due by then happens before, and is seen.
+                self.planned.pass(std::time::Duration::from_millis(QUARANTINE_MS));
+                self.observe();
                 self.planned.reload(&self.shop);
                 self.recall_checks();
             }
@@ -290,7 +293,7 @@ impl Run<'_> {
 
     fn restart(&mut self) {
         // What is due by then happens before, and is seen.
-        self.planned.pass(std::time::Duration::from_millis(canary_agent::plan::QUARANTINE_MS));
+        self.planned.pass(std::time::Duration::from_millis(QUARANTINE_MS));
         self.observe();
         self.planned.restart(&self.shop);
         self.recall_checks();

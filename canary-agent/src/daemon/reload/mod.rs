@@ -31,7 +31,7 @@ use crate::{
         model::{Config, Forward, Operators},
     },
     health::Prober,
-    plan::Hops,
+    plan::{Hops, QUARANTINE_MS},
     resolve::{self, Resolver, Unresolved, Update},
     telemetry,
 };
@@ -151,6 +151,12 @@ impl Reloader {
         mut asked: mpsc::Receiver<Asked>,
         mut stopping: watch::Receiver<bool>,
     ) {
+        // What an earlier agent freed just before its end is not given out yet.
+        let rested = tokio::time::sleep(Duration::from_millis(QUARANTINE_MS));
+        tokio::select! {
+            () = rested => {}
+            _ = stopping.wait_for(|stop| *stop) => {}
+        }
         loop {
             let Asked { request, peer, arrived, reply } = tokio::select! {
                 asked = asked.recv() => match asked {
