@@ -37,6 +37,7 @@ pub mod stats;
 pub mod sweep;
 pub mod tables;
 pub mod topology;
+pub mod unprivileged;
 pub mod wait;
 pub mod wire;
 pub mod workdir;

@@ -22,6 +22,7 @@ mod pressure;
 mod quic;
 mod quic_peer;
 mod reload;
+mod service;
 mod splits;
 mod stickiness;
 mod support;

@@ -519,3 +519,51 @@ fn places_operators_addresses_and_checks_follow_a_reload() {
     let names = bench.survey(Family::V4, Transport::Tcp, 0..20, 25_000);
     assert!(names.iter().all(|name| name.starts_with("stable")));
 }
+
+/// Services of the largest configuration.
+const MANY: usize = 4096;
+
+/// That many services with a table each; `weight` is that of the first `changed` ones' first
+/// backends.
+fn many(forward: &str, changed: usize, weight: u32) -> String {
+    let mut text = String::new();
+    for n in 0..MANY {
+        let (high, low) = (n / 256, n % 256);
+        let weight = if n < changed { weight } else { 1 };
+        // A String takes everything.
+        let _ = write!(
+            text,
+            "[[service]]\nname = \"s{n}\"\nvip = \"10.8.{high}.{low}\"\nports = \"tcp/80\"\n\
+             forward = {forward:?}\nbuckets = 4096\nhealth = {{ type = \"none\" }}\n\
+             [service.versions.stable]\nbackends = [{{ addr = \"10.2.1.1:80\", weight = {weight} }}, \
+             \"10.2.1.2:80\"]\n"
+        );
+    }
+    text
+}
+
+/// How long reloads of 4,096 services take, and how long they keep the agent from anything
+/// else. A run by itself: `CANARY_LONG`.
+#[test]
+fn four_thousand_services_are_reloaded() {
+    let test = "four_thousand_services_are_reloaded";
+    if std::env::var_os("CANARY_LONG").is_none() || !host::ready(test) {
+        return;
+    }
+    let _alone = alone();
+    let bench = Bench::new(Way::NatTwoArmed, &[("stable", 2)]);
+    let extra = "manage_vips = false\ncapacity = { services = 4096, vips = 4096, backends = 8192, \
+                 buckets = 16777216 }";
+    let options = AgentOptions { extra: extra.to_owned(), ..AgentOptions::native(&bench.topology) };
+    let agent = Agent::start(&bench.topology, &options, &many("nat", 0, 1));
+    for (what, changed, weight) in
+        [("nothing", 0, 1), ("1 service", 1, 2), ("100 services", 100, 3), ("all", MANY, 4)]
+    {
+        agent.configure(&options, &many("nat", changed, weight));
+        let report = reload(&agent, &[]);
+        assert_eq!(report.services.len(), changed, "{what}");
+        let (took, busy) =
+            (Duration::from_micros(report.took_us), Duration::from_micros(report.busy_us));
+        println!("{test}: {what}: {took:.1?}, {busy:.1?} of it in the loop");
+    }
+}
