@@ -298,6 +298,32 @@ fn another_way_of_forwarding_begins_with_records_of_its_own() {
 }
 
 #[test]
+fn a_version_that_waited_for_a_slot_gets_it_with_a_later_reload() {
+    let mut before = config(vec![shop()]);
+    let versions = &mut before.services[0].versions;
+    let one = |n: u8| Version {
+        name: format!("v{n}"),
+        backends: vec![Backend { addr: SocketAddr::from(([10, 0, 9, n], 443)), weight: 1 }],
+    };
+    versions.extend((3..17).map(one));
+    assert_eq!(versions.len(), 16);
+    let mut planner = started(&before);
+    split(&mut planner, "shop", &[("v16", "10%")]);
+    settle(&mut planner, 2_000);
+    let mut after = before.clone();
+    *after.services[0].versions.last_mut().unwrap() = one(17);
+    reload(&mut planner, &after, 3_000);
+    let slot = |planner: &Planner| planner.services()[0].slot("v17");
+    assert_eq!(slot(&planner), None, "connections of v16 are still open");
+    reload(&mut planner, &after, 4_000);
+    assert_eq!(slot(&planner), None);
+    settle(&mut planner, 2_000_000);
+    settle(&mut planner, 2_000_001);
+    reload(&mut planner, &after, 2_100_000);
+    assert!(slot(&planner).is_some());
+}
+
+#[test]
 fn what_would_move_is_what_moves() {
     let before = config(vec![shop()]);
     let mut after = before.clone();

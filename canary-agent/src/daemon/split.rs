@@ -68,7 +68,7 @@ fn share(state: &ServiceState, version: &str, text: &str) -> Result<Share, Refus
                 "version `{version}` of service `{service}` has to wait: versions that were removed still have \
                  connections, and a service has room for 16"
             ),
-            help: Some("restart the agent when they have drained".to_owned()),
+            help: Some("reload the configuration when they have drained".to_owned()),
             exit_code: 1,
         });
     }

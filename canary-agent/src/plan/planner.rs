@@ -217,7 +217,7 @@ impl ServiceState {
     }
 
     /// The slot of a version of the configuration. `None` also for one that has
-    /// to wait for the next start, because versions removed still have all the slots.
+    /// to wait for a later reload, because versions removed still have all the slots.
     pub fn slot(&self, version: &str) -> Option<u8> {
         let configured = self.config.versions.iter().any(|v| v.name == version);
         slot(&self.slots, version).filter(|_| configured)

@@ -33,7 +33,7 @@ use super::{
     table::{Draining, LiveBackend, Table, TableStep},
 };
 use crate::{
-    config::model::{Backend, Config, Health, Service},
+    config::model::{Backend, Config, Health, Service, Version},
     store::{ServiceRecord, Split},
 };
 
@@ -164,7 +164,7 @@ impl Planner {
         now_ms: BootMs,
     ) -> Baseline {
         let services = config.services.iter().map(|service| match self.service(&service.name) {
-            Some((_, state)) if *state.config == *service => {
+            Some((_, state)) if *state.config == *service && !gets_slot(state) => {
                 (Arc::clone(&state.config), Before::Same)
             }
             Some((_, state)) => {
@@ -656,6 +656,13 @@ fn slots_of(state: &ServiceState) -> AdoptedService {
         record: None,
         packets: 0,
     }
+}
+
+/// Whether a version has waited for a slot that is free by now.
+fn gets_slot(state: &ServiceState) -> bool {
+    let free = state.slots.len() < abi::MAX_VERSIONS || state.slots.iter().any(String::is_empty);
+    let waits = |version: &Version| slot(&state.slots, &version.name).is_none();
+    free && state.config.versions.iter().any(waits)
 }
 
 fn records(state: &ServiceState) -> Vec<abi::Service> {
