@@ -302,6 +302,42 @@ fn what_the_configuration_has_changed_is_in_the_way_of_an_undo() {
 }
 
 #[test]
+fn a_version_that_has_come_back_gets_its_buckets_back_whatever_its_slot_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut agent = agent(&dir);
+    agent.split(&[("v3", "10%")]).unwrap();
+    let ten = agent.owners();
+    agent.split(&[("v3", "0")]).unwrap();
+    // Without v3 until nobody remembers it, then with v4 in its slot, and v3 again.
+    let mut less = shop();
+    less.services[0].versions.retain(|version| version.name != "v3");
+    let plane = agent.host.with(|host| host.plane.clone());
+    let mut agent =
+        Agent::start_at(dir.path(), &less, Shared::default(), maps(&plane), agent.boot_ms + 10);
+    for _ in 0..5 {
+        agent.wait(86_400_000);
+    }
+    agent.split(&[("v2", "1%")]).unwrap();
+    assert!(!agent.state.plane().services[0].versions.contains(&"v3".to_owned()));
+    let mut more = shop();
+    let v3 = more.services[0].versions.pop().unwrap();
+    let mut v4 = v3.clone();
+    v4.name = "v4".to_owned();
+    v4.backends[0].addr = "10.0.4.1:443".parse().unwrap();
+    more.services[0].versions.extend([v4, v3]);
+    let plane = agent.host.with(|host| host.plane.clone());
+    let mut agent =
+        Agent::start_at(dir.path(), &more, Shared::default(), maps(&plane), agent.boot_ms + 10);
+    let slots = agent.state.plane().services[0].versions.clone();
+    let slot = |name: &str| slots.iter().position(|one| one == name).unwrap() as u8;
+    assert_eq!((slot("v4"), slot("v3")), (2, 3));
+    undo(&mut agent, to(3)).unwrap();
+    assert_eq!(asked(&mut agent, "shop"), "stable 90%, v2 0%, v4 0%, v3 10%");
+    let back: Vec<u8> = ten.iter().map(|owner| if *owner == 2 { 3 } else { *owner }).collect();
+    assert_eq!(agent.owners(), back);
+}
+
+#[test]
 fn a_change_that_is_not_confirmed_is_taken_back_and_one_that_is_stays() {
     let dir = tempfile::tempdir().unwrap();
     let mut agent = agent(&dir);

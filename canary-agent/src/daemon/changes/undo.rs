@@ -11,6 +11,7 @@
 
 use std::{collections::BTreeMap, time::Instant};
 
+use canary_ebpf_common::share::Share;
 use tokio::sync::oneshot;
 
 use super::{
@@ -484,10 +485,22 @@ impl Kind {
             "undo" if change.freeze.is_none() => Self::Undone,
             "initial" => Self::Begun,
             "adopt" => Self::Given,
-            _ if changes_split(change) || !change.backends.is_empty() => Self::Given,
+            _ if alters(change) => Self::Given,
             _ => Self::Other,
         }
     }
+}
+
+/// Whether something else than an operator's command has moved buckets, altered shares or told
+/// backends. A share of nothing that goes with its version is no difference.
+fn alters(change: &Change) -> bool {
+    let some = |split: &Split| -> Split {
+        let shares = split.iter().filter(|(_, share)| **share != Share::ZERO);
+        shares.map(|(name, share)| (name.clone(), *share)).collect()
+    };
+    let shares = some(&change.before) != some(&change.after);
+    // A list of nothing is one byte long.
+    change.moved.len() > 1 || shares || !change.backends.is_empty()
 }
 
 fn nothing(why: &str) -> Refusal {
