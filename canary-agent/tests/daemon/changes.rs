@@ -21,7 +21,11 @@ use crate::{
 const PEER: Peer = Peer { uid: 1000, gid: 1000, pid: None };
 
 /// A split of `shop`; `terms` may hold `confirm=TIME`, `if=REVISION` and `dry`.
-fn split(agent: &mut Agent, shares: &[(&str, &str)], terms: &str) -> Result<ChangeReport, Refusal> {
+pub(crate) fn split(
+    agent: &mut Agent,
+    shares: &[(&str, &str)],
+    terms: &str,
+) -> Result<ChangeReport, Refusal> {
     split_of(agent, "shop", shares, terms)
 }
 
@@ -72,12 +76,12 @@ fn to(revision: u64) -> UndoRequest {
     UndoRequest { to: Some(revision), ..UndoRequest::default() }
 }
 
-fn confirm(agent: &mut Agent, revision: Option<u64>) -> Result<ConfirmReport, Refusal> {
+pub(crate) fn confirm(agent: &mut Agent, revision: Option<u64>) -> Result<ConfirmReport, Refusal> {
     let request = ConfirmRequest { revision, ..ConfirmRequest::default() };
     agent.ask(|reply| Request::Confirm { request, peer: PEER, reply })
 }
 
-fn freeze(
+pub(crate) fn freeze(
     agent: &mut Agent,
     service: Option<&str>,
     reason: Option<&str>,

@@ -12,6 +12,7 @@ use canary_agent::{
 };
 
 use crate::{
+    changes::{confirm, freeze, split},
     plan_support::{hop, maps},
     support::{Agent, Shared, agent, shop},
 };
@@ -250,6 +251,39 @@ fn a_split_that_is_being_prepared_goes_on_or_is_told() {
     gone.services.remove(1);
     agent.reload(&wanted, &gone).unwrap();
     assert_eq!(answer.blocking_recv().unwrap().unwrap_err().code, "unknown_service");
+}
+
+#[test]
+fn a_service_that_is_frozen_or_waits_for_a_confirmation_is_not_configured() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut agent = agent(&dir);
+    let mut weighed = shop();
+    weighed.services[0].versions[0].backends[0].weight = 3;
+    let mut gone = shop();
+    gone.services.remove(0);
+    let mut elsewhere = shop();
+    elsewhere.services[1].versions[0].backends[0].weight = 3;
+
+    freeze(&mut agent, Some("shop"), Some("a fair"), None).unwrap();
+    for wanted in [&weighed, &gone] {
+        let before = agent.owners();
+        let refusal = agent.reload(&shop(), wanted).unwrap_err();
+        assert_eq!((refusal.code, agent.owners()), ("frozen", before));
+        assert!(refusal.message.contains("a fair"), "{}", refusal.message);
+    }
+    agent.reload(&shop(), &elsewhere).unwrap();
+    agent.reload(&elsewhere, &shop()).unwrap();
+    freeze(&mut agent, None, Some("night"), None).unwrap();
+    assert_eq!(agent.reload(&shop(), &elsewhere).unwrap_err().code, "frozen");
+    freeze(&mut agent, None, None, None).unwrap();
+    freeze(&mut agent, Some("shop"), None, None).unwrap();
+
+    split(&mut agent, &[("v2", "5%")], "confirm=5m").unwrap();
+    let refusal = agent.reload(&shop(), &weighed).unwrap_err();
+    assert_eq!(refusal.code, "confirmation_pending", "{}", refusal.message);
+    agent.reload(&shop(), &elsewhere).unwrap();
+    confirm(&mut agent, None).unwrap();
+    agent.reload(&elsewhere, &weighed).unwrap();
 }
 
 /// Whether a reload would be refused without being forced, and the words for it.

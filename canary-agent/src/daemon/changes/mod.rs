@@ -133,6 +133,25 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         Ok(within)
     }
 
+    /// Refuses another configuration of services that are frozen, or of which a change waits for
+    /// a confirmation: taking that back would meet buckets that it does not know.
+    pub(super) fn may_be_configured<'a>(
+        &self,
+        mut services: impl Iterator<Item = &'a str>,
+        now: Moment,
+    ) -> Result<(), Refusal> {
+        services.try_for_each(|service| {
+            if let Some(freeze) = self.control.frozen(service) {
+                return Err(freeze::refused(service, freeze));
+            }
+            let mut pending = self.control.pending.iter();
+            match pending.find(|pending| pending.change.service == service) {
+                Some(pending) => Err(self.still_waits(pending, now)),
+                None => Ok(()),
+            }
+        })
+    }
+
     /// Refuses a change of what has changed since a revision.
     fn refuse_stale(
         &mut self,

@@ -224,6 +224,9 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let begun = Instant::now();
         let Order { prepared, interfaces, peer, reason } = order;
         let ready = self.planner.ready(prepared, now.boot_ms).map_err(|error| no_room(&error))?;
+        let concerned = ready.made().map(|made| made.record.name.as_str());
+        let gone = ready.removed().iter().map(|removal| removal.config.name.as_str());
+        self.may_be_configured(concerned.chain(gone), now)?;
         let attached = self.attach_new(&interfaces)?;
         let changed = ready.made().map(|made| self.change_of(made, peer, reason.as_deref(), now));
         let gone = ready.removed().iter();
