@@ -29,7 +29,8 @@ fn main() -> ExitCode {
     let wanted = |name: &str| {
         words.is_empty() || words.iter().any(|w| if exact { name == *w } else { name.contains(*w) })
     };
-    let cases: Vec<_> = suite.cases.iter().filter(|(c, _)| wanted(&c.name)).collect();
+    let mut cases: Vec<_> = suite.cases.iter().filter(|(c, _)| wanted(&c.name)).collect();
+    cases.sort_by_key(|(case, _)| case.needs_age());
     if flags.iter().any(|f| *f == "--list") {
         for (case, _) in cases {
             println!("{}: test", case.name);

@@ -62,6 +62,14 @@ pub struct Case {
     pub fails: Option<String>,
 }
 
+impl Case {
+    /// Whether flows are silent in it for longer than a host may have run: then it comes after
+    /// those that need no such host.
+    pub fn needs_age(&self) -> bool {
+        self.steps.lines().any(|line| line.starts_with("! silence"))
+    }
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct CaseFile {

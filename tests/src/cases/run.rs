@@ -1,12 +1,13 @@
 //! Running a case, and saying all that went wrong.
 
-use std::{collections::HashMap, fmt::Write as _};
+use std::{collections::HashMap, fmt::Write as _, time::Duration};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use canary_ebpf_common::{
     abi::{BackendCounters, Reason},
     entry::BackendIndex,
 };
+use nix::time::{ClockId, clock_gettime};
 
 use super::{
     Case,
@@ -16,8 +17,12 @@ use crate::{
     loaded::{Loaded, Outcome, XDP_ABORTED, XDP_DROP, XDP_PASS, XDP_REDIRECT, XDP_TX},
     names::Host,
     notation::{Bound, Context, decode, frame, hex_difference},
+    wait,
     world::{Plane, World},
 };
+
+/// The longest silence that a case needs to have been possible.
+const LONGEST_AGE: Duration = Duration::from_secs(310);
 
 /// A place to run cases in: a network namespace of this thread's, with a second
 /// interface, `lan`.
@@ -75,7 +80,10 @@ impl Stage {
                     let ifindex = interface.map(|name| self.ifindex(&name)).transpose();
                     ifindex.and_then(|i| running.packet(i, &input, &verdict, &counted))
                 }
-                Kind::Silence(time) => running.loaded.silence(time),
+                Kind::Silence(time) => {
+                    wait_for_age(time);
+                    running.loaded.silence(time)
+                }
                 Kind::Check(text) => running.check(&text),
                 Kind::Table(text) => {
                     world.service.iter_mut().for_each(|s| s.table.clone_from(&text));
@@ -93,6 +101,18 @@ impl Stage {
         }
         Ok(())
     }
+}
+
+/// On a host that has run for less than `time` no flow can have been silent for so long: waits
+/// for it to be old enough. Longer silences than [`LONGEST_AGE`] prove nothing by their length.
+fn wait_for_age(time: Duration) {
+    let old_enough = time + Duration::from_secs(2);
+    let age = || match clock_gettime(ClockId::CLOCK_MONOTONIC) {
+        Ok(now) if time > LONGEST_AGE || Duration::from(now) > old_enough => Ok(()),
+        Ok(now) => Err(format!("it has run for {:?}", Duration::from(now))),
+        Err(error) => Err(error.to_string()),
+    };
+    wait::until_within(LONGEST_AGE, "the host's age", age);
 }
 
 /// Brings a backend of the world into a condition, and out of all others.
