@@ -175,6 +175,57 @@ fn what_was_told_meanwhile_is_not_lost() {
     assert_eq!(stored(&late), stored(&early));
 }
 
+/// 21 % of 4,096 buckets are rounded down, so what is left is more than 79 %.
+#[test]
+fn what_was_control_asks_for_no_more_than_the_others_leave() {
+    let mut shop = shop();
+    shop.buckets = 4096;
+    shop.versions.push(Version {
+        name: "v3".to_owned(),
+        backends: vec![Backend { addr: "10.0.4.1:443".parse().unwrap(), weight: 1 }],
+    });
+    let mut configured = config(vec![shop]);
+    let mut planner = started(&configured);
+    split(&mut planner, "shop", &[("v2", "21%")]);
+    settle(&mut planner, START_MS);
+    let owners = planner.service("shop").unwrap().1.ownership().owners.clone();
+
+    configured.services[0].control = 2;
+    reload(&mut planner, &configured, START_MS + QUARANTINE_MS);
+    let ownership = planner.service("shop").unwrap().1.ownership();
+    assert_eq!(ownership.split["stable"].to_string(), "79%");
+    assert_eq!(ownership.owners, owners, "nobody moves");
+
+    // The split can be changed on, and the table can grow.
+    split(&mut planner, "shop", &[("stable", "79%"), ("v2", "20.9%")]);
+    configured.services[0].buckets = 8192;
+    reload(&mut planner, &configured, START_MS + 2 * QUARANTINE_MS);
+}
+
+/// A host without a store guesses what was asked for from the buckets: 1,366 of 4,096 are 33.35 %
+/// and 1,365 are 33.33 %, and three versions that have all of them would ask for more than all.
+#[test]
+fn shares_that_are_guessed_fit_together() {
+    let mut three = shop();
+    three.buckets = 4096;
+    for (name, addr) in [("v3", "10.0.4.1:443"), ("v4", "10.0.5.1:443")] {
+        let backends = vec![Backend { addr: addr.parse().unwrap(), weight: 1 }];
+        three.versions.push(Version { name: name.to_owned(), backends });
+    }
+    let mut configured = config(vec![three]);
+    let mut planner = started(&configured);
+    let shares = [("v2", "1366/4096"), ("v3", "1365/4096"), ("v4", "1365/4096")];
+    split(&mut planner, "shop", &shares);
+    settle(&mut planner, START_MS);
+
+    configured.services[0].buckets = 8192;
+    let adopted = maps(planner.plane());
+    let start = Start { config: &configured, adopted, stored: &[], now_ms: START_MS };
+    let grown = Planner::begin(start).unwrap().0;
+    let ownership = grown.service("shop").unwrap().1.ownership();
+    assert_eq!(ownership.counts()[..4], [0, 2732, 2730, 2730]);
+}
+
 #[test]
 fn a_plan_that_another_has_overtaken_is_refused() {
     let before = config(vec![shop()]);

@@ -68,12 +68,26 @@ impl std::error::Error for ShareError {}
 
 /// Denominator of one percent with nine decimals.
 const PERCENT: u64 = 100 * 1_000_000_000;
+/// The fewest buckets that a share is written in; every other number of them is a multiple.
+const MIN_BUCKETS: u128 = 1 << 12;
+/// The most buckets that a share is written in.
+const BUCKETS: u128 = 1 << 20;
 
 impl Share {
     /// Nothing.
     pub const ZERO: Self = Self { numerator: 0, denominator: PERCENT, form: Form::Percent };
     /// The whole.
     pub const ALL: Self = Self { numerator: PERCENT, denominator: PERCENT, form: Form::Percent };
+
+    /// `count` of `total` buckets, which are a power of two from 4,096 to 1,048,576. More than all
+    /// are all.
+    pub fn of_buckets(count: u32, total: u32) -> Self {
+        debug_assert!(
+            total.is_power_of_two() && (MIN_BUCKETS..=BUCKETS).contains(&u128::from(total))
+        );
+        let numerator = u64::from(count.min(total));
+        Self { numerator, denominator: u64::from(total), form: Form::Buckets }
+    }
 
     /// The number of `total` buckets nearest to the share; a share above 0 has at least one,
     /// and a share below the whole leaves at least one.
@@ -104,23 +118,42 @@ impl Share {
 
     /// Whether `shares` together are at most the whole.
     pub fn fit_together(shares: impl IntoIterator<Item = Self>) -> bool {
-        // Denominators are PERCENT or a number of buckets of at most 2^20: over their
-        // product every sum of a few shares is exact.
-        let mut percent: u128 = 0;
-        let mut parts: Vec<Self> = Vec::new();
-        for share in shares {
-            match share.form {
-                Form::Percent => percent += u128::from(share.numerator),
-                Form::Buckets => parts.push(share),
+        let (percent, buckets) = sums(shares);
+        percent * BUCKETS + buckets * u128::from(PERCENT) <= u128::from(PERCENT) * BUCKETS
+    }
+
+    /// What `shares` leave of the whole: nothing where they are more. Exact and in their form, if
+    /// all have one; else in percent, rounded down to what can be written.
+    pub fn rest(shares: impl IntoIterator<Item = Self>) -> Self {
+        let (percent, buckets) = sums(shares);
+        if percent == 0 && buckets > 0 {
+            let left = BUCKETS.saturating_sub(buckets);
+            // Both are powers of two, or 0: no smaller denominator than tables may have.
+            let excess = left.trailing_zeros().min((BUCKETS / MIN_BUCKETS).trailing_zeros());
+            return Self {
+                numerator: (left >> excess) as u64,
+                denominator: (BUCKETS >> excess) as u64,
+                form: Form::Buckets,
+            };
+        }
+        let taken = percent + (buckets * u128::from(PERCENT)).div_ceil(BUCKETS);
+        let left = u128::from(PERCENT).saturating_sub(taken);
+        Self { numerator: left as u64, denominator: PERCENT, form: Form::Percent }
+    }
+}
+
+/// The sum of the shares in percent, in [`PERCENT`]ths, and of those in buckets, in
+/// [`BUCKETS`]ths: denominators are the one or divide the other, so both are exact.
+fn sums(shares: impl IntoIterator<Item = Share>) -> (u128, u128) {
+    shares.into_iter().fold((0, 0), |(percent, buckets), share| {
+        let numerator = u128::from(share.numerator);
+        match share.form {
+            Form::Percent => (percent + numerator, buckets),
+            Form::Buckets => {
+                (percent, buckets + numerator * (BUCKETS / u128::from(share.denominator)))
             }
         }
-        let common: u128 = 1 << 20;
-        let buckets: u128 = parts
-            .iter()
-            .map(|s| u128::from(s.numerator) * (common / u128::from(s.denominator)))
-            .sum();
-        percent * common + buckets * u128::from(PERCENT) <= u128::from(PERCENT) * common
-    }
+    })
 }
 
 impl PartialEq for Share {
@@ -159,7 +192,9 @@ impl FromStr for Share {
         if let Some((numerator, denominator)) = trimmed.split_once('/') {
             let numerator = whole(numerator).ok_or_else(bad)?;
             let denominator = whole(denominator).ok_or_else(bad)?;
-            if !denominator.is_power_of_two() || !(4096..=1 << 20).contains(&denominator) {
+            if !denominator.is_power_of_two()
+                || !(MIN_BUCKETS..=BUCKETS).contains(&u128::from(denominator))
+            {
                 return Err(bad());
             }
             if numerator > denominator {
@@ -286,6 +321,29 @@ mod tests {
         assert!(!Share::fit_together(thirds.into_iter().chain([share("1/65536")])));
         assert!(Share::fit_together([share("50%"), share("32768/65536")]));
         assert!(!Share::fit_together([share("50%"), share("32769/65536")]));
+    }
+
+    #[test]
+    fn what_is_left_is_written_as_the_others_are() {
+        for (shares, rest) in [
+            (&["21%"][..], "79%"),
+            (&["33.333333333%", "0.1%"], "66.566666667%"),
+            (&["64/65536"], "4092/4096"),
+            (&["1/65536", "3/8192"], "65511/65536"),
+            (&["4096/4096"], "0/4096"),
+            (&["100%"], "0%"),
+            (&["60%", "60%"], "0%"),
+            (&[], "100%"),
+            // 3/65536 are 0.00457763671875 %.
+            (&["50%", "3/65536"], "49.995422363%"),
+        ] {
+            let shares = shares.iter().map(|text| share(text));
+            let left = Share::rest(shares.clone());
+            assert_eq!(left.to_string(), rest);
+            assert!(
+                !Share::fit_together(shares.clone()) || Share::fit_together(shares.chain([left]))
+            );
+        }
     }
 
     proptest! {

@@ -14,6 +14,7 @@ use canary_ebpf_common::{
     abi::{self, LedgerEntry, MAX_VERSIONS},
     compile,
     entry::{BackendIndex, Entry},
+    share::Share,
 };
 
 use super::{
@@ -156,7 +157,7 @@ pub(super) fn begin(
         (None, None) => Vec::new(),
     };
     slots.truncate(MAX_VERSIONS);
-    slots.truncate(slots.iter().rposition(|name| !name.is_empty()).map_or(0, |last| last + 1));
+    trim_slots(&mut slots);
     let names: Vec<&str> = service.versions.iter().map(|v| v.name.as_str()).collect();
     if adopted.is_none() {
         // Nothing refers to the slots but the owners, which are by name below.
@@ -201,8 +202,6 @@ pub(super) fn begin(
     let mut count = [0_u32; 256];
     owners.iter().for_each(|owner| count[usize::from(*owner)] += 1);
     let count_of = |name: &str| slot_of(name).map_or(0, |slot| count[usize::from(slot)]);
-    let guessed = |name: &str| share_of(count_of(name), service.buckets);
-
     let before = stored.map(|record| record.split.clone()).unwrap_or_default();
     let old_control = match (stored, adopted) {
         (Some(record), _) => record.control.clone(),
@@ -213,14 +212,18 @@ pub(super) fn begin(
     };
     let mut split = before.clone();
     if !from_store {
-        split = names
-            .iter()
-            .filter(|name| count_of(name) > 0)
-            .map(|name| ((*name).to_owned(), guessed(name)))
-            .collect();
+        let shares = |share: fn(u32, u32) -> Share| -> Split {
+            let of = |name: &&str| ((*name).to_owned(), share(count_of(name), service.buckets));
+            names.iter().filter(|name| count_of(name) > 0).map(of).collect()
+        };
+        split = shares(share_of);
+        // Shares that round to these buckets can be too much together.
+        if !Share::fit_together(split.values().copied()) {
+            split = shares(Share::of_buckets);
+        }
     } else if old_control != *control_name && count_of(&old_control) > 0 {
         // Nobody asked for a share of what was control until now: it keeps what it had.
-        split.insert(old_control.clone(), guessed(&old_control));
+        split.insert(old_control.clone(), Share::rest(before.values().copied()));
     }
     split.retain(|name, _| name != control_name && names.contains(&name.as_str()));
 
@@ -280,6 +283,12 @@ pub(super) fn admins<'a>(
 pub(super) fn slot(slots: &[String], name: &str) -> Option<u8> {
     let at = slots.iter().position(|slot| slot == name && !name.is_empty())?;
     u8::try_from(at).ok()
+}
+
+/// Leaves out the free slots at the end: the names in the same slots make the same list, however
+/// they came there.
+pub(super) fn trim_slots(slots: &mut Vec<String>) {
+    slots.truncate(slots.iter().rposition(|name| !name.is_empty()).map_or(0, |last| last + 1));
 }
 
 /// Gives `name` a slot, if it has none and one is free.

@@ -125,10 +125,9 @@ pub(super) fn share_of(count: u32, total: u32) -> Share {
     let percent = f64::from(count) * 100.0 / f64::from(total);
     let candidates = (0..=3).map(|decimals| format!("{percent:.decimals$}%"));
     candidates
-        .chain([format!("{count}/{total}")])
         .filter_map(|text| text.parse::<Share>().ok())
         .find(|share| share.buckets(total) == count)
-        .unwrap_or(Share::ZERO)
+        .unwrap_or_else(|| Share::of_buckets(count, total))
 }
 
 #[cfg(test)]

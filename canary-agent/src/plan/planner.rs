@@ -716,6 +716,7 @@ pub(super) fn release_slots(state: &mut ServiceState) {
             name.clear();
         }
     }
+    adopt::trim_slots(slots);
     debug_assert!(slots.len() <= MAX_VERSIONS);
 }
 
