@@ -1,17 +1,40 @@
 //! The few BPF commands that aya has no words for: a program of two
-//! instructions to measure against, and runs that say where a packet came in.
+//! instructions to measure against, runs that say where a packet came in, and
+//! clearing a map of any kind.
 
 use std::{
     io,
-    os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
 };
 
+use aya::{
+    maps::{MapData, MapType},
+    util::nr_cpus,
+};
+
+/// `BPF_MAP_UPDATE_ELEM` (linux/bpf.h).
+const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
+/// `BPF_MAP_DELETE_ELEM` (linux/bpf.h).
+const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
+/// `BPF_MAP_GET_NEXT_KEY` (linux/bpf.h).
+const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
 /// `BPF_PROG_LOAD` (linux/bpf.h).
 const BPF_PROG_LOAD: libc::c_long = 5;
 /// `BPF_PROG_TEST_RUN` (linux/bpf.h; kernel 4.12, commit 1cf1cae963c2).
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
 /// `BPF_PROG_TYPE_XDP` (linux/bpf.h).
 const BPF_PROG_TYPE_XDP: u32 = 6;
+
+/// The part of `union bpf_attr` for elements of maps.
+#[repr(C)]
+#[derive(Default)]
+struct ElementAttr {
+    map_fd: u32,
+    pad: u32,
+    key: u64,
+    value_or_next_key: u64,
+    flags: u64,
+}
 
 /// The part of `union bpf_attr` that `BPF_PROG_LOAD` needs.
 #[repr(C)]
@@ -81,6 +104,55 @@ unsafe fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long
     // SAFETY: `attr` lives through the call; its pointers are the caller's promise.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, attr, size_of::<T>()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// Brings a map of any kind to what it was when it was made: an array's elements to zero on every
+/// CPU, other maps to no entry.
+///
+/// # Errors
+/// When the kernel refuses to read or write.
+pub fn clear(map: &MapData) -> io::Result<()> {
+    let info = map.info().map_err(io::Error::other)?;
+    let kind = info.map_type().map_err(io::Error::other)?;
+    let fd = map.fd().as_fd().as_raw_fd() as u32;
+    if matches!(kind, MapType::Array | MapType::PerCpuArray) {
+        let cpus = match kind {
+            MapType::PerCpuArray => nr_cpus().map_err(|(_, error)| error)?,
+            _ => 1,
+        };
+        let zero = vec![0_u8; info.value_size().next_multiple_of(8) as usize * cpus];
+        for index in 0..info.max_entries() {
+            let mut attr = ElementAttr {
+                map_fd: fd,
+                key: &raw const index as u64,
+                value_or_next_key: zero.as_ptr() as u64,
+                ..ElementAttr::default()
+            };
+            // SAFETY: key and value are memory that outlives the call, of the map's sizes: those
+            // of a value for each CPU, in multiples of eight bytes.
+            unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut attr)? };
+        }
+        return Ok(());
+    }
+    let mut key = vec![0_u8; info.key_size() as usize];
+    loop {
+        // Without a key: the first one.
+        let mut next = ElementAttr {
+            map_fd: fd,
+            value_or_next_key: key.as_mut_ptr() as u64,
+            ..ElementAttr::default()
+        };
+        // SAFETY: the kernel writes a key to where there is room for one.
+        match unsafe { bpf(BPF_MAP_GET_NEXT_KEY, &mut next) } {
+            Ok(_) => {}
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(()),
+            Err(error) => return Err(error),
+        }
+        let mut attr =
+            ElementAttr { map_fd: fd, key: key.as_ptr() as u64, ..ElementAttr::default() };
+        // SAFETY: `key` is a key of the map's and outlives the call.
+        unsafe { bpf(BPF_MAP_DELETE_ELEM, &mut attr)? };
+    }
 }
 
 /// Loads `return XDP_PASS`, the program that others are measured against.

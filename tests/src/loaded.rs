@@ -27,6 +27,22 @@ use canary_ebpf_common::{
 
 use crate::{bpf, workdir::Workdir};
 
+/// The maps that hold what a plan says, and those of which nothing is read that was not written
+/// before: the keys in the rings of flows to spare.
+const POLICY: [&str; 11] = [
+    "META",
+    "SERVICE_INFO",
+    "LEDGER",
+    "VIPS_V4",
+    "VIPS_V6",
+    "TABLE",
+    "BACKENDS",
+    "BACKEND_COUNTERS",
+    "NAT_SOURCES",
+    "SPARE_V4",
+    "SPARE_V6",
+];
+
 /// The interface that packets arrive on in a test run.
 pub const ARRIVAL_IFINDEX: u32 = 1;
 
@@ -175,7 +191,7 @@ impl<K: FlowKey> Flows<K> {
 }
 
 /// How large the maps are made.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Sizes {
     /// Entries of each family's flow table.
     pub flows: u32,
@@ -203,7 +219,7 @@ pub struct Loaded {
     program: OwnedFd,
     out: Vec<u8>,
     options: Options,
-    _bpffs: BpfFs,
+    bpffs: BpfFs,
 }
 
 /// The loaded program in another thread's hands.
@@ -248,8 +264,25 @@ impl Loaded {
             program,
             out: vec![0; 64 << 10],
             options,
-            _bpffs: bpffs,
+            bpffs: bpffs,
         })
+    }
+
+    /// Forgets everything and puts `plane` in force: as if it had just been loaded, but for the
+    /// time that a load takes.
+    ///
+    /// # Errors
+    /// When a map can't be cleared, or the plan exceeds the maps.
+    pub fn renew(&mut self, plane: &DataPlane) -> Result<()> {
+        // Policy goes with the plan, and what is counted of a backend with its record.
+        self.datapath.apply(&DataPlane::default())?;
+        for map in std::fs::read_dir(self.bpffs.pins().join("maps"))? {
+            let map = map?;
+            if !POLICY.iter().any(|name| map.file_name() == *name) {
+                bpf::clear(&MapData::from_pin(map.path())?)?;
+            }
+        }
+        self.apply(plane)
     }
 
     /// Loads the program anew over the pinned maps, as the next agent does, and gives what

@@ -48,7 +48,7 @@ fn main() -> ExitCode {
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
-                let stage = Stage::enter().expect("a place to run cases in");
+                let mut stage = Stage::enter().expect("a place to run cases in");
                 while let Some((case, world)) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let wrong = stage.run(case, world);
                     let verdict = if wrong.is_empty() { "ok" } else { "FAILED" };

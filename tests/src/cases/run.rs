@@ -1,6 +1,10 @@
 //! Running a case, and saying all that went wrong.
 
-use std::{collections::HashMap, fmt::Write as _, time::Duration};
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    fmt::Write as _,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use canary_ebpf_common::{
@@ -14,7 +18,7 @@ use super::{
     trace::{self, Gains, Kind, Verdict, range},
 };
 use crate::{
-    loaded::{Loaded, Outcome, XDP_ABORTED, XDP_DROP, XDP_PASS, XDP_REDIRECT, XDP_TX},
+    loaded::{Loaded, Outcome, Sizes, XDP_ABORTED, XDP_DROP, XDP_PASS, XDP_REDIRECT, XDP_TX},
     names::Host,
     notation::{Bound, Context, decode, frame, hex_difference},
     wait,
@@ -26,9 +30,11 @@ const LONGEST_AGE: Duration = Duration::from_secs(310);
 
 /// A place to run cases in: a network namespace of this thread's, with a second
 /// interface, `lan`.
-#[derive(Debug)]
 pub struct Stage {
     interfaces: HashMap<String, u32>,
+    /// A program for each size of maps, used one case after the other: on an emulated processor
+    /// the verifier takes longer than all else.
+    loaded: HashMap<Sizes, Loaded>,
 }
 
 impl Stage {
@@ -45,15 +51,12 @@ impl Stage {
             .context("running ip(8)")?;
         ensure!(made.success(), "ip(8) made no veth pair");
         let lan = nix::net::if_::if_nametoindex("lan")?;
-        Ok(Self { interfaces: HashMap::from([("lan".to_owned(), lan)]) })
-    }
-
-    fn ifindex(&self, name: &str) -> Result<u32> {
-        self.interfaces.get(name).copied().with_context(|| format!("no interface `{name}`"))
+        let interfaces = HashMap::from([("lan".to_owned(), lan)]);
+        Ok(Self { interfaces, loaded: HashMap::new() })
     }
 
     /// Runs a case. Returns what went wrong, in words; nothing if all is well.
-    pub fn run(&self, case: &Case, world: &World) -> Vec<String> {
+    pub fn run(&mut self, case: &Case, world: &World) -> Vec<String> {
         let mut failures = Vec::new();
         if let Err(e) = self.try_run(case, world, &mut failures) {
             failures.push(format!("{e:#}"));
@@ -67,18 +70,29 @@ impl Stage {
         }
     }
 
-    fn try_run(&self, case: &Case, world: &World, failures: &mut Vec<String>) -> Result<()> {
+    fn try_run(&mut self, case: &Case, world: &World, failures: &mut Vec<String>) -> Result<()> {
         let steps = trace::parse(&case.steps)?;
         ensure!(!steps.is_empty(), "nothing happens");
         let mut world = world.clone();
-        let plane = world.plane(|name| self.ifindex(name))?;
-        let loaded = Loaded::new(&plane.plane, &world.sizes())?;
+        let Self { interfaces, loaded } = self;
+        let ifindex = |name: &str| {
+            interfaces.get(name).copied().with_context(|| format!("no interface `{name}`"))
+        };
+        let plane = world.plane(ifindex)?;
+        let loaded = match loaded.entry(world.sizes()) {
+            Entry::Occupied(before) => {
+                let loaded = before.into_mut();
+                loaded.renew(&plane.plane)?;
+                loaded
+            }
+            Entry::Vacant(first) => first.insert(Loaded::new(&plane.plane, &world.sizes())?),
+        };
         let mut running = Running { loaded, plane, bound: Bound::default() };
         for step in steps {
             let result = match step.kind {
                 Kind::Packet { interface, input, verdict, counted } => {
-                    let ifindex = interface.map(|name| self.ifindex(&name)).transpose();
-                    ifindex.and_then(|i| running.packet(i, &input, &verdict, &counted))
+                    let from = interface.map(|name| ifindex(&name)).transpose();
+                    from.and_then(|from| running.packet(from, &input, &verdict, &counted))
                 }
                 Kind::Silence(time) => {
                     wait_for_age(time);
@@ -87,11 +101,11 @@ impl Stage {
                 Kind::Check(text) => running.check(&text),
                 Kind::Table(text) => {
                     world.service.iter_mut().for_each(|s| s.table.clone_from(&text));
-                    running.change(&world, |name| self.ifindex(name))
+                    running.change(&world, ifindex)
                 }
                 Kind::Backend { name, condition } => {
                     condition_of(&mut world, &name, &condition);
-                    running.change(&world, |name| self.ifindex(name))
+                    running.change(&world, ifindex)
                 }
             };
             if let Err(e) = result {
@@ -132,13 +146,13 @@ fn condition_of(world: &mut World, name: &str, condition: &str) {
 }
 
 /// A case under way.
-struct Running {
-    loaded: Loaded,
+struct Running<'a> {
+    loaded: &'a mut Loaded,
     plane: Plane,
     bound: Bound,
 }
 
-impl Running {
+impl Running<'_> {
     fn change(&mut self, world: &World, ifindex: impl Fn(&str) -> Result<u32>) -> Result<()> {
         self.plane = world.plane(ifindex)?;
         self.loaded.apply(&self.plane.plane)?;
