@@ -264,7 +264,7 @@ impl Loaded {
             program,
             out: vec![0; 64 << 10],
             options,
-            bpffs: bpffs,
+            bpffs,
         })
     }
 
