@@ -1,5 +1,5 @@
-//! Places at which a test lets the agent die: each write of the store, and each between store
-//! and maps.
+//! Places at which a test lets the agent die: each write of the store, each between store
+//! and maps, and each while other maps take the place of those that are pinned.
 //!
 //! Only builds with debug assertions, which no release has, look for them: there, the file
 //! that [`FILE`] names holds the name of the place at which the agent ends as by SIGKILL.
@@ -9,21 +9,30 @@
 pub const FILE: &str = "CANARY_FAILPOINT_FILE";
 
 macro_rules! failpoints {
-    ($($(#[$doc:meta])* $point:ident = $name:literal,)*) => {
+    (
+        change { $($(#[$doc:meta])* $point:ident = $name:literal,)* }
+        handover { $($(#[$handover_doc:meta])* $handover:ident = $handover_name:literal,)* }
+    ) => {
         /// A place to die at.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub enum Failpoint {
             $($(#[$doc])* $point,)*
+            $($(#[$handover_doc])* $handover,)*
         }
 
         impl Failpoint {
-            /// All of them, in the order in which a change passes them.
+            /// Those of a change, in the order in which it passes them.
             pub const ALL: &[Self] = &[$(Self::$point,)*];
+
+            /// Those of a start that puts other maps in the place of those that are pinned, in
+            /// the order in which it passes them.
+            pub const HANDOVER: &[Self] = &[$(Self::$handover,)*];
 
             /// The name that stands in the file.
             pub const fn name(self) -> &'static str {
                 match self {
                     $(Self::$point => $name,)*
+                    $(Self::$handover => $handover_name,)*
                 }
             }
         }
@@ -31,6 +40,7 @@ macro_rules! failpoints {
 }
 
 failpoints! {
+change {
     /// A change was asked for and accepted; nothing is written.
     BeforeStore = "before-store",
     /// The store's transaction has begun.
@@ -63,6 +73,36 @@ failpoints! {
     InForce = "in-force",
     /// Flow entries are to be swept, and none has been.
     BeforeSweep = "before-sweep",
+}
+handover {
+    /// Maps stand beside those in force, and hold nothing.
+    BesideMade = "beside-made",
+    /// They hold what the others held.
+    BesideFilled = "beside-filled",
+    /// On one interface, the program that knows both pairs of flow tables has taken over; it
+    /// stores flows in the earlier one.
+    FirstLinkPrepared = "first-link-prepared",
+    /// On all of them.
+    LinksPrepared = "links-prepared",
+    /// The maps have changed places.
+    SetsSwitched = "sets-switched",
+    /// On one interface, flows are stored in the new pair of tables.
+    FirstLinkMoved = "first-link-moved",
+    /// On all of them.
+    LinksMoved = "links-moved",
+    /// Some flows are copied.
+    FlowsHalfCopied = "flows-half-copied",
+    /// All flows are copied.
+    FlowsCopied = "flows-copied",
+    /// The program that stays is on one interface.
+    FirstLinkSwitched = "first-link-switched",
+    /// It is on all that had one.
+    LinksSwitched = "links-switched",
+    /// Some pins of the earlier maps are removed.
+    EarlierHalfRemoved = "earlier-half-removed",
+    /// All of them are.
+    EarlierRemoved = "earlier-removed",
+}
 }
 
 impl Failpoint {
@@ -98,7 +138,8 @@ mod tests {
 
     #[test]
     fn names_tell_the_places_apart() {
-        let names: HashSet<&str> = Failpoint::ALL.iter().map(|point| point.name()).collect();
-        assert_eq!(names.len(), Failpoint::ALL.len());
+        let all = || Failpoint::ALL.iter().chain(Failpoint::HANDOVER);
+        let names: HashSet<&str> = all().map(|point| point.name()).collect();
+        assert_eq!(names.len(), all().count());
     }
 }

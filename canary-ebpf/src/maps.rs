@@ -54,6 +54,13 @@ static FLOWS_V4: HashMap<FlowKeyV4, Flow> = HashMap::with_max_entries(1, 0);
 /// Flows of IPv6: never evicted.
 #[map]
 static FLOWS_V6: HashMap<FlowKeyV6, Flow> = HashMap::with_max_entries(1, 0);
+/// While one pair of flow tables takes the place of another: the other pair. Not pinned here, and
+/// looked at by programs that are loaded for that moment only.
+#[map]
+static OTHER_FLOWS_V4: HashMap<FlowKeyV4, Flow> = HashMap::with_max_entries(1, 0);
+/// The same of IPv6.
+#[map]
+static OTHER_FLOWS_V6: HashMap<FlowKeyV6, Flow> = HashMap::with_max_entries(1, 0);
 /// Keys of translated flows of IPv4 that can be spared, half-open or closed when they were put
 /// here: a ring for each CPU, one after the other.
 #[map]
@@ -97,6 +104,18 @@ static SPARE_MASK: u32 = 0;
 /// CPUs that there can be.
 #[unsafe(no_mangle)]
 static CPUS: u32 = 1;
+
+/// Whether flows are in the other pair of tables, too; where it is 0, the verifier removes what
+/// looks there.
+#[unsafe(no_mangle)]
+static HANDING_OVER: u32 = 0;
+
+/// Whether flows are in the other pair of tables, too.
+#[inline(always)]
+fn handing_over() -> bool {
+    // SAFETY: an initialised static; volatile as in `nat_ports`.
+    unsafe { core::ptr::read_volatile(&raw const HANDING_OVER) != 0 }
+}
 
 /// The range of source ports for translated flows.
 #[inline(always)]
@@ -252,18 +271,27 @@ pub(crate) struct FlowsV4;
 pub(crate) struct FlowsV6;
 
 macro_rules! flow_table {
-    ($table:ident, $map:ident, $key:ty, $spare:ident, $family:literal, $callbacks:ident) => {
+    ($table:ident, $map:ident, $other:ident, $key:ty, $spare:ident, $family:literal, $callbacks:ident) => {
         // SAFETY: elements of a preallocated hash map stay valid memory of the map while
         // the program runs.
         unsafe impl Flows<$key> for $table {
             #[inline(always)]
             fn lookup(&self, key: &$key) -> *mut Flow {
-                $map.get_ptr_mut(key).unwrap_or(core::ptr::null_mut())
+                match $map.get_ptr_mut(key) {
+                    Some(flow) => flow,
+                    None if handing_over() => {
+                        $other.get_ptr_mut(key).unwrap_or(core::ptr::null_mut())
+                    }
+                    None => core::ptr::null_mut(),
+                }
             }
 
             #[inline(always)]
             fn insert(&self, key: &$key, flow: &Flow) -> Inserted {
                 const EEXIST: i32 = -17;
+                if handing_over() && $other.get_ptr(key).is_some() {
+                    return Inserted::Exists;
+                }
                 match $map.insert(key, flow, u64::from(BPF_NOEXIST)) {
                     Ok(()) => {
                         if let Some(counters) = flow_counters() {
@@ -280,6 +308,9 @@ macro_rules! flow_table {
             fn remove(&self, key: &$key) {
                 // Failure means that it is not there.
                 _ = $map.remove(key);
+                if handing_over() {
+                    _ = $other.remove(key);
+                }
             }
 
             #[inline(always)]
@@ -394,5 +425,5 @@ macro_rules! flow_table {
     };
 }
 
-flow_table!(FlowsV4, FLOWS_V4, FlowKeyV4, SPARE_V4, 0, callbacks_v4);
-flow_table!(FlowsV6, FLOWS_V6, FlowKeyV6, SPARE_V6, 1, callbacks_v6);
+flow_table!(FlowsV4, FLOWS_V4, OTHER_FLOWS_V4, FlowKeyV4, SPARE_V4, 0, callbacks_v4);
+flow_table!(FlowsV6, FLOWS_V6, OTHER_FLOWS_V6, FlowKeyV6, SPARE_V6, 1, callbacks_v6);

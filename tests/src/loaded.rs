@@ -128,7 +128,11 @@ pub struct Flows<K: FlowKey> {
 }
 
 impl<K: FlowKey> Flows<K> {
-    fn open(pins: &std::path::Path, name: &str) -> Result<Self> {
+    /// Opens the table of that name below `agent.bpffs`.
+    ///
+    /// # Errors
+    /// When it is not there, or no hash map.
+    pub fn open(pins: &std::path::Path, name: &str) -> Result<Self> {
         let data = MapData::from_pin(pins.join("maps").join(name))?;
         Ok(Self { map: Map::HashMap(data).try_into()? })
     }
@@ -252,6 +256,7 @@ impl Loaded {
             nat_ports: Some(nat_ports.clone()),
             xdp_mode: XdpMode::Auto,
             replace: false,
+            rebuild: false,
         };
         let (mut datapath, _) = Datapath::open(options.clone())?;
         datapath.apply(plane)?;

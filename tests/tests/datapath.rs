@@ -2,13 +2,14 @@
 
 use std::{fs, process::Command, sync::Arc, thread};
 
+use aya::maps::{Array, Map, MapData};
 use canary_agent::{
     config::model::{Capacity, XdpMode},
     datapath::{self, AttachedMode, Datapath, Error, Options},
-    plan::DataPlane,
+    plan::{Adopted, DataPlane},
 };
 use canary_ebpf_common::{
-    abi::{LedgerEntry, PAGE_BUCKETS},
+    abi::{ABI_VERSION, LedgerEntry, PAGE_BUCKETS},
     entry::{BackendIndex, Entry},
 };
 use canary_tests::{
@@ -32,6 +33,7 @@ fn options(bpffs: &BpfFs) -> Options {
         nat_ports: Some(10_000..=19_999),
         xdp_mode: XdpMode::Auto,
         replace: false,
+        rebuild: false,
     }
 }
 
@@ -108,19 +110,78 @@ fn what_the_plan_leaves_out_is_taken_away() {
     assert_eq!(adopted.backends.len(), 4);
 }
 
+/// The pins of one set of maps are there, and no others.
+#[track_caller]
+fn assert_one_set(bpffs: &BpfFs) {
+    assert!(!bpffs.pins().join("next").exists(), "maps are left beside those in force");
+    assert!(!bpffs.pins().join("maps/UNFINISHED").is_symlink(), "a switch is left unfinished");
+}
+
+/// Overwrites what the pinned maps say of their layout.
+fn say_layout(bpffs: &BpfFs, version: u32) {
+    let map = Map::Array(MapData::from_pin(bpffs.pins().join("maps/META")).unwrap());
+    let mut meta: Array<_, u64> = map.try_into().unwrap();
+    meta.set(0, u64::from(version), 0).unwrap();
+}
+
 #[test]
-fn maps_of_another_size_are_refused_and_stay() {
+fn maps_of_other_sizes_take_over_what_the_pinned_ones_hold() {
     let bpffs = BpfFs::mount();
-    drop(Datapath::open(options(&bpffs)).unwrap());
-    let mut other = options(&bpffs);
-    other.capacity.flows = 4096;
-    let error = open_error(other);
-    assert!(
-        matches!(error, Error::CapacityChanged { map: "FLOWS_V4", pinned: 1024, configured: 4096 }),
-        "{error}"
-    );
-    assert!(bpffs.pins().join("maps/FLOWS_V4").exists());
-    Datapath::open(options(&bpffs)).unwrap();
+    let (mut datapath, _) = Datapath::open(options(&bpffs)).unwrap();
+    let mut wanted = two_services();
+    let service = Arc::make_mut(&mut wanted.services[0]);
+    let tracked = Entry::tracking(BackendIndex::new(1), BackendIndex::new(2), true);
+    Arc::make_mut(&mut service.entries)[77] = tracked;
+    Arc::make_mut(&mut service.ledger)[77] = LedgerEntry::new(3, 123_456);
+    datapath.apply(&wanted).unwrap();
+    drop(datapath);
+    let (_, before) = Datapath::open(options(&bpffs)).unwrap();
+    type Change = fn(&mut Capacity);
+    let sizes: [Change; 6] = [
+        |c| c.flows = 5000,
+        |c| c.vips = 1000,
+        |c| c.backends = 200,
+        |c| c.buckets *= 2,
+        |c| c.services = 40,
+        |_| {},
+    ];
+    for (number, change) in sizes.iter().enumerate() {
+        let mut other = options(&bpffs);
+        change(&mut other.capacity);
+        let (mut datapath, adopted) = Datapath::open(other).unwrap();
+        let handover = datapath.handover().unwrap_or_else(|| panic!("{number}: it stayed"));
+        assert_eq!(handover.lost, "", "{number}");
+        assert_eq!(adopted, before, "{number}");
+        let applied = datapath.apply(&wanted).unwrap();
+        assert_eq!((applied.entries, applied.backends), (0, 0), "{number}: all of it is there");
+        datapath.finish().unwrap();
+        assert_one_set(&bpffs);
+    }
+}
+
+#[test]
+fn sizes_that_what_is_there_does_not_fit_into_are_refused() {
+    let bpffs = BpfFs::mount();
+    let (mut datapath, _) = Datapath::open(options(&bpffs)).unwrap();
+    datapath.apply(&two_services()).unwrap();
+    drop(datapath);
+    type Change = fn(&mut Capacity);
+    let sizes: [(&str, Change, &str); 3] = [
+        ("backends", |c| c.backends = 1, "`agent.capacity.backends`"),
+        ("services", |c| c.services = 1, "`agent.capacity.services`"),
+        ("buckets", |c| c.buckets = PAGE_BUCKETS, "`agent.capacity.buckets`"),
+    ];
+    for (name, change, said) in sizes {
+        let mut other = options(&bpffs);
+        change(&mut other.capacity);
+        let error = open_error(other.clone());
+        assert!(matches!(error, Error::CapacityInUse { key, .. } if key == name), "{error}");
+        assert!(error.to_string().contains(said), "{error}");
+        assert!(error.help().is_some_and(|help| help.contains("--rebuild")), "{error}");
+        assert_one_set(&bpffs);
+        let (_, adopted) = Datapath::open(options(&bpffs)).unwrap();
+        assert_eq!(adopted.services.len(), 4, "{name}");
+    }
 }
 
 #[test]
@@ -130,11 +191,82 @@ fn a_map_of_another_layout_is_never_opened_for_use() {
     // Somebody else's map under one of our names.
     let maps = bpffs.pins().join("maps");
     fs::remove_file(maps.join("BACKENDS")).unwrap();
-    fs::rename(maps.join("NAT_SOURCES"), maps.join("BACKENDS")).unwrap();
+    fs::hard_link(maps.join("NAT_SOURCES"), maps.join("BACKENDS")).unwrap();
     let error = open_error(options(&bpffs));
     assert!(matches!(error, Error::ForeignPins { .. }), "{error}");
     assert!(error.to_string().contains("BACKENDS"), "{error}");
-    assert!(error.to_string().contains("canary-agent detach"), "{error}");
+    let help = error.help().unwrap();
+    assert!(help.contains("canary-agent detach") && help.contains("--rebuild"), "{help}");
+    assert!(maps.join("BACKENDS").exists(), "it stays");
+}
+
+#[test]
+fn pins_that_are_incomplete_or_not_ours_are_named_and_stay() {
+    let bpffs = BpfFs::mount();
+    drop(Datapath::open(options(&bpffs)).unwrap());
+    let maps = bpffs.pins().join("maps");
+    let kept = bpffs.pins().join("kept");
+    for (name, said) in [("TABLE", "TABLE is missing"), ("META", "META is missing")] {
+        fs::rename(maps.join(name), &kept).unwrap();
+        let error = open_error(options(&bpffs));
+        assert!(error.to_string().contains(said), "{error}");
+        assert!(!maps.join(name).exists(), "nothing takes its place unasked");
+        fs::rename(&kept, maps.join(name)).unwrap();
+    }
+    fs::hard_link(maps.join("META"), maps.join("STRANGE")).unwrap();
+    let error = open_error(options(&bpffs));
+    assert!(error.to_string().contains("STRANGE is no map of the agent's"), "{error}");
+    fs::remove_file(maps.join("STRANGE")).unwrap();
+    let (datapath, _) = Datapath::open(options(&bpffs)).unwrap();
+    assert_eq!(datapath.handover(), None);
+}
+
+#[test]
+fn maps_of_a_newer_release_stay_unless_told_otherwise() {
+    let bpffs = BpfFs::mount();
+    let (mut datapath, _) = Datapath::open(options(&bpffs)).unwrap();
+    datapath.apply(&two_services()).unwrap();
+    drop(datapath);
+    say_layout(&bpffs, ABI_VERSION + 1);
+    let error = open_error(options(&bpffs));
+    assert!(
+        matches!(error, Error::NewerLayout { found, .. } if found == ABI_VERSION + 1),
+        "{error}"
+    );
+    assert!(error.help().is_some_and(|help| help.contains("--rebuild")), "{error}");
+    assert_one_set(&bpffs);
+
+    let told = Options { rebuild: true, ..options(&bpffs) };
+    let (mut datapath, adopted) = Datapath::open(told.clone()).unwrap();
+    assert_eq!(adopted, Adopted::default(), "nothing of them is read");
+    let handover = datapath.handover().unwrap().to_string();
+    assert!(handover.contains("not kept: connections with an entry"), "{handover}");
+    // Those in force stay until there is something in the new ones.
+    assert!(bpffs.pins().join("next/META").exists());
+    datapath.apply(&two_services()).unwrap();
+    datapath.finish().unwrap();
+    assert_one_set(&bpffs);
+    drop(datapath);
+    let (datapath, adopted) = Datapath::open(told).unwrap();
+    assert_eq!((datapath.handover(), adopted.services.len()), (None, 4), "they fit by now");
+}
+
+#[test]
+fn maps_of_a_layout_that_is_not_read_any_more_give_way() {
+    let bpffs = BpfFs::mount();
+    let (mut datapath, _) = Datapath::open(options(&bpffs)).unwrap();
+    datapath.apply(&two_services()).unwrap();
+    drop(datapath);
+    // No release has ever written it.
+    say_layout(&bpffs, 0);
+    let (mut datapath, adopted) = Datapath::open(options(&bpffs)).unwrap();
+    assert_eq!(adopted, Adopted::default());
+    assert!(datapath.handover().unwrap().why.contains("layout 0"), "{:?}", datapath.handover());
+    datapath.apply(&two_services()).unwrap();
+    datapath.finish().unwrap();
+    assert_one_set(&bpffs);
+    drop(datapath);
+    assert_eq!(Datapath::open(options(&bpffs)).unwrap().1.services.len(), 4);
 }
 
 #[test]
@@ -230,6 +362,21 @@ fn a_pinned_link_is_taken_over_by_the_next_agent() {
         assert!(removed > 2);
         assert_eq!(datapath::program_on("near").unwrap(), None);
         assert!(!bpffs.pins().exists());
+    });
+}
+
+#[test]
+fn what_is_no_link_where_one_is_pinned_is_named_and_stays() {
+    with_veth(|| {
+        let bpffs = BpfFs::mount();
+        let (mut datapath, _) = Datapath::open(options(&bpffs)).unwrap();
+        let (link, map) = (bpffs.pins().join("links/near"), bpffs.pins().join("maps/META"));
+        fs::hard_link(map, &link).unwrap();
+        let error = datapath.attach("near").unwrap_err();
+        assert!(error.to_string().contains("links/near is no XDP link"), "{error}");
+        assert!(link.exists());
+        fs::remove_file(&link).unwrap();
+        datapath.attach("near").unwrap();
     });
 }
 

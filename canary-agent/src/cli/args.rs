@@ -122,6 +122,13 @@ pub(super) struct Run {
     /// Take the place of another XDP program on the interfaces
     #[arg(long)]
     pub(super) replace: bool,
+    /// Set up new maps where the pinned ones can't be gone on with
+    ///
+    /// From the stored state, beside the pinned ones, which go on steering until the new ones
+    /// take their place. Connections with an entry in a flow table are not kept: those of moved
+    /// buckets, and all translated ones. Pinned maps that can be gone on with stay.
+    #[arg(long)]
+    pub(super) rebuild: bool,
     /// How log lines look; RUST_LOG says which there are
     #[arg(long, value_enum, value_name = "FORMAT", default_value = "text")]
     pub(super) log_format: LogFormat,

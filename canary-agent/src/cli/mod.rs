@@ -54,6 +54,8 @@ pub struct RunOptions {
     pub socket_override: Option<PathBuf>,
     /// Whether another XDP program on an interface is replaced.
     pub replace: bool,
+    /// Whether pinned maps that can't be gone on with give way to new ones.
+    pub rebuild: bool,
     /// How the log looks.
     pub log_format: LogFormat,
 }
@@ -87,6 +89,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
                 config: global.config,
                 socket_override: global.socket,
                 replace: run.replace,
+                rebuild: run.rebuild,
                 log_format: run.log_format,
             })?);
         }

@@ -67,7 +67,7 @@ const NOT_PERMITTED: u8 = 77;
 /// # Errors
 /// Whatever keeps it from starting; a [`Refusal`] in it says the exit code.
 pub fn run(options: RunOptions) -> anyhow::Result<ExitCode> {
-    let RunOptions { config: file, socket_override, replace, log_format: _ } = options;
+    let RunOptions { config: file, socket_override, replace, rebuild, log_format: _ } = options;
     // Where a daemon is started from says nothing about where it reads again.
     let file = std::path::absolute(&file).unwrap_or(file);
     let loaded = match config::load(&file) {
@@ -87,6 +87,11 @@ pub fn run(options: RunOptions) -> anyhow::Result<ExitCode> {
     telemetry::set_log_filter(&config.agent.log);
     let (_state_lock, _pins_lock, made) = locks(&config)?;
     let locked = Instant::now();
+    // What is pinned must not change for a release that can't go on from the state.
+    if let Some(newer) = SqliteStore::new(&config.agent.state_dir).newer_schema() {
+        made.undo();
+        return Err(newer.into());
+    }
 
     let (datapath, adopted) = Datapath::open(datapath::Options {
         bpffs: config.agent.bpffs.clone(),
@@ -95,11 +100,18 @@ pub fn run(options: RunOptions) -> anyhow::Result<ExitCode> {
         nat_ports: Some(config.agent.nat_ports.clone()),
         xdp_mode: config.agent.xdp_mode,
         replace,
+        rebuild,
     })
     .map_err(|error| {
         made.undo();
         refusal(error)
     })?;
+    if let Some(handover) = datapath.handover() {
+        match handover.lost.is_empty() {
+            true => tracing::info!("{handover}"),
+            false => tracing::warn!("{handover}"),
+        }
+    }
     tracing::info!(
         tables = adopted.services.len(),
         backends = adopted.backends.len(),
@@ -165,6 +177,11 @@ fn refusal(error: datapath::Error) -> anyhow::Error {
         datapath::Error::Bpffs { .. } => ("no_bpffs", 1),
         datapath::Error::OldKernel(_) => ("old_kernel", 1),
         datapath::Error::Refused(_) => ("refused_by_kernel", 1),
+        datapath::Error::NewerLayout { .. } => ("newer_release", 1),
+        datapath::Error::ForeignPins { .. } | datapath::Error::HalfHandedOver { .. } => {
+            ("foreign_pins", 1)
+        }
+        datapath::Error::CapacityInUse { .. } => ("capacity_in_use", 1),
         _ => ("failed", 1),
     };
     Refusal { code, message: error.to_string(), help: error.help(), exit_code }.into()
@@ -209,9 +226,13 @@ async fn serve(
     let sweeper = datapath.sweeper().map_err(refusal)?;
     let orders =
         sweep::start(sweeper, events.clone()).context("can't start the flow tables' thread")?;
+    let handover = datapath.handover().map(ToString::to_string);
     let kernel = Live { datapath, reader, orders };
     let store = SqliteStore::new(&config.agent.state_dir);
     let mut state = State::begin(&config, store, kernel, adopted, metrics.clone(), moment()?)?;
+    if let Some(handover) = handover {
+        state.note(moment()?, "maps", handover);
+    }
 
     let resolver = Arc::new(Resolver::start()?);
     resolver.set_interfaces(config.agent.interfaces.iter().cloned());
@@ -230,6 +251,10 @@ async fn serve(
     state.handle(Event::NextHops(next_hops(&update)), moment()?);
     state.handle(Event::Links(links(&update)), moment()?);
     let wakeup = state.go(moment()?)?;
+    let finished = state.kernel().datapath.finish();
+    if let Err(error) = finished {
+        tracing::warn!(%error, "what is left of earlier maps could not be removed: the next start does it");
+    }
     tracing::info!(services = config.services.len(), "steering");
 
     // What fails a check may have another MAC address by now.

@@ -294,6 +294,11 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         Ok(state)
     }
 
+    /// Adds something that has happened to the events.
+    pub fn note(&mut self, now: Moment, kind: &'static str, text: String) {
+        self.notices.add(now, kind, "", text);
+    }
+
     /// Every address that a next hop is needed for.
     pub fn addresses(&self) -> impl IntoIterator<Item = IpAddr> + use<S, K> {
         self.planner.addresses()

@@ -69,6 +69,15 @@ pub(super) fn attach(
         .map_err(|_| Error::NoInterface { interface: interface.to_owned() })?;
     let pin = pins.link(interface);
     if pin.exists() {
+        let held = links::pinned(&pin)
+            .map_err(|e| failed(format!("{} can't be looked at: {e}", pin.display())))?;
+        let Some(held) = held else {
+            return Err(failed(format!(
+                "{} is no XDP link, which is what the agent keeps there: move it away",
+                pin.display()
+            )));
+        };
+        told_apart(pins, interface, held, program.info().ok().map(|info| info.id()));
         if let Some(attached) = take_over(program, &pin, ifindex, mode)? {
             return Ok(attached);
         }
@@ -111,6 +120,21 @@ pub(super) fn attach(
         }
     }
     Err(failed(reasons.join("; ")))
+}
+
+/// Says in the log if an interface has another program than the pinned one: an agent was ended
+/// while it took over, or somebody has put it there.
+fn told_apart(pins: &Pins, interface: &str, held: links::PinnedXdp, ours: Option<u32>) {
+    let pinned = aya::programs::ProgramInfo::from_pin(pins.program()).ok().map(|p| p.id());
+    if held.ifindex != 0 && Some(held.program) != ours && pinned.is_some_and(|p| p != held.program)
+    {
+        tracing::info!(
+            interface,
+            program = held.program,
+            pinned,
+            "the interface has another program than the one that is pinned; it is replaced"
+        );
+    }
 }
 
 /// Replaces the program of a pinned link, atomically. `None` if the link is of no use any more.

@@ -9,7 +9,7 @@ use std::{
 
 use aya::{
     Pod,
-    maps::{HashMap, Map, MapData},
+    maps::{HashMap, Map, MapData, MapError},
 };
 use canary_ebpf_common::{
     abi::{Flow, FlowKeyV4, FlowKeyV6, IPPROTO_TCP, flow_state as state, quic_idle_ns},
@@ -205,6 +205,35 @@ impl<K: Pod> FlowTable<K> {
     /// The entry of `key`.
     pub(super) fn get(&self, key: &K) -> Option<Flow> {
         self.map.get(key, 0).ok().map(|pod::Flow(flow)| flow)
+    }
+
+    /// Stores an entry unless `key` has one. Says whether it was stored; `None` if there is no room.
+    pub(super) fn insert_new(&mut self, key: &K, flow: &Flow) -> io::Result<Option<bool>> {
+        /// `BPF_NOEXIST` (linux/bpf.h).
+        const NO_EXIST: u64 = 1;
+        match self.store(key, flow, NO_EXIST) {
+            Ok(()) => Ok(Some(true)),
+            Err(e) if e.raw_os_error() == Some(libc::EEXIST) => Ok(Some(false)),
+            Err(e) if e.raw_os_error() == Some(libc::E2BIG) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Stores an entry in the place of the one that `key` has, if it still has one.
+    pub(super) fn replace(&mut self, key: &K, flow: &Flow) -> io::Result<()> {
+        /// `BPF_EXIST` (linux/bpf.h).
+        const EXIST: u64 = 2;
+        match self.store(key, flow, EXIST) {
+            Err(e) if e.raw_os_error() != Some(libc::ENOENT) => Err(e),
+            _ => Ok(()),
+        }
+    }
+
+    fn store(&mut self, key: &K, flow: &Flow, flags: u64) -> io::Result<()> {
+        self.map.insert(key, pod::Flow(*flow), flags).map_err(|error| match error {
+            MapError::SyscallError(error) => error.io_error,
+            error => io::Error::other(error),
+        })
     }
 
     /// Calls `each` with every entry. Those that come or go meanwhile may be missed.

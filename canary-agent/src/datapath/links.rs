@@ -38,7 +38,7 @@ struct LinkInfo {
 }
 
 /// Makes one call of bpf(2) with `attr`.
-fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
+pub(super) fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
     // SAFETY: `attr` is as long as is said and alive during the call; what it points to, the
     // callers below keep alive.
     let result =
@@ -77,16 +77,49 @@ pub(super) fn detach(program: u32, ifindex: u32) -> io::Result<bool> {
     }
 }
 
+/// What a pinned link holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct PinnedXdp {
+    /// The program's id.
+    pub(super) program: u32,
+    /// The interface; 0 if it is gone.
+    pub(super) ifindex: u32,
+}
+
+/// What the link that is pinned at `pin` holds; `None` if that is no XDP link.
+pub(super) fn pinned(pin: &Path) -> io::Result<Option<PinnedXdp>> {
+    let link = open(pin)?;
+    // A map or a program has information as well, which reads like another link's.
+    let said = fs::read_to_string(format!("/proc/self/fdinfo/{}", link.as_raw_fd()))?;
+    if !said.lines().any(|line| line.starts_with("link_type:")) {
+        return Ok(None);
+    }
+    let mut info = LinkInfo::default();
+    let mut attr = InfoAttr {
+        fd: link.as_raw_fd() as u32,
+        length: size_of::<LinkInfo>() as u32,
+        info: &raw mut info as u64,
+    };
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+    let LinkInfo { kind, program, ifindex, .. } = info;
+    Ok((kind == LINK_TYPE_XDP).then_some(PinnedXdp { program, ifindex }))
+}
+
+/// Opens what is pinned at `pin`.
+fn open(pin: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(pin.as_os_str().as_bytes())?;
+    let mut attr = GetAttr { path: path.as_ptr() as u64, ..GetAttr::default() };
+    let fd = bpf(BPF_OBJ_GET, &mut attr)?;
+    // SAFETY: the kernel has just given this process the descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
 /// Takes the program of a pinned link off its interface and removes the pin.
 ///
 /// Removing the pin alone would do so too, some time later.
 pub(super) fn unpin(pin: &Path) -> io::Result<()> {
-    let path = CString::new(pin.as_os_str().as_bytes())?;
-    let mut attr = GetAttr { path: path.as_ptr() as u64, ..GetAttr::default() };
     // A pin that can't be opened is removed all the same.
-    if let Ok(fd) = bpf(BPF_OBJ_GET, &mut attr) {
-        // SAFETY: the kernel has just given this process the descriptor.
-        let link = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    if let Ok(link) = open(pin) {
         // Fails for a link whose interface is gone, which has nothing to detach.
         _ = bpf(BPF_LINK_DETACH, &mut [link.as_raw_fd() as u32]);
     }

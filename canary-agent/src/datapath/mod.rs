@@ -8,11 +8,14 @@ mod apply;
 mod attach;
 mod census;
 pub mod flows;
+mod handover;
 mod kernel;
 mod links;
 mod mapping;
+mod older;
 mod pins;
 mod pod;
+mod raw;
 mod reader;
 mod sweep;
 mod vips;
@@ -39,6 +42,7 @@ pub use self::{
     apply::Applied,
     attach::{Attached, AttachedMode},
     census::{Census, Counted},
+    handover::Handover,
     pins::Made,
     reader::Reader,
     sweep::{Sweeper, Swept},
@@ -48,12 +52,13 @@ use self::{
     flows::FlowTable,
     kernel::{Refused, Release},
     mapping::Mapping,
-    pins::Pins,
+    pins::{After, Found, Layout, Pins, Readable},
     sweep::{Rules, SharedRules},
     vips::VipTable,
 };
 use crate::{
     config::model::{Capacity, XdpMode},
+    failpoint::Failpoint,
     plan::{Adopted, AdoptedService, DataPlane, Family},
 };
 
@@ -79,6 +84,9 @@ pub struct Options {
     pub xdp_mode: XdpMode,
     /// Whether another XDP program on an interface gives way.
     pub replace: bool,
+    /// Whether pinned maps that can't be gone on with give way to new ones, of which nothing
+    /// is known but what the store says.
+    pub rebuild: bool,
 }
 
 /// Why the data plane could not be brought about.
@@ -105,8 +113,8 @@ pub enum Error {
     Refused(Box<Refused>),
     /// The pinned maps are not what this build would make.
     #[error(
-        "the maps pinned at {path} are not this release's: {what}; traffic goes on by the program that is \
-         attached. `canary-agent detach` removes them, and steering stops until the next start",
+        "the maps pinned at {path} can't be gone on with: {what}; traffic goes on by the program that is \
+         attached",
         path = path.display()
     )]
     ForeignPins {
@@ -115,18 +123,38 @@ pub enum Error {
         /// What differs.
         what: String,
     },
-    /// The configuration asks for another size than the pinned map has.
+    /// A newer release has made the pinned maps.
     #[error(
-        "map {map} is pinned with room for {pinned} and the configuration asks for {configured}: set \
-         `agent.capacity` back, or run `canary-agent detach` before the next start (steering stops meanwhile)"
+        "the maps pinned at {path} are of a newer release (layout {found}, and this release reads up to \
+         {ABI_VERSION}); traffic goes on by the program that is attached",
+        path = path.display()
     )]
-    CapacityChanged {
-        /// The map.
-        map: &'static str,
-        /// Elements that it has.
-        pinned: u32,
-        /// Elements that the configuration asks for.
-        configured: u32,
+    NewerLayout {
+        /// Directory of the maps.
+        path: PathBuf,
+        /// Their layout.
+        found: u32,
+    },
+    /// Another release was ended while it put its maps in the place of others.
+    #[error(
+        "another release was ended while it put the maps at {path} in the place of others; traffic goes \
+         on by what is attached",
+        path = path.display()
+    )]
+    HalfHandedOver {
+        /// Directory of the maps.
+        path: PathBuf,
+    },
+    /// What is in the maps does not fit into the sizes that are asked for.
+    #[error(
+        "`agent.capacity.{key}` is too small for what is in the pinned maps, which takes {needed}; nothing \
+         was changed, and traffic goes on"
+    )]
+    CapacityInUse {
+        /// The key.
+        key: &'static str,
+        /// What it would have to be.
+        needed: u64,
     },
     /// The interface is not there.
     #[error("interface {interface} does not exist")]
@@ -189,6 +217,17 @@ impl Error {
         matches!(self, Self::NotPermitted(_) | Self::Bpffs { denied: true, .. })
     }
 
+    /// Whether it is about the pinned maps, so that new ones could do without them.
+    fn about_pinned_maps(&self) -> bool {
+        matches!(
+            self,
+            Self::ForeignPins { .. }
+                | Self::NewerLayout { .. }
+                | Self::HalfHandedOver { .. }
+                | Self::CapacityInUse { .. }
+        )
+    }
+
     /// The next step, where the message does not say it.
     pub fn help(&self) -> Option<String> {
         Some(match self {
@@ -207,10 +246,28 @@ impl Error {
             }
             Self::OldKernel(_) => "boot a newer kernel; nothing was changed".to_owned(),
             Self::Refused(refused) => refused.help(),
+            Self::NewerLayout { .. } => format!(
+                "start the newer release again; or {REBUILD}, which is the way back to this one"
+            ),
+            Self::HalfHandedOver { .. } => {
+                format!("start that release once more, which completes it; or {REBUILD}")
+            }
+            Self::CapacityInUse { key, needed } => {
+                format!("set `agent.capacity.{key}` to {needed} or more; or {REBUILD}")
+            }
+            Self::ForeignPins { .. } => format!(
+                "{REBUILD}; or run `canary-agent detach`, which removes them and ends steering until the \
+                 next start"
+            ),
             _ => return None,
         })
     }
 }
+
+/// The way out where pinned maps can't be gone on with.
+const REBUILD: &str = "start once with `canary-agent run --rebuild`: it sets up new maps beside these, \
+                       from the stored state, and switches to them under traffic (connections that \
+                       have an entry in a flow table, which all translated ones have, are not kept)";
 
 /// An error's causes in one line, without those that repeat what was said.
 fn causes(error: &dyn std::error::Error) -> String {
@@ -236,60 +293,136 @@ pub struct Datapath {
     rules: SharedRules,
     reader: Reader,
     applied: Option<DataPlane>,
+    /// The maps take the place of those in force when they hold the first plan.
+    staged: bool,
+    handover: Option<Handover>,
 }
 
 impl Datapath {
     /// Loads the program over the pinned maps of an earlier agent, or over new ones.
     ///
-    /// Nothing is attached yet, and the tables stay as they are until the first
-    /// [`apply`](Self::apply).
+    /// Maps of other sizes, or of an older layout that is read, are carried over to new ones
+    /// first, under traffic. Otherwise nothing is attached yet, and the tables stay as they are
+    /// until the first [`apply`](Self::apply).
     ///
     /// # Errors
-    /// When the kernel is too old, the BPF file system can't be used, the pins are of
-    /// another release or size, the kernel refuses a map or the program, or the rights
-    /// are missing. What was pinned on the way is gone then.
+    /// When the kernel is too old, the BPF file system can't be used, the pins can't be gone
+    /// on with, the kernel refuses a map or the program, or the rights are missing. What was
+    /// pinned on the way is gone then.
     pub fn open(options: Options) -> Result<(Self, Adopted), Error> {
         Release::running().recent_enough()?;
         let pins = Pins::new(&options.bpffs);
         let made = pins.prepare()?;
-        let before = pins.present(&pins::layouts(&options));
-        Self::load(options, &pins).inspect_err(|_| {
-            // aya pins each map as it makes it: those before the one that failed are there.
-            pins.remove_but(&before);
+        Self::begin(options, &pins).inspect_err(|_| {
+            // What can't be removed is found, and removed, by the next start.
+            let _ = pins.discard();
             made.undo();
         })
     }
 
-    fn load(options: Options, pins: &Pins) -> Result<(Self, Adopted), Error> {
+    fn begin(options: Options, pins: &Pins) -> Result<(Self, Adopted), Error> {
         let layouts = pins::layouts(&options);
-        let adopt = pins.adoptable(&layouts)?;
-        let paths: Vec<_> = layouts.iter().map(|l| (l.name, pins.map(l.name), l.entries)).collect();
-        let (first, count) = options.nat_ports.as_ref().map_or((0_u16, 0_u16), |r| {
-            (*r.start(), r.end().saturating_sub(*r.start()).saturating_add(1))
+        let gives_way = |error: &Error| options.rebuild && error.about_pinned_maps();
+        let resumed = match handover::resume(&options, pins) {
+            Err(error) if gives_way(&error) => Some(handover::Copied::default()),
+            resumed => resumed?,
+        };
+        let found = pins.found(&layouts).and_then(|found| match found {
+            Found::Readable(readable) => {
+                handover::enough_room(pins, &layouts, &readable)?;
+                Ok(Found::Readable(readable))
+            }
+            found => Ok(found),
         });
-        let vip_mask = pins::vip_slots(options.capacity.vips) - 1;
-        let cpus = pins::cpus();
-        let spare_mask = pins::spare_places(options.capacity.flows) - 1;
-        let mut loader = EbpfLoader::new();
-        for (name, path, entries) in &paths {
-            loader.map_max_entries(name, *entries).map_pin_path(name, path);
+        let found = match found {
+            Err(error) if gives_way(&error) => Found::Unreadable(error.to_string()),
+            found => found?,
+        };
+        if resumed.is_some() && !matches!(found, Found::Fitting) {
+            pins.finish()?;
         }
-        loader
-            .override_global("VIP_MASK", &vip_mask, true)
-            .override_global("SPARE_MASK", &spare_mask, true)
-            .override_global("CPUS", &cpus, true)
-            .override_global("NAT_PORT_FIRST", &first, true)
-            .override_global("NAT_PORT_COUNT", &count, true);
-        let mut ebpf = loader.load(INGRESS)?;
-        for program in [INGRESS_PROGRAM, FORGET_V4, FORGET_V6] {
-            xdp(&mut ebpf, program)?.load()?;
+        match found {
+            Found::Fitting => {
+                let mut datapath = Self::load(options, pins)?;
+                if let Some(copied) = resumed {
+                    datapath.take_links()?;
+                    pins.finish()?;
+                    datapath.handover = Some(Handover::completed(copied));
+                }
+                let adopted = read(&datapath.maps)?;
+                Ok((datapath, adopted))
+            }
+            Found::Nothing => {
+                pins.begin([].into_iter())?;
+                let mut datapath = Self::load(options, &pins.beside())?;
+                pins.switch(After::Forget)?;
+                pins.finish()?;
+                datapath.pins = pins.clone();
+                Ok((datapath, Adopted::default()))
+            }
+            Found::Readable(readable) => Self::carry_over(options, pins, &layouts, &readable),
+            Found::Unreadable(why) => {
+                pins.begin([].into_iter())?;
+                let mut datapath = Self::load(options, &pins.beside())?;
+                datapath.pins = pins.clone();
+                datapath.staged = true;
+                datapath.handover = Some(Handover::from_the_store(&why));
+                Failpoint::BesideMade.pass();
+                Ok((datapath, Adopted::default()))
+            }
         }
+    }
+
+    /// Carries what is in the pinned maps over to new ones, puts them in force, and opens them.
+    fn carry_over(
+        options: Options,
+        pins: &Pins,
+        layouts: &[Layout],
+        found: &Readable,
+    ) -> Result<(Self, Adopted), Error> {
+        let began = std::time::Instant::now();
+        pins.begin(layouts.iter().map(|l| l.name).filter(|name| !found.differs(name)))?;
+        let (mut datapath, copied) = if handover::moves_flows(found) {
+            let copied = handover::with_flows(&options, pins, layouts, found)?;
+            (Self::load(options, pins)?, Some(copied))
+        } else {
+            let mut datapath = Self::load(options, &pins.beside())?;
+            Failpoint::BesideMade.pass();
+            handover::fill(pins, layouts, found)?;
+            Failpoint::BesideFilled.pass();
+            // All of it is there; what flows there are, both share.
+            pins.switch(After::Forget)?;
+            Failpoint::SetsSwitched.pass();
+            datapath.pins = pins.clone();
+            (datapath, None)
+        };
+        datapath.take_links()?;
+        pins.finish()?;
+        datapath.handover = Some(Handover::carried_over(found, copied));
+        // They were read before they were filled.
+        datapath.maps.vips_v4.reread();
+        datapath.maps.vips_v6.reread();
+        let adopted = read(&datapath.maps)?;
+        tracing::info!(took = ?began.elapsed(), ?copied, "the maps have been carried over");
+        Ok((datapath, adopted))
+    }
+
+    /// Puts the program on every interface that a pinned link holds.
+    fn take_links(&mut self) -> Result<(), Error> {
+        handover::relink(&mut self.ebpf, &self.pins, Failpoint::FirstLinkSwitched)?;
+        Failpoint::LinksSwitched.pass();
+        Ok(())
+    }
+
+    /// Loads the programs over the pinned maps, making those that are missing.
+    fn load(options: Options, pins: &Pins) -> Result<Self, Error> {
+        let layouts = pins::layouts(&options);
+        let mut ebpf = programs(&options, &layouts, |name| pins.map(name), None)?;
         let maps = take_maps(&mut ebpf, &options)?;
-        let adopted = if adopt { read(&maps)? } else { Adopted::default() };
         let mut meta: Array<_, pod::Meta> = take(&mut ebpf, "META")?.try_into()?;
         meta.set(0, pod::Meta(abi::Meta { abi_version: ABI_VERSION, pad: 0 }), 0)?;
         let reader = Reader::open(pins, &layouts)?;
-        let datapath = Self {
+        Ok(Self {
             rules: SharedRules::default(),
             options,
             pins: pins.clone(),
@@ -297,8 +430,29 @@ impl Datapath {
             maps,
             reader,
             applied: None,
-        };
-        Ok((datapath, adopted))
+            staged: false,
+            handover: None,
+        })
+    }
+
+    /// What has become of the maps of an earlier agent, if they were not gone on with as they
+    /// were.
+    pub fn handover(&self) -> Option<&Handover> {
+        self.handover.as_ref()
+    }
+
+    /// Removes what is left of the earlier maps after the program was attached over other ones.
+    ///
+    /// # Errors
+    /// When the kernel refuses the program on an interface that it is on by a pinned link, or a
+    /// pin can't be removed.
+    pub fn finish(&mut self) -> Result<(), Error> {
+        if self.pins.unfinished().is_some() {
+            // Also on interfaces that the configuration does not name any more.
+            self.take_links()?;
+            self.pins.finish()?;
+        }
+        Ok(())
     }
 
     /// Attaches the program to an interface, or takes the place of an earlier
@@ -310,6 +464,9 @@ impl Datapath {
         let program = xdp(&mut self.ebpf, INGRESS_PROGRAM)?;
         let Options { xdp_mode, replace, .. } = self.options;
         let attached = attach::attach(program, &self.pins, interface, xdp_mode, replace)?;
+        if self.handover.is_some() {
+            Failpoint::FirstLinkSwitched.pass();
+        }
         self.maps.allow_out(attached.ifindex)?;
         self.pin_program()?;
         Ok(attached)
@@ -359,6 +516,12 @@ impl Datapath {
     pub fn apply(&mut self, desired: &DataPlane) -> Result<Applied, Error> {
         let before = self.applied.take();
         let applied = self.maps.apply(before.as_ref(), desired)?;
+        if self.staged {
+            Failpoint::BesideFilled.pass();
+            self.pins.switch(After::Forget)?;
+            self.staged = false;
+            Failpoint::SetsSwitched.pass();
+        }
         self.applied = Some(desired.clone());
         self.reader.set_used(vec![
             ("SERVICE_INFO", desired.services.len() as u64),
@@ -400,7 +563,8 @@ impl Datapath {
     /// # Errors
     /// When the pinned tables can't be opened.
     pub fn sweeper(&mut self) -> Result<Sweeper, Error> {
-        let map = |name| aya::maps::MapData::from_pin(self.pins.map(name));
+        let pins = if self.staged { &self.pins.beside() } else { &self.pins };
+        let map = |name| aya::maps::MapData::from_pin(pins.map(name));
         let tables = (FlowTable::new(map("FLOWS_V4")?)?, FlowTable::new(map("FLOWS_V6")?)?);
         let mut program = |name| -> Result<_, Error> {
             Ok(xdp(&mut self.ebpf, name)?.fd()?.as_fd().try_clone_to_owned()?)
@@ -494,6 +658,45 @@ fn same_records(a: &DataPlane, b: &DataPlane) -> bool {
 
 fn pages(plane: &DataPlane) -> u64 {
     plane.services.iter().map(|s| u64::from((s.record.bucket_mask + 1) / PAGE_BUCKETS)).sum()
+}
+
+/// Loads the programs over the maps that are pinned at the paths of `map`, making those that are
+/// missing in the sizes of `layouts`; with `other`, programs that look for flows there too.
+fn programs(
+    options: &Options,
+    layouts: &[Layout],
+    map: impl Fn(&str) -> PathBuf,
+    other: Option<[PathBuf; 2]>,
+) -> Result<Ebpf, Error> {
+    let entries = |name: &str| layouts.iter().find(|l| l.name == name).map_or(1, |l| l.entries);
+    let (first, count) = options.nat_ports.as_ref().map_or((0_u16, 0_u16), |r| {
+        (*r.start(), r.end().saturating_sub(*r.start()).saturating_add(1))
+    });
+    let vip_mask = entries("VIPS_V4") - 1;
+    let cpus = pins::cpus();
+    let spare_mask = (entries("SPARE_V4") / cpus).max(1) - 1;
+    let handing_over = u32::from(other.is_some());
+    let mut loader = EbpfLoader::new();
+    for layout in layouts {
+        loader
+            .map_max_entries(layout.name, layout.entries)
+            .map_pin_path(layout.name, map(layout.name));
+    }
+    if let Some([v4, v6]) = other {
+        loader.map_pin_path("OTHER_FLOWS_V4", v4).map_pin_path("OTHER_FLOWS_V6", v6);
+    }
+    loader
+        .override_global("VIP_MASK", &vip_mask, true)
+        .override_global("SPARE_MASK", &spare_mask, true)
+        .override_global("CPUS", &cpus, true)
+        .override_global("HANDING_OVER", &handing_over, true)
+        .override_global("NAT_PORT_FIRST", &first, true)
+        .override_global("NAT_PORT_COUNT", &count, true);
+    let mut ebpf = loader.load(INGRESS)?;
+    for program in [INGRESS_PROGRAM, FORGET_V4, FORGET_V6] {
+        xdp(&mut ebpf, program)?.load()?;
+    }
+    Ok(ebpf)
 }
 
 fn xdp<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp, Error> {

@@ -9,34 +9,89 @@ use aya::maps::{Array, Map, MapData, MapInfo, MapType};
 use canary_ebpf_common::abi::{self, PAGE_BUCKETS};
 use nix::{
     errno::Errno,
+    fcntl::{AT_FDCWD, RenameFlags, renameat2},
     mount::{MsFlags, mount},
     sys::statfs::statfs,
     unistd::{AccessFlags, eaccess},
 };
 
-use super::{Error, Options, links, pod};
+use super::{
+    Error, Options, links,
+    older::{self, Older},
+    pod,
+};
+use crate::failpoint::Failpoint;
 
 /// The default mount point of the BPF file system.
 const BPFFS: &str = "/sys/fs/bpf";
 /// `f_type` of a BPF file system (`BPF_FS_MAGIC`, linux/magic.h).
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 
+/// The directory of the maps in force.
+const IN_FORCE: &str = "maps";
+/// The directory of maps that are being made beside those in force, and after the switch that of
+/// the earlier ones until they are done with.
+const BESIDE: &str = "next";
+/// In the directory of the maps in force: not everything of those in [`BESIDE`] has been carried
+/// over yet. Both change places at once, and this tells which are which.
+const UNFINISHED: &str = "UNFINISHED";
+
 /// Paths below `agent.bpffs`.
 #[derive(Clone, Debug)]
 pub(super) struct Pins {
     root: PathBuf,
+    /// [`IN_FORCE`] or [`BESIDE`].
+    set: &'static str,
 }
 
 /// A map as this build makes it.
+#[derive(Clone, Debug)]
 pub(super) struct Layout {
     /// Name of the map and of its pin.
     pub(super) name: &'static str,
-    kind: MapType,
-    key_bytes: usize,
-    value_bytes: usize,
-    flags: u32,
+    pub(super) kind: MapType,
+    pub(super) key_bytes: usize,
+    pub(super) value_bytes: usize,
+    pub(super) flags: u32,
     /// Elements.
     pub(super) entries: u32,
+}
+
+/// What is pinned already.
+#[derive(Debug)]
+pub(super) enum Found {
+    /// No maps, and no program that is attached.
+    Nothing,
+    /// Maps as this build makes them.
+    Fitting,
+    /// Maps that can be carried over to those of this build.
+    Readable(Readable),
+    /// Maps of which nothing is read, and why.
+    Unreadable(String),
+}
+
+/// What remains to be done with the earlier maps after a switch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum After {
+    /// What is in their flow tables is carried over.
+    CarryOver,
+    /// Nothing of them is read.
+    Forget,
+}
+
+/// Maps of other sizes, or of an older layout that is known.
+#[derive(Debug)]
+pub(super) struct Readable {
+    /// Of which layout, if not of the present one.
+    pub(super) older: Option<&'static Older>,
+    /// Maps that can't be gone on with as they are.
+    pub(super) differing: Vec<&'static str>,
+}
+
+impl Readable {
+    pub(super) fn differs(&self, name: &str) -> bool {
+        self.differing.contains(&name)
+    }
 }
 
 const MMAPABLE: u32 = 1 << 10;
@@ -147,7 +202,12 @@ const RDONLY_PROG: u32 = 1 << 7;
 
 impl Pins {
     pub(super) fn new(root: &Path) -> Self {
-        Self { root: root.to_owned() }
+        Self { root: root.to_owned(), set: IN_FORCE }
+    }
+
+    /// The same with the maps beside those in force.
+    pub(super) fn beside(&self) -> Self {
+        Self { root: self.root.clone(), set: BESIDE }
     }
 
     pub(super) fn program(&self) -> PathBuf {
@@ -163,7 +223,7 @@ impl Pins {
     }
 
     pub(super) fn maps(&self) -> PathBuf {
-        self.root.join("maps")
+        self.root.join(self.set)
     }
 
     pub(super) fn map(&self, name: &str) -> PathBuf {
@@ -241,70 +301,185 @@ impl Pins {
         Ok(made)
     }
 
-    /// Maps whose pins are there.
-    pub(super) fn present(&self, layouts: &[Layout]) -> Vec<&'static str> {
-        layouts.iter().map(|l| l.name).filter(|name| self.map(name).exists()).collect()
-    }
-
-    /// Removes the pins of all maps but those of these names.
-    pub(super) fn remove_but(&self, keep: &[&str]) {
-        for entry in fs::read_dir(self.maps()).into_iter().flatten().flatten() {
-            if !keep.iter().any(|name| entry.file_name() == *name) {
-                // What can't be removed is found, and refused or used, by the next start.
-                let _ = fs::remove_file(entry.path());
-            }
-        }
-    }
-
-    /// Whether maps of an earlier agent stand here.
+    /// What stands here, and whether it can be gone on with.
     ///
     /// # Errors
-    /// When they are not what this build would make: they are never reinterpreted.
-    pub(super) fn adoptable(&self, layouts: &[Layout]) -> Result<bool, Error> {
+    /// When it is neither what this build would make nor of an older layout: it is never
+    /// reinterpreted.
+    pub(super) fn found(&self, layouts: &[Layout]) -> Result<Found, Error> {
         let present: Vec<_> = layouts.iter().filter(|l| self.map(l.name).exists()).collect();
-        if present.is_empty() {
-            return Ok(false);
+        let there = names(&self.maps())?;
+        if there.is_empty() {
+            return Ok(match names(&self.links())?.is_empty() {
+                true => Found::Nothing,
+                false => Found::Unreadable("the pins of the maps are gone".to_owned()),
+            });
         }
-        let differs = |what: String| Error::ForeignPins { path: self.maps(), what };
+        let Some(version) = self.version()? else {
+            return Err(self.foreign("META is missing, which says what the others are"));
+        };
+        if version > abi::ABI_VERSION {
+            return Err(Error::NewerLayout { path: self.maps(), found: version });
+        }
+        let older = match version == abi::ABI_VERSION {
+            true => None,
+            false => match older::known(version) {
+                None => {
+                    return Ok(Found::Unreadable(format!(
+                        "they are of layout {version}, which this release does not read"
+                    )));
+                }
+                known => known,
+            },
+        };
+        if older.is_none() {
+            if let Some(missing) = layouts.iter().find(|l| !self.map(l.name).exists()) {
+                return Err(self.foreign(&format!("{} is missing", missing.name)));
+            }
+            let ours = |name: &String| layouts.iter().any(|l| l.name == name);
+            if let Some(strange) = there.iter().find(|name| !ours(name) && *name != UNFINISHED) {
+                return Err(self.foreign(&format!("{strange} is no map of the agent's")));
+            }
+        }
+        let mut differing = Vec::new();
         for layout in &present {
-            let path = self.map(layout.name);
-            let info = MapInfo::from_pin(&path)
-                .map_err(|e| differs(format!("{} can't be opened: {e}", layout.name)))?;
-            let found = (
-                info.map_type().ok(),
-                info.key_size() as usize,
-                info.value_size() as usize,
-                info.map_flags(),
+            let wanted = older.map_or_else(|| (*layout).clone(), |older| older.layout(layout));
+            let found = self.info(layout.name)?;
+            let shape = (
+                found.map_type().ok(),
+                found.key_size() as usize,
+                found.value_size() as usize,
+                found.map_flags(),
             );
-            let wanted = (Some(layout.kind), layout.key_bytes, layout.value_bytes, layout.flags);
-            if found != wanted {
-                return Err(differs(format!(
-                    "{} has type, key size, value size and flags {found:?}, this build's has {wanted:?}",
+            let expected = (Some(wanted.kind), wanted.key_bytes, wanted.value_bytes, wanted.flags);
+            if shape != expected {
+                return Err(self.foreign(&format!(
+                    "{} has type, key size, value size and flags {shape:?}, and should have {expected:?}",
                     layout.name
                 )));
             }
-            if info.max_entries() != layout.entries {
-                return Err(Error::CapacityChanged {
-                    map: layout.name,
-                    pinned: info.max_entries(),
-                    configured: layout.entries,
-                });
+            let converted = older.is_some_and(|older| older.converts(layout.name));
+            if found.max_entries() != layout.entries || converted {
+                differing.push(layout.name);
             }
         }
-        let Some(meta) = present.iter().find(|l| l.name == "META") else {
-            return Err(differs("META is missing".to_owned()));
-        };
-        let data = MapData::from_pin(self.map(meta.name))?;
-        let meta: Array<_, pod::Meta> = Map::Array(data).try_into()?;
-        let version = meta.get(&0, 0)?.0.abi_version;
-        // 0: the agent that made them was stopped before it had written anything.
-        if version != abi::ABI_VERSION && version != 0 {
-            return Err(differs(format!(
-                "their layout is version {version}, this build's is {}",
-                abi::ABI_VERSION
-            )));
+        if older.is_some() {
+            // It says which layout this is.
+            differing.push("META");
+            differing
+                .extend(layouts.iter().map(|l| l.name).filter(|name| !self.map(name).exists()));
         }
-        Ok(version != 0)
+        match differing.is_empty() {
+            true => Ok(Found::Fitting),
+            false => Ok(Found::Readable(Readable { older, differing })),
+        }
+    }
+
+    /// The layout that the maps say they are of; `None` where they don't.
+    pub(super) fn version(&self) -> Result<Option<u32>, Error> {
+        let path = self.map("META");
+        if !path.exists() {
+            return Ok(None);
+        }
+        let info = self.info("META")?;
+        let shape = (info.map_type().ok(), info.key_size(), info.value_size() as usize);
+        if shape != (Some(MapType::Array), 4, size_of::<abi::Meta>()) {
+            return Err(self.foreign("META is another program's"));
+        }
+        let meta: Array<_, pod::Meta> = Map::Array(MapData::from_pin(path)?).try_into()?;
+        Ok(Some(meta.get(&0, 0)?.0.abi_version))
+    }
+
+    /// What the kernel says of a pinned map.
+    pub(super) fn info(&self, name: &str) -> Result<MapInfo, Error> {
+        MapInfo::from_pin(self.map(name))
+            .map_err(|e| self.foreign(&format!("{name} can't be opened as a map: {e}")))
+    }
+
+    pub(super) fn foreign(&self, what: &str) -> Error {
+        Error::ForeignPins { path: self.maps(), what: what.to_owned() }
+    }
+
+    /// What is left to be done, if an earlier agent was ended after a switch to other maps.
+    pub(super) fn unfinished(&self) -> Option<After> {
+        let target = fs::read_link(self.maps().join(UNFINISHED)).ok()?;
+        Some(if target == carry_over() { After::CarryOver } else { After::Forget })
+    }
+
+    /// Removes maps beside those in force that an earlier agent has not got ready.
+    pub(super) fn discard(&self) -> io::Result<()> {
+        match self.unfinished() {
+            Some(_) => Ok(()),
+            None => remove_set(&self.root.join(BESIDE)),
+        }
+    }
+
+    /// Makes the directory beside the maps in force, with those of them that go on as they are.
+    pub(super) fn begin(&self, shared: impl Iterator<Item = &'static str>) -> Result<(), Error> {
+        self.discard()?;
+        let beside = self.beside();
+        fs::create_dir(beside.maps())?;
+        for name in shared {
+            fs::hard_link(self.map(name), beside.map(name))?;
+        }
+        Ok(())
+    }
+
+    /// Lets the maps beside those in force take their place, at once. The earlier ones stand
+    /// beside them then, until [`finish`](Self::finish).
+    pub(super) fn switch(&self, after: After) -> Result<(), Error> {
+        let (here, there) = (self.maps(), self.beside().maps());
+        let mark = match after {
+            After::CarryOver => carry_over(),
+            After::Forget => PathBuf::from("/dev/null"),
+        };
+        std::os::unix::fs::symlink(mark, there.join(UNFINISHED))?;
+        // Kernel 5.16, commit 3871cb8cf741.
+        renameat2(AT_FDCWD, &here, AT_FDCWD, &there, RenameFlags::RENAME_EXCHANGE)
+            .map_err(io::Error::from)?;
+        Ok(())
+    }
+
+    /// Removes what stands beside the maps in force after a switch.
+    pub(super) fn finish(&self) -> io::Result<()> {
+        remove_set(&self.root.join(BESIDE))?;
+        Failpoint::EarlierRemoved.pass();
+        match fs::remove_file(self.maps().join(UNFINISHED)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What an unfinished switch is marked with, if flows may have to be carried over.
+fn carry_over() -> PathBuf {
+    Path::new("..").join(BESIDE)
+}
+
+/// Names in a directory; none if it is not there.
+pub(super) fn names(directory: &Path) -> io::Result<Vec<String>> {
+    let entries = match fs::read_dir(directory) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries?,
+    };
+    let mut names = entries
+        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+        .collect::<io::Result<Vec<_>>>()?;
+    names.sort();
+    Ok(names)
+}
+
+/// Removes a directory of maps, if it is there.
+fn remove_set(directory: &Path) -> io::Result<()> {
+    for (at, name) in names(directory)?.iter().enumerate() {
+        if at == 1 {
+            Failpoint::EarlierHalfRemoved.pass();
+        }
+        fs::remove_file(directory.join(name))?;
+    }
+    match fs::remove_dir(directory) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
     }
 }
 
@@ -330,7 +505,7 @@ impl Made {
 pub(super) fn remove_all(root: &Path) -> io::Result<usize> {
     let pins = Pins::new(root);
     let mut removed = 0;
-    for directory in [pins.links(), pins.maps(), root.to_owned()] {
+    for directory in [pins.links(), pins.maps(), pins.beside().maps(), root.to_owned()] {
         let entries = match fs::read_dir(&directory) {
             Ok(entries) => entries,
             Err(e) if e.kind() == io::ErrorKind::NotFound => continue,

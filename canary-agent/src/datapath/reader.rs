@@ -84,6 +84,8 @@ impl Reader {
                 };
                 values.iter().fold(BackendCounters::default(), |sum, pod::BackendCounters(one)| {
                     let BackendCounters {
+                        #[cfg(feature = "next-abi")]
+                            moved: _,
                         packets,
                         bytes,
                         connections,
@@ -93,6 +95,8 @@ impl Reader {
                         exhausted_ns,
                     } = one;
                     BackendCounters {
+                        #[cfg(feature = "next-abi")]
+                        moved: 0,
                         packets: sum.packets + packets,
                         bytes: sum.bytes + bytes,
                         connections: sum.connections + connections,

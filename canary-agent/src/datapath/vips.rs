@@ -40,15 +40,21 @@ impl VipTable {
     }
 
     fn found(mapping: Mapping, slot_words: usize) -> Self {
-        let slots = mapping.words64().len() / slot_words;
-        let mut placement = Placement::new((slots as u32).saturating_sub(1));
-        for (slot, words) in mapping.words64().chunks_exact(slot_words).enumerate() {
+        let mut table = Self { mapping, slot_words, placement: Placement::new(0) };
+        table.reread();
+        table
+    }
+
+    /// Looks again at what stands in the table, which somebody else has filled.
+    pub(super) fn reread(&mut self) {
+        let slots = self.mapping.words64().len() / self.slot_words;
+        self.placement = Placement::new((slots as u32).saturating_sub(1));
+        for (slot, words) in self.mapping.words64().chunks_exact(self.slot_words).enumerate() {
             let key = VipKey(words[0].load(Ordering::Relaxed));
             if key != VipKey::default() {
-                placement.found(slot as u32, (slot_address(words), key));
+                self.placement.found(slot as u32, (slot_address(words), key));
             }
         }
-        Self { mapping, slot_words, placement }
     }
 
     /// Makes the table hold `wanted` and nothing else: first what is new or
@@ -134,6 +140,16 @@ fn service_in(words: &[AtomicU64]) -> abi::Service {
         std::array::from_fn(|i| words[1 + i].load(Ordering::Relaxed));
     // SAFETY: same size, and every bit pattern is a `Service`: integers only.
     unsafe { std::mem::transmute::<[u64; SERVICE_WORDS], abi::Service>(record) }
+}
+
+/// What a slot that was read as bytes holds; nothing if it is nobody's.
+pub(super) fn in_slot(bytes: &[u8]) -> Option<((Address, VipKey), abi::Service)> {
+    let (words, _) = bytes.as_chunks::<8>();
+    let words: Vec<AtomicU64> =
+        words.iter().map(|word| AtomicU64::new(u64::from_ne_bytes(*word))).collect();
+    let key = VipKey(words.first()?.load(Ordering::Relaxed));
+    let whole = words.len() > SERVICE_WORDS && key != VipKey::default();
+    whole.then(|| ((slot_address(&words), key), service_in(&words)))
 }
 
 /// The address in a slot: zero for IPv4, where it is part of the key.

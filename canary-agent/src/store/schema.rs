@@ -90,6 +90,13 @@ pub(super) enum Schema {
     Foreign,
 }
 
+/// The schema of a file, if it is newer than [`NEWEST`].
+pub(super) fn newer(connection: &Connection) -> rusqlite::Result<Option<i64>> {
+    let number = |pragma| connection.query_row(pragma, (), |row| row.get::<_, i64>(0));
+    let ours = number("PRAGMA application_id")? == APPLICATION_ID;
+    Ok(Some(number("PRAGMA user_version")?).filter(|found| ours && *found > NEWEST))
+}
+
 /// Brings `connection`'s file to the newest schema, in one transaction.
 pub(super) fn migrate(connection: &mut Connection) -> rusqlite::Result<Schema> {
     let state = |c: &Connection| -> rusqlite::Result<(i64, i64, i64)> {

@@ -57,6 +57,15 @@ impl SqliteStore {
         std::mem::take(&mut self.set_aside)
     }
 
+    /// What [`load`](StateStore::load) would say if a newer release has written the file; it is
+    /// only looked at. `None` also where it can't be.
+    pub fn newer_schema(&self) -> Option<StoreError> {
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(&self.path, flags).ok()?;
+        let found = schema::newer(&connection).ok()??;
+        Some(StoreError::NewerSchema { path: self.path.clone(), found, known: schema::NEWEST })
+    }
+
     /// Runs `work` on the open file, opening it first where needed. A file that
     /// turns out to be damaged is set aside and `work` runs on an empty one.
     fn with<T>(

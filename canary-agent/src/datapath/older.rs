@@ -1,0 +1,107 @@
+//! Layouts of older releases that this one reads.
+//!
+//! Each says what differs from the present layout; everything else is as it is now. What is not
+//! listed here is never read: see [`super::pins::Found`]. Whoever raises
+//! [`ABI_VERSION`](canary_ebpf_common::abi::ABI_VERSION) adds the layout that it was until then,
+//! if its maps can be carried over, and a test with that release's objects.
+
+use super::pins::Layout;
+
+/// Makes a present value of an older one, both as bytes.
+pub(super) type Convert = fn(&[u8], &mut [u8]);
+
+/// A layout of an older release.
+#[derive(Debug)]
+pub(super) struct Older {
+    version: u32,
+    maps: &'static [OlderMap],
+}
+
+/// A map that was another one.
+#[derive(Debug)]
+pub(super) struct OlderMap {
+    name: &'static str,
+    value_bytes: usize,
+    /// Makes a present value of one of then; of a per-CPU map's, one CPU's. `None` where nothing
+    /// of it can be carried over: the new map begins empty.
+    convert: Option<Convert>,
+}
+
+/// What becomes of a map's values.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Carry {
+    /// They mean the same.
+    AsTheyAre,
+    /// They are converted.
+    Converted(Convert),
+    /// They are not carried over.
+    Not,
+}
+
+impl Older {
+    /// Its version.
+    pub(super) const fn version(&self) -> u32 {
+        self.version
+    }
+
+    fn map(&self, name: &str) -> Option<&OlderMap> {
+        self.maps.iter().find(|map| map.name == name)
+    }
+
+    /// What a map looked like that is `layout` now.
+    pub(super) fn layout(&self, layout: &Layout) -> Layout {
+        let value_bytes = self.map(layout.name).map_or(layout.value_bytes, |map| map.value_bytes);
+        Layout { value_bytes, ..layout.clone() }
+    }
+
+    /// Whether a map's values are not what they were.
+    pub(super) fn converts(&self, name: &str) -> bool {
+        self.map(name).is_some()
+    }
+
+    /// What becomes of a map's values.
+    pub(super) fn carry(&self, name: &str) -> Carry {
+        match self.map(name) {
+            None => Carry::AsTheyAre,
+            Some(OlderMap { convert: Some(convert), .. }) => Carry::Converted(*convert),
+            Some(OlderMap { convert: None, .. }) => Carry::Not,
+        }
+    }
+}
+
+/// The layouts that are read. No release before this one has had another.
+#[cfg(not(feature = "next-abi"))]
+const KNOWN: &[Older] = &[];
+
+/// The layout that tests upgrade from reads the one of this release.
+#[cfg(feature = "next-abi")]
+const KNOWN: &[Older] = &[next::PRESENT];
+
+/// The layout of version `version`, if it is read.
+pub(super) fn known(version: u32) -> Option<&'static Older> {
+    KNOWN.iter().find(|older| older.version() == version)
+}
+
+/// What the tests' layout has to know of the real one: see `abi.rs` for what differs.
+#[cfg(feature = "next-abi")]
+mod next {
+    use canary_ebpf_common::abi::{ABI_VERSION, BackendCounters, NEXT_ABI};
+
+    use super::{Older, OlderMap};
+
+    pub(super) const PRESENT: Older = Older {
+        version: ABI_VERSION - NEXT_ABI,
+        maps: &[OlderMap {
+            name: "BACKEND_COUNTERS",
+            value_bytes: size_of::<BackendCounters>() - MOVED_BYTES,
+            convert: Some(moved),
+        }],
+    };
+
+    const MOVED_BYTES: usize = 8;
+
+    /// The same counters, behind the field that has come to stand before them.
+    fn moved(old: &[u8], new: &mut [u8]) {
+        new[MOVED_BYTES..].copy_from_slice(old);
+    }
+}
