@@ -113,6 +113,8 @@ fn build(out: &Path) -> Result<PathBuf, String> {
         // cargo must not rewrite it.
         .args(["--locked", "--package", "canary-ebpf", "--bins"])
         .args(["--profile", "ebpf", "--target", "bpfel-unknown-none"])
+        // What cargo says of this package's features.
+        .args(env::var_os("CARGO_FEATURE_NEXT_ABI").map(|_| "--features=next-abi"))
         .arg("--target-dir")
         .arg(&target)
         .output()

@@ -115,6 +115,15 @@ impl<'a> Agent<'a> {
         agent
     }
 
+    /// Goes on with another program of the workspace from the next start on.
+    ///
+    /// # Panics
+    /// It is not built.
+    #[track_caller]
+    pub fn upgrade(&mut self, name: &str) {
+        self.binary = binary::locate(name);
+    }
+
     /// Writes the configuration anew.
     ///
     /// # Panics

@@ -21,16 +21,28 @@ pub fn locate(name: &str) -> PathBuf {
     }
     let path = folder.join(name);
     let Some(built) = modified(&path) else {
-        panic!("{} is missing: build it first (cargo build -p canary-agent)", path.display());
+        panic!("{} is missing: build it first ({})", path.display(), how(name));
     };
     if let Some(newer) = newer_source(&path.with_extension("d"), built) {
         panic!(
-            "{} is older than {}: build it first (cargo build -p canary-agent)",
+            "{} is older than {}: build it first ({})",
             path.display(),
-            newer.display()
+            newer.display(),
+            how(name)
         );
     }
     path
+}
+
+/// What builds a program.
+fn how(name: &str) -> &'static str {
+    match name {
+        "canary-agent-next" => {
+            "cargo build --workspace --exclude canary-ebpf --features canary-agent/next-abi --bin \
+             canary-agent-next"
+        }
+        _ => "cargo build -p canary-agent",
+    }
 }
 
 fn modified(path: &Path) -> Option<SystemTime> {

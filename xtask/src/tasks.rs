@@ -103,6 +103,14 @@ fn test_all(workspace: &Path, args: &[String], tally: &mut Tally) -> Result<bool
     if !built.success() {
         bail!("the workspace does not build");
     }
+    let profile = args.iter().filter(|arg| *arg == "--release");
+    // The agent of another layout, with which that of the release trades places. Of all packages,
+    // so that what it depends on is not built with other features.
+    let next = ["--features", "canary-agent/next-abi", "--bin", "canary-agent-next"];
+    let built = supervise::run(cargo(workspace).arg("build").args(ALL).args(next).args(profile))?;
+    if !built.success() {
+        bail!("the agent of another layout does not build");
+    }
     let skip_log = SkipLog::new(workspace);
     let phases: &[&[&str]] = if chooses(args) {
         &[&[]]

@@ -27,3 +27,4 @@ mod splits;
 mod stickiness;
 mod support;
 mod udp;
+mod upgrade;

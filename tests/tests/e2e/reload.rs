@@ -39,7 +39,7 @@ use nix::{
 use crate::support::{Bench, ECHO, SHOP, Transport, Way, alone, service, settled, version};
 
 /// How many connections of each kind are held.
-const HELD: &[(Kind, u32)] = &[
+pub(crate) const HELD: &[(Kind, u32)] = &[
     (Kind::KeepAlive, 50),
     (Kind::Download, 20),
     (Kind::Fetch, 10),
@@ -58,7 +58,7 @@ const PAUSE: Duration = Duration::from_millis(10);
 const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Above this share of the connections' time that can't be judged a run says nothing.
-const UNMEASURED_MAX: f64 = 0.05;
+pub(crate) const UNMEASURED_MAX: f64 = 0.05;
 
 /// How long the agent may take to do what a signal asks for.
 fn wait_for_log(agent: &Agent<'_>, line: &str, times: usize) {
@@ -74,13 +74,13 @@ fn hang_up(agent: &Agent<'_>) {
 }
 
 /// New connections all the time, until it is told to stop.
-struct Fresh {
+pub(crate) struct Fresh {
     stop: Arc<AtomicBool>,
     workers: Vec<JoinHandle<(u64, Vec<String>)>>,
 }
 
 impl Fresh {
-    fn start(bench: &Bench, first: u32) -> Self {
+    pub(crate) fn start(bench: &Bench, first: u32) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let worker = |worker: u32| {
             let stopped = Arc::clone(&stop);
@@ -107,7 +107,7 @@ impl Fresh {
     }
 
     /// How many were made, and what became of those that failed.
-    fn finish(self) -> (u64, Vec<String>) {
+    pub(crate) fn finish(self) -> (u64, Vec<String>) {
         self.stop.store(true, Ordering::Relaxed);
         let (mut made, mut failed) = (0, Vec::new());
         for worker in self.workers {
