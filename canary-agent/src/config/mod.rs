@@ -6,7 +6,7 @@
 //! keys; it changes together with this module.
 //!
 //! The way of a file: `source` reads it, the `toml` crate parses it into a
-//! document with spans, `agent`, `service`, `versions` and `health` walk that with
+//! document with spans, `agent`, `service`, `versions`, `health` and `gate` walk that with
 //! the combinators of `walk` and the texts of `scalar`, `across` compares
 //! services, and `sink` collects what they find into [`Diagnostic`]s.
 //!
@@ -21,6 +21,7 @@ mod across;
 mod agent;
 mod diagnostic;
 pub mod difference;
+mod gate;
 mod health;
 pub mod model;
 mod outside;
@@ -118,19 +119,51 @@ pub fn load_bytes(
     build(&sources, sink, outside)
 }
 
+/// Reads the gates alone of the configuration whose main file is `path`: whatever else is in
+/// its files may be wrong, or not be there.
+///
+/// # Errors
+/// What is wrong with the gates, or why they can't be read.
+pub fn load_gates(path: &Path) -> Result<Vec<model::Gate>, Vec<Diagnostic>> {
+    let mut sink = Sink::default();
+    let sources = Sources::read(path, &mut sink);
+    let documents = parse_all(&sources, &mut sink);
+    let mut gates = Vec::new();
+    for (file, document) in &documents {
+        let mut root = Fields::new("", Span::whole(*file));
+        root.add(*file, document);
+        read_gates(&mut root, &mut gates, &mut sink);
+    }
+    gate::distinct(&gates, &mut sink);
+    match sink.failed() {
+        true => Err(sink.finish(&sources)),
+        false => Ok(gates.into_iter().map(|placed| placed.gate).collect()),
+    }
+}
+
+fn read_gates(root: &mut Fields<'_>, gates: &mut Vec<gate::Placed>, sink: &mut Sink) {
+    for node in root.take_all("gate") {
+        if node.is_table() {
+            sink.error(node.span, "gates are a list, not one table")
+                .help("write `[[gate]]`, with two brackets on each side");
+        }
+        for item in node.items() {
+            gates.extend(gate::read(&item, sink));
+        }
+    }
+}
+
 fn build(
     sources: &Sources,
     mut sink: Sink,
     outside: &dyn Outside,
 ) -> Result<Loaded, Vec<Diagnostic>> {
-    let documents: Vec<(usize, DeTable<'_>)> = sources
-        .texts()
-        .filter_map(|(file, text)| Some((file, parse(file, text, &mut sink)?)))
-        .collect();
+    let documents = parse_all(sources, &mut sink);
     let main = Span::whole(0);
 
     let mut agents: Vec<Node<'_>> = Vec::new();
     let mut services = Vec::new();
+    let mut gates = Vec::new();
     let mut no_service = true;
     for (file, document) in &documents {
         let mut root = Fields::new("", Span::whole(*file));
@@ -146,6 +179,7 @@ fn build(
                 services.extend(service::read(&item, outside, &mut sink));
             }
         }
+        read_gates(&mut root, &mut gates, &mut sink);
         root.finish(&mut sink);
     }
     let agent = agent::read(&agents, main, outside, &mut sink);
@@ -157,6 +191,7 @@ fn build(
         );
     }
     across::check(&agent, &services, &mut sink);
+    gate::distinct(&gates, &mut sink);
 
     let failed = sink.failed();
     let diagnostics = sink.finish(sources);
@@ -167,10 +202,17 @@ fn build(
         config: Config {
             agent: agent.agent,
             services: services.into_iter().map(|placed| placed.service).collect(),
+            gates: gates.into_iter().map(|placed| placed.gate).collect(),
         },
         warnings: diagnostics,
         files: sources.paths().map(Path::to_owned).collect(),
     })
+}
+
+/// The document of each file that can be read.
+fn parse_all<'t>(sources: &'t Sources, sink: &mut Sink) -> Vec<(usize, DeTable<'t>)> {
+    let texts = sources.texts();
+    texts.filter_map(|(file, text)| Some((file, parse(file, text, sink)?))).collect()
 }
 
 /// The document, or as much of it as a syntax error leaves.

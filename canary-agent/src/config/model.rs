@@ -22,6 +22,8 @@ pub struct Config {
     pub agent: Agent,
     /// `[[service]]`, in the order of the files.
     pub services: Vec<Service>,
+    /// `[[gate]]`, in the order of the files.
+    pub gates: Vec<Gate>,
 }
 
 /// `[agent]`: where the agent works and what it may use.
@@ -282,4 +284,100 @@ pub struct Backend {
     pub addr: SocketAddr,
     /// Share of the version's buckets relative to the others'; 0: no new connections.
     pub weight: u32,
+}
+
+/// `[[gate]]`: when a rollout's step has passed, and when it has failed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Gate {
+    /// Its name.
+    pub name: String,
+    /// Chance of failing a canary that is no worse than `tolerate`.
+    pub alpha: f64,
+    /// Chance of passing one that is worse than `pass_below`.
+    pub beta: f64,
+    /// Before that it does not pass.
+    pub min_duration: Duration,
+    /// From then on it is decided no more.
+    pub deadline: Duration,
+    /// What it looks at; at least one of them decides.
+    pub signals: Vec<Signal>,
+}
+
+/// One of `gate.signals`.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Signal {
+    /// What connections did, counted.
+    Kernel(KernelSignal),
+    /// What Prometheus answers.
+    Prometheus(PrometheusSignal),
+}
+
+/// A signal that is counted, and how much more of it the canary may have.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct KernelSignal {
+    /// What is counted.
+    pub kind: SignalKind,
+    /// With `slow_handshake`: the part of control's handshakes that is quicker than its
+    /// threshold, in thousandths.
+    pub quantile_permille: Option<u16>,
+    /// Ratio of the canary's rate to control's up to which it is no worse.
+    pub tolerate: f64,
+    /// Ratio below which the canary is to be shown to lie.
+    pub pass_below: f64,
+    /// Whether it is only shown, and never decides.
+    pub observe: bool,
+}
+
+/// A query, and the value above which the canary is bad.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PrometheusSignal {
+    /// Address of the server.
+    pub url: String,
+    /// In PromQL.
+    pub query: String,
+    /// A value above this one is bad.
+    pub above: f64,
+    /// Whether it is only shown, and never decides.
+    pub observe: bool,
+}
+
+/// What a connection can do that is counted for each version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum SignalKind {
+    /// No completed handshake in 3 s, or a reset in answer to the SYN.
+    ConnectFailed,
+    /// Its SYN was sent again.
+    SynRetransmit,
+    /// Its handshake took longer than a threshold.
+    SlowHandshake,
+    /// The server reset it.
+    ServerReset,
+    /// The client reset it.
+    ClientReset,
+    /// It ended soon after it had begun.
+    ShortFlow,
+}
+
+impl SignalKind {
+    /// All of them.
+    pub const ALL: [Self; 6] = [
+        Self::ConnectFailed,
+        Self::SynRetransmit,
+        Self::SlowHandshake,
+        Self::ServerReset,
+        Self::ClientReset,
+        Self::ShortFlow,
+    ];
+
+    /// As the configuration writes it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::ConnectFailed => "connect_failed",
+            Self::SynRetransmit => "syn_retransmit",
+            Self::SlowHandshake => "slow_handshake",
+            Self::ServerReset => "server_reset",
+            Self::ClientReset => "client_reset",
+            Self::ShortFlow => "short_flow",
+        }
+    }
 }

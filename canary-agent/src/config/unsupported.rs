@@ -4,7 +4,7 @@
 //! something. A release that brings one deletes its line here.
 
 /// Keys, with the tables that they are in.
-const KEYS: &[&str] = &["audience", "rollout", "gate", "service.route", "service.mss"];
+const KEYS: &[&str] = &["audience", "rollout", "service.route", "service.mss"];
 
 /// Values of `service.forward`.
 const FORWARDS: &[&str] = &["ipip", "gue"];

@@ -227,6 +227,33 @@ impl<'a> Node<'a> {
         value
     }
 
+    /// A number, whole or not, that is finite.
+    pub(super) fn float(&self, sink: &mut Sink) -> Option<f64> {
+        let value = match self.value {
+            DeValue::Integer(number) => i64::from_str_radix(number.as_str(), number.radix())
+                .ok()
+                .map(|number| number as f64),
+            DeValue::Float(number) => number.as_str().parse::<f64>().ok(),
+            DeValue::String(text) => {
+                let finding = self.mismatch("a number", sink);
+                let percent = text.strip_suffix('%').map(str::trim_end);
+                if let Some(percent) = percent.and_then(|text| text.parse::<f64>().ok()) {
+                    finding.help(format!("write `{}`", percent / 100.0));
+                }
+                return None;
+            }
+            _ => {
+                self.mismatch("a number", sink);
+                return None;
+            }
+        };
+        let finite = value.filter(|value| value.is_finite());
+        if finite.is_none() {
+            sink.error(self.span, format!("`{}` must be a finite number", self.name));
+        }
+        finite
+    }
+
     /// The items of a list; anything else stands for a list of itself.
     pub(super) fn items(&self) -> Vec<Node<'a>> {
         match self.value {

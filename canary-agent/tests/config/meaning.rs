@@ -6,8 +6,9 @@ use std::{path::Path, time::Duration};
 use canary_agent::config::{
     load_bytes, load_str,
     model::{
-        Agent, Ask, Backend, Capacity, Check, Config, Existing, Fallback, Forward, Health, Http,
-        Operators, Port, Protocol, Service, Stickiness, Timing, Tls, Version, Via, XdpMode,
+        Agent, Ask, Backend, Capacity, Check, Config, Existing, Fallback, Forward, Gate, Health,
+        Http, KernelSignal, Operators, Port, PrometheusSignal, Protocol, Service, Signal,
+        SignalKind, Stickiness, Timing, Tls, Version, Via, XdpMode,
     },
     render,
 };
@@ -97,8 +98,58 @@ fn the_contracts_example_is_read_whole() {
             Version { name: "v2".into(), backends: vec![backend("10.0.2.1:8443", 1)] },
         ],
     };
-    let expected = Config { agent: default_agent(&["eth0", "eth1"]), services: vec![service] };
+    let expected = Config {
+        agent: default_agent(&["eth0", "eth1"]),
+        services: vec![service],
+        gates: vec![l4()],
+    };
     assert_eq!(loaded.config, expected);
+}
+
+fn l4() -> Gate {
+    let kernel = |kind, tolerate, pass_below| KernelSignal {
+        kind,
+        quantile_permille: (kind == SignalKind::SlowHandshake).then_some(950),
+        tolerate,
+        pass_below,
+        observe: false,
+    };
+    let reset = KernelSignal { observe: true, ..kernel(SignalKind::ServerReset, 1.5, 3.75) };
+    Gate {
+        name: "l4".into(),
+        alpha: 0.01,
+        beta: 0.05,
+        min_duration: Duration::from_secs(300),
+        deadline: Duration::from_secs(3600),
+        signals: vec![
+            Signal::Kernel(kernel(SignalKind::ConnectFailed, 1.2, 3.0)),
+            Signal::Kernel(kernel(SignalKind::SlowHandshake, 1.2, 1.5)),
+            Signal::Kernel(reset),
+            Signal::Prometheus(PrometheusSignal {
+                url: "http://127.0.0.1:9090".into(),
+                query: "…".into(),
+                above: 0.01,
+                observe: false,
+            }),
+        ],
+    }
+}
+
+#[test]
+fn what_a_gate_leaves_out_has_its_default() {
+    let signals = |text: &str| {
+        let text = format!("{AGENT}{SERVICE}[[gate]]\nname = \"g\"\nsignals = {text}");
+        good(&text).config.gates.remove(0)
+    };
+    let gate = signals("{ name = \"slow_handshake\" }");
+    let Signal::Kernel(only) = &gate.signals[0] else { panic!("{gate:?}") };
+    assert_eq!((gate.alpha, gate.beta), (0.01, 0.05));
+    assert_eq!((gate.min_duration.as_secs(), gate.deadline.as_secs()), (300, 3600));
+    assert_eq!((only.tolerate, only.pass_below, only.observe), (1.2, 3.0, false));
+    assert_eq!(only.quantile_permille, Some(950));
+    let gate = signals("[{ name = \"slow_handshake\", over = \"control:p99.9\", tolerate = 2 }]");
+    let Signal::Kernel(only) = &gate.signals[0] else { panic!("{gate:?}") };
+    assert_eq!((only.quantile_permille, only.pass_below), (Some(999), 5.0));
 }
 
 /// Clients stay in their buckets only as long as this does not change.

@@ -71,11 +71,24 @@ fn document() -> impl Strategy<Value = String> {
         "drain",
         "control",
         "audience",
+        "gate",
+        "alpha",
+        "deadline",
+        "signals",
+        "over",
+        "tolerate",
+        "pass_below",
+        "observe",
+        "prometheus",
+        "query",
+        "above",
     ];
     let scalar = prop_oneof![
         any::<i64>().prop_map(|n| n.to_string()),
         any::<bool>().prop_map(|b| b.to_string()),
         Just("nan".to_owned()),
+        Just("0.01".to_owned()),
+        Just("1.5".to_owned()),
         Just("1979-05-27".to_owned()),
         prop::sample::select(vec![
             "10.0.0.1:80",
@@ -86,6 +99,10 @@ fn document() -> impl Strategy<Value = String> {
             "30s",
             "stable",
             "eth0",
+            "connect_failed",
+            "slow_handshake",
+            "control:p95",
+            "http://127.0.0.1:9090",
             "",
         ])
         .prop_map(|s| format!("\"{s}\"")),
@@ -108,6 +125,7 @@ fn document() -> impl Strategy<Value = String> {
         "[[service]]",
         "[service.versions.stable]",
         "[service.health]",
+        "[[gate]]",
         "",
     ]);
     let section = (header, prop::collection::btree_map(key, value, 0..6));

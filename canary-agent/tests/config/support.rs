@@ -10,7 +10,7 @@ pub(crate) const AGENT: &str = "[agent]\ninterfaces = [\"eth0\"]\n";
 pub(crate) const SERVICE: &str = "[[service]]\nname = \"other\"\nvip = \"192.0.2.99\"\nports = \"tcp/9\"\n\
                        versions.stable.backends = \"10.9.9.9:9\"\n";
 
-/// What the contract's example says of agent, services and versions.
+/// What the contract's example says of agent, services, versions and gates.
 pub(crate) const EXAMPLE: &str = r#"
 [agent]
 interfaces = ["eth0", "eth1"]     # the program is attached to each; with `nat` those towards the backends too
@@ -37,6 +37,19 @@ backends = ["10.0.1.1:8443", { addr = "10.0.1.2:8443", weight = 2 }, "[2001:db8:
 
 [service.versions.v2]
 backends = ["10.0.2.1:8443"]
+
+[[gate]]
+name         = "l4"
+alpha        = 0.01
+beta         = 0.05
+min_duration = "5m"
+deadline     = "1h"
+signals = [
+  { name = "connect_failed",  tolerate = 1.2, pass_below = 3.0 },
+  { name = "slow_handshake",  over = "control:p95", tolerate = 1.2, pass_below = 1.5 },
+  { name = "server_reset",    tolerate = 1.5, observe = true },
+  { prometheus = "http://127.0.0.1:9090", query = "…", above = 0.01 },
+]
 "#;
 
 /// A certificate of an authority, as a PEM file.

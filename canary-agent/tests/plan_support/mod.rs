@@ -34,6 +34,7 @@ pub(crate) fn config(services: Vec<Service>) -> Config {
             log: "info".to_owned(),
         },
         services,
+        gates: Vec::new(),
     }
 }
 
