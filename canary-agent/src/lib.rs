@@ -13,5 +13,6 @@ pub mod failpoint;
 pub mod health;
 pub mod plan;
 pub mod resolve;
+pub mod rollout;
 pub mod store;
 pub mod telemetry;

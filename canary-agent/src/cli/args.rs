@@ -3,12 +3,13 @@
 use std::{
     net::{IpAddr, SocketAddr},
     path::PathBuf,
+    time::Duration,
 };
 
 use canary_ebpf_common::share::Share;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::telemetry::LogFormat;
+use crate::{config, telemetry::LogFormat};
 
 /// Where the configuration is, if nobody says otherwise.
 pub(super) const DEFAULT_CONFIG: &str = "/etc/canary/agent.toml";
@@ -98,6 +99,11 @@ pub(super) enum Command {
     Events(Events),
     /// Say where a client's connections go, and why
     Explain(Explain),
+    /// Run a gate over recorded windows
+    ///
+    /// For each line, prints the natural logarithms of both statistics and the verdict so far.
+    /// Needs no daemon; reads the gates of the configuration, and nothing else of it.
+    Replay(Replay),
     /// Take the program off the interfaces and remove the pins
     ///
     /// Traffic to the services is no longer steered after this. The daemon must
@@ -309,6 +315,20 @@ pub(super) struct Explain {
     pub(super) protocol: Option<Transport>,
 }
 
+/// `replay`.
+#[derive(Args, Debug)]
+pub(super) struct Replay {
+    /// Recording: CSV with the header window,signal,share,control,canary; - for standard input
+    pub(super) file: PathBuf,
+    /// The gate
+    #[arg(long, value_name = "NAME")]
+    pub(super) gate: String,
+    /// What one more in `window` lasts: 1s where it is a time in seconds, the length of a
+    /// window where windows are counted
+    #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = length)]
+    pub(super) every: Duration,
+}
+
 /// `detach`.
 #[derive(Args, Debug)]
 pub(super) struct Detach {
@@ -360,6 +380,14 @@ impl std::str::FromStr for Assignment {
         let share = if share == "0" { "0%" } else { share };
         share.parse::<Share>().map_err(|error| error.to_string())?;
         Ok(Self { version: version.to_owned(), share: share.to_owned() })
+    }
+}
+
+/// The length of a window.
+fn length(text: &str) -> Result<Duration, String> {
+    match config::duration(text)? {
+        Duration::ZERO => Err("a window lasts longer than that".to_owned()),
+        length => Ok(length),
     }
 }
 

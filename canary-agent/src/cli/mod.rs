@@ -1,7 +1,7 @@
 //! The commands of `canary-agent`.
 //!
-//! Owns the command line, what is printed, and exit codes. All but `run`, `check`
-//! and `detach` only speak to the control socket; what they show is what any
+//! Owns the command line, what is printed, and exit codes. All but `run`, `check`,
+//! `replay` and `detach` only speak to the control socket; what they show is what any
 //! program can read there. Must not know of maps or plans.
 //!
 //! Results go to standard output. Errors go to standard error for people; with
@@ -20,6 +20,7 @@ mod explain;
 mod failure;
 mod generate;
 mod reload;
+mod replay;
 mod settings;
 mod split;
 mod status;
@@ -116,6 +117,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         }
         Command::Events(asked) => wait_for(events::run(&client(&global), asked, json))?,
         Command::Explain(query) => wait_for(explain::run(&client(&global), query, json))?,
+        Command::Replay(asked) => replay::run(&global.config, &asked, json)?,
         Command::Detach(detach) => {
             let client = client(&global);
             detach::run(&global.config, &client, detach.dry_run, json)?;

@@ -431,11 +431,12 @@ fn every_shell_gets_its_completions() {
     assert_eq!(code(&run(&["completions", "tcsh"])), 2);
 }
 
-const COMMANDS: [&str; 16] = [
+const COMMANDS: [&str; 17] = [
     "run",
     "check",
     "diff",
     "reload",
+    "replay",
     "status",
     "split",
     "backend",

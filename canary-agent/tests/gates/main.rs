@@ -1,0 +1,10 @@
+//! Gates from outside: evidence against an independent reckoning, verdicts, recordings, and
+//! simulated rollouts.
+
+mod evidence;
+mod exact;
+mod replay;
+mod rivals;
+mod sample_ratio;
+mod simulation;
+mod verdict;

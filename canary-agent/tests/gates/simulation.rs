@@ -1,0 +1,376 @@
+//! Rollouts, simulated with the gate itself, and with what others decide by.
+//!
+//! Every run lasts an hour and is looked at every second. `CANARY_SIMULATIONS` sets how many
+//! runs each case has, `CANARY_SEED` where the random numbers begin; with `--nocapture` the
+//! tables of `docs/gates.md` are printed.
+
+use std::{env, fmt::Write as _, time::Duration};
+
+use canary_agent::{
+    config::model::{self, SignalKind::ConnectFailed},
+    rollout::gate::{Counts, Gate, Verdict, Window},
+};
+use rand_distr::{Binomial, Distribution, Poisson};
+use rand_pcg::{Pcg64Mcg, rand_core::SeedableRng};
+
+use crate::{
+    rivals::{Measured, Rivals},
+    verdict::{config, signal},
+};
+
+/// Runs of a case, unless `CANARY_SIMULATIONS` says otherwise: seconds in a debug build.
+const RUNS: usize = 20;
+const SEED: u64 = 0x0ca1_7a91;
+const SECONDS: u64 = 3600;
+/// New connections a second, of both versions.
+const RATE: f64 = 2000.0;
+const ALPHA: f64 = 0.01;
+
+fn runs() -> usize {
+    let runs = env::var("CANARY_SIMULATIONS").ok();
+    runs.map_or(RUNS, |runs| runs.parse().expect("CANARY_SIMULATIONS is a number"))
+}
+
+pub(crate) fn seed() -> u64 {
+    let seed = env::var("CANARY_SEED").ok();
+    seed.map_or(SEED, |seed| seed.parse().expect("CANARY_SEED is a number"))
+}
+
+pub(crate) fn random(stream: u64) -> Pcg64Mcg {
+    Pcg64Mcg::seed_from_u64(seed() ^ stream.wrapping_mul(0x9e37_79b9_7f4a_7c15))
+}
+
+pub(crate) fn binomial(rng: &mut Pcg64Mcg, of: u64, chance: f64) -> u64 {
+    Binomial::new(of, chance).expect("a chance").sample(rng)
+}
+
+fn poisson(rng: &mut Pcg64Mcg, mean: f64) -> u64 {
+    match mean > 0.0 {
+        true => Poisson::new(mean).expect("a mean").sample(rng) as u64,
+        false => 0,
+    }
+}
+
+/// What the world does in a second.
+struct Second {
+    /// The canary's part of the connections.
+    share: f64,
+    /// Chance that a connection fails, on control.
+    base: f64,
+    /// How many times that on the canary.
+    ratio: f64,
+    /// How many times [`RATE`] connections there are.
+    traffic: f64,
+    /// Bursts a second: one client that fails so many times in it.
+    bursts: f64,
+    failures_in_burst: u64,
+}
+
+impl Second {
+    fn quiet(share: f64, base: f64, ratio: f64) -> Self {
+        Self { share, base, ratio, traffic: 1.0, bursts: 0.0, failures_in_burst: 1 }
+    }
+
+    fn events(&self, rng: &mut Pcg64Mcg) -> (u64, u64) {
+        let Self { share, base, ratio, traffic, bursts, failures_in_burst } = *self;
+        let control = poisson(rng, RATE * traffic * (1.0 - share) * base);
+        let canary = poisson(rng, RATE * traffic * share * (base * ratio).min(1.0));
+        let clients = poisson(rng, bursts);
+        let on_canary = if clients > 0 { binomial(rng, clients, share) } else { 0 };
+        (
+            control + (clients - on_canary) * failures_in_burst,
+            canary + on_canary * failures_in_burst,
+        )
+    }
+}
+
+/// How one run ended.
+#[derive(Clone, Copy, Default)]
+struct Ended {
+    /// Second of the abort, and the canary's connections by then.
+    aborted: Option<(u64, f64)>,
+    passed: bool,
+    /// Aborts of [`Rivals::NAMES`].
+    rivals: [Option<(u64, f64)>; 3],
+}
+
+fn simulate(
+    terms: &model::Gate,
+    world: &dyn Fn(u64) -> Second,
+    with_rivals: bool,
+    rng: &mut Pcg64Mcg,
+) -> Ended {
+    let mut gate = Gate::new(terms);
+    let mut rivals = Rivals::new(ALPHA);
+    let mut ended = Ended::default();
+    let mut canary_connections = 0.0;
+    for second in 1..=SECONDS {
+        let now = world(second);
+        let (control_events, canary_events) = now.events(rng);
+        let connections = RATE * now.traffic;
+        canary_connections += connections * now.share;
+        if gate.verdict().is_none() {
+            let counts = Counts { share: now.share, control_events, canary_events };
+            let verdict = gate.watch(&Window {
+                elapsed: Duration::from_secs(second),
+                watched: Duration::from_secs(1),
+                complete: true,
+                counts: &[(ConnectFailed, counts)],
+            });
+            match verdict {
+                Some(Verdict::Fail) => ended.aborted = Some((second, canary_connections)),
+                Some(Verdict::Pass) => ended.passed = true,
+                Some(Verdict::Inconclusive | Verdict::NoData) | None => {}
+            }
+        }
+        if with_rivals {
+            let aborts = rivals.watch(&Measured {
+                control_connections: connections * (1.0 - now.share),
+                canary_connections: connections * now.share,
+                control_events,
+                canary_events,
+            });
+            for (ended, aborts) in ended.rivals.iter_mut().zip(aborts) {
+                if aborts && ended.is_none() {
+                    *ended = Some((second, canary_connections));
+                }
+            }
+        } else if gate.verdict().is_some() {
+            break;
+        }
+    }
+    ended
+}
+
+fn many(
+    stream: u64,
+    terms: &model::Gate,
+    world: &dyn Fn(u64) -> Second,
+    with_rivals: bool,
+) -> Vec<Ended> {
+    let mut rng = random(stream);
+    (0..runs()).map(|_| simulate(terms, world, with_rivals, &mut rng)).collect()
+}
+
+/// A gate that can only fail for an hour: one that has passed can't fail any more, which would
+/// flatter it.
+fn only_failing() -> model::Gate {
+    let min_duration = Duration::from_secs(SECONDS - 1);
+    model::Gate { min_duration, alpha: ALPHA, ..config(vec![signal(ConnectFailed, false)]) }
+}
+
+fn usual() -> model::Gate {
+    model::Gate { alpha: ALPHA, ..config(vec![signal(ConnectFailed, false)]) }
+}
+
+/// Wilson's interval for a proportion, at 95 %.
+fn interval(hits: usize, of: usize) -> (f64, f64) {
+    let (hits, of, z) = (hits as f64, of as f64, 1.96_f64);
+    let middle = hits + z * z / 2.0;
+    let width = z * (hits * (of - hits) / of + z * z / 4.0).sqrt();
+    (((middle - width) / (of + z * z)).max(0.0), (middle + width) / (of + z * z))
+}
+
+fn percent(fraction: f64) -> String {
+    match fraction {
+        0.0 => "0 %".to_owned(),
+        1.0 => "100 %".to_owned(),
+        f if f < 0.01 => format!("{:.2} %", f * 100.0),
+        f => format!("{:.1} %", f * 100.0),
+    }
+}
+
+fn fault(ratio: f64) -> String {
+    match ratio {
+        1.0 => "none".to_owned(),
+        _ => format!("×{ratio}"),
+    }
+}
+
+/// How often of all, with its interval where there is anything to say.
+fn rate(hits: usize, of: usize) -> String {
+    let (low, high) = interval(hits, of);
+    format!("{} ({} to {})", percent(hits as f64 / of as f64), percent(low), percent(high))
+}
+
+fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
+}
+
+fn table(title: &str, head: &str, rows: &str) {
+    let columns = head.matches('|').count() - 1;
+    println!(
+        "\n{title}: {} runs a case, seed {}\n\n{head}\n|{}\n{rows}",
+        runs(),
+        seed(),
+        " --- |".repeat(columns)
+    );
+}
+
+/// A healthy canary, whatever its share, its traffic and its luck: no more aborts than α,
+/// unless by a chance of one in a million.
+fn assert_few_aborts(name: &str, aborts: usize, of: usize) {
+    // The chance of so many or more, if α is what it is.
+    let below: f64 = (0..aborts)
+        .map(|k| {
+            let choose: f64 = (0..k).map(|i| ((of - i) as f64 / (i + 1) as f64).ln()).sum();
+            (choose + k as f64 * ALPHA.ln() + (of - k) as f64 * (1.0 - ALPHA).ln()).exp()
+        })
+        .sum();
+    assert!(1.0 - below > 1e-6, "{name}: {aborts} of {of} healthy canaries failed");
+}
+
+#[test]
+fn healthy_canaries_are_not_aborted_at_any_base_rate_and_share() {
+    let terms = only_failing();
+    let mut rows = String::new();
+    for (stream, base) in [0.0001, 0.0005, 0.002, 0.01, 0.05].into_iter().enumerate() {
+        let _ = write!(rows, "| {} |", percent(base));
+        for (at, share) in [0.001, 0.01, 0.05, 0.2, 0.5].into_iter().enumerate() {
+            let world = |_| Second::quiet(share, base, 1.0);
+            let all = many(100 + 10 * stream as u64 + at as u64, &terms, &world, false);
+            let aborts = all.iter().filter(|ended| ended.aborted.is_some()).count();
+            assert_few_aborts(&format!("{base} at {share}"), aborts, all.len());
+            let _ = write!(rows, " {} |", rate(aborts, all.len()));
+        }
+        rows.push('\n');
+    }
+    table("False aborts", "| base rate | share 0.1 % | 1 % | 5 % | 20 % | 50 % |", &rows);
+}
+
+#[test]
+fn healthy_canaries_are_not_aborted_by_what_happens_to_both() {
+    let base = 0.002;
+    let quiet = |share| Second::quiet(share, base, 1.0);
+    // One client in 300 s that fails thirty times at once, counted once or every time.
+    let burst = |failures_in_burst| {
+        let rare = move || Second::quiet(0.05, 0.0001, 1.0);
+        move |_| Second { bursts: 1.0 / 300.0, failures_in_burst, ..rare() }
+    };
+    let ramp =
+        |second: u64| quiet([0.001, 0.01, 0.05, 0.25, 0.5][(second * 5 / (SECONDS + 1)) as usize]);
+    let day = |second: u64| {
+        let turn = (second as f64 / SECONDS as f64 * std::f64::consts::TAU).sin();
+        let rush = Second::quiet(0.05, base * 10_f64.powf(turn), 1.0);
+        Second { traffic: 10_f64.powf(turn) / 4.0, ..rush }
+    };
+    let outage = |second: u64| {
+        Second::quiet(0.05, if (1200..1260).contains(&second) { base * 50.0 } else { base }, 1.0)
+    };
+    let tolerated = |share: f64| move |_: u64| Second::quiet(share, base, 1.2);
+    let cases: [(&str, &dyn Fn(u64) -> Second); 8] = [
+        ("share 0.1 to 1, 5, 25, 50 %", &ramp),
+        ("traffic and base rate swing by 100 as over a day", &day),
+        ("a minute in which both fail 50 times as often", &outage),
+        ("base rate 0.01 %, one client in 300 s fails 30 times at once, counted once", &burst(1)),
+        ("worse by just what is tolerated, share 0.1 %", &tolerated(0.001)),
+        ("worse by just what is tolerated, share 5 %", &tolerated(0.05)),
+        ("worse by just what is tolerated, share 50 %", &tolerated(0.5)),
+        (
+            "base rate 0.01 %, one client in 300 s fails 30 times at once, counted 30 times",
+            &burst(30),
+        ),
+    ];
+    let terms = only_failing();
+    let mut rows = String::new();
+    for (stream, (name, world)) in cases.into_iter().enumerate() {
+        let all = many(200 + stream as u64, &terms, world, false);
+        let aborts = all.iter().filter(|ended| ended.aborted.is_some()).count();
+        let _ = writeln!(rows, "| {name} | {} |", rate(aborts, all.len()));
+        if stream + 1 < cases.len() {
+            assert_few_aborts(name, aborts, all.len());
+        } else {
+            // Why a client counts once: the test knows of events that do not cause each other.
+            assert!(aborts * 20 > all.len(), "{name}: {aborts} of {}", all.len());
+        }
+    }
+    table(
+        "False aborts at a base rate of 0.2 % and a share of 5 %",
+        "| what | false aborts |",
+        &rows,
+    );
+}
+
+#[test]
+fn faults_are_found_and_how_soon() {
+    let mut rows = String::new();
+    let mut stream = 300;
+    for (base, share) in [(0.0005, 0.05), (0.002, 0.01), (0.002, 0.05), (0.002, 0.5), (0.01, 0.05)]
+    {
+        for ratio in [1.0, 2.0, 3.0, 5.0, 20.0] {
+            stream += 1;
+            let all = many(stream, &usual(), &|_| Second::quiet(share, base, ratio), false);
+            let found: Vec<(u64, f64)> = all.iter().filter_map(|ended| ended.aborted).collect();
+            let passed = all.iter().filter(|ended| ended.passed).count();
+            let seconds = median(found.iter().map(|(second, _)| *second as f64).collect());
+            let connections = median(found.iter().map(|(_, connections)| *connections).collect());
+            let shown =
+                |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.0}"));
+            let part = |count: usize| percent(count as f64 / all.len() as f64);
+            let _ = writeln!(
+                rows,
+                "| {} | {} | {} | {} | {} | {} | {} |",
+                percent(base),
+                percent(share),
+                fault(ratio),
+                part(found.len()),
+                part(passed),
+                shown(connections),
+                shown(seconds),
+            );
+            if (base, share, ratio) == (0.002, 0.05, 5.0) {
+                assert_eq!(found.len(), all.len());
+                assert!(connections.expect("found") <= 1_500.0, "{connections:?}");
+            }
+            if ratio == 20.0 && base >= 0.002 && share >= 0.05 {
+                assert_eq!(found.len(), all.len());
+                assert!(seconds.expect("found") <= 2.0, "{seconds:?}");
+            }
+            if ratio >= 3.0 {
+                assert!(passed * 10 <= all.len(), "×{ratio} at {base}: {passed} passed");
+            }
+        }
+    }
+    table(
+        "Faults",
+        "| base rate | share | fault | failed | passed | median canary connections | median seconds |",
+        &rows,
+    );
+}
+
+#[test]
+fn others_fail_healthy_canaries_or_find_less() {
+    let (base, share) = (0.002, 0.05);
+    let mut rows = String::new();
+    let mut healthy = [0; 4];
+    for (stream, ratio) in [1.0, 2.0, 3.0, 5.0, 20.0].into_iter().enumerate() {
+        let world = |_| Second::quiet(share, base, ratio);
+        let all = many(400 + stream as u64, &only_failing(), &world, true);
+        let _ = write!(rows, "| {} |", fault(ratio));
+        for (which, healthy) in healthy.iter_mut().enumerate() {
+            let aborted = |ended: &Ended| match which {
+                0 => ended.aborted,
+                rival => ended.rivals[rival - 1],
+            };
+            let found: Vec<(u64, f64)> = all.iter().filter_map(aborted).collect();
+            if ratio == 1.0 {
+                *healthy = found.len();
+            }
+            let after = median(found.iter().map(|(_, connections)| *connections).collect());
+            let after = after.map_or(String::new(), |after| format!(", {after:.0}"));
+            let _ = write!(rows, " {}{after} |", percent(found.len() as f64 / all.len() as f64));
+        }
+        rows.push('\n');
+    }
+    assert_few_aborts("the gate", healthy[0], runs());
+    // Why none of them will do.
+    assert!(healthy[1] * 10 > runs() * 9, "the fixed threshold: {healthy:?}");
+    assert!(healthy[2] * 20 > runs(), "repeated z-tests: {healthy:?}");
+    let head = Rivals::NAMES.join(" | ");
+    table(
+        "Aborts, and canary connections until then (median), at a base rate of 0.2 % and a share of 5 %",
+        &format!("| fault | gate | {head} |"),
+        &rows,
+    );
+}
