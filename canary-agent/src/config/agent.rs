@@ -57,10 +57,12 @@ pub(super) struct Placed {
     pub capacity: BTreeMap<&'static str, Span>,
 }
 
-/// Reads `[agent]` from all its parts; `main` stands for the main file.
+/// Reads `[agent]` from all its parts; `main` stands for the main file. Where there is
+/// `no_service`, there need be no interface either.
 pub(super) fn read(
     parts: &[Node<'_>],
     main: Span,
+    no_service: bool,
     outside: &dyn Outside,
     sink: &mut Sink,
 ) -> Placed {
@@ -76,7 +78,7 @@ pub(super) fn read(
         }
     }
 
-    let interfaces = interfaces(&mut fields, whole, sink);
+    let interfaces = interfaces(&mut fields, whole, no_service, sink);
     let xdp_mode = fields.take("xdp_mode", sink).and_then(|node| {
         node.choice(
             sink,
@@ -118,7 +120,12 @@ pub(super) fn read(
     }
 }
 
-fn interfaces(fields: &mut Fields<'_>, whole: bool, sink: &mut Sink) -> Vec<String> {
+fn interfaces(
+    fields: &mut Fields<'_>,
+    whole: bool,
+    no_service: bool,
+    sink: &mut Sink,
+) -> Vec<String> {
     let span = fields.span;
     let Some(node) = fields.take("interfaces", sink) else {
         // Where some of `[agent]` could not be read, they may be in it.
@@ -131,7 +138,9 @@ fn interfaces(fields: &mut Fields<'_>, whole: bool, sink: &mut Sink) -> Vec<Stri
         return Vec::new();
     };
     let list = node.list(sink, |item, sink| item.parse(sink, scalar::interface));
-    if list.complete && list.items.is_empty() {
+    // A configuration that steers nothing, such as the one that comes with a package, can
+    // say so.
+    if list.complete && list.items.is_empty() && !no_service {
         sink.error(node.span, "no interface is given")
             .help("name those that the traffic comes in on, such as `[\"eth0\"]`");
     }

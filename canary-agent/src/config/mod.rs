@@ -182,7 +182,7 @@ fn build(
         read_gates(&mut root, &mut gates, &mut sink);
         root.finish(&mut sink);
     }
-    let agent = agent::read(&agents, main, outside, &mut sink);
+    let agent = agent::read(&agents, main, no_service, outside, &mut sink);
     if no_service {
         sink.absent_anywhere(
             Severity::Warning,

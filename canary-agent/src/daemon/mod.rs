@@ -173,14 +173,17 @@ pub enum Request {
 pub struct Pulse {
     /// The present plan is in the maps.
     pub in_force: bool,
-    /// On how many interfaces the program is.
+    /// On how many interfaces the program is to be.
+    pub interfaces: usize,
+    /// On how many of them it is.
     pub attached: usize,
 }
 
 impl Pulse {
-    /// Whether packets are steered as they should be, on one interface at least.
+    /// Whether packets are steered as they should be: on one interface at least, unless the
+    /// configuration names none.
     pub fn is_steering(self) -> bool {
-        self.in_force && self.attached > 0
+        self.in_force && (self.attached > 0 || self.interfaces == 0)
     }
 }
 

@@ -572,7 +572,11 @@ impl<S: StateStore, K: Kernel> State<S, K> {
 
     fn pulse(&self) -> Pulse {
         let attached = self.interfaces.iter().filter(|one| one.mode.is_some()).count();
-        Pulse { in_force: self.in_force && self.retry_ms.is_none(), attached }
+        Pulse {
+            in_force: self.in_force && self.retry_ms.is_none(),
+            interfaces: self.interfaces.len(),
+            attached,
+        }
     }
 
     /// The status at `now`.

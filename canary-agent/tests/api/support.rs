@@ -189,7 +189,9 @@ async fn scripted_loop(
     while let Some(request) = requests.recv().await {
         match request {
             Request::Status { reply } => drop(reply.send(status())),
-            Request::Pulse { reply } => drop(reply.send(Pulse { in_force: true, attached: 1 })),
+            Request::Pulse { reply } => {
+                drop(reply.send(Pulse { in_force: true, interfaces: 1, attached: 1 }));
+            }
             // Nobody asks for these but whoever makes reloads, which is not here.
             Request::Survey { .. } | Request::Reload { .. } => {}
             Request::Split { service, reply, .. } if service == "stuck" => stuck.push(reply),
