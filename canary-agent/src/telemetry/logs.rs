@@ -15,7 +15,10 @@ use tracing_subscriber::{
     util::SubscriberInitExt,
 };
 
-use super::repeats::{Repeats, WINDOW, shortened};
+use super::{
+    journal,
+    repeats::{Repeats, WINDOW, shortened},
+};
 
 /// What of a process's log can be changed while it runs.
 struct Log {
@@ -38,20 +41,25 @@ pub enum LogFormat {
 }
 
 /// Sets up the log of this process: to stderr, filtered by `RUST_LOG` (`info`
-/// when it is not set or wrong), without timestamps under systemd, whose journal
-/// has its own (`JOURNAL_STREAM` is set). A second call changes nothing.
+/// when it is not set or wrong). Where that is systemd's journal, which has times of its
+/// own, lines have none, and say their priority. A second call changes nothing.
 pub fn init_logs(format: LogFormat) {
     let text = std::env::var("RUST_LOG").ok().filter(|text| !text.is_empty());
     let by_environment = text.is_some();
     let (filter, wrong) = filter(text);
+    let journal = journal::is_stderr();
     let look = Look {
         format,
-        times: std::env::var_os("JOURNAL_STREAM").is_none(),
+        times: !journal,
         colours: io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none(),
     };
     let (filter, handle) = reload::Layer::new(filter);
     let repeats = Repeats::default();
-    let set = log(look, filter, repeats.clone(), io::stderr).try_init();
+    let set = if journal {
+        log(look, filter, repeats.clone(), journal::Prioritised(io::stderr)).try_init()
+    } else {
+        log(look, filter, repeats.clone(), io::stderr).try_init()
+    };
     if set.is_ok() {
         // Nobody was first: setting the subscriber was.
         let _ = LOG.set(Log { filter: handle, repeats, by_environment });

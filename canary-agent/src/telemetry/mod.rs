@@ -4,6 +4,7 @@
 //! that only the process knows ([`Metrics`]). Must not know of maps or sockets.
 
 mod collect;
+mod journal;
 mod logs;
 mod metrics;
 mod repeats;
