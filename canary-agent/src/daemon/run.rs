@@ -316,13 +316,14 @@ async fn serve(
     };
     tracing::info!("stopping; the data plane stays in place");
     notifier.stopping();
-    let _ = stop.send(true);
-    let _ = control.await;
-    let _ = reloader.await;
+    // Before what they follow goes with the reloader: they would complain of that.
     for task in [watcher, checks, alive, repeats] {
         task.abort();
         let _ = task.await;
     }
+    let _ = stop.send(true);
+    let _ = control.await;
+    let _ = reloader.await;
     // The loop ends when nobody can ask any more.
     drop(handle);
     let ended = tokio::task::spawn_blocking(move || loop_thread.join()).await?;
