@@ -3,6 +3,7 @@
 //! Compiled before anything else, so it depends on little, and on no other
 //! crate of the workspace.
 
+mod package;
 mod progress;
 mod setup;
 mod supervise;
@@ -57,6 +58,8 @@ enum Task {
     },
     /// Runs the tests, or a command, on another kernel in a virtual machine.
     Vm(vm::Request),
+    /// Builds a Debian package of the agent, and tests it.
+    Package(package::Request),
     /// Shows a canary release with real traffic; `--help` says more.
     #[command(disable_help_flag = true)]
     Demo {
@@ -96,6 +99,7 @@ fn dispatch(task: Task) -> Result<ExitCode> {
         Task::Lint => tasks::lint(&workspace),
         Task::Bench { args } => tasks::bench(&workspace, &args),
         Task::Vm(request) => vm::run(&workspace, &request),
+        Task::Package(request) => package::run(&workspace, &request),
         Task::Demo { args } => tasks::demo(&workspace, &args),
     }
 }

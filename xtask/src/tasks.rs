@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Result, bail};
 
-use crate::{setup, supervise, sweep, vm};
+use crate::{package, setup, supervise, sweep, vm};
 
 /// The file that skipped tests name themselves in.
 const SKIP_LOG: &str = "CANARY_SKIP_LOG";
@@ -111,6 +111,11 @@ fn test_all(workspace: &Path, args: &[String], tally: &mut Tally) -> Result<bool
     if !built.success() {
         bail!("the agent of another layout does not build");
     }
+    let packaged = if !chosen(args) || package::concerned(args) {
+        package::for_tests(workspace, profile_folder(args))?
+    } else {
+        Vec::new()
+    };
     let skip_log = SkipLog::new(workspace);
     let phases: &[&[&str]] = if chooses(args) {
         &[&[]]
@@ -131,6 +136,7 @@ fn test_all(workspace: &Path, args: &[String], tally: &mut Tally) -> Result<bool
             // One failure does not hide the others.
             .arg("--no-fail-fast")
             .args(args)
+            .envs(packaged.iter().map(|(name, path)| (name, path)))
             .env(SKIP_LOG, &skip_log.path);
         let before = *tally;
         let status = run_tests(&mut command, tally)?;

@@ -1,4 +1,4 @@
-//! Kernels and tools of Debian releases, unpacked into the cache and not installed.
+//! Kernels, tools and systems of Debian releases, unpacked into the cache and not installed.
 //!
 //! apt works with lists and an archive of its own here, below the cache: the host's
 //! may be of another release, and stay as they are.
@@ -19,6 +19,9 @@ use crate::{
 
 /// The package that names a release's newest kernel for virtual machines.
 const KERNEL: &str = "linux-image-cloud-amd64";
+
+/// What a system has besides the packages that every Debian has.
+const ROOT_PACKAGES: [&str; 4] = ["dbus", "iproute2", "systemd", "systemd-sysv"];
 
 /// Lines of a failed run that are shown.
 const TAIL_LINES: usize = 20;
@@ -62,6 +65,42 @@ pub(crate) fn busybox() -> Result<PathBuf> {
     let folder =
         unpacked("bookworm", "busybox", |apt, progress| apt.unpack("busybox-static", progress))?;
     Ok(folder.join("bin/busybox"))
+}
+
+/// A Debian with systemd, small, and not started yet: the folder of its files.
+///
+/// # Errors
+/// As [`kernel`]; this process is not root's, or mmdebstrap fails.
+pub(crate) fn root(suite: &str) -> Result<PathBuf> {
+    if !setup::is_root() {
+        bail!("a Debian of its own can be made by root only");
+    }
+    let tool = match probe::find("mmdebstrap") {
+        Some(installed) => installed,
+        None => {
+            unpacked("bookworm", "mmdebstrap", |apt, progress| apt.unpack("mmdebstrap", progress))?
+                .join("usr/bin/mmdebstrap")
+        }
+    };
+    unpacked(suite, "root", |apt, progress| {
+        progress.step(&format!("mmdebstrap {suite}: less than a minute, once"));
+        let folder = apt.folder.join("root");
+        // What an interrupted run has left.
+        if folder.exists() {
+            fs::remove_dir_all(&folder)
+                .with_context(|| format!("removing {}", folder.display()))?;
+        }
+        // As a script, perl finds it also where the cache may not be executed.
+        let mut command = Command::new("perl");
+        command.arg(&tool).args(["--mode=root", "--variant=minbase", "--format=directory"]);
+        if Path::new(KEYRING).is_file() {
+            command.arg(format!("--keyring={KEYRING}"));
+        }
+        command.arg(format!("--include={}", ROOT_PACKAGES.join(",")));
+        command.arg(suite).arg(&folder).arg(archive()?);
+        run(&mut command, progress)?;
+        Ok(folder)
+    })
 }
 
 /// A folder of the cache, made the first time it is asked for.

@@ -22,8 +22,8 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 
-pub(crate) use self::machine::Size;
 use self::{debian::Kernel, guest::Job};
+pub(crate) use self::{debian::root as debian_root, machine::Size};
 use crate::{supervise, tasks};
 
 /// The Debian release whose kernel, 6.1, is the oldest that is supported.
