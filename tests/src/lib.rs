@@ -24,6 +24,7 @@ pub mod host;
 pub mod http;
 pub mod lacking;
 pub mod loaded;
+pub mod machine;
 pub mod model;
 pub mod names;
 pub mod netns;

@@ -1,7 +1,7 @@
 //! Takes away what processes left behind that were killed before they could.
 //!
-//! Namespaces and work folders are named `canary-PID-N-ROLE`; one whose process
-//! is gone is stale. xtask compiles this file too, so it needs `std` only.
+//! Namespaces, control groups and work folders are named `canary-PID-N-ROLE`; one whose
+//! process is gone is stale. xtask compiles this file too, so it needs `std` only.
 
 use std::{
     fs,
@@ -55,13 +55,18 @@ fn quietly(program: &str, args: &[&str]) {
         .status();
 }
 
-/// Removes stale namespaces, mounts and work folders; returns how many there were.
+/// Removes stale namespaces, control groups, mounts and work folders; returns how many there
+/// were.
 pub fn stale_leftovers() -> usize {
     let namespaces = stale_entries(Path::new(NETNS_FOLDER));
     for path in &namespaces {
         if let Some(name) = path.file_name().and_then(|name| name.to_str()) {
             quietly("ip", &["netns", "delete", name]);
         }
+    }
+    let groups = cgroups().map(|root| stale_entries(&root)).unwrap_or_default();
+    for group in &groups {
+        remove_cgroup(group);
     }
     let folders = stale_entries(&std::env::temp_dir());
     for folder in &folders {
@@ -72,7 +77,28 @@ pub fn stale_leftovers() -> usize {
             let _ = fs::remove_dir_all(folder);
         }
     }
-    namespaces.len() + folders.len()
+    namespaces.len() + groups.len() + folders.len()
+}
+
+/// Where control groups of version 2 are mounted.
+pub fn cgroups() -> Option<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
+    let mut lines = mounts.lines().map(|line| line.split(' '));
+    lines.find_map(|mut line| {
+        let path = line.nth(1)?;
+        (line.next()? == "cgroup2").then(|| PathBuf::from(path))
+    })
+}
+
+/// Removes a control group with those in it, which must be empty; returns whether it is gone.
+pub fn remove_cgroup(group: &Path) -> bool {
+    for entry in fs::read_dir(group).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_cgroup(&entry.path());
+        }
+    }
+    // Its files are no obstacle: they are the kernel's.
+    fs::remove_dir(group).is_ok() || !group.exists()
 }
 
 /// Whether something is mounted at a path.

@@ -16,6 +16,7 @@ mod lacking;
 mod latency;
 mod lifecycle;
 mod open_connections;
+mod packaged;
 mod passes;
 mod payloads;
 mod pressure;
