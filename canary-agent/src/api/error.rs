@@ -86,7 +86,8 @@ impl ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(self.body())).into_response();
-        if self.status == StatusCode::SERVICE_UNAVAILABLE {
+        let later = [StatusCode::SERVICE_UNAVAILABLE, StatusCode::TOO_MANY_REQUESTS];
+        if later.contains(&self.status) {
             let headers = response.headers_mut();
             headers.insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
         }

@@ -221,6 +221,17 @@ impl FromRequestParts<Api> for EndOfService {
     }
 }
 
+/// Whether nobody knows who asks: over TCP.
+pub(super) struct Anonymous(pub(super) bool);
+
+impl FromRequestParts<Api> for Anonymous {
+    type Rejection = std::convert::Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &Api) -> Result<Self, Self::Rejection> {
+        Ok(Self(!matches!(parts.extensions.get::<Origin>(), Some(Origin::Control(_)))))
+    }
+}
+
 /// A peer that may change things, by the operators of this very moment.
 pub(super) struct Operator(pub(super) Peer);
 
@@ -235,6 +246,18 @@ impl FromRequestParts<Api> for Operator {
             return Ok(Self(identity.peer));
         }
         let Peer { uid, .. } = identity.peer;
+        if identity.was_passed_on(api.agent_uid, &api.operators.borrow()) {
+            return Err(ApiError::new(
+                StatusCode::FORBIDDEN,
+                "not_permitted",
+                exit::NOT_PERMITTED,
+                format!(
+                    "uid {uid} has connected, and another user, who is no operator of this agent, has \
+                     written on the connection"
+                ),
+            )
+            .help("connect anew as the user who is to make the change"));
+        }
         Err(ApiError::new(
             StatusCode::FORBIDDEN,
             "not_permitted",

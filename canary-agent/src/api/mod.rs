@@ -5,8 +5,8 @@
 //! says it has from the loop, over [`crate::daemon::Handle`].
 //!
 //! What a client can do to the agent is bounded here: connections, time for each
-//! part of a request and of its answer, size of a body, and how often the loop is
-//! asked for a status ([`Limits`]).
+//! part of a request and of its answer, size of a body, how often a peer asks, and how often
+//! the loop is asked for a status ([`Limits`]).
 
 mod deadline;
 mod error;
@@ -16,8 +16,11 @@ mod host;
 pub mod model;
 mod openapi;
 mod peer;
+mod public;
+mod rate;
 pub mod reload;
 mod routes;
+mod senders;
 mod server;
 mod snapshot;
 mod socket;
@@ -32,6 +35,7 @@ use self::{
     snapshot::{Snapshot, Snapshots},
 };
 pub use self::{
+    rate::Rate,
     server::Limits,
     socket::{ControlSocket, SocketError},
 };

@@ -19,7 +19,8 @@ use super::{events, model, routes};
     info(
         title = "canary-agent",
         description = "The control socket of an agent of canary-xdp. The TCP listener \
-                       (`agent.listen`) has the same routes for reading. Shares are fractions of 1. \
+                       (`agent.listen`) has the same routes for reading, but for `/v1/events`, and \
+                       leaves out users and their reasons. Shares are fractions of 1. \
                        Every error is an `ErrorBody`."
     ),
     servers((url = "http://localhost", description = "The control socket; the host is ignored there.")),
@@ -62,12 +63,16 @@ pub(super) fn json() -> Bytes {
 type Responses = BTreeMap<String, RefOr<Response>>;
 
 /// Errors that every route may give.
-const READING: [(&str, &str); 7] = [
+const READING: [(&str, &str); 8] = [
     ("400", "The request is wrong: a query or path that is unknown, twice there or no text."),
-    ("403", "The listener does not serve that host (TCP only: `bad_host`)."),
+    (
+        "403",
+        "TCP only: the listener does not serve that host (`bad_host`), or what is asked says who has done what (`socket_only`).",
+    ),
     ("405", "The route does not know the method; `allow` lists those it knows."),
     ("408", "The request came too slowly (`slow_request`)."),
     ("409", "The agent refuses, for the reason given."),
+    ("429", "The peer asks too often (`too_many_requests`)."),
     ("503", "Too many connections (`busy`), or the agent is stopping (`stopping`)."),
     ("504", "The agent did not answer in time (`timeout`)."),
 ];

@@ -17,7 +17,7 @@ use super::{
     Api,
     error::{ApiError, exit},
     events::events,
-    extract::{BackendName, Body, NoQuery, Operator, Query, ServiceName, read_only},
+    extract::{Anonymous, BackendName, Body, NoQuery, Operator, Query, ServiceName, read_only},
     host,
     model::{
         BackendReport, BackendRequest, Backends, ChangeReport, ConfirmReport, ConfirmRequest,
@@ -25,6 +25,7 @@ use super::{
         UndoReport, UndoRequest, VersionShare, VersionStatus,
     },
     openapi::{self, ChangeErrors, ReadErrors, ServiceErrors},
+    public,
     reload::{ReloadReport, ReloadRequest},
 };
 use crate::{
@@ -92,6 +93,19 @@ async fn guard(State(api): State<Api>, request: Request, next: Next) -> Response
     if request.method() != Method::GET && request.method() != Method::HEAD {
         return read_only().into_response();
     }
+    if public::SOCKET_ONLY.contains(&request.uri().path()) {
+        return ApiError::new(
+            StatusCode::FORBIDDEN,
+            "socket_only",
+            exit::NOT_PERMITTED,
+            format!(
+                "{} says who has done what, and is not answered over TCP",
+                request.uri().path()
+            ),
+        )
+        .help("ask on the control socket, for instance with `canary-agent events`")
+        .into_response();
+    }
     next.run(request).await
 }
 
@@ -126,8 +140,13 @@ async fn method_not_allowed(method: Method, uri: Uri) -> ApiError {
 /// The whole status.
 #[utoipa::path(get, path = "/v1/status", tag = "reading",
     responses((status = 200, description = "Everything the agent knows.", body = Status), ReadErrors))]
-async fn status(State(api): State<Api>, _: NoQuery) -> Result<Response, ApiError> {
-    Ok(json(api.snapshot().await?.json()))
+async fn status(
+    State(api): State<Api>,
+    Anonymous(anonymous): Anonymous,
+    _: NoQuery,
+) -> Result<Response, ApiError> {
+    let snapshot = api.snapshot().await?;
+    Ok(json(if anonymous { snapshot.public_json() } else { snapshot.json() }))
 }
 
 /// Whether the agent's loop answers: liveness.
@@ -150,10 +169,12 @@ async fn health(State(api): State<Api>, _: NoQuery) -> Result<Json<Health>, ApiE
 async fn service(
     State(api): State<Api>,
     ServiceName(name): ServiceName,
+    Anonymous(anonymous): Anonymous,
     _: NoQuery,
 ) -> Result<Json<ServiceStatus>, ApiError> {
     let snapshot = api.snapshot().await?;
-    Ok(Json(find(&snapshot.status, &name)?.clone()))
+    let status = if anonymous { snapshot.public() } else { &snapshot.status };
+    Ok(Json(find(status, &name)?.clone()))
 }
 
 /// A service's split.

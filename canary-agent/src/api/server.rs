@@ -3,7 +3,14 @@
 //! Every limit that keeps a client from delaying the agent or other clients is
 //! here, but for the size of a body (`extract`). Must not know of routes.
 
-use std::{convert::Infallible, io, pin::pin, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    io,
+    net::IpAddr,
+    pin::pin,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use axum::{
     Router,
@@ -27,7 +34,9 @@ use super::{
     deadline::WriteDeadline,
     error::{ApiError, exit},
     peer::Identity,
+    rate::{Rate, Rates, Who},
     routes,
+    senders::Attributed,
 };
 
 /// How much a client may ask of the agent. The defaults suit every host; tests
@@ -51,6 +60,10 @@ pub struct Limits {
     pub write: Duration,
     /// Until open connections are cut when the agent stops.
     pub stop: Duration,
+    /// How often each user who may only read may ask, and each address on the TCP listener.
+    pub readers: Rate,
+    /// How often each user who may change things may ask.
+    pub operators: Rate,
 }
 
 impl Default for Limits {
@@ -64,6 +77,8 @@ impl Default for Limits {
             reload: Duration::from_secs(120),
             write: Duration::from_secs(20),
             stop: Duration::from_secs(2),
+            readers: Rate { per_second: 100.0, burst: 300.0 },
+            operators: Rate { per_second: 2_000.0, burst: 4_000.0 },
         }
     }
 }
@@ -84,7 +99,7 @@ pub(super) enum Origin {
     /// The control socket.
     Control(Arc<Identity>),
     /// The TCP listener, where nothing can be changed.
-    ReadOnly,
+    ReadOnly(IpAddr),
 }
 
 /// Whether the listener has ended; goes with every request, for answers that last.
@@ -106,14 +121,14 @@ pub(super) trait Listen {
 }
 
 impl Listen for ControlSocket {
-    type Stream = tokio::net::UnixStream;
+    type Stream = Attributed;
 
     async fn accept(&self) -> io::Result<Self::Stream> {
-        self.accept().await
+        Ok(Attributed::new(self.accept().await?))
     }
 
     fn origin(stream: &Self::Stream) -> io::Result<Origin> {
-        Ok(Origin::Control(Arc::new(Identity::of(stream)?)))
+        Ok(Origin::Control(Arc::new(Identity::of(stream.stream(), stream.senders())?)))
     }
 }
 
@@ -124,8 +139,8 @@ impl Listen for TcpListener {
         Ok(self.accept().await?.0)
     }
 
-    fn origin(_: &Self::Stream) -> io::Result<Origin> {
-        Ok(Origin::ReadOnly)
+    fn origin(stream: &Self::Stream) -> io::Result<Origin> {
+        Ok(Origin::ReadOnly(stream.peer_addr()?.ip()))
     }
 }
 
@@ -139,6 +154,7 @@ pub(super) async fn serve<L: Listen>(
 ) {
     let limits = api.limits;
     let places = Arc::new(Places::new(&limits));
+    let rates = Arc::new(Mutex::new(Rates::default()));
     let (closing, closed) = watch::channel(false);
     let mut tasks = JoinSet::new();
     let mut stop = pin!(stop);
@@ -170,14 +186,14 @@ pub(super) async fn serve<L: Listen>(
         };
         let operator = match &origin {
             Origin::Control(identity) => api.may_change(identity),
-            Origin::ReadOnly => false,
+            Origin::ReadOnly(_) => false,
         };
         match places.take(operator) {
             Place::Served(permit) => {
                 let closed = closed.clone();
-                let router = router.clone();
+                let gate = Gate { router: router.clone(), api: api.clone(), rates: rates.clone() };
                 tasks.spawn(async move {
-                    connection(stream, origin, router, limits, closed).await;
+                    connection(stream, origin, gate, closed).await;
                     drop(permit);
                 });
             }
@@ -246,21 +262,57 @@ impl Places {
     }
 }
 
-/// Serves one connection to its end.
-async fn connection<S>(
-    stream: S,
-    origin: Origin,
+/// What a request passes before it is answered.
+#[derive(Clone)]
+struct Gate {
     router: Router,
-    limits: Limits,
-    mut closed: watch::Receiver<bool>,
-) where
+    api: Api,
+    rates: Arc<Mutex<Rates>>,
+}
+
+impl Gate {
+    /// Lets a peer ask as often as it may.
+    fn pass(&self, origin: &Origin) -> Result<(), ApiError> {
+        let limits = self.api.limits;
+        let (who, rate) = match origin {
+            Origin::Control(identity) if self.api.may_change(identity) => {
+                (Who::User(identity.peer.uid), limits.operators)
+            }
+            Origin::Control(identity) => (Who::User(identity.peer.uid), limits.readers),
+            Origin::ReadOnly(address) => (Who::at(*address), limits.readers),
+        };
+        let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
+        rates.ask(who, rate, Instant::now()).map_err(|wait| {
+            ApiError::new(
+                StatusCode::TOO_MANY_REQUESTS,
+                "too_many_requests",
+                exit::UNREACHABLE,
+                format!("more than {} requests a second", rate.per_second),
+            )
+            .help(format!("ask again in {} ms", wait.as_millis() + 1))
+        })
+    }
+
+    /// Answers one request within its time.
+    async fn answer(self, origin: Origin, request: Request) -> Result<Response, Infallible> {
+        match self.pass(&origin) {
+            Ok(()) => answer(self.router, request, self.api.limits).await,
+            Err(error) => Ok(error.into_response()),
+        }
+    }
+}
+
+/// Serves one connection to its end.
+async fn connection<S>(stream: S, origin: Origin, gate: Gate, mut closed: watch::Receiver<bool>)
+where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let limits = gate.api.limits;
     let closing = Closing(closed.clone());
     let service = service_fn(move |mut request: hyper::Request<Incoming>| {
         request.extensions_mut().insert(origin.clone());
         request.extensions_mut().insert(closing.clone());
-        answer(router.clone(), request.map(axum::body::Body::new), limits)
+        gate.clone().answer(origin.clone(), request.map(axum::body::Body::new))
     });
     let io = TokioIo::new(WriteDeadline::new(stream, limits.write));
     let mut connection = http1::Builder::new()

@@ -13,7 +13,7 @@ use std::sync::{
 use bytes::Bytes;
 use tokio::sync::Mutex;
 
-use super::model::Status;
+use super::{model::Status, public};
 use crate::{
     daemon::{Handle, Refusal},
     telemetry::{Exposition, Metrics},
@@ -24,7 +24,9 @@ use crate::{
 pub(super) struct Snapshot {
     /// What the loop said.
     pub(super) status: Status,
+    public: OnceLock<Status>,
     json: OnceLock<Bytes>,
+    public_json: OnceLock<Bytes>,
     openmetrics: OnceLock<Bytes>,
     prometheus: OnceLock<Bytes>,
 }
@@ -33,7 +35,9 @@ impl Snapshot {
     fn new(status: Status) -> Self {
         Self {
             status,
+            public: OnceLock::new(),
             json: OnceLock::new(),
+            public_json: OnceLock::new(),
             openmetrics: OnceLock::new(),
             prometheus: OnceLock::new(),
         }
@@ -44,6 +48,17 @@ impl Snapshot {
     pub(super) fn json(&self) -> Bytes {
         let render = || serde_json::to_vec(&self.status).unwrap_or_default().into();
         self.json.get_or_init(render).clone()
+    }
+
+    /// Without what it says of people, for the TCP listener.
+    pub(super) fn public(&self) -> &Status {
+        self.public.get_or_init(|| public::status(&self.status))
+    }
+
+    /// The same as JSON.
+    pub(super) fn public_json(&self) -> Bytes {
+        let render = || serde_json::to_vec(self.public()).unwrap_or_default().into();
+        self.public_json.get_or_init(render).clone()
     }
 
     /// As metrics.

@@ -21,7 +21,8 @@ use nix::{
     errno::Errno,
     sys::{
         socket::{
-            AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket,
+            AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen,
+            setsockopt, socket, sockopt::PassCred,
         },
         stat::{Mode, fchmod},
     },
@@ -115,6 +116,9 @@ impl ControlSocket {
             None,
         )
         .map_err(|errno| failed("can't make the socket", errno.into()))?;
+        // Each connection inherits it: who writes is told with what is written.
+        setsockopt(&descriptor, PassCred, &true)
+            .map_err(|errno| failed("can't ask for the senders on", errno.into()))?;
         // The mode of the descriptor is that of the file that `bind` makes
         // (unix(7), less the umask): nobody else can connect at any moment.
         let mode = Mode::from_bits_truncate(SOCKET_MODE);

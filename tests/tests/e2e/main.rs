@@ -5,6 +5,7 @@ mod backends;
 mod bad_input;
 mod commands;
 mod crashes;
+mod crowd;
 mod disks;
 mod explain;
 mod flood;

@@ -1,0 +1,68 @@
+//! What the TCP listener keeps to itself.
+//!
+//! Whoever can reach it may read, and nobody knows who that is. So what is said there of people
+//! who operate this agent (user ids, names, the reasons that they wrote) is for the control
+//! socket alone, where the kernel says who reads.
+
+use super::model::{Event, FreezeStatus, PendingStatus, Status};
+
+/// Routes that are for the control socket alone: the audit trail is about people.
+pub(super) const SOCKET_ONLY: [&str; 1] = ["/v1/events"];
+
+/// A status without what it says of people.
+pub(super) fn status(full: &Status) -> Status {
+    let mut public = full.clone();
+    public.agent.frozen.iter_mut().for_each(freeze);
+    public.services.iter_mut().filter_map(|service| service.frozen.as_mut()).for_each(freeze);
+    for PendingStatus { change, left_seconds: _ } in &mut public.pending {
+        let Event { uid, user, reason, .. } = change;
+        (*uid, *user, *reason) = (None, None, None);
+    }
+    public
+}
+
+fn freeze(freeze: &mut FreezeStatus) {
+    let FreezeStatus { reason, uid, revision: _, unix_ms: _ } = freeze;
+    reason.clear();
+    *uid = None;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::model::ServiceStatus;
+
+    #[test]
+    fn people_are_left_out_and_the_rest_stays() {
+        let frozen = || {
+            Some(FreezeStatus {
+                reason: "Ada is ill".to_owned(),
+                uid: Some(1001),
+                revision: 7,
+                unix_ms: 5,
+            })
+        };
+        let mut full = Status::default();
+        full.agent.frozen = frozen();
+        full.services.push(ServiceStatus {
+            name: "shop".to_owned(),
+            frozen: frozen(),
+            ..ServiceStatus::default()
+        });
+        let change = Event {
+            uid: Some(1001),
+            user: Some("ada".to_owned()),
+            reason: Some("Ada is ill".to_owned()),
+            text: "split".to_owned(),
+            ..Event::default()
+        };
+        full.pending.push(PendingStatus { left_seconds: 9.0, change });
+        let public = serde_json::to_string(&status(&full)).expect("JSON");
+        for personal in ["Ada", "ada", "1001"] {
+            assert!(!public.contains(personal), "{personal} in {public}");
+        }
+        for kept in ["shop", "\"revision\":7", "\"left_seconds\":9.0"] {
+            assert!(public.contains(kept), "{kept} in {public}");
+        }
+    }
+}
