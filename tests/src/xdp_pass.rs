@@ -14,6 +14,8 @@ use crate::netns::Namespace;
 
 /// Generic receive offload (linux/ethtool.h).
 const ETHTOOL_SGRO: u32 = 0x2c;
+/// Checksums when sending (linux/ethtool.h).
+const ETHTOOL_STXCSUM: u32 = 0x17;
 
 /// `r0 = XDP_PASS; exit`.
 const PROGRAM: [u64; 2] = [0x0000_0002_0000_00b7, 0x0000_0000_0000_0095];
@@ -115,7 +117,6 @@ fn bpf<T>(command: i32, attr: &T) -> io::Result<OwnedFd> {
 #[track_caller]
 pub fn offloads_off(namespace: &Namespace, interface: &str) {
     // linux/ethtool.h
-    const ETHTOOL_STXCSUM: u32 = 0x17;
     const ETHTOOL_STSO: u32 = 0x1f;
     const ETHTOOL_SGSO: u32 = 0x24;
     namespace
@@ -126,6 +127,30 @@ pub fn offloads_off(namespace: &Namespace, interface: &str) {
             Ok::<_, io::Error>(())
         })
         .unwrap_or_else(|error| panic!("offloads of {interface}: {error}"));
+}
+
+/// Turns merging when receiving, or leaving checksums out when sending, on or off.
+///
+/// # Panics
+/// There is no such interface, or the kernel refuses.
+#[track_caller]
+pub fn offload(namespace: &Namespace, interface: &str, which: Offload, on: bool) {
+    let command = match which {
+        Offload::Gro => ETHTOOL_SGRO,
+        Offload::TxChecksum => ETHTOOL_STXCSUM,
+    };
+    namespace
+        .run(|| ethtool_set(interface, command, on.into()))
+        .unwrap_or_else(|error| panic!("{which:?} of {interface}: {error}"));
+}
+
+/// What [`offload`] turns on and off.
+#[derive(Clone, Copy, Debug)]
+pub enum Offload {
+    /// Merging of received packets.
+    Gro,
+    /// Leaving checksums to the device.
+    TxChecksum,
 }
 
 fn ethtool_set(interface: &str, command: u32, value: u32) -> io::Result<()> {

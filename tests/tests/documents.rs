@@ -2,6 +2,7 @@
 
 use std::{fmt::Write as _, fs, path::Path};
 
+use canary_agent::doctor;
 use canary_ebpf_common::abi::{Reason, ReasonVerdict};
 
 fn document(name: &str) -> String {
@@ -22,4 +23,13 @@ fn every_reason_is_in_the_packet_document_with_its_verdict_and_meaning() {
     }
     let document = document("packets.md");
     assert!(document.contains(&rows), "docs/packets.md should hold these rows:\n{rows}");
+}
+
+#[test]
+fn every_check_of_doctor_is_in_the_manual() {
+    let manual = document("cli.md");
+    for name in doctor::Name::ALL {
+        let row = format!("\n| `{}` | ", doctor::name(name));
+        assert!(manual.contains(&row), "docs/cli.md has no row for{row}");
+    }
 }

@@ -104,6 +104,12 @@ pub(super) enum Command {
     /// For each line, prints the natural logarithms of both statistics and the verdict so far.
     /// Needs no daemon; reads the gates of the configuration, and nothing else of it.
     Replay(Replay),
+    /// Say whether this host is ready, and what to do where it is not
+    ///
+    /// Looks at the kernel, rights, drivers, sizes of packets, offloads, the network's settings,
+    /// the ways to the backends and the agent's places. Changes nothing, and needs no daemon.
+    /// Ends with 0 if nothing has failed, with 1 otherwise, with 78 if the configuration is wrong.
+    Doctor,
     /// Take the program off the interfaces and remove the pins
     ///
     /// Traffic to the services is no longer steered after this. The daemon must

@@ -10,12 +10,19 @@ use super::{
     failure::{Failure, exit},
     print,
 };
-use crate::config;
+use crate::{
+    config::{self, Config, Diagnostic, Place, Severity},
+    doctor,
+};
 
 /// Reads the configuration and prints what is wrong or strange about it.
 pub(super) fn run(file: &Path, json: bool) -> Result<ExitCode, Failure> {
     let (diagnostics, code) = match config::load(file) {
-        Ok(loaded) => (loaded.warnings, exit::DONE),
+        Ok(loaded) => {
+            let mut warnings = loaded.warnings;
+            warnings.extend(left_out(file, &loaded.config));
+            (warnings, exit::DONE)
+        }
         Err(diagnostics) => (diagnostics, exit::BAD_CONFIG),
     };
     if json {
@@ -34,4 +41,17 @@ pub(super) fn run(file: &Path, json: bool) -> Result<ExitCode, Failure> {
         }
     }
     Ok(ExitCode::from(code))
+}
+
+/// The interfaces towards backends that `nat` needs and `agent.interfaces` lacks, where this
+/// is the host that is meant.
+fn left_out(file: &Path, config: &Config) -> Option<Diagnostic> {
+    let check = doctor::left_out(config)?;
+    Some(Diagnostic {
+        severity: Severity::Warning,
+        message: check.found,
+        place: Place { file: file.display().to_string(), line: 1, column: 1, excerpt: None },
+        help: check.remedy,
+        related: Vec::new(),
+    })
 }

@@ -1,7 +1,7 @@
 //! The commands of `canary-agent`.
 //!
 //! Owns the command line, what is printed, and exit codes. All but `run`, `check`,
-//! `replay` and `detach` only speak to the control socket; what they show is what any
+//! `doctor`, `replay` and `detach` only speak to the control socket; what they show is what any
 //! program can read there. Must not know of maps or plans.
 //!
 //! Results go to standard output. Errors go to standard error for people; with
@@ -15,6 +15,7 @@ mod changes;
 mod check;
 mod client;
 mod detach;
+mod doctor;
 mod events;
 mod explain;
 mod failure;
@@ -95,6 +96,9 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
             })?);
         }
         Command::Check => return check::run(&global.config, json),
+        Command::Doctor => {
+            return doctor::run(&global.config, global.socket.as_deref(), &client(&global), json);
+        }
         Command::Diff => wait_for(reload::diff(&client(&global), json))?,
         Command::Reload(reload) => wait_for(reload::run(&client(&global), reload, json))?,
         Command::Status(status) => {

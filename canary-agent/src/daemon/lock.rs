@@ -16,6 +16,9 @@ use nix::{
     fcntl::{Flock, FlockArg},
 };
 
+/// The file of a state directory that is locked.
+const STATE_LOCK: &str = "agent.lock";
+
 /// A lock that is held until it is dropped.
 #[derive(Debug)]
 pub struct Lock {
@@ -57,7 +60,7 @@ fn holder(pid: Option<i32>) -> String {
 /// # Errors
 /// [`LockError::Held`] while another agent has it.
 pub fn lock_state_dir(dir: &Path) -> Result<Lock, LockError> {
-    let path = dir.join("agent.lock");
+    let path = dir.join(STATE_LOCK);
     let failed = |source| LockError::Io { path: path.clone(), source };
     fs::DirBuilder::new().recursive(true).mode(0o750).create(dir).map_err(failed)?;
     let file = OpenOptions::new()
@@ -78,6 +81,15 @@ pub fn lock_state_dir(dir: &Path) -> Result<Lock, LockError> {
         tracing::warn!(file = %path.display(), %error, "the lock file can't be written");
     }
     Ok(Lock { _held: held })
+}
+
+/// Who holds a lock on a state directory or a directory of pins, with the key that sets it.
+/// Takes no lock itself, which could be in the way of an agent that starts.
+pub fn held_by(state_dir: &Path, pins: &Path) -> Option<(&'static str, i32)> {
+    let state = state_dir.join(STATE_LOCK);
+    [("state_dir", state.as_path()), ("bpffs", pins)]
+        .into_iter()
+        .find_map(|(key, path)| Some((key, flock_holder(&File::open(path).ok()?)?)))
 }
 
 /// Locks the directory of the pins, which exists.

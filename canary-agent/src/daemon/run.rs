@@ -40,6 +40,7 @@ use crate::{
     cli::RunOptions,
     config::{self, Config, model::Forward},
     datapath::{self, Datapath, Reader, Swept},
+    doctor::{self, Check},
     health::{self, Prober},
     plan::{Adopted, BootMs, DataPlane, Hops, QUARANTINE_MS, Sweep},
     resolve::{self, Resolver, Unresolved, VipManager},
@@ -92,6 +93,7 @@ pub fn run(options: RunOptions) -> anyhow::Result<ExitCode> {
         made.undo();
         return Err(newer.into());
     }
+    let doubts = say_doubts(&config);
 
     let (datapath, adopted) = Datapath::open(datapath::Options {
         bpffs: config.agent.bpffs.clone(),
@@ -104,7 +106,7 @@ pub fn run(options: RunOptions) -> anyhow::Result<ExitCode> {
     })
     .map_err(|error| {
         made.undo();
-        refusal(error)
+        with_remedies(refusal(error), &doubts)
     })?;
     if let Some(handover) = datapath.handover() {
         match handover.lost.is_empty() {
@@ -132,7 +134,48 @@ pub fn run(options: RunOptions) -> anyhow::Result<ExitCode> {
     let done = runtime.block_on(serve(Arc::new(config), from, datapath, adopted));
     // Whoever still asks has been given time; a name look-up in progress is not waited for.
     runtime.shutdown_timeout(Duration::from_secs(1));
-    done.map(|()| ExitCode::SUCCESS)
+    done.map(|()| ExitCode::SUCCESS).map_err(|error| with_remedies(error, &doubts))
+}
+
+/// Looks at the host, as far as that takes no time, and says what it is not ready for.
+fn say_doubts(config: &Config) -> Vec<Check> {
+    let begun = Instant::now();
+    let doubts = doctor::doubts(config);
+    tracing::debug!(took = ?begun.elapsed(), "the host has been looked at");
+    for check in &doubts {
+        let name = doctor::name(check.name);
+        let Check { about, found, remedy, .. } = check;
+        let about = about.as_deref().map(|about| format!(" {about}")).unwrap_or_default();
+        let remedy = remedy.as_deref().unwrap_or("canary-agent doctor");
+        match check.stops_steering() {
+            true => tracing::error!("{name}{about}: {found}; {remedy}"),
+            false => tracing::warn!("{name}{about}: {found}; {remedy}"),
+        }
+    }
+    doubts
+}
+
+/// An error that names no next step, with those for what this host was not ready for.
+fn with_remedies(error: anyhow::Error, doubts: &[Check]) -> anyhow::Error {
+    let remedies: Vec<&str> = doubts
+        .iter()
+        .filter(|check| check.stops_steering())
+        .filter_map(|check| check.remedy.as_deref())
+        .collect();
+    if remedies.is_empty() {
+        return error;
+    }
+    let refusal = match error.downcast::<Refusal>() {
+        Ok(refusal) if refusal.help.is_some() => refusal,
+        Ok(refusal) => Refusal { help: Some(remedies.join("; ")), ..refusal },
+        Err(error) => Refusal {
+            code: "not_ready",
+            message: format!("{error:#}"),
+            help: Some(remedies.join("; ")),
+            exit_code: 1,
+        },
+    };
+    refusal.into()
 }
 
 /// Puts this thread, and those that it starts, before others on a busy host: a split has to

@@ -160,7 +160,7 @@ impl From<MapError> for Error {
 }
 
 /// Whether an error goes back to EPERM or EACCES.
-fn not_permitted(error: &(dyn std::error::Error + 'static)) -> bool {
+pub(super) fn not_permitted(error: &(dyn std::error::Error + 'static)) -> bool {
     let mut cause = Some(error);
     while let Some(error) = cause {
         if let Some(io) = error.downcast_ref::<io::Error>()

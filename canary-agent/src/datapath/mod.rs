@@ -11,6 +11,7 @@ pub mod flows;
 mod handover;
 mod kernel;
 mod links;
+mod look;
 mod mapping;
 mod older;
 mod pins;
@@ -43,6 +44,8 @@ pub use self::{
     attach::{Attached, AttachedMode},
     census::{Census, Counted},
     handover::Handover,
+    look::{Adoptable, OLDEST, PinsSeen, PlaceSeen},
+    look::{lacks, maps_bytes, pinned, place, program_names, release, takes_parts},
     pins::Made,
     reader::Reader,
     sweep::{Sweeper, Swept},

@@ -2,6 +2,7 @@
 
 use std::{
     fs, io,
+    os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
 };
 
@@ -95,6 +96,24 @@ impl Readable {
 }
 
 const MMAPABLE: u32 = 1 << 10;
+/// Bytes that the kernel keeps with each element of a hash map, about.
+const HASH_ELEMENT_BYTES: u64 = 64;
+
+impl Layout {
+    /// Bytes that it takes of the kernel's memory, about.
+    pub(super) fn bytes(&self) -> u64 {
+        let Self { kind, key_bytes, value_bytes, entries, name: _, flags: _ } = self;
+        let value = (*value_bytes as u64).next_multiple_of(8);
+        let each = match kind {
+            MapType::Hash | MapType::DevMapHash => {
+                value + (*key_bytes as u64).next_multiple_of(8) + HASH_ELEMENT_BYTES
+            }
+            MapType::PerCpuArray => value * u64::from(cpus()),
+            _ => value,
+        };
+        each * u64::from(*entries)
+    }
+}
 
 /// Every map that is pinned, in the sizes that `options` ask for.
 pub(super) fn layouts(options: &Options) -> Vec<Layout> {
@@ -234,7 +253,7 @@ impl Pins {
     /// where it is missing. Returns the part of the path that exists.
     pub(super) fn ready(&self) -> Result<&Path, Error> {
         let mut existing = self.existing()?;
-        if !self.on_bpffs(existing)? && self.root.starts_with(BPFFS) {
+        if !self.on_bpffs(existing)? && self.in_usual_place() {
             mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), None::<&str>)
                 .map_err(|e| self.unusable(format!("mounting {BPFFS} failed: {e}"), Some(e)))?;
             tracing::info!("a BPF file system was missing at {BPFFS} and has been mounted");
@@ -250,8 +269,13 @@ impl Pins {
         Ok(existing)
     }
 
+    /// Whether the path lies where the BPF file system usually is.
+    pub(super) fn in_usual_place(&self) -> bool {
+        self.root.starts_with(BPFFS)
+    }
+
     /// The longest part of the path that exists; a directory.
-    fn existing(&self) -> Result<&Path, Error> {
+    pub(super) fn existing(&self) -> Result<&Path, Error> {
         let existing = self
             .root
             .ancestors()
@@ -265,7 +289,7 @@ impl Pins {
     }
 
     /// Whether `path` lies on a BPF file system.
-    fn on_bpffs(&self, path: &Path) -> Result<bool, Error> {
+    pub(super) fn on_bpffs(&self, path: &Path) -> Result<bool, Error> {
         let found = statfs(path).map_err(|e| {
             self.unusable(format!("{} can't be looked at: {e}", path.display()), Some(e))
         })?;
@@ -287,7 +311,8 @@ impl Pins {
         let (links, maps) = (self.links(), self.maps());
         missing.extend([links.as_path(), maps.as_path()]);
         for path in missing {
-            match fs::create_dir(path) {
+            // Whatever the umask: whoever may write here, steers.
+            match fs::DirBuilder::new().mode(0o755).create(path) {
                 Ok(()) => made.0.push(path.to_owned()),
                 Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
                 Err(e) => {
@@ -418,7 +443,7 @@ impl Pins {
     pub(super) fn begin(&self, shared: impl Iterator<Item = &'static str>) -> Result<(), Error> {
         self.discard()?;
         let beside = self.beside();
-        fs::create_dir(beside.maps())?;
+        fs::DirBuilder::new().mode(0o755).create(beside.maps())?;
         for name in shared {
             fs::hard_link(self.map(name), beside.map(name))?;
         }

@@ -8,13 +8,15 @@
 //! [`VipManager::open`] or [`reserve_ports`]; nothing here enters another.
 //!
 //! `wire`, `tables`, `choose`, `care`, `answers` and the planning half of `vip` are functions of plain
-//! values; `netlink`, `verify` and `task` are the shell around them.
+//! values; `netlink`, `verify` and `task` are the shell around them. `survey` looks once, over `ask`.
 
 mod answers;
+pub(crate) mod ask;
 mod care;
 mod choose;
 mod netlink;
 mod ports;
+mod survey;
 mod tables;
 mod task;
 mod verify;
@@ -32,7 +34,8 @@ use nix::errno::Errno;
 use tokio::sync::{mpsc, watch};
 
 pub use self::{
-    ports::{ParsePortsError, PortSet, PortsError, release_ports, reserve_ports},
+    ports::{ParsePortsError, PortSet, PortsError, release_ports, reserve_ports, reserved_ports},
+    survey::{Seen, Standing, Survey, survey},
     vip::{ADDRESS_PROTOCOL, Placed, VipError, VipManager, VipReport},
 };
 use crate::plan::NextHop;

@@ -190,6 +190,14 @@ pub fn release_ports(range: &RangeInclusive<u16>) -> Result<(), PortsError> {
     if set == before { Ok(()) } else { write(&set) }
 }
 
+/// The ports that are reserved now.
+///
+/// # Errors
+/// When the setting can't be read or understood.
+pub fn reserved_ports() -> Result<PortSet, PortsError> {
+    read()
+}
+
 fn read() -> Result<PortSet, PortsError> {
     // The kernel gives the list to the first read only, cut to that read's length;
     // `fs::read_to_string` may begin with a read of 32 bytes.

@@ -7,6 +7,7 @@ mod commands;
 mod crashes;
 mod crowd;
 mod disks;
+mod doctor;
 mod explain;
 mod flood;
 mod held;

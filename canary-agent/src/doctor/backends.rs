@@ -1,0 +1,193 @@
+//! Verdicts on the ways to backends.
+
+use std::collections::BTreeSet;
+
+use super::{Check, Name, facts::Facts, read};
+use crate::{
+    config::{
+        Config,
+        model::{Forward, Service},
+    },
+    resolve::{Survey, Unresolved},
+};
+
+pub(super) fn checks(config: &Config, facts: &Facts) -> Vec<Check> {
+    let survey = match read(&facts.network, Name::Backend, "netlink (ip route get)") {
+        Err(check) => return vec![*check],
+        Ok(survey) => survey,
+    };
+    let mut seen = BTreeSet::new();
+    let mut checks = Vec::new();
+    for service in &config.services {
+        for backend in service.versions.iter().flat_map(|version| &version.backends) {
+            let address = backend.addr.ip();
+            if seen.insert(address) {
+                let Some(hop) = survey.hops.get(&address) else { continue };
+                checks.push(next_hop(hop, facts.probed).about(address.to_string()));
+            }
+        }
+        checks.extend(sizes(service, config, survey));
+    }
+    checks
+}
+
+fn next_hop(hop: &crate::resolve::Hop, probed: bool) -> Check {
+    const EVIDENCE: &str = "netlink (ip route get, ip neighbour)";
+    let name = Name::Backend;
+    let reason = match hop {
+        Ok(hop) => {
+            let [a, b, c, d, e, f] = hop.destination_mac;
+            let found = format!("its next hop is {a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
+            return Check::ok(name, found, EVIDENCE);
+        }
+        Err(reason) => reason,
+    };
+    let failed = |remedy: &str| Check::failed(name, reason.to_string(), EVIDENCE).remedy(remedy);
+    match reason {
+        Unresolved::Resolving { .. } if !probed => {
+            Check::not_checked(name, "its MAC address is not known yet, and a start waits for it", EVIDENCE)
+        }
+        Unresolved::Resolving { .. } | Unresolved::Silent { .. } => {
+            Check::warning(name, reason.to_string(), EVIDENCE)
+                .remedy("start the host, or look at the network between: ping, ip neighbour, tcpdump -ni IF arp or icmp6")
+        }
+        Unresolved::NoRoute => failed("ip route add NETWORK via GATEWAY dev IF"),
+        Unresolved::Local => failed("a backend can't be an address of this host: set its `addr`"),
+        Unresolved::Blackhole | Unresolved::Unreachable | Unresolved::Prohibited => {
+            failed("ip route get shows the route that says so: replace it")
+        }
+        Unresolved::NotUnicast | Unresolved::LinkLocal => failed("set its `addr` to a global unicast address"),
+        Unresolved::Encapsulated => failed("give it a route without encapsulation"),
+        Unresolved::Lookup(_) => failed("ip route get shows what the kernel says"),
+        Unresolved::InterfaceGone { .. } => failed("ip route shows routes by interfaces that are gone"),
+        Unresolved::InterfaceDown { interface } => failed(&format!("ip link set {interface} up")),
+        Unresolved::NotEthernet { .. } => failed("give it a route by an Ethernet interface"),
+        Unresolved::TableFull { .. } => failed(
+            "sysctl -w net.ipv4.neigh.default.gc_thresh3=16384 net.ipv6.neigh.default.gc_thresh3=16384",
+        ),
+    }
+}
+
+/// Bytes that forwarding adds to a packet.
+const fn added_bytes(forward: Forward) -> u32 {
+    match forward {
+        Forward::Nat | Forward::Dsr => 0,
+    }
+}
+
+/// Interfaces towards backends that take less than those that clients' packets come in by.
+fn sizes(service: &Service, config: &Config, survey: &Survey) -> Vec<Check> {
+    let named = |name: &String| survey.links.iter().find(|link| link.name == *name);
+    let towards: BTreeSet<u32> = service
+        .versions
+        .iter()
+        .flat_map(|version| &version.backends)
+        .filter_map(|backend| survey.ways.get(&backend.addr.ip()).copied())
+        .collect();
+    // Those that lead to backends bring answers; clients may come by any other, or by all.
+    let mut clients: Vec<_> = config.agent.interfaces.iter().filter_map(named).collect();
+    if clients.iter().any(|link| !towards.contains(&link.ifindex)) {
+        clients.retain(|link| !towards.contains(&link.ifindex));
+    }
+    let Some(largest) = clients.iter().max_by_key(|link| link.mtu) else { return Vec::new() };
+    let needs = largest.mtu.saturating_add(added_bytes(service.forward));
+    let out = survey.links.iter().filter(|link| towards.contains(&link.ifindex));
+    out.map(|link| {
+        let about = format!("{} by {}", service.name, link.name);
+        let evidence = "netlink (ip link)";
+        if link.mtu >= needs {
+            let found = format!("{} bytes, and packets have up to {needs}", link.mtu);
+            return Check::ok(Name::BackendMtu, found, evidence).about(about);
+        }
+        let found = format!(
+            "{} takes {} bytes, and packets that come by {} have up to {needs}: larger ones are lost",
+            link.name, link.mtu, largest.name
+        );
+        Check::warning(Name::BackendMtu, found, evidence).about(about).remedy(format!(
+            "ip link set {} mtu {needs} (and that of the network behind it), or ip link set {} mtu {}",
+            link.name,
+            largest.name,
+            link.mtu.saturating_sub(added_bytes(service.forward))
+        ))
+    })
+    .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use super::*;
+    use crate::doctor::{Verdict, sample};
+
+    fn verdict(name: Name, change: impl FnOnce(&mut Config, &mut Facts)) -> Verdict {
+        let (mut config, mut facts) = (sample::config(), sample::facts());
+        change(&mut config, &mut facts);
+        let check = checks(&config, &facts).into_iter().find(|check| check.name == name);
+        let check = check.expect("looked at");
+        let bad = matches!(check.verdict, Verdict::Warning | Verdict::Failed);
+        assert!(!bad || check.remedy.is_some(), "{check:?}");
+        check.verdict
+    }
+
+    #[test]
+    fn good_ways_are_good() {
+        for check in checks(&sample::config(), &sample::facts()) {
+            assert_eq!(check.verdict, Verdict::Ok, "{check:?}");
+        }
+    }
+
+    #[test]
+    fn each_reason_for_no_next_hop_has_its_verdict() {
+        let interface = || "eth1".to_owned();
+        let neighbour: IpAddr = "10.0.1.1".parse().expect("an address");
+        let resolving = Unresolved::Resolving { neighbour, interface: interface() };
+        let cases = [
+            (Unresolved::NoRoute, Verdict::Failed),
+            (Unresolved::Local, Verdict::Failed),
+            (Unresolved::Blackhole, Verdict::Failed),
+            (Unresolved::Unreachable, Verdict::Failed),
+            (Unresolved::Prohibited, Verdict::Failed),
+            (Unresolved::NotUnicast, Verdict::Failed),
+            (Unresolved::LinkLocal, Verdict::Failed),
+            (Unresolved::Encapsulated, Verdict::Failed),
+            (Unresolved::Lookup(nix::errno::Errno::EIO), Verdict::Failed),
+            (Unresolved::InterfaceGone { ifindex: 3 }, Verdict::Failed),
+            (Unresolved::InterfaceDown { interface: interface() }, Verdict::Failed),
+            (Unresolved::NotEthernet { interface: interface() }, Verdict::Failed),
+            (Unresolved::TableFull { neighbour, interface: interface() }, Verdict::Failed),
+            (resolving.clone(), Verdict::Warning),
+            (Unresolved::Silent { neighbour, interface: interface() }, Verdict::Warning),
+        ];
+        for (reason, expected) in cases {
+            let found = verdict(Name::Backend, |_, f| {
+                let survey = f.network.as_mut().expect("a survey");
+                survey.hops.insert(neighbour, Err(reason.clone()));
+            });
+            assert_eq!(found, expected, "{reason:?}");
+        }
+        let quick = verdict(Name::Backend, |_, f| {
+            f.probed = false;
+            f.network.as_mut().expect("a survey").hops.insert(neighbour, Err(resolving));
+        });
+        assert_eq!(quick, Verdict::NotChecked);
+    }
+
+    #[test]
+    fn what_comes_in_must_fit_through_the_way_out() {
+        let with = |eth0: u32, eth1: u32| {
+            verdict(Name::BackendMtu, |_, f| {
+                for link in &mut f.network.as_mut().expect("a survey").links {
+                    match link.name.as_str() {
+                        "eth0" => link.mtu = eth0,
+                        "eth1" => link.mtu = eth1,
+                        _ => {}
+                    }
+                }
+            })
+        };
+        assert_eq!(with(1500, 1500), Verdict::Ok);
+        assert_eq!(with(1500, 9000), Verdict::Ok);
+        assert_eq!(with(9000, 1500), Verdict::Warning);
+    }
+}
