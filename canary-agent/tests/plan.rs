@@ -690,6 +690,54 @@ fn a_placement_that_is_missing_or_can_not_be_read_is_made_anew() {
     }
 }
 
+/// Whatever the state file and the pinned maps say, written by whomever.
+#[test]
+fn state_and_maps_that_say_nonsense_lead_to_no_backend_that_is_not_there() {
+    let configured = config(vec![three()]);
+    let planner = started(&configured);
+    let mut seed = 1_u64;
+    let mut random = move || {
+        seed = seed.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+        seed >> 16
+    };
+    for round in 0..200 {
+        let (mut stored, mut adopted) = (stored(&planner), maps(planner.plane()));
+        let record = &mut stored[0];
+        if round % 2 == 0 {
+            record.owners = (0..random() % 9_000).map(|_| random() as u8).collect();
+        }
+        if round % 3 == 0 {
+            record.slots = (0..random() % 40).map(|n| format!("v{}", n % 5)).collect();
+        }
+        if round % 5 == 0 {
+            record.control = "nobody".to_owned();
+        }
+        for table in &mut adopted.services {
+            if round % 2 == 1 {
+                table.entries.iter_mut().for_each(|entry| entry.0 = random() as u32);
+                table.ledger.iter_mut().for_each(|entry| entry.0 = random());
+            }
+            if round % 7 == 0 {
+                table.versions.truncate((random() % 3) as usize);
+                table.entries.truncate((random() % 4_096) as usize);
+            }
+        }
+        let start = Start { config: &configured, adopted, stored: &stored, now_ms: 5_000 + round };
+        // Refused is fine, too.
+        let Ok((mut next, _)) = Planner::begin(start) else { continue };
+        next.set_next_hops(&all_hops(&configured));
+        next.step(5_000 + round);
+        let plane = next.plane();
+        let known = |index: BackendIndex| {
+            index.is_none() || plane.backends.iter().any(|(other, _)| *other == index)
+        };
+        for entry in plane.services.iter().flat_map(|service| service.entries.iter()) {
+            assert!(known(entry.current()), "round {round}: {entry:?}");
+            assert!(!entry.tracked() || known(entry.previous()), "round {round}: {entry:?}");
+        }
+    }
+}
+
 #[test]
 fn a_bucket_is_not_tracked_again_before_it_has_been_swept() {
     let mut planner = started(&config(vec![three()]));

@@ -208,6 +208,24 @@ mod tests {
     }
 
     #[test]
+    fn clients_chosen_to_meet_under_one_key_are_spread_by_another() {
+        let known = service(0);
+        let [first, second] = known.hash_key;
+        let secret = Service { hash_key: [first ^ 0x5bd1_e995, second ^ 0x9e37_79b1], ..known };
+        let of = |service: &Service, client: u32| {
+            bucket(service, hash_v4(service, client.to_be(), 0, 0, 0, 6))
+        };
+        // What somebody finds who knows the key: clients of one bucket in 256.
+        let meeting: Vec<u32> = (0x0a00_0000_u32..)
+            .filter(|client| of(&known, *client) & 0xff == 7)
+            .take(4_096)
+            .collect();
+        let spread = meeting.iter().map(|client| u64::from(of(&secret, *client)));
+        let sigmas = chi_square_sigmas(spread, 256);
+        assert!(sigmas.abs() < 5.0, "{sigmas} sigmas");
+    }
+
+    #[test]
     fn a_client_has_one_bucket_on_all_ports_and_addresses_of_a_family() {
         let s = service(0);
         let h = hash_v4(&s, 5, 1, 2, 3, 6);

@@ -33,3 +33,50 @@ fn every_check_of_doctor_is_in_the_manual() {
         assert!(manual.contains(&row), "docs/cli.md has no row for{row}");
     }
 }
+
+/// The text of every file below a folder whose name ends so.
+fn texts(folder: &Path, ending: &str, all: &mut String) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            texts(&path, ending, all);
+        } else if entry.file_name().to_string_lossy().ends_with(ending) {
+            all.push_str(&fs::read_to_string(&path).unwrap_or_default());
+        }
+    }
+}
+
+#[test]
+fn the_threat_model_names_tests_that_exist() {
+    let (mut code, mut cases) = (String::new(), String::new());
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    for folder in [
+        "canary-agent/src",
+        "canary-agent/tests",
+        "canary-ebpf-common",
+        "tests/src",
+        "tests/tests",
+        "xtask/src",
+    ] {
+        texts(&root.join(folder), ".rs", &mut code);
+    }
+    texts(&root.join("tests/cases"), ".toml", &mut cases);
+    let document = document("security.md");
+    let rows = document.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| ---"));
+    let mut held = 0;
+    for row in rows {
+        let cells: Vec<&str> = row.trim_matches('|').split(" | ").collect();
+        let [_, .., by] = cells[..] else { panic!("a row of one cell: {row}") };
+        for name in by.split('`').skip(1).step_by(2).filter(|word| word.contains('_')) {
+            let function = format!("fn {name}(");
+            assert!(code.contains(&function), "docs/security.md names `{name}`, which is no test");
+            held += 1;
+        }
+        for name in by.split('"').skip(1).step_by(2) {
+            let case = format!("name = \"{name}\"");
+            assert!(cases.contains(&case), "docs/security.md names the case \"{name}\"");
+            held += 1;
+        }
+    }
+    assert!(held > 30, "{held} tests are named");
+}

@@ -124,3 +124,23 @@ fn licences_are_where_their_readers_look() {
         assert!(text.contains("[lints]\nworkspace = true"), "{name} has lints of its own");
     }
 }
+
+#[test]
+fn the_agent_loads_no_program_but_the_one_that_was_built_in() {
+    let embeds = concat!("include_bytes_", "aligned!(");
+    let mut places = Vec::new();
+    for (path, text) in files(&[".rs"]) {
+        if !path.starts_with("canary-agent/src") {
+            continue;
+        }
+        for (line, number) in text.lines().zip(1..) {
+            let from_file = ["load_file(", "Ebpf::load("].iter().any(|call| line.contains(call));
+            assert!(!from_file, "{path}:{number} may load a program from outside: {line}");
+            if line.contains(embeds) {
+                places.push(path.clone());
+            }
+        }
+    }
+    assert!(places.iter().all(|path| path.starts_with("canary-agent/src/datapath/")), "{places:?}");
+    assert!(!places.is_empty());
+}
