@@ -14,7 +14,7 @@ use canary_agent::{
     config::model::{Config, Existing, Forward, Service},
     plan::{
         Adopted, BackendPlan, DataPlane, Family, NextHop, Planner, QUARANTINE_MS, ServiceState,
-        Start, clear_due_ms,
+        Start, Table, clear_due_ms,
     },
     store::{Admin, ServiceRecord, Split},
 };
@@ -337,8 +337,13 @@ proptest! {
             for state in planner.services() {
                 for table in state.tables() {
                     let owners: Vec<u8> = table.ledger().iter().map(|l| l.owner()).collect();
-                    prop_assert_eq!(&owners, &*state.ownership().owners, "the ledger says who owns what");
+                    prop_assert_eq!(&owners, &state.ownership().owners.to_vec(), "the ledger says who owns what");
                 }
+            }
+            if now % 3 == 0 {
+                let before = planner.plane().clone();
+                planner.rest(now + 60_000);
+                prop_assert!(*planner.plane() == before, "rest changes nothing");
             }
         }
     }
@@ -818,4 +823,35 @@ fn one_split_among_4096_services_is_quick_and_leaves_the_others_alone() {
     assert_eq!(same, 4095);
     println!("one split among 4,096 services: {best:?}");
     assert!(best < Duration::from_millis(if cfg!(debug_assertions) { 25 } else { 5 }), "{best:?}");
+}
+
+#[test]
+fn a_service_that_is_left_alone_takes_less_memory_and_goes_on_the_same() {
+    let mut shop = three();
+    shop.buckets = 65_536;
+    let config = config(vec![shop]);
+    let bytes = |planner: &Planner| -> usize {
+        let owners = planner.services()[0].ownership().owners.bytes();
+        let table = |table: &Table| table.entries().bytes() + table.ledger().bytes();
+        planner.services()[0].tables().iter().map(table).sum::<usize>() + owners
+    };
+    let [mut planner, mut other] = [(); 2].map(|()| started(&config));
+    assert!(bytes(&planner) < 100_000, "{} bytes at the start", bytes(&planner));
+    for (round, share) in ["30%", "60%", "0%"].into_iter().enumerate() {
+        let now = 10_000 + 100_000 * round as u64;
+        for planner in [&mut planner, &mut other] {
+            set_split(planner, 0, &[("v2", share)]);
+            assert!(planner.step(now).changed);
+            planner.applied(now);
+            assert!(!planner.rest(now + 9_000), "it may not be over");
+        }
+        let (busy, tables) = (bytes(&planner), planner.plane().services.len());
+        assert!(busy > tables * 65_536 * 12, "{busy} bytes while it changes");
+        assert!(planner.rest(now + 10_000));
+        assert!(bytes(&planner) < busy / 8, "{} bytes of {busy}", bytes(&planner));
+        assert!(!planner.rest(now + 20_000), "it rests already");
+        // The plan that is in force holds the other form until this one is applied.
+        assert!(planner.step(now + 10_000).changed && !planner.step(now + 10_000).changed);
+        assert!(planner.plane() == other.plane(), "{share}");
+    }
 }

@@ -442,7 +442,7 @@ pub struct Meta {
 ///
 /// Bits 0–7 the owner's version slot, 8–63 milliseconds of `CLOCK_BOOTTIME` of
 /// the last move, 0 for never.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(transparent)]
 pub struct LedgerEntry(pub u64);
 

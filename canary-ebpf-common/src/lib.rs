@@ -22,6 +22,10 @@ pub mod compile;
 #[cfg(feature = "user")]
 mod differing;
 #[cfg(feature = "user")]
+mod packed;
+#[cfg(feature = "user")]
 pub mod share;
 #[cfg(feature = "user")]
 pub use differing::{differing, ones};
+#[cfg(feature = "user")]
+pub use packed::Packed;

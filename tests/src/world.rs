@@ -224,8 +224,8 @@ impl Service {
             record: abi::Service { first_page, id: id.into(), ..self.record()? },
             vips,
             ports: self.ports.iter().map(|p| port(p)).collect::<Result<_>>()?,
-            entries: Arc::new(table(&self.table, &indices, self.buckets)?),
-            ledger: Arc::new(vec![LedgerEntry::default(); self.buckets as usize]),
+            entries: Arc::new(table(&self.table, &indices, self.buckets)?.into()),
+            ledger: Arc::new(vec![LedgerEntry::default(); self.buckets as usize].into()),
         }));
         Ok(())
     }

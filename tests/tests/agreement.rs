@@ -268,7 +268,7 @@ fn random_packets_go_where_the_decision_says() {
                 .collect();
             let service = Arc::make_mut(service);
             service.entries =
-                Arc::new(digit_table(shift, &indices, service.record.bucket_mask + 1));
+                Arc::new(digit_table(shift, &indices, service.record.bucket_mask + 1).into());
         }
         let mut loaded = Loaded::new(&plane.plane, &world.sizes()).expect("root, and a program");
         let v4 = Model::<FlowKeyV4>::new(&plane.plane, world.flows, ports(&world));

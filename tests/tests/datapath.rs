@@ -81,8 +81,8 @@ fn a_second_agent_finds_what_the_first_has_written() {
         assert_eq!(found.name, wanted.name);
         assert_eq!(u32::from(found.id), wanted.record.id);
         assert_eq!(found.first_page, wanted.record.first_page);
-        assert_eq!(found.entries, *wanted.entries);
-        assert_eq!(found.ledger, *wanted.ledger);
+        assert_eq!(*wanted.entries, found.entries[..]);
+        assert_eq!(*wanted.ledger, found.ledger[..]);
         assert_eq!(found.family, wanted.family);
         assert_eq!(found.versions[0], wanted.versions[0]);
     }

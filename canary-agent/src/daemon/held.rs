@@ -12,6 +12,7 @@ use std::{
 };
 
 use canary_ebpf_common::{
+    Packed,
     abi::BackendCounters,
     entry::{BackendIndex, Entry},
 };
@@ -30,7 +31,7 @@ pub(super) const NOT_COUNTED: &str = "how many connections are open is not known
      unless its bucket has moved";
 
 /// A table's entries, and how many buckets each backend has in it.
-pub(super) type Before<'a> = (&'a [Entry], &'a [(BackendIndex, u32)]);
+pub(super) type Before<'a> = (&'a Packed<Entry>, &'a [(BackendIndex, u32)]);
 
 /// Counts open connections, on a thread of its own.
 pub type Counter = Box<dyn FnOnce(&[Counted]) -> Result<Census, String> + Send>;

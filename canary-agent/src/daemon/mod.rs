@@ -8,6 +8,7 @@ mod held;
 mod learn;
 mod listing;
 pub mod lock;
+mod memory;
 mod notify;
 mod pressure;
 mod reload;

@@ -6,6 +6,7 @@
 
 use std::{
     collections::BTreeSet,
+    convert::Infallible,
     net::IpAddr,
     path::PathBuf,
     process::ExitCode,
@@ -31,6 +32,7 @@ use super::{
     AttachError, Attachment, Counter, Event, Handle, Kernel, LinkStates, Moment, Refusal, Request,
     State,
     lock::{self, LockError},
+    memory,
     notify::Notifier,
     reload::{HostWants, Listening, Reloader},
     sweep::{self, Order},
@@ -125,6 +127,7 @@ pub fn run(options: RunOptions) -> anyhow::Result<ExitCode> {
         thread::sleep(rest);
     }
     come_first();
+    memory::keep_some();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -309,11 +312,16 @@ async fn serve(
     state.show_checks(prober.reports());
 
     let (stop, stopping) = watch::channel(false);
+    let (running, mut over) = mpsc::channel::<Infallible>(1);
     let loop_thread = {
         let runtime = tokio::runtime::Handle::current();
         thread::Builder::new()
             .name("state".to_owned())
-            .spawn(move || runtime.block_on(drive(state, requests, received, wakeup)))
+            .spawn(move || {
+                // Gone with the thread, however that ends.
+                let _running = running;
+                runtime.block_on(drive(state, requests, received, wakeup))
+            })
             .context("can't start the loop's thread")?
     };
     let checks = tokio::spawn(watch_checks(prober.changes(), events.clone()));
@@ -354,7 +362,7 @@ async fn serve(
                 // It says itself how it went.
                 tokio::spawn(async move { handle.reload(ReloadRequest::default(), None).await });
             }
-            () = watched(&loop_thread) => break true,
+            _ = over.recv() => break true,
         }
     };
     tracing::info!("stopping; the data plane stays in place");
@@ -375,14 +383,6 @@ async fn serve(
         (Ok(Ok(())), true) => anyhow::bail!("the state loop has ended by itself"),
         (Ok(Err(error)), _) => Err(error),
         (Err(_), _) => anyhow::bail!("the state loop has panicked"),
-    }
-}
-
-/// Returns when the thread has ended.
-async fn watched<T>(thread: &thread::JoinHandle<T>) {
-    let mut every = tokio::time::interval(Duration::from_secs(1));
-    while !thread.is_finished() {
-        every.tick().await;
     }
 }
 
@@ -579,6 +579,10 @@ impl Kernel for Live {
 
     fn maps(&self) -> Vec<MapStatus> {
         self.reader.maps()
+    }
+
+    fn give_memory_back(&mut self) {
+        memory::give_back();
     }
 
     fn boot_id(&self) -> String {

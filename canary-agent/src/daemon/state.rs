@@ -150,6 +150,8 @@ pub trait Kernel {
     fn counter(&self) -> Option<Counter> {
         None
     }
+    /// Gives the system back what has been allocated and let go again.
+    fn give_memory_back(&mut self) {}
     /// What tells one start of the host from another.
     fn boot_id(&self) -> String {
         String::new()
@@ -210,6 +212,8 @@ pub struct State<S, K> {
     sweep_under_way: Option<Sweep>,
     sweep_failed: Option<Sweep>,
     in_force: bool,
+    /// Memory has been let go since the last tick.
+    pub(super) lets_go: bool,
 }
 
 impl<S: StateStore, K: Kernel> State<S, K> {
@@ -283,6 +287,8 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             sweep_under_way: None,
             sweep_failed: None,
             in_force: false,
+            // Beginning takes more than what is kept.
+            lets_go: true,
         };
         if !state.alerts.contains_key("store")
             && let Err(error) = state.save(Vec::new(), now)
@@ -463,6 +469,10 @@ impl<S: StateStore, K: Kernel> State<S, K> {
 
     fn tick(&mut self, now: Moment) {
         let now_ms = now.boot_ms;
+        // What was let go is free since the plan was applied that does without it.
+        if std::mem::replace(&mut self.lets_go, self.planner.rest(now_ms)) {
+            self.kernel.give_memory_back();
+        }
         self.store_notices(now);
         let backends = self.planner.plane().backends.len();
         if self.samples.due(backends, now_ms) {
@@ -689,7 +699,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             let entries: Vec<_> = tables
                 .iter()
                 .zip(&counts)
-                .map(|(table, counts)| (&table.entries[..], &counts[..]))
+                .map(|(table, counts)| (&*table.entries, &counts[..]))
                 .collect();
             report.connections_per_second =
                 self.connections_per_second(&entries, &moved, now.boot_ms);
@@ -743,7 +753,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let mut touched = BTreeSet::new();
         let mut moved = Vec::new();
         for (old, table) in tables.iter().zip(state.tables()) {
-            let (buckets, backends) = table.moved(&old.entries, Entry::current);
+            let (buckets, backends) = table.moved(&old.entries.plain(), Entry::current);
             touched.extend(backends);
             moved.push(buckets);
         }

@@ -18,7 +18,7 @@ use canary_ebpf_common::{
 
 use super::{
     Error,
-    mapping::{Mapping, store},
+    mapping::{Mapping, Pages, store},
     pod,
     vips::{VipTable, vips},
 };
@@ -43,8 +43,8 @@ pub(super) struct Maps {
     pub(super) info: Array<MapData, pod::ServiceInfo>,
     pub(super) vips_v4: VipTable,
     pub(super) vips_v6: VipTable,
-    pub(super) table: Arc<Mapping>,
-    pub(super) ledger: Mapping,
+    pub(super) table: Arc<Pages>,
+    pub(super) ledger: Pages,
     pub(super) backends: Mapping,
     pub(super) nat_sources: Array<MapData, abi::Address>,
     pub(super) counters: PerCpuArray<MapData, pod::BackendCounters>,
@@ -102,14 +102,15 @@ impl Maps {
         records.min(abi::BACKEND_INDICES as usize) as u16
     }
 
-    /// Where a service's entries lie in `TABLE`, in words.
-    fn range(&self, service: &ServicePlan) -> Result<std::ops::Range<usize>, Error> {
-        let start = (service.record.first_page * PAGE_BUCKETS) as usize;
-        let end = start + service.record.bucket_mask as usize + 1;
-        if end > self.table.words32().len() || service.entries.len() != end - start {
-            return Err(Error::OutOfRange { what: "table page", index: service.record.first_page });
+    /// Where a service's entries lie in `TABLE`, and its ledger in `LEDGER`: in which pages.
+    fn pages(&self, service: &ServicePlan) -> Result<std::ops::Range<u32>, Error> {
+        let buckets = service.record.bucket_mask + 1;
+        let first = service.record.first_page;
+        let end = first.saturating_add(buckets.div_ceil(PAGE_BUCKETS));
+        if end > self.table.count() || service.entries.len() != buckets as usize {
+            return Err(Error::OutOfRange { what: "table page", index: first });
         }
-        Ok(start..end)
+        Ok(first..end)
     }
 
     /// Brings the maps from `before` (what was applied last, if anything) to `desired`.
@@ -239,7 +240,7 @@ impl Maps {
         service: &ServicePlan,
         applied: &mut Applied,
     ) -> Result<(), Error> {
-        let range = self.range(service)?;
+        let pages = self.pages(service)?;
         // What was stored elsewhere says nothing of what these pages hold.
         let there = |old: &&ServicePlan| {
             (old.record.first_page, old.record.bucket_mask)
@@ -250,7 +251,7 @@ impl Maps {
         // have not happened yet, and makes them again, never moves without a time.
         let old_ledger = stored.map(|o| &o.ledger);
         if old_ledger.is_none_or(|old| !Arc::ptr_eq(old, &service.ledger)) {
-            let words = &self.ledger.words64()[range.clone()];
+            let mapping = self.ledger.map(pages.clone())?;
             // After the first line of words that differ.
             let mut first = true;
             let half = |_, _| {
@@ -258,12 +259,13 @@ impl Maps {
                     Failpoint::LedgerHalfWritten.pass();
                 }
             };
-            store(words, old_ledger.map(|old| &old[..]), &service.ledger, half);
+            let old = old_ledger.map(|old| old.plain());
+            store(mapping.words64(), old.as_deref(), &service.ledger.plain(), half);
             Failpoint::LedgerWritten.pass();
         }
         let old_entries = stored.map(|o| &o.entries);
         if old_entries.is_none_or(|old| !Arc::ptr_eq(old, &service.entries)) {
-            let words = &self.table.words32()[range];
+            let mapping = self.table.map(pages)?;
             let mut first = true;
             let count = |before: Entry, after: Entry| {
                 if std::mem::take(&mut first) {
@@ -272,7 +274,8 @@ impl Maps {
                 applied.untracked += usize::from(before.tracked() && !after.tracked());
                 applied.entries += usize::from(before != after);
             };
-            store(words, old_entries.map(|old| &old[..]), &service.entries, count);
+            let old = old_entries.map(|old| old.plain());
+            store(mapping.words32(), old.as_deref(), &service.entries.plain(), count);
             Failpoint::TableWritten.pass();
         }
         if old.is_none_or(|o| info(o) != info(service)) {

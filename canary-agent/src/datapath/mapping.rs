@@ -1,9 +1,10 @@
-//! An array map's values, mapped into memory.
+//! An array map's values, mapped into memory: all the time, or for as long as they are used.
 
 use std::{
     ffi::c_void,
     num::NonZeroUsize,
-    os::fd::AsFd,
+    ops::Range,
+    os::fd::{AsFd, OwnedFd},
     ptr::NonNull,
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
@@ -27,6 +28,11 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     /// Maps the first `bytes` of an array map's values.
     pub(super) fn new(map: impl AsFd, bytes: usize) -> nix::Result<Self> {
+        Self::part(map, 0, bytes)
+    }
+
+    /// Maps `bytes` of an array map's values from `offset` on, a multiple of the system's pages.
+    fn part(map: impl AsFd, offset: usize, bytes: usize) -> nix::Result<Self> {
         let bytes = NonZeroUsize::new(bytes).ok_or(nix::errno::Errno::EINVAL)?;
         // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
         let start = unsafe {
@@ -36,7 +42,7 @@ impl Mapping {
                 ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
                 MapFlags::MAP_SHARED,
                 map,
-                0,
+                offset as libc::off_t,
             )?
         };
         Ok(Self { start, bytes })
@@ -60,6 +66,46 @@ impl Drop for Mapping {
         // SAFETY: mapped by `new` with this length, and no slice outlives `self`.
         // Failure would leave the mapping in place, which harms nobody.
         unsafe { _ = munmap(self.start, self.bytes.get()) };
+    }
+}
+
+/// An array map of pages of which a part is used now and then.
+///
+/// What is mapped is resident in the agent beside being the kernel's: where there are many
+/// tables, that is most of what it would have.
+#[derive(Debug)]
+pub(super) struct Pages {
+    map: OwnedFd,
+    page_bytes: usize,
+    pages: u32,
+}
+
+impl Pages {
+    /// A map of so many pages of so many bytes, which are a multiple of the system's pages.
+    pub(super) fn new(map: OwnedFd, pages: u32, page_bytes: usize) -> Self {
+        Self { map, page_bytes, pages }
+    }
+
+    /// How many pages there are.
+    pub(super) fn count(&self) -> u32 {
+        self.pages
+    }
+
+    /// Maps some of the pages.
+    ///
+    /// # Errors
+    /// There are not so many, or the kernel has no room.
+    pub(super) fn map(&self, pages: Range<u32>) -> std::io::Result<Mapping> {
+        let (first, count) = (pages.start as usize, pages.len());
+        Ok(Mapping::part(&self.map, first * self.page_bytes, count * self.page_bytes)?)
+    }
+
+    /// Maps all of them.
+    ///
+    /// # Errors
+    /// The kernel has no room.
+    pub(super) fn map_all(&self) -> std::io::Result<Mapping> {
+        self.map(0..self.pages)
     }
 }
 

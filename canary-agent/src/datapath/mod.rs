@@ -24,7 +24,7 @@ mod vips;
 use std::{
     fs, io,
     ops::RangeInclusive,
-    os::fd::AsFd as _,
+    os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
     sync::{Arc, PoisonError, atomic::Ordering},
 };
@@ -54,7 +54,7 @@ use self::{
     apply::Maps,
     flows::FlowTable,
     kernel::{Refused, Release},
-    mapping::Mapping,
+    mapping::{Mapping, Pages},
     pins::{After, Found, Layout, Pins, Readable},
     sweep::{Rules, SharedRules},
     vips::VipTable,
@@ -720,20 +720,27 @@ fn take(ebpf: &mut Ebpf, name: &str) -> Result<Map, Error> {
 
 fn take_maps(ebpf: &mut Ebpf, options: &Options) -> Result<Maps, Error> {
     let layouts = pins::layouts(options);
-    let mut mapped = |name: &str, value_bytes: usize| -> Result<Mapping, Error> {
-        use std::os::fd::AsFd as _;
-        let entries = layouts.iter().find(|l| l.name == name).map_or(0, |l| l.entries as usize);
+    let mut array = |name: &str| -> Result<(OwnedFd, u32), Error> {
+        let entries = layouts.iter().find(|l| l.name == name).map_or(0, |l| l.entries);
         let Map::Array(data) = take(ebpf, name)? else {
             return Err(
                 io::Error::new(io::ErrorKind::InvalidData, format!("{name} is no array")).into()
             );
         };
-        Ok(Mapping::new(data.fd().as_fd(), entries * value_bytes).map_err(io::Error::from)?)
+        Ok((data.fd().as_fd().try_clone_to_owned()?, entries))
     };
-    let page = PAGE_BUCKETS as usize;
+    let mut paged = |name: &str, word_bytes: usize| -> Result<Pages, Error> {
+        let (map, pages) = array(name)?;
+        Ok(Pages::new(map, pages, word_bytes * PAGE_BUCKETS as usize))
+    };
+    let (table, ledger) = (Arc::new(paged("TABLE", 4)?), paged("LEDGER", 8)?);
+    let mut mapped = |name: &str, value_bytes: usize| -> Result<Mapping, Error> {
+        let (map, entries) = array(name)?;
+        Ok(Mapping::new(map, entries as usize * value_bytes).map_err(io::Error::from)?)
+    };
     Ok(Maps {
-        table: Arc::new(mapped("TABLE", 4 * page)?),
-        ledger: mapped("LEDGER", 8 * page)?,
+        table,
+        ledger,
         backends: mapped("BACKENDS", size_of::<Backend>())?,
         vips_v4: VipTable::v4(mapped("VIPS_V4", size_of::<abi::VipSlotV4>())?),
         vips_v6: VipTable::v6(mapped("VIPS_V6", size_of::<abi::VipSlotV6>())?),
@@ -756,6 +763,7 @@ fn read(maps: &Maps) -> Result<Adopted, Error> {
     }
     let mut records = maps.vips_v4.records();
     records.extend(maps.vips_v6.records());
+    let (table, moves) = (maps.table.map_all()?, maps.ledger.map_all()?);
     for id in 0..maps.info.len() {
         let pod::ServiceInfo(info) = maps.info.get(&id, 0)?;
         if info.name[0] == 0 {
@@ -764,7 +772,7 @@ fn read(maps: &Maps) -> Result<Adopted, Error> {
         let start = (info.first_page * PAGE_BUCKETS) as usize;
         let range = start..start + info.buckets as usize;
         let (Some(entries), Some(ledger)) =
-            (maps.table.words32().get(range.clone()), maps.ledger.words64().get(range))
+            (table.words32().get(range.clone()), moves.words64().get(range))
         else {
             return Err(Error::OutOfRange { what: "table page", index: info.first_page });
         };

@@ -23,7 +23,7 @@ use canary_ebpf_common::{
 use super::{
     Reader,
     flows::{FlowKey, FlowTable, patience_ns},
-    mapping::Mapping,
+    mapping::Pages,
     monotonic_ns, pod,
 };
 
@@ -59,9 +59,22 @@ pub struct Sweeper {
     v4: Family<pod::FlowKeyV4>,
     v6: Family<pod::FlowKeyV6>,
     rules: SharedRules,
-    table: Arc<Mapping>,
+    table: Arc<Pages>,
     reader: Reader,
+    /// What the last pass left behind, if that was nothing.
+    empty: Option<Empty>,
 }
+
+/// Both tables were empty.
+#[derive(Clone, Copy, Debug)]
+struct Empty {
+    /// How many entries had been stored before the pass began.
+    stored: u64,
+    at_ns: u64,
+}
+
+/// Tables that seem to be empty still are looked at all the same after this time.
+const EMPTY_NS: u64 = 60_000_000_000;
 
 /// One family's table and what is needed for it.
 struct Family<K> {
@@ -89,7 +102,7 @@ impl Sweeper {
         programs: (OwnedFd, OwnedFd),
         capacity: u32,
         rules: SharedRules,
-        table: Arc<Mapping>,
+        table: Arc<Pages>,
         reader: Reader,
     ) -> Self {
         let capacity = u64::from(capacity);
@@ -100,7 +113,18 @@ impl Sweeper {
             rules,
             table,
             reader,
+            empty: None,
         }
+    }
+
+    /// Whether a pass would find nothing: the last one has left nothing, and nothing has been
+    /// stored since.
+    pub fn is_idle(&self) -> bool {
+        let recent = |empty: &Empty| {
+            monotonic_ns().is_ok_and(|now_ns| now_ns.saturating_sub(empty.at_ns) < EMPTY_NS)
+        };
+        let nothing_stored = |empty: &Empty| self.reader.flow_counters().stored == empty.stored;
+        self.empty.as_ref().is_some_and(|empty| recent(empty) && nothing_stored(empty))
     }
 
     /// Goes through both tables once. Afterwards there is no entry that was there before and
@@ -111,15 +135,17 @@ impl Sweeper {
     /// When the kernel refuses to walk a table or to run a program. What was found
     /// until then is gone.
     pub fn pass(&mut self, gone: &[BackendIndex]) -> Result<Swept, super::Error> {
+        let began = Empty { stored: self.reader.flow_counters().stored, at_ns: monotonic_ns()? };
+        self.empty = None;
+        let table = self.table.map_all()?;
         let rules = Arc::clone(&self.rules.lock().unwrap_or_else(PoisonError::into_inner));
         let mut names = vec![false; abi::BACKEND_INDICES as usize];
         gone.iter().for_each(|index| names[usize::from(index.get())] = true);
         let tracked = |service: &abi::Service, hash: u64| {
             let bucket = hash::bucket(service, hash) as usize;
             let word = service.first_page as usize * PAGE_BUCKETS as usize + bucket;
-            let words = self.table.words32();
             let load = std::sync::atomic::Ordering::Acquire;
-            words.get(word).is_some_and(|w| Entry(w.load(load)).tracked())
+            table.words32().get(word).is_some_and(|w| Entry(w.load(load)).tracked())
         };
         let mut open = vec![0_u32; abi::BACKEND_INDICES as usize];
         let v4 = self.v4.pass(&rules, &names, &mut open, |service, pod::FlowKeyV4(k)| {
@@ -132,6 +158,7 @@ impl Sweeper {
         })?;
         let swept = Swept { kept: [v4.0, v6.0], half_open: [v4.1, v6.1], removed: [v4.2, v6.2] };
         self.reader.set_flows(swept, open);
+        self.empty = (swept.kept == [0; 2]).then_some(began);
         Ok(swept)
     }
 }

@@ -8,6 +8,7 @@
 use std::{
     collections::{HashMap, HashSet},
     net::SocketAddr,
+    sync::Arc,
 };
 
 use canary_ebpf_common::{
@@ -230,7 +231,7 @@ pub(super) fn begin(
     let start = Ownership {
         split: split.clone(),
         salt: stored.map_or(fresh.salt, |record| record.salt),
-        owners: owners.into(),
+        owners: Arc::new(owners.into()),
     };
     // Only a table of another size has to be brought to its shares: as long as the size is
     // the same, nothing but a change of the split may move owners.
@@ -242,12 +243,17 @@ pub(super) fn begin(
         record.split == ownership.split
             && record.control == *control_name
             && record.slots == slots
-            && known == *ownership.owners
-            && compile::decode_owners(&record.owners).as_deref() == Ok(&ownership.owners[..])
+            && *ownership.owners == known[..]
+            && compile::decode_owners(&record.owners)
+                .is_ok_and(|owners| *ownership.owners == owners[..])
     });
     let news = (!unchanged).then(|| {
         let action = if from_store { "config" } else { "adopt" };
-        (action, before, compile::encode_changes(&compile::difference(&known, &ownership.owners)))
+        (
+            action,
+            before,
+            compile::encode_changes(&compile::difference(&known, &ownership.owners.plain())),
+        )
     });
     Ok(Beginning { slots, ownership, news })
 }

@@ -30,6 +30,7 @@ use std::{
 };
 
 use canary_ebpf_common::{
+    Packed,
     abi::{self, LedgerEntry},
     entry::{BackendIndex, Entry},
 };
@@ -118,9 +119,9 @@ pub struct ServicePlan {
     pub ports: Vec<Port>,
     /// Forwarding table: one entry a bucket. Shared, so that `datapath` passes
     /// over a service whose table is the very one it wrote last.
-    pub entries: Arc<Vec<Entry>>,
+    pub entries: Arc<Packed<Entry>>,
     /// Ledger: one entry a bucket.
-    pub ledger: Arc<Vec<LedgerEntry>>,
+    pub ledger: Arc<Packed<LedgerEntry>>,
 }
 
 /// One backend's record before it has map form.

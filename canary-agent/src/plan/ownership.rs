@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use canary_ebpf_common::{
+    Packed,
     abi::MAX_VERSIONS,
     compile::{self, OwnersError, SplitError, Wanted},
     share::Share,
@@ -21,7 +22,7 @@ pub struct Ownership {
     /// earlier split gives the earlier buckets.
     pub salt: u64,
     /// The version slot that owns each bucket.
-    pub owners: Arc<Vec<u8>>,
+    pub owners: Arc<Packed<u8>>,
 }
 
 /// An [`Ownership`] that could be the next.
@@ -54,7 +55,7 @@ impl Ownership {
             // From the configuration alone: all hosts that begin with the same one give the
             // same clients to the canary.
             salt: mix(hash_key[0] ^ hash_key[1].rotate_left(32)),
-            owners: Arc::new(vec![control; buckets as usize]),
+            owners: Arc::new(vec![control; buckets as usize].into()),
         }
     }
 
@@ -88,14 +89,15 @@ impl Ownership {
                 changed: share(&split, name) != share(&self.split, name),
             })
             .collect();
-        let targets = compile::targets(&self.counts(), control, &wanted)?;
-        let changes = compile::plan(&self.owners, &targets, salt)?;
+        let present = self.owners.plain();
+        let targets = compile::targets(&counts(&present), control, &wanted)?;
+        let changes = compile::plan(&present, &targets, salt)?;
         let owners = match changes.is_empty() {
             true => Arc::clone(&self.owners),
             false => {
-                let mut owners = self.owners.to_vec();
+                let mut owners = present.into_owned();
                 compile::apply(&mut owners, &changes)?;
-                Arc::new(owners)
+                Arc::new(owners.into())
             }
         };
         Ok(Proposal {
@@ -107,8 +109,12 @@ impl Ownership {
 
     /// How many buckets each slot owns.
     pub fn counts(&self) -> [u32; MAX_VERSIONS] {
-        compile::counts(&self.owners).unwrap_or_default()
+        counts(&self.owners.plain())
     }
+}
+
+fn counts(owners: &[u8]) -> [u32; MAX_VERSIONS] {
+    compile::counts(owners).unwrap_or_default()
 }
 
 /// SplitMix64's step (Steele, Lea, Flood: *Fast splittable pseudorandom number generators*, 2014).

@@ -140,7 +140,12 @@ pub struct ServiceState {
     pub(super) dirty: bool,
     /// Counts whatever happens to it, so that a plan made meanwhile can tell.
     pub(super) generation: u64,
+    /// When it has been left alone for so long that it may take less memory.
+    pub(super) rest_ms: Option<BootMs>,
 }
+
+/// A service that nothing has happened to for so long takes less memory until something does.
+const REST_MS: u64 = 10_000;
 
 impl ServiceState {
     /// Has it looked at with the next step.
@@ -151,7 +156,8 @@ impl ServiceState {
 
     /// A copy that shares the large tables.
     pub(super) fn copy(&self) -> Self {
-        let Self { config, slots, control, ownership, tables, admins, dirty, generation } = self;
+        let Self { config, slots, control, ownership, tables, admins, dirty, generation, rest_ms } =
+            self;
         Self {
             config: Arc::clone(config),
             slots: slots.clone(),
@@ -161,6 +167,7 @@ impl ServiceState {
             admins: admins.clone(),
             dirty: *dirty,
             generation: *generation,
+            rest_ms: *rest_ms,
         }
     }
 
@@ -168,8 +175,27 @@ impl ServiceState {
     pub(super) fn step(&mut self, now_ms: BootMs) -> Vec<TableStep> {
         self.dirty = false;
         self.generation += 1;
+        // What begins is to be left alone from then on, more often than not.
+        let new = self.tables.iter().any(Table::is_new);
         let Self { config, control, ownership, tables, .. } = self;
-        step_all(tables, &inputs(config, *control, ownership, now_ms))
+        let steps = step_all(tables, &inputs(config, *control, ownership, now_ms));
+        self.rest_ms = Some(now_ms.saturating_add(REST_MS));
+        if new {
+            self.rest();
+        }
+        steps
+    }
+
+    /// Takes less memory until the next step that changes something.
+    fn rest(&mut self) {
+        self.rest_ms = None;
+        let before = Arc::clone(&self.ownership.owners);
+        if let Some(packed) = before.packed() {
+            self.ownership.owners = Arc::new(packed);
+        }
+        for table in &mut self.tables {
+            table.rest(&before, &self.ownership.owners);
+        }
     }
 
     /// The plans of its tables.
@@ -240,7 +266,7 @@ impl ServiceState {
             control: self.slots[usize::from(self.control)].clone(),
             split: ownership.split.clone(),
             slots: self.slots.clone(),
-            owners: compile::encode_owners(&ownership.owners),
+            owners: compile::encode_owners(&ownership.owners.plain()),
             salt: ownership.salt,
             placements: None,
             admins: self.admins.clone(),
@@ -354,6 +380,7 @@ impl Planner {
                 admins,
                 dirty: true,
                 generation: 0,
+                rest_ms: None,
             };
             for family in [Family::V4, Family::V6] {
                 if service.vips.iter().any(|vip| Family::of(*vip) == family) {
@@ -564,6 +591,29 @@ impl Planner {
         done
     }
 
+    /// Lets services that have been left alone for a while take less memory. Returns whether
+    /// any does: what the plan in force holds of them is free when the present one is applied.
+    pub fn rest(&mut self, now_ms: BootMs) -> bool {
+        let mut rested = false;
+        for state in &mut self.services {
+            if state.dirty || state.rest_ms.is_none_or(|at| at > now_ms) {
+                continue;
+            }
+            state.rest();
+            // The plan stays as it is but for the form: a slot may have become free since.
+            for table in &state.tables {
+                let id = u32::from(table.id);
+                let at = self.plane.services.binary_search_by_key(&id, |s| s.record.id);
+                let Ok(at) = at else { continue };
+                let (entries, ledger) = (Arc::clone(&table.entries), Arc::clone(&table.ledger));
+                let plan = ServicePlan { entries, ledger, ..(*self.plane.services[at]).clone() };
+                rested |= set_service(&mut self.plane.services, plan);
+            }
+        }
+        self.replaced |= rested;
+        rested
+    }
+
     /// What has not been swept yet.
     fn unswept(&self) -> Sweep {
         let tables = self.services.iter().flat_map(|s| &s.tables);
@@ -707,9 +757,9 @@ pub(super) fn inputs<'a>(
 /// Frees the slots of versions that are in nobody's memory any more.
 pub(super) fn release_slots(state: &mut ServiceState) {
     let ServiceState { config, slots, ownership, tables, .. } = state;
+    let owners = ownership.owners.plain();
     let used = |at: u8| {
-        ownership.owners.contains(&at)
-            || tables.iter().any(|t| t.draining.iter().any(|d| d.slot == at))
+        owners.contains(&at) || tables.iter().any(|t| t.draining.iter().any(|d| d.slot == at))
     };
     for (at, name) in (0_u8..).zip(slots.iter_mut()) {
         if !name.is_empty() && !config.versions.iter().any(|v| v.name == *name) && !used(at) {

@@ -4,7 +4,7 @@
 //! went, although its bucket is elsewhere by then. Seven seconds: a SYN is sent again after
 //! one, three and seven (RFC 6298, 2.1 and 5.5).
 
-use canary_ebpf_common::{abi::LedgerEntry, entry::Entry};
+use canary_ebpf_common::{Packed, abi::LedgerEntry, entry::Entry};
 
 use super::{BootMs, BucketSet, Policy, Update, clear_due_ms};
 use crate::config::model::Existing;
@@ -31,8 +31,8 @@ pub(super) struct Watched {
 /// Tracks `buckets`, where they are. None is forgotten before it would be had it moved
 /// [`LEARN_MS`] from now, however short the drain is.
 pub(super) fn watch(
-    entries: &[Entry],
-    ledger: &[LedgerEntry],
+    entries: &Packed<Entry>,
+    ledger: &Packed<LedgerEntry>,
     buckets: &BucketSet,
     unswept: &BucketSet,
     policy: &Policy,

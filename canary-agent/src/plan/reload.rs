@@ -16,6 +16,7 @@ use std::{
 };
 
 use canary_ebpf_common::{
+    Packed,
     abi::{self, LedgerEntry},
     entry::{BackendIndex, Entry},
 };
@@ -398,6 +399,7 @@ fn make(
         admins: adopt::admins(&config, known, std::iter::empty()),
         dirty: true,
         generation: before.as_ref().map_or(0, |state| state.generation),
+        rest_ms: None,
         config,
     };
     let mut made = Change { before: before.as_ref(), vacated: Vec::new(), released: Vec::new() };
@@ -498,7 +500,7 @@ impl Change<'_> {
             if forgets { Entry::steady(entry.current()) } else { entry }
         };
         let record = |bucket: u32| old.ledger[bucket as usize % length];
-        let (entries, ledger): (Arc<Vec<Entry>>, Arc<Vec<LedgerEntry>>) =
+        let (entries, ledger): (Arc<Packed<Entry>>, Arc<Packed<LedgerEntry>>) =
             match forgets || length != config.buckets as usize {
                 true => (
                     Arc::new(all.clone().map(entry).collect()),

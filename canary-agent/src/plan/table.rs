@@ -8,6 +8,7 @@ use std::{
 };
 
 use canary_ebpf_common::{
+    Packed,
     abi::LedgerEntry,
     compile::Compiler,
     differing,
@@ -103,8 +104,8 @@ pub struct Table {
     pub(super) family: Family,
     pub(super) id: u16,
     pub(super) first_page: u32,
-    pub(super) entries: Arc<Vec<Entry>>,
-    pub(super) ledger: Arc<Vec<LedgerEntry>>,
+    pub(super) entries: Arc<Packed<Entry>>,
+    pub(super) ledger: Arc<Packed<LedgerEntry>>,
     pub(super) backends: Vec<LiveBackend>,
     pub(super) draining: Vec<Draining>,
     /// Buckets that may have flow entries of their former life.
@@ -114,7 +115,7 @@ pub struct Table {
     pub(super) placements: Placements,
     compiler: Compiler,
     /// What the entries were compiled for last.
-    compiled: Option<(Arc<Vec<u8>>, Vec<Candidate>)>,
+    compiled: Option<(Arc<Packed<u8>>, Vec<Candidate>)>,
     /// Buckets that are to be watched before they move.
     preparing: BucketSet,
     /// Not all of them are watched yet.
@@ -135,7 +136,7 @@ pub struct Table {
 
 /// What a table is stepped with.
 pub(super) struct Inputs<'a> {
-    pub(super) owners: &'a Arc<Vec<u8>>,
+    pub(super) owners: &'a Arc<Packed<u8>>,
     pub(super) control: u8,
     pub(super) fallback: Fallback,
     pub(super) policy: Policy,
@@ -167,8 +168,8 @@ impl Table {
             family,
             id,
             first_page,
-            entries: entries.into(),
-            ledger: ledger.into(),
+            entries: Arc::new(entries.into()),
+            ledger: Arc::new(ledger.into()),
             backends: Vec::new(),
             draining: Vec::new(),
             unswept: BucketSet::default(),
@@ -196,8 +197,8 @@ impl Table {
     pub(super) fn successor(
         &self,
         first_page: u32,
-        entries: Arc<Vec<Entry>>,
-        ledger: Arc<Vec<LedgerEntry>>,
+        entries: Arc<Packed<Entry>>,
+        ledger: Arc<Packed<LedgerEntry>>,
         placements: Placements,
     ) -> Self {
         let Self { family, id, ref backends, ref draining, ref preparing, .. } = *self;
@@ -244,12 +245,12 @@ impl Table {
     }
 
     /// One entry a bucket.
-    pub fn entries(&self) -> &[Entry] {
+    pub fn entries(&self) -> &Packed<Entry> {
         &self.entries
     }
 
     /// One entry a bucket.
-    pub fn ledger(&self) -> &[LedgerEntry] {
+    pub fn ledger(&self) -> &Packed<LedgerEntry> {
         &self.ledger
     }
 
@@ -294,6 +295,9 @@ impl Table {
     /// leave the older ones with it.
     pub fn leaving(&self) -> HashMap<BackendIndex, u32> {
         let mut leaving = HashMap::new();
+        if self.tracked == 0 {
+            return leaving;
+        }
         let left = self.entries.iter().filter(|e| e.tracked() && e.previous() != e.current());
         left.for_each(|e| *leaving.entry(e.previous()).or_default() += 1);
         leaving
@@ -324,11 +328,12 @@ impl Table {
         other: &[B],
         current: impl Fn(B) -> BackendIndex,
     ) -> (BucketSet, BTreeSet<SocketAddr>) {
+        let entries = self.entries.plain();
         let differs = |entry: Entry, other| entry.current() != current(other);
-        let moved = BucketSet::of_bits(differing(&self.entries, other, differs));
+        let moved = BucketSet::of_bits(differing(&entries, other, differs));
         let mut named = vec![false; usize::from(BackendIndex::MAX.get()) + 1];
         for at in moved.iter().map(|bucket| bucket as usize) {
-            named[usize::from(self.entries[at].current().get())] = true;
+            named[usize::from(entries[at].current().get())] = true;
             named[usize::from(current(other[at]).get())] = true;
         }
         let indices = (0..).zip(named).filter(|(_, named)| *named);
@@ -349,11 +354,12 @@ impl Table {
         backends: &[LiveBackend],
     ) -> compiler::Assignment {
         let candidates = candidates(backends, inputs);
-        let Inputs { owners, control, fallback, .. } = *inputs;
+        let Inputs { control, fallback, .. } = *inputs;
+        let owners = inputs.owners.plain();
         let placements = &self.placements;
         let compiler = &mut self.compiler;
         let mut assign = |candidates: &[Candidate]| {
-            compiler::assign(compiler, owners, control, fallback, placements, candidates)
+            compiler::assign(compiler, &owners, control, fallback, placements, candidates)
         };
         let mut whole = assign(&candidates);
         let ramps: Vec<Ramp> = candidates.iter().filter_map(Candidate::ramp).collect();
@@ -410,16 +416,17 @@ impl Table {
                 Some(_) => self.next_due_ms.unwrap_or(BootMs::MAX),
                 None => 0,
             };
+            // What waits for a sweep has its old owner in the ledger still.
+            let owned = match &self.compiled {
+                Some((owned, _)) if !self.deferred => Some(owned.plain()),
+                _ => None,
+            };
             let advanced = Advance {
-                entries: &self.entries,
-                ledger: &self.ledger,
+                entries: &self.entries.plain(),
+                ledger: &self.ledger.plain(),
                 desired: assignment.as_ref().map(|a| &a.backends[..]),
-                owners: inputs.owners,
-                // What waits for a sweep has its old owner in the ledger still.
-                owned: match &self.compiled {
-                    Some((owned, _)) if !self.deferred => Some(owned),
-                    _ => None,
-                },
+                owners: &inputs.owners.plain(),
+                owned: owned.as_deref(),
                 unswept: &self.unswept,
                 policy: &inputs.policy,
                 quiet_until_ms,
@@ -517,6 +524,28 @@ impl Table {
         });
     }
 
+    /// Takes less memory until it changes again, which nobody can tell but by time. The owners
+    /// that were `before` are by now the same as `owners`.
+    pub(super) fn rest(&mut self, before: &Arc<Packed<u8>>, owners: &Arc<Packed<u8>>) {
+        if let Some((compiled, _)) = &mut self.compiled
+            && Arc::ptr_eq(compiled, before)
+        {
+            *compiled = Arc::clone(owners);
+        }
+        if let Some(packed) = self.entries.packed() {
+            self.entries = Arc::new(packed);
+        }
+        if let Some(packed) = self.ledger.packed() {
+            self.ledger = Arc::new(packed);
+        }
+        self.compiler.rest();
+    }
+
+    /// Whether it has not made a step yet.
+    pub(super) fn is_new(&self) -> bool {
+        self.compiled.is_none()
+    }
+
     /// When something is due of it without any other change.
     pub(super) fn due_ms(&self) -> Option<BootMs> {
         [self.next_due_ms, self.slow_due_ms].into_iter().flatten().min()
@@ -534,8 +563,8 @@ impl Table {
         if updates.is_empty() {
             return;
         }
-        let entries = Arc::make_mut(&mut self.entries);
-        let ledger = Arc::make_mut(&mut self.ledger);
+        let entries = Arc::make_mut(&mut self.entries).plain_mut();
+        let ledger = Arc::make_mut(&mut self.ledger).plain_mut();
         let mut counts = vec![0_u32; usize::from(BackendIndex::MAX.get()) + 1];
         self.counts.iter().for_each(|(index, count)| counts[usize::from(index.get())] = *count);
         for &Update { bucket, before, after, record } in updates {

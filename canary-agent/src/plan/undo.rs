@@ -88,11 +88,11 @@ impl ServiceState {
             let (revision, version) = (oldest.revision, gone.clone());
             return Err(UndoError::NoVersion { revision, version });
         }
-        let changes = compile::difference(&present.owners, &owners);
+        let changes = compile::difference(&present.owners.plain(), &owners);
         Ok(Proposal {
             moved: changes.len() as u32,
             change_list: compile::encode_changes(&changes),
-            ownership: Ownership { split, salt, owners: Arc::new(owners) },
+            ownership: Ownership { split, salt, owners: Arc::new(owners.into()) },
         })
     }
 

@@ -26,7 +26,7 @@ use super::{
     placement::Weighted,
     score::{BackendKey, BucketKey, draw, exponential, unit},
 };
-use crate::{differing, ones};
+use crate::{Packed, differing, ones};
 
 /// Each backend's number of buckets: `buckets` divided in proportion to `weights`, by
 /// largest remainder, the earlier of equal ones first. All zero if all weights are.
@@ -184,11 +184,14 @@ pub const MAX_BACKENDS: usize = UNKNOWN as usize;
 /// Places buckets by one [`Placement`], and remembers each bucket's first choice. What it
 /// remembers changes its speed only.
 ///
-/// Memory: two bytes for each bucket of the table.
+/// Memory: two bytes for each bucket of the table; at rest, as many bits as tell its backends apart.
 pub(super) struct Placer {
     placement: Arc<Placement>,
     field: Field,
+    /// Empty at rest.
     first_choice: Vec<u16>,
+    /// The same at rest.
+    resting: Option<Packed<u16>>,
 }
 
 impl Placer {
@@ -197,11 +200,26 @@ impl Placer {
         for &(bucket, index) in placement.exceptions() {
             first_choice[bucket as usize] = index;
         }
-        Self { field: Field::new(placement.backends()), placement, first_choice }
+        Self { field: Field::new(placement.backends()), placement, first_choice, resting: None }
     }
 
     pub(super) fn placement(&self) -> &Arc<Placement> {
         &self.placement
+    }
+
+    /// Takes less memory until it is used again.
+    pub(super) fn rest(&mut self) {
+        if self.resting.is_none() {
+            let mut resting = Packed::from(std::mem::take(&mut self.first_choice));
+            resting.pack();
+            self.resting = Some(resting);
+        }
+    }
+
+    fn wake(&mut self) {
+        if let Some(resting) = self.resting.take() {
+            self.first_choice = resting.into_vec();
+        }
     }
 
     /// Calls `put` with each of a version's buckets and the index of its backend.
@@ -213,6 +231,7 @@ impl Placer {
         weights: &[u32],
         mut put: impl FnMut(usize, usize),
     ) {
+        self.wake();
         let &Its { owners, slot, buckets } = its;
         let unknown = |owner, choice| (owner == slot) & (choice == UNKNOWN);
         let unknown: Vec<u32> =
@@ -235,6 +254,7 @@ impl Placer {
 
     /// The base placement of `buckets` (ascending).
     pub(super) fn base(&mut self, buckets: &[u32]) -> Vec<u16> {
+        self.wake();
         self.choose(buckets);
         let mut base = self.begin(buckets.len() as u32);
         buckets.iter().map(|bucket| base.next(*bucket as usize) as u16).collect()

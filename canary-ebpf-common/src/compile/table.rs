@@ -135,7 +135,8 @@ impl std::error::Error for InputError {
 /// Compiles tables of one service, and remembers what makes the next one fast.
 ///
 /// What it returns depends on the input alone: a new `Compiler` gives the same. Memory: two
-/// bytes for each bucket and version, and as much again while backends are exchanged.
+/// bytes for each bucket and version, and as much again while backends are exchanged; less
+/// after [`rest`](Self::rest).
 ///
 /// ```
 /// use canary_ebpf_common::compile::{Backend, Compiler, Fallback, Input, Version, identity, initial_owners};
@@ -180,6 +181,11 @@ impl Compiler {
     /// One that remembers nothing yet.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Takes less memory until the next compilation, which takes a little longer.
+    pub fn rest(&mut self) {
+        self.placers.iter_mut().for_each(|remembered| remembered.placer.rest());
     }
 
     /// The table that follows from `input`.

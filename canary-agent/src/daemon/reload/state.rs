@@ -248,6 +248,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             return Err(refused("the configuration", &error));
         }
         made.iter().for_each(|name| drop(self.parked.remove(name)));
+        self.lets_go = true;
         let unsaved: Vec<_> = std::mem::take(&mut self.unsaved)
             .into_iter()
             .map(|news| (self.planner.services()[news.service].config().name.clone(), news))
