@@ -58,7 +58,7 @@ fn look_after(mut sweeper: Sweeper, orders: &Receiver<Order>, events: &mpsc::Sen
                     return;
                 }
             }
-            Order::Expire if began < rests_until => continue,
+            Order::Expire if began < rests_until || sweeper.is_idle() => continue,
             Order::Expire => {
                 if let Err(error) = sweeper.pass(&[]) {
                     tracing::warn!(%error, "expired flow entries can't be removed");

@@ -39,6 +39,13 @@ const DISCARD_PORT: u16 = 9;
 const VERIFY_TICK: Duration = Duration::from_millis(100);
 const VERIFY_TICKS_A_ROUND: usize = 6;
 const VERIFY_IN_A_TICK_MAX: usize = 50;
+
+/// From one tick to the next with so many neighbours to ask: those that are fewer than ticks in
+/// a round don't need each of them.
+fn verify_pause(neighbours: usize) -> Duration {
+    VERIFY_TICK * (VERIFY_TICKS_A_ROUND / neighbours.clamp(1, VERIFY_TICKS_A_ROUND)) as u32
+}
+
 /// After the kernel could not be asked.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -218,7 +225,7 @@ impl Task {
             self.use_neighbours(now).await?;
         }
         if self.verify_at <= now && !self.rounds.is_empty() {
-            self.verify_at = now + VERIFY_TICK;
+            self.verify_at = now + verify_pause(self.rounds.len());
             self.verify_some();
         }
         self.tell_moves(Instant::now()).await
