@@ -31,6 +31,7 @@ pub mod netns;
 pub mod nginx;
 pub mod notation;
 pub mod planned;
+pub mod process;
 pub mod pulse;
 pub mod server;
 pub mod spawn;

@@ -1,9 +1,12 @@
-//! Figures of the packet path: `cargo run --release -p canary-tests --bin bench -- packet`.
+//! Figures of the packet path (`cargo xtask bench packet`, `bench flows`) and of the agent
+//! (`bench control`).
 //!
 //! What a packet costs over an empty program, by `BPF_PROG_TEST_RUN` with a repeat of one,
 //! so that each run starts with the packet as it arrived: median, mean and 99th percentile of
 //! many runs, and the least of some rounds. Within a round the programs take turns in blocks, so
 //! that noise hits all alike.
+
+mod control;
 
 use std::{
     os::fd::{AsFd as _, OwnedFd},
@@ -35,6 +38,8 @@ enum Command {
     Packet(Packet),
     /// A table full of flows: its memory, the time of a pass over it, and packets meanwhile
     Flows(Flows),
+    /// The agent itself: start, memory, idle time, splits and reloads
+    Control(control::Arguments),
 }
 
 #[derive(clap::Args)]
@@ -209,6 +214,7 @@ fn main() -> Result<()> {
     let options = match Command::parse() {
         Command::Packet(options) => options,
         Command::Flows(options) => return flows(&options),
+        Command::Control(arguments) => return control::run(&arguments),
     };
     ensure!(
         options.runs > 0 && options.rounds > 0 && options.flows > 0 && options.block > 0,
