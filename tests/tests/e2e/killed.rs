@@ -6,26 +6,23 @@
 
 use std::{
     collections::HashMap,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
 use canary_tests::{
     agent::{Agent, AgentOptions},
-    client::{self, Connection},
     hold::{Hold, Kind, State},
     host,
-    pulse::{self, Weather},
+    pulse::Weather,
     server::{HEALTH_PATH, HTTP_PORT, Server},
     topology::Family,
     wait,
 };
 
-use crate::support::{Bench, SHOP, Way, alone};
+use crate::{
+    fresh::{Arrival, Fresh},
+    support::{Bench, SHOP, Way, alone},
+};
 
 const INTERVAL: Duration = Duration::from_millis(500);
 const TIMEOUT: Duration = Duration::from_millis(250);
@@ -40,9 +37,9 @@ const HELD: u32 = 12;
 /// Time from one new connection of a worker to the next.
 const PROBE: Duration = Duration::from_millis(50);
 
-/// Workers that open them, for each family: one that nobody answers takes a while,
-/// and two in three are not the victim's.
-const WORKERS: u32 = 8;
+/// Workers that open them: one that nobody answers takes a while, and two in three are not the
+/// victim's.
+const WORKERS: u32 = 16;
 
 /// How long a new connection and its answer may take.
 const PATIENCE: Duration = Duration::from_millis(400);
@@ -54,53 +51,6 @@ enum End {
     Process,
     /// The host is cut off: nothing comes back any more.
     Host,
-}
-
-/// When a new connection was begun, and who answered.
-type Probe = (Instant, Family, std::io::Result<String>);
-
-/// New connections all the time, until it is told to stop.
-struct Probes {
-    stop: Arc<AtomicBool>,
-    workers: Vec<JoinHandle<Vec<Probe>>>,
-}
-
-impl Probes {
-    fn start(bench: &Bench, first: u32) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let worker = |(family, worker): (Family, u32)| {
-            let stopped = Arc::clone(&stop);
-            bench.client().spawn_thread("probes", move || {
-                pulse::precede();
-                let mut probes = Vec::new();
-                for index in (first + worker..).step_by(WORKERS as usize) {
-                    if stopped.load(Ordering::Relaxed) {
-                        break;
-                    }
-                    let source = (family.client(index), 0).into();
-                    let begun = Instant::now();
-                    let to = (family.vip(), HTTP_PORT).into();
-                    let stream = client::connect_within(PATIENCE, source, to);
-                    let name = stream.and_then(|stream| Connection::from(stream).name());
-                    probes.push((begun, family, name));
-                    wait::pause_until(begun + PROBE);
-                }
-                probes
-            })
-        };
-        let all = Family::ALL.into_iter().flat_map(|f| (0..WORKERS).map(move |w| (f, w)));
-        let workers = all.map(worker).collect();
-        Self { stop, workers }
-    }
-
-    /// All of them, in the order of time.
-    fn finish(self) -> Vec<Probe> {
-        self.stop.store(true, Ordering::Relaxed);
-        let join = |worker: JoinHandle<Vec<Probe>>| worker.join().expect("a worker");
-        let mut probes: Vec<Probe> = self.workers.into_iter().flat_map(join).collect();
-        probes.sort_by_key(|(begun, ..)| *begun);
-        probes
-    }
 }
 
 #[track_caller]
@@ -134,7 +84,9 @@ fn exercise(test: &str, way: Way, end: End) {
         }
     }
     hold.wait_opened();
-    let probes = Probes::start(&bench, 10_000);
+    let fresh =
+        Fresh { clients: 10_000..1_000_000, workers: WORKERS, pace: PROBE, patience: PATIENCE };
+    let probes = fresh.start(&bench);
     wait::until("the first checks", || {
         let status = agent.status();
         let mut backends = status.services[0].versions.iter().flat_map(|v| &v.backends);
@@ -157,15 +109,17 @@ fn exercise(test: &str, way: Way, end: End) {
     }
     let probes = probes.finish();
     let is_bad = |name: &std::io::Result<String>| name.as_ref().map_or(true, |n| *n == victim.name);
-    let early = probes.iter().filter(|(at, _, name)| *at < ended && name.is_err());
+    let early = probes.iter().filter(|probe| probe.begun < ended && probe.name.is_err());
     assert_eq!(early.count(), 0, "{test}: new connections failed before");
     for family in Family::ALL {
-        let bad = |(at, of, name): &&Probe| *at >= ended && *of == family && is_bad(name);
-        let last = probes.iter().rfind(bad);
-        let (at, _, name) = last.unwrap_or_else(|| panic!("{test}: {family:?}: nobody noticed"));
-        let still = weather.stood_still(ended, *at);
+        let of_family = || probes.iter().filter(|probe| probe.family == family);
+        let bad = |probe: &&Arrival| probe.begun >= ended && is_bad(&probe.name);
+        let last =
+            of_family().rfind(bad).unwrap_or_else(|| panic!("{test}: {family:?}: nobody noticed"));
+        let (at, name) = (last.begun, &last.name);
+        let still = weather.stood_still(ended, at);
         let after = at.duration_since(ended).saturating_sub(still);
-        let since = probes.iter().filter(|(began, of, _)| began > at && *of == family).count();
+        let since = of_family().filter(|probe| probe.begun > at).count();
         println!(
             "{test}: {family:?}: the last of the new connections that failed began {after:.2?} after \
              ({name:?}; {still:.2?} of standing still are subtracted), {since} since"

@@ -5,11 +5,6 @@ use std::{
     fmt::Write as _,
     fs,
     net::{IpAddr, SocketAddr},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -22,7 +17,7 @@ use canary_agent::{
 };
 use canary_tests::{
     agent::{Agent, AgentOptions},
-    client::{self, Connection},
+    client::Connection,
     control::Control,
     hold::{Cause, Hold, Kind},
     host,
@@ -36,7 +31,10 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::support::{Bench, ECHO, SHOP, Transport, Way, alone, service, settled, version};
+use crate::{
+    fresh::{self, Fresh},
+    support::{Bench, ECHO, SHOP, Transport, Way, alone, service, settled, version},
+};
 
 /// How many connections of each kind are held.
 pub(crate) const HELD: &[(Kind, u32)] = &[
@@ -47,15 +45,6 @@ pub(crate) const HELD: &[(Kind, u32)] = &[
     (Kind::Chatter, 20),
     (Kind::Udp, 20),
 ];
-
-/// Workers that open new connections.
-const WORKERS: u32 = 4;
-
-/// From the end of a worker's connection to its next.
-const PAUSE: Duration = Duration::from_millis(10);
-
-/// How long a new connection and its answer may take: a lost SYN is sent again after a second.
-const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Above this share of the connections' time that can't be judged a run says nothing.
 pub(crate) const UNMEASURED_MAX: f64 = 0.05;
@@ -71,52 +60,6 @@ fn wait_for_log(agent: &Agent<'_>, line: &str, times: usize) {
 fn hang_up(agent: &Agent<'_>) {
     let pid = i32::try_from(agent.pid().expect("it runs")).expect("a process id");
     kill(Pid::from_raw(pid), Signal::SIGHUP).expect("a signal");
-}
-
-/// New connections all the time, until it is told to stop.
-pub(crate) struct Fresh {
-    stop: Arc<AtomicBool>,
-    workers: Vec<JoinHandle<(u64, Vec<String>)>>,
-}
-
-impl Fresh {
-    pub(crate) fn start(bench: &Bench, first: u32) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let worker = |worker: u32| {
-            let stopped = Arc::clone(&stop);
-            bench.client().spawn_thread("fresh", move || {
-                let (mut made, mut failed) = (0, Vec::new());
-                for index in (first + worker..).step_by(WORKERS as usize) {
-                    if stopped.load(Ordering::Relaxed) {
-                        break;
-                    }
-                    let family = Family::ALL[(index / WORKERS % 2) as usize];
-                    let source = (family.client(index), 0).into();
-                    let to = (family.vip(), HTTP_PORT).into();
-                    let stream = client::connect_within(PATIENCE, source, to);
-                    match stream.and_then(|stream| Connection::from(stream).name()) {
-                        Ok(_) => made += 1,
-                        Err(error) => failed.push(format!("{source}: {error}")),
-                    }
-                    wait::pause_until(Instant::now() + PAUSE);
-                }
-                (made, failed)
-            })
-        };
-        Self { workers: (0..WORKERS).map(worker).collect(), stop }
-    }
-
-    /// How many were made, and what became of those that failed.
-    pub(crate) fn finish(self) -> (u64, Vec<String>) {
-        self.stop.store(true, Ordering::Relaxed);
-        let (mut made, mut failed) = (0, Vec::new());
-        for worker in self.workers {
-            let (some, errors) = worker.join().expect("a worker");
-            made += some;
-            failed.extend(errors);
-        }
-        (made, failed)
-    }
 }
 
 /// A configuration at random: backends and their weights, versions, settings, a service that
@@ -199,7 +142,7 @@ fn exercise(test: &str, way: Way) {
         }
     }
     hold.wait_opened();
-    let fresh = Fresh::start(&bench, 10_000);
+    let arrivals = Fresh::some().start(&bench);
     let (mut took, mut busy, mut moved) = (Vec::new(), Vec::new(), 0);
     for number in 0..reloads {
         agent.configure(&options, &services(&bench, &mut random));
@@ -223,7 +166,9 @@ fn exercise(test: &str, way: Way) {
         assert_eq!(version(&status, ECHO, "v2").asked_text, "60%", "{status:#?}");
         wait::pause_until(begun + Duration::from_millis(random.below(400)));
     }
-    let (made, failed) = fresh.finish();
+    let arrivals = arrivals.finish();
+    let failed = fresh::failures(&arrivals);
+    let made = arrivals.len() - failed.len();
     let unmeasured = hold.unmeasured();
     let records = hold.finish();
     let faults: Vec<_> = records.iter().filter(|record| !record.faults.is_empty()).collect();

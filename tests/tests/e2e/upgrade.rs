@@ -28,7 +28,8 @@ use nix::{
 };
 
 use crate::{
-    reload::{Fresh, HELD, UNMEASURED_MAX},
+    fresh::{self, Fresh},
+    reload::{HELD, UNMEASURED_MAX},
     support::{Bench, Pool, SHOP, Way, alone, backends, service, settled, version},
 };
 
@@ -287,7 +288,7 @@ fn under_load(
     }
     hold.wait_opened();
     agent.split(SHOP, "v2", "60%");
-    let fresh = Fresh::start(bench, 10_000);
+    let arrivals = Fresh::some().start(bench);
     let mut took = Vec::new();
     let mut before = agent.status();
     for number in 0..times {
@@ -306,7 +307,9 @@ fn under_load(
         assert_eq!(version(&status, SHOP, "v2").asked_text, "60%", "{test}");
         before = status;
     }
-    let (made, failed) = fresh.finish();
+    let arrivals = arrivals.finish();
+    let failed = fresh::failures(&arrivals);
+    let made = arrivals.len() - failed.len();
     let unmeasured = hold.unmeasured();
     let records = hold.finish();
     let faults: Vec<_> = records.iter().filter(|record| !record.faults.is_empty()).collect();
