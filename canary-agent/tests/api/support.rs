@@ -190,7 +190,7 @@ async fn scripted_loop(
         match request {
             Request::Status { reply } => drop(reply.send(status())),
             Request::Pulse { reply } => {
-                drop(reply.send(Pulse { in_force: true, interfaces: 1, attached: 1 }));
+                _ = reply.send(Pulse { in_force: true, interfaces: 1, attached: 1 });
             }
             // Nobody asks for these but whoever makes reloads, which is not here.
             Request::Survey { .. } | Request::Reload { .. } => {}
