@@ -137,13 +137,13 @@ fn maps_of_other_sizes_take_over_what_the_pinned_ones_hold() {
     drop(datapath);
     let (_, before) = Datapath::open(options(&bpffs)).unwrap();
     type Change = fn(&mut Capacity);
-    let sizes: [Change; 6] = [
+    // With flow tables that stay, and with others. An emulated processor takes long for each program.
+    let sizes: [Change; 2] = [
+        |c| {
+            (c.vips, c.backends, c.services) = (1000, 200, 40);
+            c.buckets *= 2;
+        },
         |c| c.flows = 5000,
-        |c| c.vips = 1000,
-        |c| c.backends = 200,
-        |c| c.buckets *= 2,
-        |c| c.services = 40,
-        |_| {},
     ];
     for (number, change) in sizes.iter().enumerate() {
         let mut other = options(&bpffs);
