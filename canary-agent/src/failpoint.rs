@@ -73,6 +73,16 @@ change {
     InForce = "in-force",
     /// Flow entries are to be swept, and none has been.
     BeforeSweep = "before-sweep",
+    /// `panic` without an agent has left its marks, and no table is written.
+    PanicMarked = "panic-marked",
+    /// It has written the ledger of a table, and none of its entries.
+    PanicLedgerWritten = "panic-ledger-written",
+    /// It has written some entries of a table.
+    PanicHalfWritten = "panic-half-written",
+    /// All is in force, and nobody has been told.
+    PanicWritten = "panic-written",
+    /// An agent has stored it, and its marks are still there.
+    PanicAdopted = "panic-adopted",
 }
 handover {
     /// Maps stand beside those in force, and hold nothing.
@@ -106,6 +116,11 @@ handover {
 }
 
 impl Failpoint {
+    /// Whether only `panic` without an agent passes it, or who adopts that.
+    pub fn is_of_panic(self) -> bool {
+        self.name().starts_with("panic-")
+    }
+
     /// Ends the process here, if a test has chosen this place.
     #[cfg(debug_assertions)]
     pub(crate) fn pass(self) {

@@ -5,7 +5,7 @@
 //! [`ABI_VERSION`] too: an agent never reinterprets maps of another version.
 
 /// Version of every layout in this module and of the meaning of its flags.
-pub const ABI_VERSION: u32 = 1 + NEXT_ABI;
+pub const ABI_VERSION: u32 = 2 + NEXT_ABI;
 
 /// What the layout that only tests have (feature `next-abi`) adds to [`ABI_VERSION`]: they put
 /// it and the real one in each other's place. There, [`BackendCounters`] lie elsewhere.
@@ -125,6 +125,11 @@ impl ForwardMode {
 pub const SERVICE_HASH_CONNECTION: u32 = 1 << 3;
 /// [`Service::flags`]: QUIC is spoken on its UDP ports.
 pub const SERVICE_QUIC: u32 = 1 << 4;
+/// [`Service::flags`]: a bucket that moves takes its open connections along. Like the next one, it
+/// says nothing to the program: whoever moves buckets while no agent does goes by it.
+pub const SERVICE_FORGETS: u32 = 1 << 16;
+/// [`Service::flags`]: it has UDP ports, whose flows are learned when a bucket moves.
+pub const SERVICE_LEARNS: u32 = 1 << 17;
 
 /// Value of `VIPS_V4` and `VIPS_V6`: all that steering needs to know of a
 /// service. The same record stands under each of its addresses and ports.
@@ -188,6 +193,9 @@ pub const BACKEND_DOWN: u32 = 1 << 3;
 /// [`Backend::flags`]: an operator has told it to take no new connections. The table says so
 /// already; here it stands for an agent that finds no other memory of it.
 pub const BACKEND_DRAIN: u32 = 1 << 4;
+/// [`Backend::flags`]: from this bit on, the weight that the configuration gives it; 0 too for one
+/// that is not configured any more. For whoever gives out buckets while no agent does.
+pub const BACKEND_WEIGHT_SHIFT: u32 = 16;
 
 /// Element of `BACKENDS`: one server and how to reach it. One cache line.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -438,6 +446,36 @@ pub struct Meta {
     pub pad: u32,
 }
 
+/// Element of `PANICS`: what sent a table's buckets to control behind the agent's back. That of a
+/// table is the one after its `SERVICE_INFO` index.
+///
+/// Element 0 is nobody's: its `number` counts whoever writes tables while an agent may be alive,
+/// before the first word is written. An agent that finds another count there than it knows has to
+/// read the tables anew before it writes them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Panic {
+    /// Which it is, by that count; 0 for none. Written after all else.
+    pub number: u64,
+    /// The number that an agent has made its own: it is done with if that is [`Self::number`].
+    pub adopted: u64,
+    /// What the same request is called on the control socket.
+    pub id: u64,
+    /// When, in milliseconds since 1970.
+    pub unix_ms: u64,
+    /// Who.
+    pub uid: u32,
+    /// `PANIC_*` bits.
+    pub flags: u32,
+    /// Why, padded with zeros; all zero if nobody said.
+    pub reason: [u8; PANIC_REASON_BYTES],
+}
+
+/// Longest reason that [`Panic`] holds, in bytes.
+pub const PANIC_REASON_BYTES: usize = 216;
+/// [`Panic::flags`]: open connections go, too.
+pub const PANIC_MOVE: u32 = 1 << 0;
+
 /// One bucket of the ledger: who owns it and when it last moved.
 ///
 /// Bits 0–7 the owner's version slot, 8–63 milliseconds of `CLOCK_BOOTTIME` of
@@ -546,6 +584,7 @@ const _: () = {
     assert!(size_of::<ServiceInfo>() == 64 + 512 + 16);
     assert!(size_of::<Meta>() == 8);
     assert!(size_of::<LedgerEntry>() == 8);
+    assert!(size_of::<Panic>() == 256);
     assert!(Reason::ALL.len() <= REASON_SLOTS as usize);
 };
 

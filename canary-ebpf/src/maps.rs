@@ -14,8 +14,8 @@ use aya_ebpf::{
 use canary_ebpf_common::{
     abi::{
         Address, Backend, BackendCounters, Flow, FlowCounters, FlowKeyV4, FlowKeyV6, Meta,
-        PAGE_BUCKETS, REASON_SLOTS, Reason, ReasonVerdict, Ring, Service, ServiceInfo, VipKey,
-        VipSlotV4, VipSlotV6,
+        PAGE_BUCKETS, Panic, REASON_SLOTS, Reason, ReasonVerdict, Ring, Service, ServiceInfo,
+        VipKey, VipSlotV4, VipSlotV6,
     },
     entry::{BackendIndex, Entry},
     ports::{self, PORT_ATTEMPTS, Pool, PortRange, ROOM_ATTEMPTS, Search},
@@ -32,6 +32,10 @@ static SERVICE_INFO: Array<ServiceInfo> = Array::with_max_entries(1, 0);
 /// Owners and times of last moves, in pages beside those of `TABLE`.
 #[map]
 static LEDGER: Array<[u64; PAGE_BUCKETS as usize]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+/// What was sent to control while no agent answered.
+#[map]
+static PANICS: Array<Panic> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 /// Services by IPv4 address and port.
 #[map]

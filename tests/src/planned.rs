@@ -569,6 +569,7 @@ fn adopted(plane: &DataPlane) -> Adopted {
     Adopted {
         services: services.collect(),
         backends: plane.backends.iter().map(|(index, b)| (*index, b.record())).collect(),
+        panics: Vec::new(),
     }
 }
 

@@ -154,6 +154,7 @@ impl World {
                     drain: false,
                     maint: false,
                     slow_since_ms: None,
+                    weight: 1,
                 },
             ));
         }
@@ -200,6 +201,7 @@ impl Service {
                     drain: false,
                     maint: self.maint.contains(&name),
                     slow_since_ms: None,
+                    weight: 1,
                 },
             ));
             indices.push((name, index));

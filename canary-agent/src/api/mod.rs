@@ -15,6 +15,7 @@ mod extract;
 mod host;
 pub mod model;
 mod openapi;
+pub mod panic;
 mod peer;
 mod public;
 mod rate;

@@ -110,6 +110,9 @@ pub struct ServiceStatus {
     /// Whether it, by itself, may only be changed towards control.
     #[serde(default)]
     pub frozen: Option<FreezeStatus>,
+    /// The panic that it is where it is by; absent once somebody has set a share.
+    #[serde(default)]
+    pub panic: Option<super::panic::PanicStatus>,
 }
 
 /// One version of [`ServiceStatus`].
@@ -609,7 +612,7 @@ pub struct Event {
     pub unix_ms: u64,
     /// The same as RFC 3339 has it, in UTC.
     pub time: String,
-    /// `split`, `backend`, `undo`, `confirm`, `freeze`, `unfreeze`, and what the agent does by
+    /// `split`, `backend`, `undo`, `panic`, `confirm`, `freeze`, `unfreeze`, and what the agent does by
     /// itself: `initial`, `adopt`, `config`, `start`, `down`, `up`, `interface`, `alert`.
     pub kind: String,
     /// The service; absent where it is about none, or all.

@@ -38,6 +38,7 @@ use super::{events, model, routes};
         routes::explain,
         events::events,
         routes::undo,
+        routes::panic,
         routes::confirm,
         routes::freeze,
         routes::unfreeze,

@@ -25,6 +25,7 @@ use super::{
         UndoReport, UndoRequest, VersionShare, VersionStatus,
     },
     openapi::{self, ChangeErrors, ReadErrors, ServiceErrors},
+    panic::{PanicReport, PanicRequest},
     public,
     reload::{ReloadReport, ReloadRequest},
 };
@@ -37,7 +38,7 @@ use crate::{
 pub(super) const RELOAD: &str = "/v1/reload";
 
 /// Everything that can be asked: paths, parameters in braces, and their methods.
-pub(super) fn routes() -> [(&'static str, MethodRouter<Api>); 15] {
+pub(super) fn routes() -> [(&'static str, MethodRouter<Api>); 16] {
     [
         ("/v1/status", get(status)),
         ("/v1/health", get(health)),
@@ -48,6 +49,7 @@ pub(super) fn routes() -> [(&'static str, MethodRouter<Api>); 15] {
         ("/v1/services/{name}/explain", get(explain)),
         ("/v1/events", get(events)),
         ("/v1/undo", post(undo)),
+        ("/v1/panic", post(panic)),
         ("/v1/confirm", post(confirm)),
         ("/v1/freeze", post(freeze)),
         ("/v1/unfreeze", post(unfreeze)),
@@ -283,6 +285,24 @@ async fn undo(
     let mut report = api.handle.undo(request, peer).await?;
     api.users.name(&mut report.undone).await;
     Ok(Json(report))
+}
+
+/// Sends everything of a service, or of all, to control at once; or says what that would do.
+///
+/// Not refused by a freeze, nor by a change that waits for its confirmation. Needs what a change
+/// of the split needs.
+#[utoipa::path(post, path = "/v1/panic", tag = "changing",
+    request_body = PanicRequest,
+    responses(
+        (status = 200, description = "What has moved, or would move.", body = PanicReport),
+        ChangeErrors))]
+async fn panic(
+    State(api): State<Api>,
+    _: NoQuery,
+    Operator(peer): Operator,
+    Body(request): Body<PanicRequest>,
+) -> Result<Json<PanicReport>, ApiError> {
+    Ok(Json(api.handle.panic(request, peer).await?))
 }
 
 /// Keeps a change that was made with `confirm`.

@@ -87,6 +87,11 @@ pub(super) enum Command {
     /// Gives back exactly the buckets that the changes took. What was taken back is not taken
     /// back again but with --to.
     Undo(Undo),
+    /// Send everything of a service, or of all, to control at once
+    ///
+    /// Works when the daemon hangs or is gone, through the pinned maps; that takes root. Open
+    /// connections stay where they are unless --move is given. `undo` takes it back.
+    Panic(Panic),
     /// Keep a change that was made with --confirm
     Confirm(Confirm),
     /// Let a service, or all of them, be changed towards control only
@@ -260,6 +265,25 @@ pub(super) struct Undo {
     /// On what terms.
     #[command(flatten)]
     pub(super) terms: Terms,
+}
+
+/// `panic`.
+#[derive(Args, Debug)]
+pub(super) struct Panic {
+    /// Only this service; without it, all of them
+    pub(super) service: Option<String>,
+    /// Cut the open connections of other versions, too
+    #[arg(long = "move")]
+    pub(super) moves: bool,
+    /// Kept in the audit trail
+    #[arg(long, value_name = "TEXT")]
+    pub(super) reason: Option<String>,
+    /// Only say what would happen
+    #[arg(long)]
+    pub(super) dry_run: bool,
+    /// How long the daemon has to answer before the pinned maps are written without it
+    #[arg(long, value_name = "DURATION", default_value = "25ms", value_parser = humantime::parse_duration)]
+    pub(super) agent_timeout: Duration,
 }
 
 /// `confirm`.

@@ -101,7 +101,7 @@ fn give_back(config: &Path, mut interfaces: BTreeSet<String>) -> Result<Vec<Stri
 
 /// The directory of the pins. A configuration that can't be read is no reason to
 /// guess: the default may be another agent's.
-fn bpffs(config: &Path) -> Result<PathBuf, Failure> {
+pub(super) fn bpffs(config: &Path) -> Result<PathBuf, Failure> {
     match settings::agent_path(config, "bpffs") {
         Ok(bpffs) => Ok(bpffs.unwrap_or_else(|| PathBuf::from(DEFAULT_BPFFS))),
         Err(Unreadable { missing: true, .. }) if config == Path::new(args::DEFAULT_CONFIG) => {

@@ -58,6 +58,20 @@ impl Failure {
         }
     }
 
+    /// Whether nobody has answered who could have.
+    pub(super) fn is_silence(&self) -> bool {
+        self.is_late() || self.is(&["unreachable", "busy", "stopping"])
+    }
+
+    /// Whether somebody may still answer.
+    pub(super) fn is_late(&self) -> bool {
+        self.is(&["timeout"])
+    }
+
+    fn is(&self, codes: &[&str]) -> bool {
+        matches!(self, Self::Told(detail) if codes.contains(&detail.code.as_str()))
+    }
+
     /// The code the process ends with. A reader that has seen enough is no
     /// failure of what was done.
     pub(super) fn exit_code(&self) -> u8 {

@@ -1,8 +1,8 @@
 //! The commands of `canary-agent`.
 //!
 //! Owns the command line, what is printed, and exit codes. All but `run`, `check`,
-//! `doctor`, `replay` and `detach` only speak to the control socket; what they show is what any
-//! program can read there. Must not know of maps or plans.
+//! `doctor`, `replay`, `detach`, and `panic` while no agent answers, only speak to the control
+//! socket; what they show is what any program can read there. Must not know of maps or plans.
 //!
 //! Results go to standard output. Errors go to standard error for people; with
 //! `--json` they go to standard output as an
@@ -20,6 +20,7 @@ mod events;
 mod explain;
 mod failure;
 mod generate;
+mod panic;
 mod reload;
 mod replay;
 mod settings;
@@ -114,6 +115,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Split(split) => wait_for(split::run(&client(&global), split, json))?,
         Command::Backend(backend) => wait_for(backend::run(&client(&global), backend, json))?,
         Command::Undo(undo) => wait_for(changes::undo(&client(&global), undo, json))?,
+        Command::Panic(panic) => return panic::run(&global, panic, json),
         Command::Confirm(confirm) => wait_for(changes::confirm(&client(&global), confirm, json))?,
         Command::Freeze(freeze) => wait_for(changes::freeze(&client(&global), freeze, true, json))?,
         Command::Unfreeze(freeze) => {

@@ -1,5 +1,7 @@
 //! `status`: everything the agent knows, as tables.
 
+use std::time::{Duration, UNIX_EPOCH};
+
 use serde_json::Value;
 
 use super::{
@@ -8,7 +10,10 @@ use super::{
     print,
     text::{self, Align, Table, age, bytes, maybe_percent, percent},
 };
-use crate::api::model::{AgentStatus, FreezeStatus, PendingStatus, ServiceStatus, Status};
+use crate::api::{
+    model::{AgentStatus, FreezeStatus, PendingStatus, ServiceStatus, Status},
+    panic::PanicStatus,
+};
 
 /// Asks once and prints.
 pub(super) async fn run(client: &Client, service: Option<&str>, json: bool) -> Result<(), Failure> {
@@ -88,6 +93,19 @@ fn is_frozen(what: &str, freeze: &FreezeStatus) -> String {
     format!("{}\n", text::plain(&line))
 }
 
+/// That a service is where a panic has sent it.
+fn is_panicked(panic: &PanicStatus) -> String {
+    let PanicStatus { reason, revision, unix_ms, uid } = panic;
+    let who = uid.map_or_else(|| "the agent".to_owned(), |uid| format!("uid {uid}"));
+    let since = UNIX_EPOCH + Duration::from_millis(*unix_ms);
+    let since = humantime::format_rfc3339_seconds(since);
+    let why = reason.as_ref().map_or_else(String::new, |why| format!(": {why}"));
+    let line = format!(
+        "PANIC: everything to control since {since}, by {who} (revision {revision}), until the next split{why}"
+    );
+    format!("{}\n", text::plain(&line))
+}
+
 fn one_service(service: &ServiceStatus) -> String {
     let ServiceStatus {
         name,
@@ -100,6 +118,7 @@ fn one_service(service: &ServiceStatus) -> String {
         tracked_buckets,
         versions,
         frozen,
+        panic,
     } = service;
     let head = format!(
         "{name}  {}  {}  {forward}, by {stickiness}, {buckets} buckets, {tracked_buckets} tracked",
@@ -108,6 +127,7 @@ fn one_service(service: &ServiceStatus) -> String {
     );
     let mut out = format!("{}\n", text::plain(&head));
     out.push_str(&frozen.as_ref().map_or_else(String::new, |freeze| is_frozen(name, freeze)));
+    out.push_str(&panic.as_ref().map_or_else(String::new, is_panicked));
     let mut table = Table::new([
         ("VERSION", Align::Left),
         ("ASKED", Align::Right),

@@ -10,6 +10,7 @@ mod listing;
 pub mod lock;
 mod memory;
 mod notify;
+pub(crate) mod panic;
 mod pressure;
 mod reload;
 mod run;
@@ -37,10 +38,13 @@ use crate::{
             BackendReport, BackendRequest, Backends, ChangeReport, ConfirmReport, ConfirmRequest,
             Explain, FreezeReport, FreezeRequest, SplitRequest, Status, UndoReport, UndoRequest,
         },
+        panic::{PanicReport, PanicRequest},
         reload::{ReloadReport, ReloadRequest},
     },
     config::Config,
 };
+
+pub(crate) use self::run::moment;
 
 /// Who asks, as the kernel says (`SO_PEERCRED`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,6 +135,15 @@ pub enum Request {
         peer: Peer,
         /// Where the answer goes.
         reply: oneshot::Sender<Result<FreezeReport, Refusal>>,
+    },
+    /// Sends everything of a service, or of all, to control.
+    Panic {
+        /// What is asked.
+        request: PanicRequest,
+        /// Who asks.
+        peer: Peer,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<PanicReport, Refusal>>,
     },
     /// What has happened.
     Events {
@@ -333,6 +346,14 @@ impl Handle {
         peer: Peer,
     ) -> Result<FreezeReport, Refusal> {
         self.ask(|reply| Request::Freeze { request, freezes, peer, reply }).await?
+    }
+
+    /// Sends everything of a service or of all to control, or says what that would do.
+    ///
+    /// # Errors
+    /// An unknown service; control without a backend that takes new connections.
+    pub async fn panic(&self, request: PanicRequest, peer: Peer) -> Result<PanicReport, Refusal> {
+        self.ask(|reply| Request::Panic { request, peer, reply }).await?
     }
 
     /// What has happened.

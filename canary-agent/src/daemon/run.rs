@@ -41,10 +41,10 @@ use crate::{
     api::{self, Api, ControlSocket, model::MapStatus, reload::ReloadRequest},
     cli::RunOptions,
     config::{self, Config, model::Forward},
-    datapath::{self, Datapath, Reader, Swept},
+    datapath::{self, Datapath, PanicOrder, Reader, Swept},
     doctor::{self, Check},
     health::{self, Prober},
-    plan::{Adopted, BootMs, DataPlane, Hops, QUARANTINE_MS, Sweep},
+    plan::{Adopted, BootMs, DataPlane, Hops, PanicMark, QUARANTINE_MS, Sweep},
     resolve::{self, Resolver, Unresolved, VipManager},
     store::{SqliteStore, StateStore},
     telemetry::{self, Metrics},
@@ -513,7 +513,7 @@ pub(super) fn steering(config: &Config) -> String {
 }
 
 /// Now, on the clocks that the loop goes by.
-pub(super) fn moment() -> anyhow::Result<Moment> {
+pub(crate) fn moment() -> anyhow::Result<Moment> {
     let boot = clock_gettime(ClockId::CLOCK_BOOTTIME).context("CLOCK_BOOTTIME can't be read")?;
     let boot = Duration::from(boot);
     let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -583,6 +583,18 @@ impl Kernel for Live {
 
     fn give_memory_back(&mut self) {
         memory::give_back();
+    }
+
+    fn panics(&mut self) -> Result<Option<Adopted>, String> {
+        self.datapath.panics().map_err(|error| error.to_string())
+    }
+
+    fn panics_adopted(&mut self, marks: &[PanicMark]) {
+        self.datapath.panics_adopted(marks);
+    }
+
+    fn mark_panic(&mut self, order: &PanicOrder) -> Result<Vec<PanicMark>, String> {
+        self.datapath.mark_panic(order).map_err(|error| error.to_string())
     }
 
     fn boot_id(&self) -> String {

@@ -49,6 +49,8 @@ impl<S: StateStore, K: Kernel> State<S, K> {
     pub(super) fn save(&mut self, commits: Vec<Commit>, now: Moment) -> Result<(), StoreError> {
         self.store_notices(now);
         let unsaved = std::mem::take(&mut self.unsaved);
+        // What is in force already comes first.
+        let commits = [self.panics.commits(), commits].concat();
         let earlier = unsaved.iter().map(|news| {
             let News { service, action, before, moved } = news.clone();
             self.own_commit(service, action, before, moved, now)
@@ -80,6 +82,11 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                     self.control.remember(revision, commit);
                 }
                 self.revision = revision;
+                let adopted = self.panics.stored();
+                if !adopted.is_empty() {
+                    Failpoint::PanicAdopted.pass();
+                    self.kernel.panics_adopted(&adopted);
+                }
                 self.alerts.remove("store");
                 Failpoint::BeforePlan.pass();
                 Ok(())

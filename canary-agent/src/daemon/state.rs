@@ -21,6 +21,7 @@ use super::{
     changes::{Control, Notices, Terms, Thing, reckoned},
     explain,
     learn::{Asked, Learning},
+    panic::Panics,
     pressure::{Pressure, Reading},
     reload::LastPackets,
     saving::{not_stored, refused},
@@ -29,12 +30,12 @@ use super::{
 use crate::{
     api::model::{ChangeReport, InterfaceStatus, MapStatus, SplitRequest, Status},
     config::model::{Config, Forward},
-    datapath::Swept,
+    datapath::{PanicOrder, Swept},
     failpoint::Failpoint,
     health,
     plan::{
-        Adopted, BootMs, BucketSet, DataPlane, News, NextHop, PlanError, Planner, ServicePlan,
-        ServiceState, Start, Sweep,
+        Adopted, BootMs, BucketSet, DataPlane, News, NextHop, PanicMark, PlanError, Planner,
+        ServicePlan, ServiceState, Start, Sweep,
     },
     store::{Change, Commit, ServiceRecord, StateStore, StoreError},
     telemetry::Metrics,
@@ -42,6 +43,8 @@ use crate::{
 
 /// After this time what the kernel refused is tried again.
 const RETRY_MS: u64 = 1_000;
+/// So often in a row a plan is made anew because somebody writes the tables meanwhile.
+const APPLIES: usize = 8;
 /// So often what is not attached is tried again.
 const ATTACH_MS: u64 = 5_000;
 /// Said of an interface that is not there.
@@ -152,6 +155,24 @@ pub trait Kernel {
     }
     /// Gives the system back what has been allocated and let go again.
     fn give_memory_back(&mut self) {}
+    /// What was sent to control behind our back since the last call, with the tables as they are
+    /// by now; `None` for nothing. Until it is called, [`apply`](Self::apply) refuses to write
+    /// tables that somebody else has written.
+    ///
+    /// # Errors
+    /// What the kernel refused. It is called again.
+    fn panics(&mut self) -> Result<Option<Adopted>, String> {
+        Ok(None)
+    }
+    /// What these marks say is stored.
+    fn panics_adopted(&mut self, _: &[PanicMark]) {}
+    /// Marks the tables of a service as sent to control, for the next agent. Returns the marks.
+    ///
+    /// # Errors
+    /// What the kernel refused.
+    fn mark_panic(&mut self, _: &PanicOrder) -> Result<Vec<PanicMark>, String> {
+        Ok(Vec::new())
+    }
     /// What tells one start of the host from another.
     fn boot_id(&self) -> String {
         String::new()
@@ -200,6 +221,8 @@ pub struct State<S, K> {
     /// Splits that are being prepared.
     pub(super) learning: Vec<Learning>,
     pressure: Pressure,
+    /// What was sent to control and is not stored yet.
+    pub(super) panics: Panics,
     /// What waits for a confirmation, and what is frozen.
     pub(super) control: Control,
     /// What has happened and is not stored yet.
@@ -243,6 +266,8 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 Default::default()
             }
         };
+        let mut adopted = adopted;
+        let marks = std::mem::take(&mut adopted.panics);
         let (planner, unsaved) = Planner::begin(Start {
             config,
             adopted,
@@ -276,6 +301,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             control: Control {
                 pending: reckoned(snapshot.pending, &boot_id, now),
                 freezes: snapshot.freezes,
+                panicked: HashMap::new(),
                 boot_id,
                 retry_ms: None,
             },
@@ -284,15 +310,20 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             attach_ms: now.boot_ms,
             retry_ms: None,
             pressure: Pressure::default(),
+            panics: Panics::default(),
             sweep_under_way: None,
             sweep_failed: None,
             in_force: false,
             // Beginning takes more than what is kept.
             lets_go: true,
         };
-        if !state.alerts.contains_key("store")
-            && let Err(error) = state.save(Vec::new(), now)
-        {
+        let readable = !state.alerts.contains_key("store");
+        if readable {
+            state.find_panicked();
+        }
+        // Before anything of it is in force.
+        state.adopt_marks(marks);
+        if readable && let Err(error) = state.save(Vec::new(), now) {
             tracing::error!(%error, "the state can't be stored: changes are refused");
         }
         let agent = format!("canary-agent {} has started", env!("CARGO_PKG_VERSION"));
@@ -333,7 +364,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         // A bucket may be tracked by the first plan already.
         self.kernel.clean(self.planner.plane()).map_err(BeginError::Apply)?;
         self.retry_ms = Some(now.boot_ms);
-        let wakeup = [self.settle(now.boot_ms), due].into_iter().flatten().min();
+        let wakeup = [self.settle(now), due].into_iter().flatten().min();
         if self.retry_ms.is_some() {
             let why = self.alerts.remove("maps").unwrap_or_default();
             return Err(BeginError::Apply(why.concat()));
@@ -354,6 +385,9 @@ impl<S: StateStore, K: Kernel> State<S, K> {
 
     /// Takes `event` in, and does what follows. Returns when [`Event::Wakeup`] is due.
     pub fn handle(&mut self, event: Event, now: Moment) -> Option<BootMs> {
+        if self.in_force {
+            self.adopt_panics(now);
+        }
         match event {
             Event::Request { request, arrived } => self.request(request, arrived, now),
             Event::NextHops(hops) => self.planner.set_next_hops(&hops),
@@ -377,20 +411,24 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             return None;
         }
         let due = self.unconfirmed(now);
-        let mut wakeup = self.settle(now.boot_ms);
+        let mut wakeup = self.settle(now);
         if !self.learning.is_empty() {
             let learned = self.learned(now);
             // What was made just now is due for other things at other times.
-            wakeup = [self.settle(now.boot_ms), learned].into_iter().flatten().min();
+            wakeup = [self.settle(now), learned].into_iter().flatten().min();
         }
         [wakeup, due].into_iter().flatten().min()
     }
 
     /// Brings the plan up to date and the maps to the plan.
-    fn settle(&mut self, now_ms: BootMs) -> Option<BootMs> {
-        let step = self.planner.step(now_ms);
-        let wakeup = step.next_wakeup_ms;
-        if self.retry_ms.is_some() || step.changed {
+    fn settle(&mut self, now: Moment) -> Option<BootMs> {
+        let now_ms = now.boot_ms;
+        let mut step = self.planner.step(now_ms);
+        let mut wakeup = step.next_wakeup_ms;
+        for _ in 0..APPLIES {
+            if self.retry_ms.is_none() && !step.changed {
+                break;
+            }
             Failpoint::BeforeMaps.pass();
             match self.kernel.apply(self.planner.plane()) {
                 Ok(()) => {
@@ -399,6 +437,12 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                     if self.alerts.remove("maps").is_some() {
                         tracing::info!("the forwarding tables are in force again");
                     }
+                    break;
+                }
+                // Somebody has sent a service to control: from there it goes on.
+                Err(_) if self.adopt_panics(now) => {
+                    step = self.planner.step(now_ms);
+                    wakeup = step.next_wakeup_ms;
                 }
                 Err(error) => {
                     self.retry_ms = Some(now_ms + RETRY_MS);
@@ -406,6 +450,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                     if self.alerts.insert("maps", vec![alert.clone()]).is_none() {
                         tracing::error!("{alert}");
                     }
+                    break;
                 }
             }
         }
@@ -474,6 +519,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             self.kernel.give_memory_back();
         }
         self.store_notices(now);
+        self.store_panics(now);
         let backends = self.planner.plane().backends.len();
         if self.samples.due(backends, now_ms) {
             let counters = self.counters();
@@ -575,6 +621,9 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             }
             Request::Freeze { request, freezes, peer, reply } => {
                 drop(reply.send(self.freeze(&request, freezes, peer, now)));
+            }
+            Request::Panic { request, peer, reply } => {
+                self.ask_panic(&request, peer, (arrived, now), reply);
             }
             Request::Events { asked, reply } => drop(reply.send(self.events(&asked, now))),
         }
@@ -723,7 +772,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
 
     /// Brings about what was stored.
     pub(super) fn settle_or_refuse(&mut self, now: Moment) -> Result<(), Refusal> {
-        self.settle(now.boot_ms);
+        self.settle(now);
         match (self.retry_ms, self.alerts.get("maps")) {
             (Some(_), Some(why)) => Err(Refusal {
                 code: "not_applied",
@@ -744,7 +793,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
 
     /// Which backends have gained or lost buckets since a service had `tables`, and which
     /// buckets those are.
-    fn touched(
+    pub(super) fn touched(
         &self,
         service: usize,
         tables: &[Arc<ServicePlan>],
@@ -761,12 +810,14 @@ impl<S: StateStore, K: Kernel> State<S, K> {
     }
 }
 
-fn tables_of(plane: &DataPlane, service: &str) -> Vec<Arc<ServicePlan>> {
+/// The tables of a service in a plan, by family.
+pub(super) fn tables_of(plane: &DataPlane, service: &str) -> Vec<Arc<ServicePlan>> {
     let mut tables: Vec<_> = plane.services.iter().filter(|s| s.name == service).cloned().collect();
     tables.sort_by_key(|table| table.family);
     tables
 }
 
-fn micros(time: Duration) -> u64 {
+/// As answers have it.
+pub(super) fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }

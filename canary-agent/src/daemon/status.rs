@@ -221,6 +221,7 @@ fn service_status(state: &ServiceState, sources: &Sources<'_>) -> ServiceStatus 
         tracked_buckets: state.tables().iter().map(Table::tracked).sum(),
         versions: versions.collect(),
         frozen: sources.control.freeze_of(&config.name).map(freeze_status),
+        panic: sources.control.panicked.get(&config.name).cloned(),
     }
 }
 

@@ -19,6 +19,7 @@ use canary_ebpf_common::{
 use super::{
     Error,
     mapping::{Mapping, Pages, store},
+    panic::Marks,
     pod,
     vips::{VipTable, vips},
 };
@@ -49,6 +50,9 @@ pub(super) struct Maps {
     pub(super) nat_sources: Array<MapData, abi::Address>,
     pub(super) counters: PerCpuArray<MapData, pod::BackendCounters>,
     pub(super) tx_ports: DevMapHash<MapData>,
+    pub(super) marks: Marks,
+    /// How often tables had been written behind our back when they were read.
+    pub(super) known: u64,
 }
 
 /// 64-bit words of a backend record.
@@ -57,14 +61,7 @@ const RECORD_WORDS: usize = size_of::<abi::Backend>() / 8;
 impl Maps {
     /// The record at `index`, if the map holds so many.
     pub(super) fn backend(&self, index: BackendIndex) -> Option<abi::Backend> {
-        let start = usize::from(index.get()) * RECORD_WORDS;
-        let words = self.backends.words64().get(start..start + RECORD_WORDS)?;
-        let mut bytes = [0_u64; RECORD_WORDS];
-        for (to, from) in bytes.iter_mut().zip(words) {
-            *to = from.load(Ordering::Relaxed);
-        }
-        // SAFETY: same size, and every bit pattern is a `Backend`: integers only.
-        Some(unsafe { std::mem::transmute::<[u64; RECORD_WORDS], abi::Backend>(bytes) })
+        record(&self.backends, index)
     }
 
     /// Stores a record word by word; the MAC address of the next hop and half of our own
@@ -79,7 +76,7 @@ impl Maps {
         // SAFETY: same size, and padding is spelled out: no byte is uninitialised.
         let new = unsafe { std::mem::transmute::<abi::Backend, [u64; RECORD_WORDS]>(*record) };
         let mut stored = false;
-        store(words, None, &new, |_, _| stored = true);
+        store(words, None, &new, || true, |_, _| stored = true);
         Ok(stored)
     }
 
@@ -97,9 +94,8 @@ impl Maps {
     }
 
     /// Number of records that the map holds.
-    pub(super) fn backend_indices(&self) -> u16 {
-        let records = self.backends.words64().len() / RECORD_WORDS;
-        records.min(abi::BACKEND_INDICES as usize) as u16
+    fn backend_indices(&self) -> u16 {
+        indices(&self.backends)
     }
 
     /// Where a service's entries lie in `TABLE`, and its ledger in `LEDGER`: in which pages.
@@ -138,6 +134,10 @@ impl Maps {
                 self.store_table(old.map(|o| &***o), service, &mut applied)?;
             }
         }
+        // A word that was stored just when somebody else began to write.
+        if self.marks.count() != self.known {
+            return Err(Error::Interrupted);
+        }
         Failpoint::TablesWritten.pass();
         for (index, plan) in backends.iter().filter(|(index, _)| maintained.contains(index)) {
             applied.backends += usize::from(self.store_backend(*index, &plan.record())?);
@@ -173,6 +173,8 @@ impl Maps {
             let pod::ServiceInfo(found) = self.info.get(&id, 0)?;
             if found != EMPTY_INFO {
                 self.info.set(id, pod::ServiceInfo(EMPTY_INFO), 0)?;
+                // What may be listed there next has nothing to do with it.
+                self.marks.forget(id as u16);
             }
         }
         Ok(applied)
@@ -247,6 +249,8 @@ impl Maps {
                 == (service.record.first_page, service.record.bucket_mask)
         };
         let stored = old.filter(there);
+        let (marks, known) = (&self.marks, self.known);
+        let proceed = || marks.count() == known;
         // The ledger first: an agent that is killed in between finds moves that
         // have not happened yet, and makes them again, never moves without a time.
         let old_ledger = stored.map(|o| &o.ledger);
@@ -260,7 +264,10 @@ impl Maps {
                 }
             };
             let old = old_ledger.map(|old| old.plain());
-            store(mapping.words64(), old.as_deref(), &service.ledger.plain(), half);
+            let new = service.ledger.plain();
+            if !store(mapping.words64(), old.as_deref(), &new, proceed, half) {
+                return Err(Error::Interrupted);
+            }
             Failpoint::LedgerWritten.pass();
         }
         let old_entries = stored.map(|o| &o.entries);
@@ -275,7 +282,10 @@ impl Maps {
                 applied.entries += usize::from(before != after);
             };
             let old = old_entries.map(|old| old.plain());
-            store(mapping.words32(), old.as_deref(), &service.entries.plain(), count);
+            let new = service.entries.plain();
+            if !store(mapping.words32(), old.as_deref(), &new, proceed, count) {
+                return Err(Error::Interrupted);
+            }
             Failpoint::TableWritten.pass();
         }
         if old.is_none_or(|o| info(o) != info(service)) {
@@ -283,6 +293,31 @@ impl Maps {
         }
         Ok(())
     }
+}
+
+/// The record at `index` of `BACKENDS`, if it holds so many.
+fn record(backends: &Mapping, index: BackendIndex) -> Option<abi::Backend> {
+    let start = usize::from(index.get()) * RECORD_WORDS;
+    let words = backends.words64().get(start..start + RECORD_WORDS)?;
+    let mut bytes = [0_u64; RECORD_WORDS];
+    for (to, from) in bytes.iter_mut().zip(words) {
+        *to = from.load(Ordering::Relaxed);
+    }
+    // SAFETY: same size, and every bit pattern is a `Backend`: integers only.
+    Some(unsafe { std::mem::transmute::<[u64; RECORD_WORDS], abi::Backend>(bytes) })
+}
+
+/// Number of records that `BACKENDS` holds.
+fn indices(backends: &Mapping) -> u16 {
+    let records = backends.words64().len() / RECORD_WORDS;
+    records.min(abi::BACKEND_INDICES as usize) as u16
+}
+
+/// The records in use, by ascending index.
+pub(super) fn records(backends: &Mapping) -> Vec<(BackendIndex, abi::Backend)> {
+    let all = (1..indices(backends)).map(BackendIndex::new);
+    let found = all.filter_map(|index| Some((index, record(backends, index)?)));
+    found.filter(|(_, record)| record.port_be != 0).collect()
 }
 
 /// Whether the same packets find the same record.

@@ -2,6 +2,7 @@
 //! may be silent.
 
 use std::{
+    collections::BTreeSet,
     io,
     mem::MaybeUninit,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
@@ -12,7 +13,10 @@ use aya::{
     maps::{HashMap, Map, MapData, MapError},
 };
 use canary_ebpf_common::{
-    abi::{Flow, FlowKeyV4, FlowKeyV6, IPPROTO_TCP, flow_state as state, quic_idle_ns},
+    abi::{
+        BACKEND_INDICES, Flow, FlowKeyV4, FlowKeyV6, IPPROTO_TCP, flow_state as state, quic_idle_ns,
+    },
+    entry::BackendIndex,
     nat::{self, TupleKey as _, opposite},
 };
 
@@ -266,6 +270,35 @@ impl<K: Pod> FlowTable<K> {
         each: impl FnMut(K, pod::Flow),
     ) -> io::Result<Option<u32>> {
         walk(self.fd.as_fd(), None, batches, each)
+    }
+
+    /// Takes away the entries that name one of `backends`, of either direction. Nobody looks
+    /// again whether they still do: no new flow goes there.
+    pub(super) fn cut(&mut self, backends: &BTreeSet<BackendIndex>) -> Result<u64, super::Error> {
+        let mut names = vec![false; BACKEND_INDICES as usize];
+        backends.iter().for_each(|index| names[usize::from(index.get())] = true);
+        let mut keys = Vec::new();
+        self.walk(
+            |key, flow| {
+                if names.get(usize::from(flow.backend)) == Some(&true) {
+                    keys.push(key);
+                }
+                Ok(())
+            },
+            || Ok(()),
+        )?;
+        let mut removed = 0;
+        for key in &keys {
+            match self.map.remove(key) {
+                Ok(()) => removed += 1,
+                // It has ended by itself.
+                Err(MapError::KeyNotFound | MapError::ElementNotFound) => {}
+                Err(MapError::SyscallError(call))
+                    if call.io_error.raw_os_error() == Some(libc::ENOENT) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(removed)
     }
 
     /// Number of entries.

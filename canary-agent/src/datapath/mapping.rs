@@ -138,7 +138,8 @@ words! {
 const LINE: usize = 16;
 
 /// Stores `new` where it differs from `old`, which is what the words hold; without `old` they
-/// are read. Calls `changed` with what was and what is, also for some words that stay.
+/// are read. Before each word, asks whether to `proceed`; returns whether all is done. Calls
+/// `changed` with what was and what is, also for some words that stay.
 ///
 /// Line by line: no other is touched than those in which something changes, and there is one
 /// branch for each, not one for each word.
@@ -146,8 +147,9 @@ pub(super) fn store<W: Word<V>, V: Copy + PartialEq>(
     words: &[W],
     old: Option<&[V]>,
     new: &[V],
+    proceed: impl Fn() -> bool,
     mut changed: impl FnMut(V, V),
-) {
+) -> bool {
     let read: Vec<V>;
     let old = match old {
         Some(old) => old,
@@ -159,8 +161,14 @@ pub(super) fn store<W: Word<V>, V: Copy + PartialEq>(
     for ((words, old), new) in words.chunks(LINE).zip(old.chunks(LINE)).zip(new.chunks(LINE)) {
         let pairs = || old.iter().zip(new);
         if pairs().fold(false, |differs, (old, new)| differs | (old != new)) {
-            words.iter().zip(new).for_each(|(word, new)| word.set(*new));
+            for (word, new) in words.iter().zip(new) {
+                if !proceed() {
+                    return false;
+                }
+                word.set(*new);
+            }
             pairs().for_each(|(old, new)| changed(*old, *new));
         }
     }
+    true
 }

@@ -14,6 +14,7 @@ mod links;
 mod look;
 mod mapping;
 mod older;
+mod panic;
 mod pins;
 mod pod;
 mod raw;
@@ -27,6 +28,7 @@ use std::{
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
     sync::{Arc, PoisonError, atomic::Ordering},
+    time::Duration,
 };
 
 use aya::{
@@ -36,7 +38,7 @@ use aya::{
 };
 use canary_ebpf_common::{
     abi::{self, ABI_VERSION, Backend, LedgerEntry, PAGE_BUCKETS},
-    entry::{BackendIndex, Entry},
+    entry::Entry,
 };
 
 pub use self::{
@@ -46,6 +48,7 @@ pub use self::{
     handover::Handover,
     look::{Adoptable, OLDEST, PinsSeen, PlaceSeen},
     look::{lacks, maps_bytes, pinned, place, program_names, release, takes_parts},
+    panic::{Done, PanicOrder, Panicked, Pinned},
     pins::Made,
     reader::Reader,
     sweep::{Sweeper, Swept},
@@ -55,6 +58,7 @@ use self::{
     flows::FlowTable,
     kernel::{Refused, Release},
     mapping::{Mapping, Pages},
+    panic::Marks,
     pins::{After, Found, Layout, Pins, Readable},
     sweep::{Rules, SharedRules},
     vips::VipTable,
@@ -62,12 +66,14 @@ use self::{
 use crate::{
     config::model::{Capacity, XdpMode},
     failpoint::Failpoint,
-    plan::{Adopted, AdoptedService, DataPlane, Family},
+    plan::{Adopted, AdoptedService, DataPlane, Family, PanicMark},
 };
 
 /// The programs, as the build made them.
 static INGRESS: &[u8] = aya::include_bytes_aligned!(env!("CANARY_EBPF_INGRESS"));
 
+/// So long somebody is waited for who writes tables behind our back.
+const PANIC_PATIENCE: Duration = Duration::from_millis(500);
 /// The program that is attached.
 const INGRESS_PROGRAM: &str = "ingress";
 /// The programs that take flow entries away.
@@ -206,6 +212,9 @@ pub enum Error {
     /// The kernel refused the program.
     #[error("the XDP program could not be used: {}", causes(.0))]
     Program(#[source] Box<ProgramError>),
+    /// Tables were written behind our back, and have to be read anew.
+    #[error("`canary-agent panic` writes the tables: they are read anew first")]
+    Interrupted,
     /// A map could not be read or written.
     #[error("a BPF map could not be used: {}", causes(.0))]
     Map(#[source] Box<MapError>),
@@ -352,7 +361,7 @@ impl Datapath {
                     pins.finish()?;
                     datapath.handover = Some(Handover::completed(copied));
                 }
-                let adopted = read(&datapath.maps)?;
+                let adopted = datapath.read()?;
                 Ok((datapath, adopted))
             }
             Found::Nothing => {
@@ -384,6 +393,8 @@ impl Datapath {
         found: &Readable,
     ) -> Result<(Self, Adopted), Error> {
         let began = std::time::Instant::now();
+        // Whoever writes the earlier tables without an agent looks whether they are still in force.
+        let held = panic::lock(pins, PANIC_PATIENCE)?;
         pins.begin(layouts.iter().map(|l| l.name).filter(|name| !found.differs(name)))?;
         let (mut datapath, copied) = if handover::moves_flows(found) {
             let copied = handover::with_flows(&options, pins, layouts, found)?;
@@ -405,9 +416,18 @@ impl Datapath {
         // They were read before they were filled.
         datapath.maps.vips_v4.reread();
         datapath.maps.vips_v6.reread();
-        let adopted = read(&datapath.maps)?;
+        let adopted = datapath.read()?;
+        drop(held);
         tracing::info!(took = ?began.elapsed(), ?copied, "the maps have been carried over");
         Ok((datapath, adopted))
+    }
+
+    /// What the maps hold, and how often they had been written behind our back by then.
+    fn read(&mut self) -> Result<Adopted, Error> {
+        // Nobody writes them while they are read; and what comes later is counted.
+        let _held = panic::lock(&self.pins, PANIC_PATIENCE)?;
+        self.maps.known = self.maps.marks.count();
+        read(&self.maps)
     }
 
     /// Puts the program on every interface that a pinned link holds.
@@ -536,6 +556,48 @@ impl Datapath {
             self.set_rules(desired);
         }
         Ok(applied)
+    }
+
+    /// What has been sent to control behind our back since the last call, with the tables as
+    /// they are by now; `None` for nothing.
+    ///
+    /// # Errors
+    /// When the tables can't be read.
+    pub fn panics(&mut self) -> Result<Option<Adopted>, Error> {
+        if self.maps.marks.count() == self.maps.known {
+            return Ok(None);
+        }
+        // Whoever writes at this moment is done in a few milliseconds.
+        self.applied = None;
+        self.read().map(Some)
+    }
+
+    /// These are stored, and need not be kept in the maps any more.
+    pub fn panics_adopted(&self, marks: &[PanicMark]) {
+        self.maps.marks.adopted(marks);
+    }
+
+    /// Marks tables as sent to control, since that can't be stored otherwise. Returns the marks.
+    ///
+    /// # Errors
+    /// A table that the maps have no room for.
+    pub fn mark_panic(&mut self, order: &PanicOrder) -> Result<Vec<PanicMark>, Error> {
+        let named = |name: &str| order.service.as_deref() == Some(name);
+        let directory = directory(&self.maps.info)?;
+        let tables: Vec<(u16, String)> =
+            directory.iter().map(|(id, info)| (*id, unpadded(&info.name))).collect();
+        let its: Vec<(u16, &str)> = tables
+            .iter()
+            .filter(|(_, name)| named(name))
+            .map(|(id, name)| (*id, name.as_str()))
+            .collect();
+        let ids: Vec<u16> = its.iter().map(|(id, _)| *id).collect();
+        let number = self.maps.marks.leave(order, &ids)?;
+        // Unless somebody else has counted meanwhile: that is found out before the next word.
+        if number == self.maps.known + 1 {
+            self.maps.known = number;
+        }
+        Ok(self.maps.marks.all_waiting(its.into_iter()))
     }
 
     /// Takes away the flow entries of buckets that the maps do not have tracked, by the services
@@ -738,6 +800,7 @@ fn take_maps(ebpf: &mut Ebpf, options: &Options) -> Result<Maps, Error> {
         let (map, entries) = array(name)?;
         Ok(Mapping::new(map, entries as usize * value_bytes).map_err(io::Error::from)?)
     };
+    let marks = Marks::new(mapped("PANICS", size_of::<abi::Panic>())?);
     Ok(Maps {
         table,
         ledger,
@@ -748,55 +811,76 @@ fn take_maps(ebpf: &mut Ebpf, options: &Options) -> Result<Maps, Error> {
         nat_sources: take(ebpf, "NAT_SOURCES")?.try_into()?,
         counters: take(ebpf, "BACKEND_COUNTERS")?.try_into()?,
         tx_ports: take(ebpf, "TX_PORTS")?.try_into()?,
+        marks,
+        known: 0,
     })
 }
 
 /// What the maps hold.
 fn read(maps: &Maps) -> Result<Adopted, Error> {
-    let mut adopted = Adopted::default();
-    for index in (1..maps.backend_indices()).map(BackendIndex::new) {
-        if let Some(record) = maps.backend(index)
-            && record.port_be != 0
-        {
-            adopted.backends.push((index, record));
-        }
-    }
+    let mut adopted = Adopted { backends: apply::records(&maps.backends), ..Adopted::default() };
     let mut records = maps.vips_v4.records();
     records.extend(maps.vips_v6.records());
-    let (table, moves) = (maps.table.map_all()?, maps.ledger.map_all()?);
-    for id in 0..maps.info.len() {
-        let pod::ServiceInfo(info) = maps.info.get(&id, 0)?;
-        if info.name[0] == 0 {
-            continue;
-        }
-        let start = (info.first_page * PAGE_BUCKETS) as usize;
-        let range = start..start + info.buckets as usize;
-        let (Some(entries), Some(ledger)) =
-            (table.words32().get(range.clone()), moves.words64().get(range))
-        else {
-            return Err(Error::OutOfRange { what: "table page", index: info.first_page });
-        };
-        adopted.services.push(AdoptedService {
-            id: id as u16,
-            name: unpadded(&info.name),
-            family: if info.family == 6 { Family::V6 } else { Family::V4 },
-            versions: info.versions.iter().map(|v| unpadded(v)).collect(),
-            control: info.control as u8,
-            first_page: info.first_page,
-            buckets: info.buckets,
-            entries: entries.iter().map(|w| Entry(w.load(Ordering::Relaxed))).collect(),
-            ledger: ledger.iter().map(|w| LedgerEntry(w.load(Ordering::Relaxed))).collect(),
-            record: records.get(&id).copied(),
-            packets: maps.packets(
-                adopted
-                    .backends
-                    .iter()
-                    .filter(|(_, b)| u32::from(b.service) == id)
-                    .map(|(i, _)| *i),
-            )?,
-        });
+    for (id, info) in directory(&maps.info)? {
+        let record = records.get(&u32::from(id)).copied();
+        let mut table = table_of(id, &info, &maps.table, &maps.ledger, record)?;
+        let its = adopted.backends.iter().filter(|(_, b)| b.service == id).map(|(i, _)| *i);
+        table.packets = maps.packets(its)?;
+        adopted.services.push(table);
     }
+    let tables = adopted.services.iter().map(|table| (table.id, table.name.as_str()));
+    adopted.panics = maps.marks.all_waiting(tables);
     Ok(adopted)
+}
+
+/// The tables that there are, by their index.
+fn directory(
+    info: &Array<aya::maps::MapData, pod::ServiceInfo>,
+) -> Result<Vec<(u16, abi::ServiceInfo)>, Error> {
+    let mut found = Vec::new();
+    for id in 0..info.len() {
+        let pod::ServiceInfo(info) = info.get(&id, 0)?;
+        if info.name[0] != 0 {
+            found.push((id as u16, info));
+        }
+    }
+    Ok(found)
+}
+
+/// The pages of a table, which are there.
+fn pages_of(info: &abi::ServiceInfo, table: &Pages) -> Result<std::ops::Range<u32>, Error> {
+    let end = info.first_page.saturating_add(info.buckets.div_ceil(PAGE_BUCKETS));
+    match end <= table.count() {
+        true => Ok(info.first_page..end),
+        false => Err(Error::OutOfRange { what: "table page", index: info.first_page }),
+    }
+}
+
+/// A table as it lies in the maps. Its packets are not counted.
+fn table_of(
+    id: u16,
+    info: &abi::ServiceInfo,
+    table: &Pages,
+    ledger: &Pages,
+    record: Option<abi::Service>,
+) -> Result<AdoptedService, Error> {
+    let pages = pages_of(info, table)?;
+    let (table, ledger) = (table.map(pages.clone())?, ledger.map(pages)?);
+    let buckets = info.buckets as usize;
+    let (entries, ledger) = (&table.words32()[..buckets], &ledger.words64()[..buckets]);
+    Ok(AdoptedService {
+        id,
+        name: unpadded(&info.name),
+        family: if info.family == 6 { Family::V6 } else { Family::V4 },
+        versions: info.versions.iter().map(|v| unpadded(v)).collect(),
+        control: info.control as u8,
+        first_page: info.first_page,
+        buckets: info.buckets,
+        entries: entries.iter().map(|w| Entry(w.load(Ordering::Relaxed))).collect(),
+        ledger: ledger.iter().map(|w| LedgerEntry(w.load(Ordering::Relaxed))).collect(),
+        record,
+        packets: 0,
+    })
 }
 
 fn unpadded(name: &[u8]) -> String {

@@ -21,7 +21,7 @@ use super::{
     older::{self, Older},
     pod,
 };
-use crate::failpoint::Failpoint;
+use crate::{config::model::Capacity, failpoint::Failpoint};
 
 /// The default mount point of the BPF file system.
 const BPFFS: &str = "/sys/fs/bpf";
@@ -117,7 +117,10 @@ impl Layout {
 
 /// Every map that is pinned, in the sizes that `options` ask for.
 pub(super) fn layouts(options: &Options) -> Vec<Layout> {
-    let c = &options.capacity;
+    layouts_of(&options.capacity)
+}
+
+fn layouts_of(c: &Capacity) -> Vec<Layout> {
     let pages = c.buckets / PAGE_BUCKETS;
     let vip_slots = vip_slots(c.vips);
     let page = PAGE_BUCKETS as usize;
@@ -136,6 +139,7 @@ pub(super) fn layouts(options: &Options) -> Vec<Layout> {
     vec![
         layout("META", MapType::Array, 4, size_of::<abi::Meta>(), 0, 1),
         layout("SERVICE_INFO", MapType::Array, 4, size_of::<abi::ServiceInfo>(), 0, services),
+        layout("PANICS", MapType::Array, 4, size_of::<abi::Panic>(), MMAPABLE, services + 1),
         layout("LEDGER", MapType::Array, 4, 8 * page, MMAPABLE, pages),
         layout("VIPS_V4", MapType::Array, 4, size_of::<abi::VipSlotV4>(), MMAPABLE, vip_slots),
         layout("VIPS_V6", MapType::Array, 4, size_of::<abi::VipSlotV6>(), MMAPABLE, vip_slots),
@@ -369,20 +373,7 @@ impl Pins {
         let mut differing = Vec::new();
         for layout in &present {
             let wanted = older.map_or_else(|| (*layout).clone(), |older| older.layout(layout));
-            let found = self.info(layout.name)?;
-            let shape = (
-                found.map_type().ok(),
-                found.key_size() as usize,
-                found.value_size() as usize,
-                found.map_flags(),
-            );
-            let expected = (Some(wanted.kind), wanted.key_bytes, wanted.value_bytes, wanted.flags);
-            if shape != expected {
-                return Err(self.foreign(&format!(
-                    "{} has type, key size, value size and flags {shape:?}, and should have {expected:?}",
-                    layout.name
-                )));
-            }
+            let found = self.shaped(&wanted)?;
             let converted = older.is_some_and(|older| older.converts(layout.name));
             if found.max_entries() != layout.entries || converted {
                 differing.push(layout.name);
@@ -417,8 +408,57 @@ impl Pins {
 
     /// What the kernel says of a pinned map.
     pub(super) fn info(&self, name: &str) -> Result<MapInfo, Error> {
-        MapInfo::from_pin(self.map(name))
-            .map_err(|e| self.foreign(&format!("{name} can't be opened as a map: {e}")))
+        MapInfo::from_pin(self.map(name)).map_err(|error| {
+            let text = error.to_string();
+            match Error::from(error) {
+                denied @ Error::NotPermitted(_) => denied,
+                _ => self.foreign(&format!("{name} can't be opened as a map: {text}")),
+            }
+        })
+    }
+
+    /// What the kernel says of the pinned map of a layout, whatever its size.
+    fn shaped(&self, layout: &Layout) -> Result<MapInfo, Error> {
+        let found = self.info(layout.name)?;
+        let shape = (
+            found.map_type().ok(),
+            found.key_size() as usize,
+            found.value_size() as usize,
+            found.map_flags(),
+        );
+        let expected = (Some(layout.kind), layout.key_bytes, layout.value_bytes, layout.flags);
+        if shape != expected {
+            return Err(self.foreign(&format!(
+                "{} has type, key size, value size and flags {shape:?}, and should have {expected:?}",
+                layout.name
+            )));
+        }
+        Ok(found)
+    }
+
+    /// That the pinned maps are laid out as this build does it, whatever their sizes. Returns
+    /// these, in bytes of all values together.
+    ///
+    /// # Errors
+    /// When they are not.
+    pub(super) fn understood(&self) -> Result<Vec<(&'static str, usize)>, Error> {
+        match self.version()? {
+            Some(abi::ABI_VERSION) => {}
+            Some(other) => {
+                return Err(self.foreign(&format!(
+                    "their layout is version {other}, this release's is {}",
+                    abi::ABI_VERSION
+                )));
+            }
+            None => return Err(self.foreign("META is missing, which says what the others are")),
+        }
+        let size = |layout: &Layout| {
+            let info = self.shaped(layout)?;
+            Ok((layout.name, info.max_entries() as usize * layout.value_bytes))
+        };
+        // Sizes are not looked at.
+        let any = Capacity { services: 1, vips: 1, backends: 1, buckets: 1, flows: 1 };
+        layouts_of(&any).iter().map(size).collect()
     }
 
     pub(super) fn foreign(&self, what: &str) -> Error {

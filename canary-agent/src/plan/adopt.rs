@@ -19,7 +19,7 @@ use canary_ebpf_common::{
 };
 
 use super::{
-    BootMs, Family, NextHop,
+    BootMs, Family, NextHop, PanicMark,
     ownership::{Ownership, ProposeError, share_of},
 };
 use crate::{
@@ -34,6 +34,8 @@ pub struct Adopted {
     pub services: Vec<AdoptedService>,
     /// Backend records that are in use, by ascending index.
     pub backends: Vec<(BackendIndex, abi::Backend)>,
+    /// What was sent to control since an agent last looked, by table.
+    pub panics: Vec<PanicMark>,
 }
 
 /// One table of [`Adopted`].

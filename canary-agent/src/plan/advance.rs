@@ -153,7 +153,12 @@ impl Advance<'_> {
 }
 
 /// The entry of a bucket that moves.
-fn follow(old: Entry, wanted: BackendIndex, owner_changes: bool, policy: &Policy) -> Entry {
+pub(super) fn follow(
+    old: Entry,
+    wanted: BackendIndex,
+    owner_changes: bool,
+    policy: &Policy,
+) -> Entry {
     let lets_go = policy.existing == Existing::Move && owner_changes;
     if !policy.tracks || lets_go || policy.drain_ms == Some(0) {
         Entry::steady(wanted)

@@ -15,6 +15,7 @@ mod begin;
 mod bucket_set;
 mod compiler;
 mod ownership;
+mod panic;
 mod placements;
 mod planner;
 mod prepare;
@@ -42,6 +43,7 @@ pub use advance::{Advance, Advanced, Policy, Update, clear_due_ms};
 pub use alloc::QUARANTINE_MS;
 pub use bucket_set::BucketSet;
 pub use ownership::{Ownership, Proposal};
+pub use panic::{Diverted, NobodyLeft, PanicMark, Panicking, panic_of_parked};
 pub use planner::{News, PlanError, Planner, Preview, ServiceState, Start, Step};
 pub use prepare::LEARN_MS;
 pub use reload::{Baseline, Hops, Made, Prepared, Ready, Removal, Upheaval};
@@ -147,14 +149,16 @@ pub struct BackendPlan {
     pub maint: bool,
     /// Since when it has been taking its share little by little, if it is.
     pub slow_since_ms: Option<BootMs>,
+    /// Its weight; 0 for one that is not configured any more.
+    pub weight: u16,
 }
 
 impl BackendPlan {
     /// The record in map form.
     pub fn record(&self) -> abi::Backend {
         let Self { addr, service, version, next_hop, nat_first, nat_count, .. } = *self;
-        let Self { down, drain, maint, slow_since_ms, .. } = *self;
-        let mut flags = 0;
+        let Self { down, drain, maint, slow_since_ms, weight, .. } = *self;
+        let mut flags = u32::from(weight) << abi::BACKEND_WEIGHT_SHIFT;
         let mut set = |bit: u32, on: bool| flags |= if on { bit } else { 0 };
         set(abi::BACKEND_USABLE, next_hop.is_some());
         set(abi::BACKEND_V6, addr.is_ipv6());

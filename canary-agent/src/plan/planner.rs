@@ -317,6 +317,10 @@ pub struct Planner {
     releasing: Vec<BackendIndex>,
     /// A sweep is under way.
     sweeping: bool,
+    /// Backends whose connections are to be cut, though they may have others later.
+    pub(super) cutting: Vec<BackendIndex>,
+    /// Those of them that the sweep under way is about.
+    cut: Vec<BackendIndex>,
     /// What the present plan has no use for any more.
     pub(super) vacated: Vec<Vacated>,
     /// What the plan in force has no use for any more.
@@ -425,6 +429,8 @@ impl Planner {
             released: orphans,
             releasing: Vec::new(),
             sweeping: false,
+            cutting: Vec::new(),
+            cut: Vec::new(),
             vacated: claims.vacated,
             vacating: Vec::new(),
             backends_changed: true,
@@ -622,7 +628,14 @@ impl Planner {
                 .filter(|t| !t.unswept.is_empty())
                 .map(|t| (t.id, t.unswept.iter().collect()))
                 .collect(),
-            backends: self.releasing.iter().chain(&self.released).copied().collect(),
+            backends: self
+                .releasing
+                .iter()
+                .chain(&self.released)
+                .chain(&self.cut)
+                .chain(&self.cutting)
+                .copied()
+                .collect(),
         }
     }
 
@@ -635,6 +648,7 @@ impl Planner {
         }
         self.sweeping = true;
         self.releasing = std::mem::take(&mut self.released);
+        self.cut = std::mem::take(&mut self.cutting);
         for state in &mut self.services {
             for table in &mut state.tables {
                 table.sweeping = table.unswept.clone();
@@ -658,6 +672,7 @@ impl Planner {
         for index in self.releasing.drain(..) {
             self.indices.release(index, now_ms);
         }
+        self.cut.clear();
         self.sweeping = false;
         self.vacate(now_ms);
         let mut waiting = false;

@@ -13,7 +13,7 @@ use canary_ebpf_common::{
 
 use super::{BackendPlan, Family, NextHop, Policy, ServicePlan, ServiceState, Table};
 use crate::{
-    config::model::{Forward, Protocol, Service, Stickiness},
+    config::model::{Existing, Forward, Protocol, Service, Stickiness},
     store::Admin,
 };
 
@@ -31,10 +31,16 @@ pub(super) fn service_record(service: &Service, id: u16, first_page: u32) -> abi
         Stickiness::Connection => SERVICE_HASH_CONNECTION,
         Stickiness::Client | Stickiness::Subnet { .. } => 0,
     };
+    let Policy { existing, drain_ms, learn_ms, .. } = policy(service);
+    let mut flags = mode as u32 | whole;
+    let mut set = |bit: u32, on: bool| flags |= if on { bit } else { 0 };
+    set(SERVICE_QUIC, service.quic);
+    set(abi::SERVICE_FORGETS, existing == Existing::Move || drain_ms == Some(0));
+    set(abi::SERVICE_LEARNS, learn_ms.is_some());
     abi::Service {
         first_page,
         bucket_mask: service.buckets - 1,
-        flags: mode as u32 | whole | if service.quic { SERVICE_QUIC } else { 0 },
+        flags,
         id: u32::from(id),
         hash_key: service.hash_key,
         mask_v4_be: u32::MAX.checked_shl(32 - u32::from(v4)).unwrap_or(0).to_be(),
@@ -117,6 +123,7 @@ pub(super) fn backend_plans(
                     drain: false,
                     maint: false,
                     slow_since_ms: None,
+                    weight: 0,
                 };
                 (index, plan)
             };
@@ -124,9 +131,10 @@ pub(super) fn backend_plans(
                 let (index, made) = plan(b.index, b.slot, b.addr, &b.hop);
                 let slow_since_ms = b.slow_start.since_ms();
                 let (drain, maint) = (b.admin == Admin::Drain, b.admin == Admin::Maint);
+                let weight = u16::try_from(b.weight).unwrap_or(u16::MAX);
                 plans.push((
                     index,
-                    BackendPlan { down: b.down, drain, maint, slow_since_ms, ..made },
+                    BackendPlan { down: b.down, drain, maint, slow_since_ms, weight, ..made },
                 ));
             }
             for d in &table.draining {
@@ -236,7 +244,7 @@ mod tests {
             nat_source: Vec::new(),
             stickiness: Stickiness::Client,
             control: 0,
-            existing: crate::config::model::Existing::Pin,
+            existing: Existing::Pin,
             drain: None,
             udp_idle: std::time::Duration::from_secs(30),
             quic: false,

@@ -120,6 +120,8 @@ pub struct Table {
     preparing: BucketSet,
     /// Not all of them are watched yet.
     unprepared: bool,
+    /// Nothing of other versions than control is to be remembered any more.
+    pub(super) cut: bool,
     /// When a ramp takes its next step.
     slow_due_ms: Option<BootMs>,
     /// By backend index, how many buckets steer new connections to it.
@@ -179,6 +181,7 @@ impl Table {
             compiled: None,
             preparing: BucketSet::default(),
             unprepared: false,
+            cut: false,
             slow_due_ms: None,
             counts: Vec::new(),
             tracked: 0,
@@ -217,6 +220,7 @@ impl Table {
             compiled: None,
             preparing: preparing.clone(),
             unprepared: self.unprepared,
+            cut: self.cut,
             slow_due_ms: None,
             counts: Vec::new(),
             tracked: 0,
@@ -438,13 +442,9 @@ impl Table {
             self.next_due_ms = advanced.next_due_ms;
             self.deferred = advanced.deferred > 0;
             self.compiled = Some((Arc::clone(inputs.owners), candidates));
-            for bucket in advanced.cleared {
-                self.unswept.insert(bucket);
-                for draining in &mut self.draining {
-                    draining.waiting.iter_mut().for_each(|waiting| waiting.remove(bucket));
-                }
-            }
+            self.cleared(advanced.cleared);
         }
+        done.changed |= std::mem::take(&mut self.cut) && self.let_go_but(inputs.control);
         done.changed |= self.pass_over();
         if self.unprepared {
             let watched = prepare::watch(
@@ -462,6 +462,52 @@ impl Table {
         }
         self.release(inputs, &mut done);
         done
+    }
+
+    /// Buckets that were tracked and are not any more have to be swept.
+    fn cleared(&mut self, buckets: Vec<u32>) {
+        for bucket in buckets {
+            self.unswept.insert(bucket);
+            for draining in &mut self.draining {
+                draining.waiting.iter_mut().for_each(|waiting| waiting.remove(bucket));
+            }
+        }
+    }
+
+    /// Goes on from other entries, which somebody else has written.
+    pub(super) fn goes_on_with(&mut self, entries: Vec<Entry>, ledger: Vec<LedgerEntry>) {
+        let pairs = || (0..).zip(self.entries.iter().zip(&entries));
+        let forgotten: Vec<u32> = pairs()
+            .filter(|(_, (old, new))| old.tracked() && !new.tracked())
+            .map(|(bucket, _)| bucket)
+            .collect();
+        let tracked: Vec<u32> =
+            pairs().filter(|(_, (_, new))| new.tracked()).map(|(bucket, _)| bucket).collect();
+        self.cleared(forgotten);
+        tracked.into_iter().for_each(|bucket| self.unswept.remove(bucket));
+        (self.entries, self.ledger) = (Arc::new(entries.into()), Arc::new(ledger.into()));
+        self.compiled = None;
+        self.counts.clear();
+    }
+
+    /// Forgets where older connections go that are not control's.
+    fn let_go_but(&mut self, control: u8) -> bool {
+        let live = self.backends.iter().filter(|b| b.slot == control).map(|b| b.index);
+        let gone = self.draining.iter().filter(|d| d.slot == control).map(|d| d.index);
+        let kept: BTreeSet<BackendIndex> = live.chain(gone).collect();
+        let updates: Vec<Update> = (0..)
+            .zip(self.entries.iter().zip(self.ledger.iter()))
+            .filter(|(_, (entry, _))| entry.tracked() && !kept.contains(&entry.previous()))
+            .map(|(bucket, (&before, &record))| Update {
+                bucket,
+                before,
+                after: Entry::steady(before.current()),
+                record,
+            })
+            .collect();
+        self.update(&updates);
+        self.cleared(updates.iter().map(|update| update.bucket).collect());
+        !updates.is_empty()
     }
 
     /// Where `previous` is a backend in maintenance, nobody's connection is there any more, and

@@ -55,6 +55,19 @@ async fn changes_are_taken_back_and_confirmed_and_say_so() {
     assert_eq!(code(&unknown), 1);
     assert!(stderr(&unknown).contains("did you mean `shop`?"));
 
+    // One of the services was left as it is.
+    let panic = ask(&agent, &["panic", "--agent-timeout", "20s", "--reason", "bad"]);
+    assert_eq!(code(&panic), 1, "{panic:?}");
+    for part in [
+        "3277 buckets moved to control; in force after 2.15ms (revision 8)",
+        "not mail: service `mail`: nobody is left",
+        "about 41 open connections in these buckets",
+    ] {
+        assert!(stdout(&panic).contains(part), "{part}: {}", stdout(&panic));
+    }
+    let unknown = ask(&agent, &["panic", "shpo", "--agent-timeout", "20s"]);
+    assert!(stderr(&unknown).contains("did you mean `shop`?"), "{unknown:?}");
+
     let confirmed = ask(&agent, &["confirm"]);
     assert!(stdout(&confirmed).ends_with("confirmed (revision 8)\n"), "{confirmed:?}");
     let frozen = ask(&agent, &["freeze", "shop", "--reason", "peace"]);

@@ -23,6 +23,7 @@ use canary_agent::{
             ServiceStatus, ServiceUndo, ShareChange, SplitRequest, Status, UndoReport, UndoRequest,
             VersionBackends, VersionStatus,
         },
+        panic::{PanicReport, PanicRequest, PanicService},
     },
     config::model::Operators,
     daemon::{EventsAsked, EventsFound, Handle, Peer, Pulse, Refusal, Request},
@@ -231,6 +232,7 @@ async fn scripted_loop(
                 drop(reply.send(answer));
             }
             Request::Undo { request, peer: _, reply } => drop(reply.send(undo(&request))),
+            Request::Panic { request, peer: _, reply } => drop(reply.send(panic(&request))),
             Request::Confirm { request, peer: _, reply } => {
                 let applied = !request.dry_run;
                 let confirmed = vec![event(0, 7)];
@@ -268,6 +270,40 @@ pub(crate) fn event(id: u64, revision: u64) -> Event {
         buckets_moved: 3277,
         ..Event::default()
     }
+}
+
+fn panic(request: &PanicRequest) -> Result<PanicReport, Refusal> {
+    if let Some(service) = request.service.as_ref().filter(|service| *service != "shop") {
+        return Err(unknown_service(service));
+    }
+    let share = |name: &str, before, in_force, asked: &str| ShareChange {
+        name: name.to_owned(),
+        asked: asked.to_owned(),
+        before,
+        in_force,
+    };
+    Ok(PanicReport {
+        applied: !request.dry_run,
+        by: "agent".to_owned(),
+        revision: Some(8),
+        services: vec![
+            PanicService {
+                service: "shop".to_owned(),
+                versions: vec![share("stable", 0.95, 1.0, "100%"), share("v2", 0.05, 0.0, "0%")],
+                buckets_moved: 3277,
+                refused: None,
+            },
+            PanicService {
+                service: "mail".to_owned(),
+                refused: Some("service `mail`: nobody is left".to_owned()),
+                ..PanicService::default()
+            },
+        ],
+        buckets_moved: 3277,
+        connections_held: Some(41),
+        took_us: 2150,
+        ..PanicReport::default()
+    })
 }
 
 fn undo(request: &UndoRequest) -> Result<UndoReport, Refusal> {
@@ -493,6 +529,7 @@ pub(crate) fn status() -> Status {
             version("stable", 0.95, "95%", 62_259, stable),
             version("v2", 0.05, "5%", 3_277, vec![backend("10.0.2.1:8443", "up", 3_277, 5)]),
         ],
+        panic: None,
         frozen: Some(FreezeStatus {
             reason: "the night before".to_owned(),
             revision: 6,

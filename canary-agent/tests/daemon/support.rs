@@ -17,8 +17,8 @@ use canary_agent::{
         AttachError, Attachment, Counter, Event, ExplainQuery, Kernel, Moment, Peer, Refusal,
         Request, State,
     },
-    datapath::{Census, Counted, Swept},
-    plan::{Adopted, DataPlane, Sweep},
+    datapath::{Census, Counted, PanicOrder, Swept},
+    plan::{Adopted, DataPlane, PanicMark, Sweep},
     store::{
         Change, Commit, Event as Stored, EventQuery, Notice, Snapshot, SqliteStore, StateStore,
         StoreError,
@@ -53,6 +53,13 @@ pub(crate) struct Host {
     pub(crate) census: Option<Census>,
     /// What is being swept.
     pub(crate) sweep: Option<Sweep>,
+    /// What was sent to control behind the agent's back; the second is only found when the
+    /// maps are written.
+    pub(crate) panics: Option<Adopted>,
+    pub(crate) panics_at_apply: Option<Adopted>,
+    /// Services that were marked, and numbers of marks that are done with.
+    pub(crate) marked: Vec<String>,
+    pub(crate) unmarked: Vec<u64>,
     /// Sweeps take as long as the test wants.
     pub(crate) slow_sweeps: bool,
 }
@@ -69,6 +76,12 @@ impl Shared {
 impl Kernel for Shared {
     fn apply(&mut self, plane: &DataPlane) -> Result<(), String> {
         self.with(|host| {
+            if let Some(found) = host.panics_at_apply.take() {
+                host.panics = Some(found);
+            }
+            if host.panics.is_some() {
+                return Err("the tables are to be read first".to_owned());
+            }
             if host.refuse_apply {
                 return Err("the kernel is in a bad mood".to_owned());
             }
@@ -138,6 +151,21 @@ impl Kernel for Shared {
 
     fn maps(&self) -> Vec<MapStatus> {
         Vec::new()
+    }
+
+    fn panics(&mut self) -> Result<Option<Adopted>, String> {
+        Ok(self.with(|host| host.panics.take()))
+    }
+
+    fn panics_adopted(&mut self, marks: &[PanicMark]) {
+        self.with(|host| host.unmarked.extend(marks.iter().map(|mark| mark.number)));
+    }
+
+    fn mark_panic(&mut self, order: &PanicOrder) -> Result<Vec<PanicMark>, String> {
+        let PanicOrder { service, moves, reason, uid, id, unix_ms, .. } = order.clone();
+        let service = service.unwrap_or_default();
+        self.with(|host| host.marked.push(service.clone()));
+        Ok(vec![PanicMark { table: 0, service, number: 1, id, unix_ms, uid, moves, reason }])
     }
 
     fn boot_id(&self) -> String {

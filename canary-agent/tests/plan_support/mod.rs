@@ -114,5 +114,6 @@ pub(crate) fn maps(plane: &DataPlane) -> Adopted {
             })
             .collect(),
         backends: plane.backends.iter().map(|(index, b)| (*index, b.record())).collect(),
+        panics: Vec::new(),
     }
 }

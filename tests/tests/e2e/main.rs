@@ -20,6 +20,7 @@ mod latency;
 mod lifecycle;
 mod open_connections;
 mod packaged;
+mod panic;
 mod passes;
 mod payloads;
 mod pressure;

@@ -11,10 +11,11 @@ mod events;
 mod freeze;
 mod undo;
 
-use std::{net::SocketAddr, time::Duration};
+use std::{collections::HashMap, net::SocketAddr, time::Duration};
 
 use super::{Kernel, Moment, Peer, Refusal, State};
 use crate::{
+    api::panic::PanicStatus,
     config,
     plan::{BootMs, Proposal, ServiceState},
     store::{Change, Commit, Deadline, Freeze, Pending, StateStore, StoreError},
@@ -50,7 +51,7 @@ pub(super) enum Thing<'a> {
 
 impl Thing<'_> {
     /// Whether a change was about it.
-    fn is_of(self, change: &Change) -> bool {
+    pub(super) fn is_of(self, change: &Change) -> bool {
         let of = |service: &str| change.service == service;
         match self {
             Self::Split(service) => of(service) && changes_split(change),
@@ -73,6 +74,8 @@ pub(super) struct Control {
     /// Changes that are taken back unless they are confirmed, oldest first.
     pub(super) pending: Vec<Pending>,
     pub(super) freezes: Vec<Freeze>,
+    /// By service, the panic that it is where it is by.
+    pub(super) panicked: HashMap<String, PanicStatus>,
     /// Which start of the host this is.
     pub(super) boot_id: String,
     /// Taking back could not be stored, and is tried again then.
@@ -89,6 +92,11 @@ impl Control {
     pub(super) fn remember(&mut self, revision: u64, commit: Commit) {
         let Commit { change, record: _, deadline, settles } = commit;
         self.pending.retain(|pending| !settles.contains(&pending.revision));
+        if change.action == "panic" {
+            self.panicked(revision, &change);
+        } else if change.action == "split" || changes_split(&change) {
+            self.panicked.remove(&change.service);
+        }
         if let Some(freeze) = &change.freeze {
             self.freezes.retain(|known| known.service != change.service);
             self.freezes.extend(freeze.after.clone().map(|reason| Freeze {
@@ -102,6 +110,13 @@ impl Control {
         if let Some(deadline) = deadline {
             self.pending.push(Pending { revision, deadline, change });
         }
+    }
+
+    /// A service is where a panic has sent it.
+    pub(super) fn panicked(&mut self, revision: u64, change: &Change) {
+        let Change { unix_ms, uid, ref reason, .. } = *change;
+        let status = PanicStatus { reason: reason.clone(), revision, unix_ms, uid };
+        self.panicked.insert(change.service.clone(), status);
     }
 
     /// The freeze of exactly this: a service, or (empty) all.

@@ -92,7 +92,10 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let within = self.terms(service, &[], &terms, now)?;
         let mut notes = Vec::new();
         let changes = match to {
-            None => vec![self.last_change(service)?],
+            None => {
+                let last = self.last_change(service)?;
+                self.with_others(service, last)?
+            }
             Some(to) => self.changes_since(service, *to, &mut notes)?,
         };
         let backs = self.back(&changes, &mut notes)?;
@@ -345,6 +348,37 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         }
     }
 
+    /// A change together with those that were made by the same command: of a panic of all
+    /// services there is one for each.
+    fn with_others(
+        &mut self,
+        service: Option<&str>,
+        last: (u64, Change),
+    ) -> Result<Changes, Refusal> {
+        let mut all = vec![last];
+        if service.is_some() || all[0].1.action != "panic" {
+            return Ok(all);
+        }
+        loop {
+            let next = all[all.len() - 1].0;
+            let found = self.store.changes_before(None, next, FIRST_LOOK * 8);
+            let found = found.map_err(|error| unreadable(&error))?;
+            if found.is_empty() {
+                return Ok(all);
+            }
+            for (revision, change) in found {
+                let (first, before) = (&all[0].1, all[all.len() - 1].0);
+                let same = change.action == "panic"
+                    && (change.unix_ms, change.uid) == (first.unix_ms, first.uid)
+                    && change.reason == first.reason;
+                if !same || revision + 1 != before {
+                    return Ok(all);
+                }
+                all.push((revision, change));
+            }
+        }
+    }
+
     /// All changes since a revision, the newest first, as far as they can be taken back.
     fn changes_since(
         &mut self,
@@ -481,7 +515,7 @@ enum Kind {
 impl Kind {
     fn of(change: &Change) -> Self {
         match change.action.as_str() {
-            "split" | "backend" => Self::Made,
+            "split" | "backend" | "panic" => Self::Made,
             "undo" if change.freeze.is_none() => Self::Undone,
             "initial" => Self::Begun,
             "adopt" => Self::Given,

@@ -1,0 +1,471 @@
+//! Everything to control: asked for over the socket, or found in the maps.
+//!
+//! Who does it without an agent writes the tables by himself and leaves a mark for each. The loop
+//! looks for marks before it does anything else, and before it writes a table it reads it anew:
+//! so an agent that was stopped in the middle of a change does not take a panic back when it goes
+//! on. What is marked is stored like any change, with the uid and the reason of the mark, and
+//! the mark is done with only then.
+//!
+//! A panic does not wait for a disk. What can't be stored is in force all the same, marked in the
+//! maps, and stored as soon as that can be: an agent that ends before finds the mark.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Instant,
+};
+
+use tokio::sync::oneshot;
+
+use super::{
+    Kernel, Moment, Peer, Refusal, State,
+    changes::Thing,
+    held::{self, NOT_COUNTED},
+    saving::not_stored,
+    split,
+};
+use crate::{
+    api::panic::{PanicReport, PanicRequest, PanicService},
+    datapath::PanicOrder,
+    plan::{Adopted, BucketSet, PanicMark, Proposal, panic_of_parked},
+    store::{Change, Commit, StateStore},
+};
+
+/// So many requests are known again by their name.
+const KNOWN_IDS: usize = 64;
+/// So many changes of a service are looked through for one that a mark is about.
+const LOOKED_AT: usize = 64;
+
+/// What is in force and not stored, and what was done lately.
+#[derive(Debug, Default)]
+pub(super) struct Panics {
+    owed: Vec<Owed>,
+    /// Names of requests that were carried out.
+    ids: VecDeque<u64>,
+}
+
+/// A change that is in force and not stored yet.
+#[derive(Clone, Debug)]
+struct Owed {
+    commit: Commit,
+    marks: Vec<PanicMark>,
+}
+
+impl Panics {
+    fn know(&mut self, id: Option<u64>) {
+        let Some(id) = id else { return };
+        if self.ids.len() >= KNOWN_IDS {
+            self.ids.pop_front();
+        }
+        self.ids.push_back(id);
+    }
+
+    /// What is to be stored before anything else.
+    pub(super) fn commits(&self) -> Vec<Commit> {
+        self.owed.iter().map(|owed| owed.commit.clone()).collect()
+    }
+
+    /// All of it is stored. Returns the marks that are done with.
+    pub(super) fn stored(&mut self) -> Vec<PanicMark> {
+        std::mem::take(&mut self.owed).into_iter().flat_map(|owed| owed.marks).collect()
+    }
+
+    /// Whether something waits to be stored.
+    pub(super) fn is_owing(&self) -> bool {
+        !self.owed.is_empty()
+    }
+}
+
+/// By whom, when and why.
+struct Cause<'a> {
+    uid: u32,
+    unix_ms: u64,
+    reason: Option<&'a str>,
+}
+
+/// What a panic is about: by service which buckets of its tables.
+type Moved = Vec<(usize, Vec<BucketSet>)>;
+
+impl<S: StateStore, K: Kernel> State<S, K> {
+    /// Sends everything to control or says what that would do, and answers.
+    pub(super) fn ask_panic(
+        &mut self,
+        request: &PanicRequest,
+        peer: Peer,
+        (arrived, now): (Instant, Moment),
+        reply: oneshot::Sender<Result<PanicReport, Refusal>>,
+    ) {
+        let (mut report, moved) = match self.panic(request, peer, arrived, now) {
+            Ok(done) => done,
+            Err(refusal) => return drop(reply.send(Err(refusal))),
+        };
+        let counts = moved.iter().all(|(at, _)| self.counts(*at));
+        if !counts && report.buckets_moved > 0 {
+            report.notes.push(NOT_COUNTED.to_owned());
+        }
+        // Of connections that are being cut there may be fewer every moment.
+        let counts = counts && (request.dry_run || !request.moves);
+        let counter = if counts && !moved.is_empty() { self.kernel.counter() } else { None };
+        let wanted = moved.into_iter().flat_map(|(at, moved)| self.counted(at, moved)).collect();
+        held::answer(reply, report, counter, wanted, |report, census| {
+            report.connections_held = Some(census.in_buckets);
+        });
+    }
+
+    fn panic(
+        &mut self,
+        request: &PanicRequest,
+        peer: Peer,
+        arrived: Instant,
+        now: Moment,
+    ) -> Result<(PanicReport, Moved), Refusal> {
+        let PanicRequest { service, moves, reason, dry_run, id } = request;
+        let mut report = PanicReport {
+            applied: !dry_run,
+            by: "agent".to_owned(),
+            revision: Some(self.revision),
+            ..PanicReport::default()
+        };
+        if id.is_some_and(|id| self.panics.ids.contains(&id)) {
+            report.notes.push("it was carried out already, through the maps".to_owned());
+            return Ok((report, Moved::new()));
+        }
+        let targets: Vec<usize> = match service {
+            Some(name) => match self.planner.service(name.as_str()) {
+                Some((at, _)) => vec![at],
+                None => return Err(split::unknown_service(&self.planner, name)),
+            },
+            None => (0..self.planner.services().len()).collect(),
+        };
+        let mut proposals: Vec<(usize, Proposal)> = Vec::new();
+        for at in targets {
+            let state = &self.planner.services()[at];
+            let name = state.config().name.clone();
+            if state.control_taken_out() {
+                let control = &state.config().versions[state.config().control].name;
+                let refusal = nobody_left(&name, control);
+                if service.is_some() {
+                    return Err(refusal);
+                }
+                let refused = Some(refusal.message);
+                report.services.push(PanicService {
+                    service: name,
+                    refused,
+                    ..PanicService::default()
+                });
+                continue;
+            }
+            let proposal = state.propose_panic();
+            let change = split::report(state, state.ownership(), &proposal, &[]);
+            report.buckets_moved += proposal.moved;
+            report.services.push(PanicService {
+                service: name,
+                versions: change.versions,
+                buckets_moved: proposal.moved,
+                refused: None,
+            });
+            let split_stays = proposal.ownership.split == state.ownership().split;
+            if *moves || proposal.moved > 0 || !split_stays {
+                proposals.push((at, proposal));
+            }
+        }
+        let mut moved = Moved::new();
+        let mut touched = std::collections::BTreeSet::new();
+        if *dry_run {
+            for (at, proposal) in &proposals {
+                let preview = self.planner.preview(*at, Some(&proposal.ownership), &[]);
+                touched.extend(preview.touched.iter().map(ToString::to_string));
+                moved.push((*at, preview.moved));
+            }
+        } else {
+            let tables: Vec<_> = proposals
+                .iter()
+                .map(|(at, _)| {
+                    let name = &self.planner.services()[*at].config().name;
+                    (*at, super::state::tables_of(self.planner.plane(), name))
+                })
+                .collect();
+            self.panics.know(*id);
+            let asked = Asked { request, peer, id: id.unwrap_or_default() };
+            self.carry_out(proposals, &asked, now, &mut report.notes);
+            self.settle_or_refuse(now)?;
+            report.took_us = super::state::micros(arrived.elapsed());
+            for (at, tables) in tables {
+                let (names, buckets) = self.touched(at, &tables);
+                touched.extend(names);
+                moved.push((at, buckets));
+            }
+            tracing::warn!(
+                service = service.as_deref().unwrap_or("(all)"),
+                revision = self.revision,
+                uid = peer.uid,
+                reason = reason.as_deref(),
+                moves,
+                buckets_moved = report.buckets_moved,
+                took_us = report.took_us,
+                "panic: everything goes to control"
+            );
+        }
+        if *moves {
+            report.notes.push(MOVES.to_owned());
+        }
+        report.backends_touched = touched.into_iter().collect();
+        report.revision = Some(self.revision);
+        if report.took_us == 0 {
+            report.took_us = super::state::micros(arrived.elapsed());
+        }
+        Ok((report, moved))
+    }
+
+    /// Stores a panic and plans it; where it can't be stored, marks it in the maps.
+    fn carry_out(
+        &mut self,
+        proposals: Vec<(usize, Proposal)>,
+        asked: &Asked<'_>,
+        now: Moment,
+        notes: &mut Vec<String>,
+    ) {
+        let reason = asked.request.reason.as_deref();
+        let cause = Cause { uid: asked.peer.uid, unix_ms: now.unix_ms, reason };
+        let commits: Vec<Commit> = proposals
+            .iter()
+            .map(|(at, proposal)| self.panic_commit(*at, proposal, &cause, notes))
+            .collect();
+        if !commits.is_empty()
+            && let Err(error) = self.save(commits.clone(), now)
+        {
+            tracing::error!(%error, "a panic can't be stored: it is marked in the maps");
+            notes.push(format!(
+                "it is in force, and not in the audit trail before that can be written: {}",
+                not_stored(&error)
+            ));
+            for commit in commits {
+                let order = PanicOrder {
+                    service: Some(commit.change.service.clone()),
+                    moves: asked.request.moves,
+                    reason: asked.request.reason.clone(),
+                    uid: asked.peer.uid,
+                    id: asked.id,
+                    unix_ms: now.unix_ms,
+                    now_ms: now.boot_ms,
+                    dry_run: false,
+                };
+                let marks = self.kernel.mark_panic(&order).unwrap_or_else(|error| {
+                    tracing::error!(error, "a panic can't be marked in the maps either");
+                    notes.push(format!("an agent that starts before does not know of it: {error}"));
+                    Vec::new()
+                });
+                self.panics.owed.push(Owed { commit, marks });
+            }
+        }
+        for (at, proposal) in proposals {
+            self.planner.panic(at, proposal.ownership, asked.request.moves);
+            self.supersede(at);
+        }
+    }
+
+    /// A panic's line in the audit trail. What waited for a confirmation does not any more: it
+    /// must not be taken back to something else than control.
+    fn panic_commit(
+        &self,
+        at: usize,
+        proposal: &Proposal,
+        cause: &Cause<'_>,
+        notes: &mut Vec<String>,
+    ) -> Commit {
+        let state = &self.planner.services()[at];
+        let (name, ownership) = (&state.config().name, state.ownership());
+        let waits = self.control.pending.iter();
+        let waits = waits.filter(|one| Thing::Split(name).is_of(&one.change));
+        let settles: Vec<u64> = waits.map(|one| one.revision).collect();
+        for revision in &settles {
+            notes.push(format!(
+                "revision {revision} of service `{name}` waits for a confirmation no more: it is \
+                 not taken back by itself, and counts again if this is undone"
+            ));
+        }
+        Commit {
+            change: Change {
+                unix_ms: cause.unix_ms,
+                uid: Some(cause.uid),
+                service: name.clone(),
+                action: "panic".to_owned(),
+                reason: cause.reason.map(str::to_owned),
+                before: ownership.split.clone(),
+                after: proposal.ownership.split.clone(),
+                moved: proposal.change_list.clone(),
+                buckets_moved: proposal.moved,
+                slots: state.slots().to_vec(),
+                salt: Some(ownership.salt),
+                about: settles.iter().rev().copied().collect(),
+                ..Change::default()
+            },
+            record: Some(state.stored(&proposal.ownership)),
+            deadline: None,
+            settles,
+        }
+    }
+
+    /// Makes what was done to the maps behind our back our own. Returns whether there was
+    /// anything.
+    pub(super) fn adopt_panics(&mut self, now: Moment) -> bool {
+        let mut found = match self.kernel.panics() {
+            Ok(None) => return false,
+            Ok(Some(found)) => found,
+            Err(error) => {
+                let alert = format!("what `canary-agent panic` has written can't be read: {error}");
+                if self.alerts.insert("panic", vec![alert.clone()]).is_none() {
+                    tracing::error!("{alert}");
+                }
+                return false;
+            }
+        };
+        self.alerts.remove("panic");
+        let Adopted { services, panics, .. } = &mut found;
+        services.retain(|table| panics.iter().any(|mark| mark.table == table.id));
+        self.planner.resync(services, now.boot_ms);
+        // Whatever was about to be written is planned from what is there now.
+        self.retry_ms.get_or_insert(now.boot_ms);
+        self.adopt_marks(found.panics);
+        self.store_panics(now);
+        true
+    }
+
+    /// Plans what marks in the maps say. It is stored with the next change, or by
+    /// [`store_panics`](Self::store_panics).
+    pub(super) fn adopt_marks(&mut self, marks: Vec<PanicMark>) {
+        let mut by_service: BTreeMap<String, Vec<PanicMark>> = BTreeMap::new();
+        for mark in marks {
+            by_service.entry(mark.service.clone()).or_default().push(mark);
+        }
+        // One request may be about many of them.
+        let known_ids = self.panics.ids.clone();
+        for (name, marks) in by_service {
+            let first = marks[0].clone();
+            let PanicMark { uid, unix_ms, id, .. } = first;
+            let moves = marks.iter().any(|mark| mark.moves);
+            let known = known_ids.contains(&id) || self.is_recorded(&name, &first);
+            if !self.panics.ids.contains(&id) {
+                self.panics.know(Some(id));
+            }
+            let cause = Cause { uid, unix_ms, reason: first.reason.as_deref() };
+            let owed = |commit| Owed { commit, marks: marks.clone() };
+            if known {
+                self.kernel.panics_adopted(&marks);
+            } else if let Some((at, state)) = self.planner.service(&name) {
+                let proposal = state.propose_panic();
+                let commit = self.panic_commit(at, &proposal, &cause, &mut Vec::new());
+                let buckets_moved = proposal.moved;
+                self.panics.owed.push(owed(commit));
+                self.planner.panic(at, proposal.ownership, moves);
+                self.supersede(at);
+                tracing::warn!(
+                    service = name,
+                    uid,
+                    reason = first.reason.as_deref(),
+                    buckets_moved,
+                    "everything was sent to control while no agent answered: adopted"
+                );
+                continue;
+            } else if let Some(parked) = self.parked.get_mut(&name)
+                && let Some((record, moved, buckets_moved)) = panic_of_parked(parked)
+            {
+                let change = Change {
+                    unix_ms,
+                    uid: Some(uid),
+                    service: name.clone(),
+                    action: "panic".to_owned(),
+                    reason: first.reason.clone(),
+                    before: parked.split.clone(),
+                    after: record.split.clone(),
+                    moved,
+                    buckets_moved,
+                    slots: record.slots.clone(),
+                    salt: Some(record.salt),
+                    ..Change::default()
+                };
+                let mut kept = record.clone();
+                kept.placements.clone_from(&parked.placements);
+                *parked = kept;
+                let commit =
+                    Commit { change, record: Some(record), deadline: None, settles: Vec::new() };
+                self.panics.owed.push(owed(commit));
+                continue;
+            } else {
+                // Nobody knows the service any more, and nothing of it is kept.
+                self.kernel.panics_adopted(&marks);
+            }
+            if let (true, Some((at, state))) = (moves && known, self.planner.service(&name)) {
+                let ownership = state.ownership().clone();
+                self.planner.panic(at, ownership, moves);
+            }
+        }
+    }
+
+    /// Stores what is in force and could not be stored before.
+    pub(super) fn store_panics(&mut self, now: Moment) {
+        if !self.panics.is_owing() {
+            return;
+        }
+        if let Err(error) = self.save(Vec::new(), now) {
+            tracing::error!(%error, "a panic is in force and can't be stored yet");
+        }
+    }
+
+    /// Whether a mark's panic stands in the audit trail: an agent ended before it could say so.
+    fn is_recorded(&mut self, service: &str, mark: &PanicMark) -> bool {
+        let changes = self.store.changes_before(Some(service), u64::MAX, LOOKED_AT);
+        changes.unwrap_or_default().iter().any(|(_, change)| {
+            change.action == "panic"
+                && change.unix_ms == mark.unix_ms
+                && change.uid == Some(mark.uid)
+        })
+    }
+
+    /// Finds out which services are where a panic has sent them.
+    pub(super) fn find_panicked(&mut self) {
+        let idle: Vec<String> = self
+            .planner
+            .services()
+            .iter()
+            .filter(|state| {
+                let shares = &state.ownership().split;
+                !shares.is_empty() && shares.values().all(|share| share.fraction() == 0.0)
+            })
+            .map(|state| state.config().name.clone())
+            .collect();
+        for name in idle {
+            let changes = self.store.changes_before(Some(&name), u64::MAX, LOOKED_AT);
+            let of_shares = changes
+                .unwrap_or_default()
+                .into_iter()
+                .find(|(_, change)| change.action == "panic" || Thing::Split(&name).is_of(change));
+            if let Some((revision, change)) = of_shares.filter(|(_, c)| c.action == "panic") {
+                self.control.panicked(revision, &change);
+            }
+        }
+    }
+}
+
+/// What somebody asks for.
+struct Asked<'a> {
+    request: &'a PanicRequest,
+    peer: Peer,
+    id: u64,
+}
+
+/// Said of `--move`.
+pub(crate) const MOVES: &str = "open connections of other versions are cut: with nat the host resets them, with dsr \
+     they reach control's backends, which do";
+
+/// Why nothing is sent to control.
+fn nobody_left(service: &str, control: &str) -> Refusal {
+    Refusal {
+        code: "nobody_left",
+        message: format!(
+            "service `{service}`: operators have taken out every backend of control `{control}`; new connections would \
+             get nothing"
+        ),
+        help: Some(format!("bring one back first: `canary-agent backend ready {service} ADDRESS`")),
+        exit_code: 1,
+    }
+}

@@ -1,0 +1,513 @@
+//! Tables that are sent to control behind an agent's back, and what tells the agent so.
+//!
+//! Whoever does that counts in `PANICS` before the first word that it writes, and leaves a mark
+//! for each table before the first entry. An agent looks at the count before each word that it
+//! writes: one that was stopped in the middle of a change stops at the next word when it goes
+//! on, and reads the tables anew. Between its look and its store there is one instruction; a
+//! word that it stores there is seen to when it has read the tables.
+//!
+//! It counts once more when it is done, so that whoever has read in between reads again.
+//!
+//! `flock` on the directory of the maps keeps those apart that write while no agent answers, and
+//! the agent from reading what is half written. It is waited for a moment only: a holder that is
+//! stopped itself must not keep anybody from stopping a canary.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    fs::File,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use aya::maps::{Array, Map, MapData};
+use canary_ebpf_common::{
+    abi::{self, LedgerEntry, PAGE_BUCKETS, PANIC_MOVE, PANIC_REASON_BYTES},
+    entry::{BackendIndex, Entry},
+};
+use nix::fcntl::{Flock, FlockArg};
+
+use super::{
+    Error, apply,
+    flows::FlowTable,
+    mapping::{Mapping, Pages},
+    pages_of,
+    pins::Pins,
+    pod, table_of, unpadded,
+    vips::VipTable,
+};
+use crate::{
+    failpoint::Failpoint,
+    plan::{AdoptedService, BootMs, Diverted, NobodyLeft, PanicMark, Panicking},
+};
+
+/// 64-bit words of a mark.
+const WORDS: usize = size_of::<abi::Panic>() / 8;
+/// So long somebody else who writes tables is waited for.
+const PATIENCE: Duration = Duration::from_millis(20);
+/// So long an agent is waited for that may be putting other maps in the place of these.
+const REPLACED: Duration = Duration::from_secs(2);
+/// So often a table is looked at again of which somebody else has changed words meanwhile.
+const ATTEMPTS: usize = 8;
+/// Fewer buckets take no longer than threads take to start.
+const PARALLEL_BUCKETS: usize = 1 << 18;
+
+/// `PANICS`, mapped.
+#[derive(Debug)]
+pub(super) struct Marks(Mapping);
+
+impl Marks {
+    pub(super) const fn new(mapping: Mapping) -> Self {
+        Self(mapping)
+    }
+
+    /// How many there have been.
+    pub(super) fn count(&self) -> u64 {
+        self.0.words64()[0].load(Ordering::Acquire)
+    }
+
+    /// Counts one more, and returns its number.
+    fn counted(&self) -> u64 {
+        self.0.words64()[0].fetch_add(1, Ordering::SeqCst) + 1
+    }
+
+    fn words(&self, table: u16) -> Option<&[AtomicU64]> {
+        let start = (usize::from(table) + 1) * WORDS;
+        self.0.words64().get(start..start + WORDS)
+    }
+
+    fn read(&self, table: u16) -> Option<abi::Panic> {
+        let mut words = [0_u64; WORDS];
+        for (to, from) in words.iter_mut().zip(self.words(table)?) {
+            *to = from.load(Ordering::Acquire);
+        }
+        // SAFETY: same size, and every bit pattern is a `Panic`: integers only.
+        Some(unsafe { std::mem::transmute::<[u64; WORDS], abi::Panic>(words) })
+    }
+
+    /// Writes a mark, its number last.
+    fn write(&self, table: u16, mark: &abi::Panic) -> Result<(), Error> {
+        let words =
+            self.words(table).ok_or(Error::OutOfRange { what: "table", index: table.into() })?;
+        // SAFETY: same size, and without padding: no byte is uninitialised.
+        let new = unsafe { std::mem::transmute::<abi::Panic, [u64; WORDS]>(*mark) };
+        for (word, new) in words.iter().zip(new).skip(2) {
+            word.store(new, Ordering::Release);
+        }
+        words[0].store(mark.number, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// The mark of a table that no agent has made its own.
+    fn waiting(&self, table: u16, service: &str) -> Option<PanicMark> {
+        let mark = self.read(table)?;
+        (mark.number != mark.adopted).then(|| PanicMark {
+            table,
+            service: service.to_owned(),
+            number: mark.number,
+            id: mark.id,
+            unix_ms: mark.unix_ms,
+            uid: mark.uid,
+            moves: mark.flags & PANIC_MOVE != 0,
+            reason: Some(unpadded(&mark.reason)).filter(|reason| !reason.is_empty()),
+        })
+    }
+
+    /// The marks of tables that no agent has made its own; tables by id with their service.
+    pub(super) fn all_waiting<'a>(
+        &self,
+        tables: impl Iterator<Item = (u16, &'a str)>,
+    ) -> Vec<PanicMark> {
+        tables.filter_map(|(table, service)| self.waiting(table, service)).collect()
+    }
+
+    /// An agent has made `marks` its own. One that was written over meanwhile still waits.
+    pub(super) fn adopted(&self, marks: &[PanicMark]) {
+        for mark in marks {
+            if let Some(words) = self.words(mark.table) {
+                words[1].store(mark.number, Ordering::Release);
+            }
+        }
+    }
+
+    /// A table is gone, and its mark with it.
+    pub(super) fn forget(&self, table: u16) {
+        if let Some(words) = self.words(table) {
+            words[1].store(words[0].load(Ordering::Acquire), Ordering::Release);
+        }
+    }
+
+    /// Leaves marks; returns the count after it. A mark that waits already stays, but for what
+    /// `order` adds to it.
+    pub(super) fn leave(&self, order: &PanicOrder, tables: &[u16]) -> Result<u64, Error> {
+        let number = self.counted();
+        for table in tables {
+            let earlier = self.read(*table).filter(|mark| mark.number != mark.adopted);
+            let mut mark = earlier.unwrap_or_else(|| order.mark());
+            mark.number = number;
+            mark.flags |= if order.moves { PANIC_MOVE } else { 0 };
+            self.write(*table, &mark)?;
+        }
+        Ok(number)
+    }
+}
+
+/// Keeps others from writing tables that do so behind an agent's back. `None`: somebody has kept
+/// it for too long.
+pub(super) fn lock(pins: &Pins, patience: Duration) -> Result<Option<Flock<File>>, Error> {
+    let deadline = Instant::now() + patience;
+    let mut file = File::open(pins.maps())?;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(held) => return Ok(Some(held)),
+            Err((_, _)) if Instant::now() >= deadline => return Ok(None),
+            Err((back, _)) => file = back,
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// What is asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PanicOrder {
+    /// The service; `None` for all.
+    pub service: Option<String>,
+    /// Open connections go, too.
+    pub moves: bool,
+    /// Why.
+    pub reason: Option<String>,
+    /// Who.
+    pub uid: u32,
+    /// What the same request is called on the control socket.
+    pub id: u64,
+    /// When, in milliseconds since 1970.
+    pub unix_ms: u64,
+    /// The same by the clock that the ledger goes by.
+    pub now_ms: BootMs,
+    /// Only say what would happen.
+    pub dry_run: bool,
+}
+
+impl PanicOrder {
+    fn mark(&self) -> abi::Panic {
+        let mut reason = [0; PANIC_REASON_BYTES];
+        let text = self.reason.as_deref().unwrap_or_default();
+        let end = text.floor_char_boundary(PANIC_REASON_BYTES);
+        reason[..end].copy_from_slice(&text.as_bytes()[..end]);
+        let (id, unix_ms, uid) = (self.id, self.unix_ms, self.uid);
+        abi::Panic { number: 0, adopted: 0, id, unix_ms, uid, flags: 0, reason }
+    }
+}
+
+/// What became of a service.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Panicked {
+    /// Its name.
+    pub service: String,
+    /// Its control version.
+    pub control: String,
+    /// Its versions that had buckets, with how many.
+    pub had: Vec<(String, u32)>,
+    /// All of its buckets.
+    pub buckets: u32,
+    /// Buckets whose owner has changed.
+    pub moved: u32,
+    /// Backends that have lost or gained some.
+    pub touched: BTreeSet<SocketAddr>,
+    /// Why it was left as it is.
+    pub refused: Option<NobodyLeft>,
+    /// An earlier one waits for an agent.
+    pub earlier: Option<PanicMark>,
+}
+
+/// What it was done to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Done {
+    /// By service.
+    pub services: Vec<Panicked>,
+    /// Flow entries that were taken away.
+    pub cut: u64,
+    /// From the first look at the tables until all was in force.
+    pub took: Duration,
+}
+
+/// Pinned maps that no agent is asked about.
+pub struct Pinned {
+    pins: Pins,
+    info: Array<MapData, pod::ServiceInfo>,
+    records: HashMap<u32, abi::Service>,
+    table: Pages,
+    ledger: Pages,
+    backends: Vec<(BackendIndex, abi::Backend)>,
+    marks: Marks,
+    /// The kernel's number of `PANICS`: tells these maps from others in their place.
+    serial: u32,
+}
+
+impl Pinned {
+    /// Opens the maps that are pinned under `bpffs`; `None` if there are none.
+    ///
+    /// # Errors
+    /// When they are another release's, or the rights are missing.
+    pub fn open(bpffs: &Path) -> Result<Option<Self>, Error> {
+        let pins = Pins::new(bpffs);
+        // Not to be found is not the same as not to be looked at.
+        match std::fs::symlink_metadata(pins.map("META")) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+                return Err(denied(pins.maps(), error));
+            }
+            _ => {}
+        }
+        let sizes = pins.understood()?;
+        let map = |name: &'static str| MapData::from_pin(pins.map(name));
+        let mapped = |name: &'static str| -> Result<Mapping, Error> {
+            use std::os::fd::AsFd as _;
+            let size = sizes.iter().find(|(found, _)| *found == name).map_or(0, |(_, size)| *size);
+            Ok(Mapping::new(map(name)?.fd().as_fd(), size).map_err(std::io::Error::from)?)
+        };
+        let paged = |name: &'static str, word_bytes: usize| -> Result<Pages, Error> {
+            use std::os::fd::AsFd as _;
+            let size = sizes.iter().find(|(found, _)| *found == name).map_or(0, |(_, size)| *size);
+            let page_bytes = word_bytes * PAGE_BUCKETS as usize;
+            let map = map(name)?.fd().as_fd().try_clone_to_owned()?;
+            Ok(Pages::new(map, (size / page_bytes) as u32, page_bytes))
+        };
+        let backends = mapped("BACKENDS")?;
+        let mut records = VipTable::v4(mapped("VIPS_V4")?).records();
+        records.extend(VipTable::v6(mapped("VIPS_V6")?).records());
+        Ok(Some(Self {
+            info: Map::Array(map("SERVICE_INFO")?).try_into()?,
+            records,
+            table: paged("TABLE", 4)?,
+            ledger: paged("LEDGER", 8)?,
+            backends: by_table(apply::records(&backends)),
+            marks: Marks::new(mapped("PANICS")?),
+            serial: pins.info("PANICS")?.id(),
+            pins,
+        }))
+    }
+
+    /// Whether no agent has put others in their place meanwhile.
+    pub fn is_in_force(&self) -> bool {
+        self.pins.info("PANICS").is_ok_and(|info| info.id() == self.serial)
+    }
+
+    fn directory(&self) -> Result<Vec<(u16, abi::ServiceInfo)>, Error> {
+        super::directory(&self.info)
+    }
+
+    /// The services that have tables.
+    ///
+    /// # Errors
+    /// When the directory can't be read.
+    pub fn services(&self) -> Result<BTreeSet<String>, Error> {
+        Ok(self.directory()?.iter().map(|(_, info)| unpadded(&info.name)).collect())
+    }
+
+    /// Sends everything to control that `order` names.
+    ///
+    /// # Errors
+    /// When the maps can't be written. What was done until then is marked.
+    pub fn panic(&self, order: &PanicOrder) -> Result<Done, Error> {
+        let begun = Instant::now();
+        let held = match order.dry_run {
+            true => None,
+            false => lock(&self.pins, PATIENCE)?,
+        };
+        let directory = self.directory()?;
+        let named = |info: &abi::ServiceInfo| {
+            order.service.as_ref().is_none_or(|name| *name == unpadded(&info.name))
+        };
+        let tables: Vec<(u16, &abi::ServiceInfo)> =
+            directory.iter().filter(|(_, i)| named(i)).map(|(id, info)| (*id, info)).collect();
+        // In one family of a service nobody may be left: then it stays as it is in both.
+        let mut refused: HashMap<String, NobodyLeft> = HashMap::new();
+        let looked = self.each(&tables, |id, info| {
+            let table = self.read(id, info)?;
+            Ok((unpadded(&info.name), self.panicking(&table, order).divert()))
+        })?;
+        for (name, diverted) in &looked {
+            if let Err(nobody) = diverted {
+                refused.insert(name.clone(), *nobody);
+            }
+        }
+        let mut services: Vec<Panicked> = Vec::new();
+        let mut others: BTreeSet<BackendIndex> = BTreeSet::new();
+        for ((id, info), (name, diverted)) in tables.iter().zip(looked) {
+            let no = refused.get(&name).copied();
+            let earlier = self.marks.waiting(*id, &name);
+            let diverted = diverted.unwrap_or_default();
+            if no.is_none() {
+                others.extend(&diverted.others);
+            }
+            account(&mut services, info, &diverted, no, earlier);
+        }
+        if order.dry_run {
+            return Ok(Done { services, cut: 0, took: begun.elapsed() });
+        }
+        let tables: Vec<(u16, &abi::ServiceInfo)> =
+            tables.into_iter().filter(|(_, i)| !refused.contains_key(&unpadded(&i.name))).collect();
+        let ids: Vec<u16> = tables.iter().map(|(id, _)| *id).collect();
+        self.marks.leave(order, &ids)?;
+        Failpoint::PanicMarked.pass();
+        self.each(&tables, |id, info| self.send(id, info, order))?;
+        // For an agent that has begun to read meanwhile: it reads again.
+        self.marks.counted();
+        Failpoint::PanicWritten.pass();
+        let took = begun.elapsed();
+        if held.is_none() {
+            // An agent that puts other maps in their place keeps it: see `is_in_force`.
+            drop(lock(&self.pins, REPLACED)?);
+        }
+        drop(held);
+        let cut = if order.moves { self.cut(&others)? } else { 0 };
+        Ok(Done { services, cut, took })
+    }
+
+    fn read(&self, id: u16, info: &abi::ServiceInfo) -> Result<AdoptedService, Error> {
+        let record = self.records.get(&u32::from(id)).copied();
+        table_of(id, info, &self.table, &self.ledger, record)
+    }
+
+    fn panicking<'a>(&'a self, table: &'a AdoptedService, order: &PanicOrder) -> Panicking<'a> {
+        let first = self.backends.partition_point(|(_, b)| b.service < table.id);
+        let its = &self.backends[first..];
+        let backends = &its[..its.partition_point(|(_, b)| b.service == table.id)];
+        Panicking { table, backends, moves: order.moves, now_ms: order.now_ms }
+    }
+
+    /// Writes a table until all of it is control's, whoever writes beside.
+    fn send(&self, id: u16, info: &abi::ServiceInfo, order: &PanicOrder) -> Result<(), Error> {
+        let pages = pages_of(info, &self.table)?;
+        let (table, ledger) = (self.table.map(pages.clone())?, self.ledger.map(pages)?);
+        let buckets = info.buckets as usize;
+        let (words, ledger) = (&table.words32()[..buckets], &ledger.words64()[..buckets]);
+        for _ in 0..ATTEMPTS {
+            let table = self.read(id, info)?;
+            // Looked at a moment ago; operators ask an agent to take backends out.
+            let Ok(diverted) = self.panicking(&table, order).divert() else { return Ok(()) };
+            let Diverted { entries, ledger: records, .. } = diverted;
+            // As an agent does: a ledger first, so that no bucket has moved without a time.
+            let mut lost = exchange64(ledger, &table.ledger, &records);
+            Failpoint::PanicLedgerWritten.pass();
+            lost += exchange32(words, &table.entries, &entries);
+            if lost == 0 {
+                return Ok(());
+            }
+        }
+        tracing::warn!(table = id, "somebody else writes the table: look at it again");
+        Ok(())
+    }
+
+    /// Calls `work` with each of `tables`, on several threads if it is worth it.
+    fn each<T: Send>(
+        &self,
+        tables: &[(u16, &abi::ServiceInfo)],
+        work: impl Fn(u16, &abi::ServiceInfo) -> Result<T, Error> + Sync,
+    ) -> Result<Vec<T>, Error> {
+        let buckets: usize = tables.iter().map(|(_, info)| info.buckets as usize).sum();
+        let threads = thread::available_parallelism().map_or(1, usize::from).min(tables.len());
+        if buckets < PARALLEL_BUCKETS || threads < 2 {
+            return tables.iter().map(|(id, info)| work(*id, info)).collect();
+        }
+        let next = AtomicU32::new(0);
+        let done: Mutex<Vec<(usize, Result<T, Error>)>> = Mutex::new(Vec::new());
+        thread::scope(|scope| {
+            for _ in 0..threads {
+                scope.spawn(|| {
+                    loop {
+                        let at = next.fetch_add(1, Ordering::Relaxed) as usize;
+                        let Some((id, info)) = tables.get(at) else { return };
+                        let made = work(*id, info);
+                        done.lock().unwrap_or_else(PoisonError::into_inner).push((at, made));
+                    }
+                });
+            }
+        });
+        let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+        done.sort_unstable_by_key(|(at, _)| *at);
+        done.into_iter().map(|(_, made)| made).collect()
+    }
+
+    /// Takes away the flow entries of these backends.
+    fn cut(&self, backends: &BTreeSet<BackendIndex>) -> Result<u64, Error> {
+        let map = |name| MapData::from_pin(self.pins.map(name));
+        let v4 = FlowTable::<pod::FlowKeyV4>::new(map("FLOWS_V4")?)?.cut(backends)?;
+        let v6 = FlowTable::<pod::FlowKeyV6>::new(map("FLOWS_V6")?)?.cut(backends)?;
+        Ok(v4 + v6)
+    }
+}
+
+/// So that the records of one table stand together.
+fn by_table(mut records: Vec<(BackendIndex, abi::Backend)>) -> Vec<(BackendIndex, abi::Backend)> {
+    records.sort_by_key(|(index, record)| (record.service, *index));
+    records
+}
+
+/// Adds what became of a table to what became of its service.
+fn account(
+    services: &mut Vec<Panicked>,
+    info: &abi::ServiceInfo,
+    diverted: &Diverted,
+    refused: Option<NobodyLeft>,
+    earlier: Option<PanicMark>,
+) {
+    let name = unpadded(&info.name);
+    let touched = diverted.touched.iter().copied();
+    if let Some(known) = services.iter_mut().find(|one| one.service == name) {
+        known.touched.extend(touched);
+        known.earlier = known.earlier.take().or(earlier);
+        // Both families have the same owners, unless an agent was stopped between them.
+        known.moved = known.moved.max(diverted.owned.values().sum());
+        return;
+    }
+    let version =
+        |slot: u8| info.versions.get(usize::from(slot)).map_or(String::new(), |v| unpadded(v));
+    let mut had: Vec<(String, u32)> =
+        diverted.owned.iter().map(|(slot, count)| (version(*slot), *count)).collect();
+    had.sort();
+    services.push(Panicked {
+        control: version(u8::try_from(info.control).unwrap_or(u8::MAX)),
+        buckets: info.buckets,
+        moved: diverted.owned.values().sum(),
+        touched: if refused.is_none() { touched.collect() } else { BTreeSet::new() },
+        service: name,
+        had,
+        refused,
+        earlier,
+    });
+}
+
+/// Stores what differs, where `old` still stands; returns how many words somebody else has
+/// changed.
+fn exchange32(words: &[AtomicU32], old: &[Entry], new: &[Entry]) -> usize {
+    let mut first = true;
+    let mut lost = 0;
+    for ((word, old), new) in words.iter().zip(old).zip(new).filter(|((_, old), new)| old != new) {
+        let stored = word.compare_exchange(old.0, new.0, Ordering::SeqCst, Ordering::Relaxed);
+        lost += usize::from(stored.is_err());
+        if std::mem::take(&mut first) {
+            Failpoint::PanicHalfWritten.pass();
+        }
+    }
+    // A store that was under way when the count was raised has landed by now.
+    lost + words.iter().zip(new).filter(|(word, new)| word.load(Ordering::SeqCst) != new.0).count()
+}
+
+fn exchange64(words: &[AtomicU64], old: &[LedgerEntry], new: &[LedgerEntry]) -> usize {
+    let differ = words.iter().zip(old).zip(new).filter(|((_, old), new)| old != new);
+    let stored = differ.map(|((word, old), new)| {
+        word.compare_exchange(old.0, new.0, Ordering::SeqCst, Ordering::Relaxed)
+    });
+    stored.filter(Result::is_err).count()
+}
+
+fn denied(path: PathBuf, error: std::io::Error) -> Error {
+    Error::NotPermitted(format!("{}: {error}", path.display()))
+}

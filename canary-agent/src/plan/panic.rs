@@ -1,0 +1,297 @@
+//! Everything of a service to control at once: what becomes of the plan, and what becomes of
+//! tables of which nothing is known but what the maps hold.
+//!
+//! The second is for when no agent answers. Weights, and what operators and checks have taken
+//! out, stand in the backends' records; the same compiler places the buckets that move. What
+//! the maps do not hold are the exceptions of the placements and how far a slow start is: the
+//! agent that adopts the tables places some buckets anew for them, inside control.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::SocketAddr,
+    sync::Arc,
+};
+
+use canary_ebpf_common::{
+    abi::{self, ForwardMode, LedgerEntry},
+    compile::{self, Backend, Compiler, Fallback, Input, Version},
+    entry::{BackendIndex, Entry},
+    share::Share,
+};
+
+use super::{
+    AdoptedService, BootMs, Ownership, Planner, Policy, Proposal, ServiceState,
+    adopt::{self, record_addr},
+    advance,
+};
+use crate::{
+    config::model::Existing,
+    store::{ServiceRecord, Split},
+};
+
+/// What sent a table's buckets to control while no agent answered, and is not adopted yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PanicMark {
+    /// Index of the table in `SERVICE_INFO`.
+    pub table: u16,
+    /// The service.
+    pub service: String,
+    /// Which panic it is, as the maps count them.
+    pub number: u64,
+    /// What the same request is called on the control socket.
+    pub id: u64,
+    /// When, in milliseconds since 1970.
+    pub unix_ms: u64,
+    /// Who.
+    pub uid: u32,
+    /// Open connections go, too.
+    pub moves: bool,
+    /// Why.
+    pub reason: Option<String>,
+}
+
+/// Control has no backend that may take new connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("operators have taken out every backend of control, or it has none")]
+pub struct NobodyLeft;
+
+/// A table on its way to control.
+#[derive(Clone, Copy, Debug)]
+pub struct Panicking<'a> {
+    /// As the maps hold it.
+    pub table: &'a AdoptedService,
+    /// The records of its backends.
+    pub backends: &'a [(BackendIndex, abi::Backend)],
+    /// Open connections go, too.
+    pub moves: bool,
+    /// When.
+    pub now_ms: BootMs,
+}
+
+/// What becomes of a table.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Diverted {
+    /// One entry a bucket.
+    pub entries: Vec<Entry>,
+    /// One entry a bucket.
+    pub ledger: Vec<LedgerEntry>,
+    /// Buckets whose owner changes, by version slot before.
+    pub owned: HashMap<u8, u32>,
+    /// Buckets whose new connections go elsewhere.
+    pub moved: u32,
+    /// Backends that lose or gain some.
+    pub touched: BTreeSet<SocketAddr>,
+    /// Backends of other versions: whose connections go where open ones do.
+    pub others: Vec<BackendIndex>,
+}
+
+impl Panicking<'_> {
+    /// The table with all of its buckets control's.
+    ///
+    /// # Errors
+    /// [`NobodyLeft`] if that would leave new connections nothing.
+    pub fn divert(&self) -> Result<Diverted, NobodyLeft> {
+        let Self { table, backends, moves, now_ms } = *self;
+        let control = table.control;
+        let of_control: HashMap<BackendIndex, &abi::Backend> =
+            backends.iter().filter(|(_, b)| b.version == control).map(|(i, b)| (*i, b)).collect();
+        let stays = |entry: Entry| of_control.contains_key(&entry.current());
+        // Only what moves is given out, by itself: what control has stays where it is.
+        let (moving, resting) = (control, u8::from(control == 0));
+        let owners: Vec<u8> =
+            table.entries.iter().map(|e| if stays(*e) { resting } else { moving }).collect();
+        let (indices, candidates) = candidates(&of_control)?;
+        let versions = [
+            Version { slot: moving, backends: &candidates, placement: None },
+            Version { slot: resting, backends: &[], placement: None },
+        ];
+        let input =
+            Input { owners: &owners, versions: &versions, control, fallback: Fallback::None };
+        let name = |target: compile::Target| indices[usize::from(target.backend)];
+        let compiled = Compiler::new().compile_into(&input, BackendIndex::NONE, name);
+        // Distinct addresses of one version, each above weight 0: always a table.
+        let compiled = compiled.map_err(|_| NobodyLeft)?.targets;
+
+        let policy = policy(table.record.as_ref());
+        let mut diverted = Diverted {
+            others: backends
+                .iter()
+                .filter(|(_, b)| b.version != control)
+                .map(|(i, _)| *i)
+                .collect(),
+            ..Diverted::default()
+        };
+        let mut named = BTreeSet::new();
+        for ((bucket, &old), &recorded) in table.entries.iter().enumerate().zip(&table.ledger) {
+            let (mut entry, mut record) = (old, LedgerEntry::new(control, recorded.moved_ms()));
+            if owners[bucket] == moving {
+                let wanted = compiled[bucket];
+                named.extend([old.current(), wanted]);
+                entry = advance::follow(old, wanted, true, &policy);
+                record = LedgerEntry::new(control, now_ms);
+                diverted.moved += 1;
+            }
+            if moves && entry.tracked() && !of_control.contains_key(&entry.previous()) {
+                entry = Entry::steady(entry.current());
+            }
+            if recorded.owner() != control {
+                *diverted.owned.entry(recorded.owner()).or_default() += 1;
+            }
+            diverted.entries.push(entry);
+            diverted.ledger.push(record);
+        }
+        let records: HashMap<BackendIndex, &abi::Backend> =
+            backends.iter().map(|(index, record)| (*index, record)).collect();
+        let addr = |index: &BackendIndex| records.get(index).map(|record| record_addr(record));
+        diverted.touched = named.iter().filter_map(addr).collect();
+        Ok(diverted)
+    }
+}
+
+/// What moved buckets remember, as the service's record says it.
+fn policy(record: Option<&abi::Service>) -> Policy {
+    let flag = |bit: u32| record.is_some_and(|record| record.flags & bit != 0);
+    let nat = record.is_some_and(|r| r.flags & ForwardMode::MASK == ForwardMode::Nat as u32);
+    let forgets = flag(abi::SERVICE_FORGETS);
+    Policy {
+        tracks: !nat,
+        existing: if forgets { Existing::Move } else { Existing::Pin },
+        drain_ms: None,
+        learn_ms: flag(abi::SERVICE_LEARNS).then_some(0),
+    }
+}
+
+/// Those of control's backends that take new connections, as the planner would choose them: what
+/// operators have taken out stays out; if none of the others passes its checks, all of them are
+/// taken, before those that can't be reached.
+fn candidates(
+    of_control: &HashMap<BackendIndex, &abi::Backend>,
+) -> Result<(Vec<BackendIndex>, Vec<Backend>), NobodyLeft> {
+    let weight = |record: &abi::Backend| record.flags >> abi::BACKEND_WEIGHT_SHIFT;
+    let has = |record: &abi::Backend, bit: u32| record.flags & bit != 0;
+    let mut known: Vec<(BackendIndex, &abi::Backend)> = of_control
+        .iter()
+        .filter(|(_, b)| weight(b) > 0 && !has(b, abi::BACKEND_DRAIN | abi::BACKEND_MAINT))
+        .map(|(index, record)| (*index, *record))
+        .collect();
+    known.sort_unstable_by_key(|(index, _)| *index);
+    let up = |b: &abi::Backend| has(b, abi::BACKEND_USABLE) && !has(b, abi::BACKEND_DOWN);
+    // One in slow start is not to be overrun where others are at their best.
+    let ranks: [&dyn Fn(&abi::Backend) -> bool; 3] =
+        [&|b| up(b) && b.slow_since_ms == 0, &up, &|b| has(b, abi::BACKEND_USABLE)];
+    let rank = ranks.into_iter().find(|rank| known.iter().any(|(_, b)| rank(b)));
+    let chosen = known.into_iter().filter(|(_, b)| rank.is_none_or(|rank| rank(b)));
+    let chosen: Vec<(BackendIndex, Backend)> = chosen
+        .map(|(index, record)| {
+            let identity = compile::identity(&record_addr(record));
+            (index, Backend { identity, weight: weight(record), healthy: true })
+        })
+        .collect();
+    if chosen.is_empty() { Err(NobodyLeft) } else { Ok(chosen.into_iter().unzip()) }
+}
+
+impl ServiceState {
+    /// Everything to control. No share but that of others changes, and of those none is left.
+    pub fn propose_panic(&self) -> Proposal {
+        let Ownership { split, salt, owners } = &self.ownership;
+        let none = split.keys().map(|name| (name.clone(), Share::ZERO)).collect::<Split>();
+        let after = vec![self.control; owners.len()];
+        let changes = compile::difference(&owners.plain(), &after);
+        Proposal {
+            moved: changes.len() as u32,
+            change_list: compile::encode_changes(&changes),
+            ownership: Ownership {
+                split: none,
+                salt: *salt,
+                owners: if changes.is_empty() {
+                    Arc::clone(owners)
+                } else {
+                    Arc::new(after.into())
+                },
+            },
+        }
+    }
+
+    /// Whether new connections would get nothing if control had everything, in one table at
+    /// least.
+    pub fn control_taken_out(&self) -> bool {
+        self.tables.iter().any(|table| {
+            let mut of_control = table.backends.iter().filter(|b| b.slot == self.control);
+            !of_control.any(|b| b.weight > 0 && b.admin == crate::store::Admin::Ready)
+        })
+    }
+}
+
+/// Everything to control, of a service that is not configured now: for when it comes back.
+pub fn panic_of_parked(record: &ServiceRecord) -> Option<(ServiceRecord, Vec<u8>, u32)> {
+    let control = u8::try_from(record.slots.iter().position(|s| *s == record.control)?).ok()?;
+    let owners = compile::decode_owners(&record.owners).ok()?;
+    let after = vec![control; owners.len()];
+    let changes = compile::difference(&owners, &after);
+    let split = record.split.keys().map(|name| (name.clone(), Share::ZERO)).collect();
+    let record = ServiceRecord {
+        split,
+        owners: compile::encode_owners(&after),
+        placements: None,
+        ..record.clone()
+    };
+    Some((record, compile::encode_changes(&changes), changes.len() as u32))
+}
+
+impl Planner {
+    /// Puts what [`ServiceState::propose_panic`] proposed in force, from the next step on, and
+    /// whatever else the buckets wait for. `moves`: open connections of other versions go, too.
+    pub fn panic(&mut self, service: usize, ownership: Ownership, moves: bool) {
+        let Some(state) = self.services.get_mut(service) else {
+            return;
+        };
+        let control = state.control;
+        for table in &mut state.tables {
+            // A bucket that is still to be swept moves all the same. What may be found there
+            // then is the entry of a flow that has been let go of and has come again, with the
+            // same ports, within that time.
+            let owners = state.ownership.owners.plain();
+            let others = (0_u32..).zip(owners.iter());
+            others.filter(|(_, owner)| **owner != control).for_each(|(bucket, _)| {
+                table.unswept.remove(bucket);
+            });
+            if moves {
+                let live = table.backends.iter().map(|b| (b.index, b.slot));
+                let gone = table.draining.iter().map(|d| (d.index, d.slot));
+                let others = live.chain(gone).filter(|(_, slot)| *slot != control);
+                self.cutting.extend(others.map(|(index, _)| index));
+                table.cut = true;
+            }
+        }
+        self.set_ownership(service, ownership);
+    }
+
+    /// Goes on from what the maps hold by now of these tables: somebody else has written them.
+    pub fn resync(&mut self, found: &[AdoptedService], now_ms: BootMs) {
+        for state in &mut self.services {
+            for table in &mut state.tables {
+                let its = |f: &&AdoptedService| f.id == table.id && f.name == state.config.name;
+                let Some(found) = found.iter().find(its) else { continue };
+                state.generation += 1;
+                state.dirty = true;
+                let length = table.entries.len();
+                if found.first_page != table.first_page || found.entries.len() != length {
+                    // A reload was about to put it elsewhere: what it goes on from is there.
+                    continue;
+                }
+                let (entries, ledger) = adopt::sanitised(
+                    found,
+                    length as u32,
+                    &state.slots,
+                    state.control,
+                    |index| {
+                        table.backends.iter().any(|b| b.index == index)
+                            || table.draining.iter().any(|d| d.index == index)
+                    },
+                    now_ms,
+                );
+                table.goes_on_with(entries, ledger);
+            }
+        }
+    }
+}
