@@ -17,6 +17,12 @@ pub struct ReloadRequest {
     /// Also where open connections break.
     #[serde(default)]
     pub force: bool,
+    /// Only if nothing has changed since this revision.
+    #[serde(default)]
+    pub if_revision: Option<u64>,
+    /// Taken back after this time, such as `5m`, unless it is confirmed.
+    #[serde(default)]
+    pub confirm: Option<String>,
 }
 
 /// The answer to [`ReloadRequest`], asked for or carried out; `diff --json`.
@@ -40,6 +46,9 @@ pub struct ReloadReport {
     pub needs_force: Vec<String>,
     /// What else there is to know, each a sentence.
     pub notes: Vec<String>,
+    /// Milliseconds until it is taken back unless it is confirmed.
+    #[serde(default)]
+    pub confirm_within_ms: Option<u64>,
     /// What is strange about the files.
     pub warnings: Vec<Diagnostic>,
     /// Microseconds from the request's arrival until it was in force.

@@ -89,7 +89,8 @@ pub(super) enum Command {
     Undo(Undo),
     /// Send everything of a service, or of all, to control at once
     ///
-    /// Works when the daemon hangs or is gone, through the pinned maps; that takes root. Open
+    /// Works when the daemon hangs or is gone, through the pinned maps, as root or the daemon's
+    /// own user. Open
     /// connections stay where they are unless --move is given. `undo` takes it back.
     Panic(Panic),
     /// Keep a change that was made with --confirm
@@ -154,12 +155,9 @@ pub(super) struct Run {
 /// `reload`.
 #[derive(Args, Debug)]
 pub(super) struct Reload {
-    /// Kept in the audit trail
-    #[arg(long, value_name = "TEXT")]
-    pub(super) reason: Option<String>,
-    /// Only say what would happen, as `diff` does
-    #[arg(long)]
-    pub(super) dry_run: bool,
+    /// On what terms.
+    #[command(flatten)]
+    pub(super) terms: Terms,
     /// Also where open connections break
     #[arg(long)]
     pub(super) force: bool,

@@ -7,7 +7,7 @@ use super::{
     client::Client,
     failure::Failure,
     print,
-    split::noted,
+    split::{noted, waits},
     text::{self, counted},
 };
 use crate::{
@@ -26,8 +26,9 @@ pub(super) async fn diff(client: &Client, json: bool) -> Result<(), Failure> {
 
 /// Reloads, or shows what that would change.
 pub(super) async fn run(client: &Client, reload: args::Reload, json: bool) -> Result<(), Failure> {
-    let args::Reload { reason, dry_run, force } = reload;
-    ask(client, ReloadRequest { reason, dry_run, force }, json).await
+    let args::Reload { terms, force } = reload;
+    let args::Terms { reason, dry_run, if_revision, confirm } = terms;
+    ask(client, ReloadRequest { reason, dry_run, force, if_revision, confirm }, json).await
 }
 
 async fn ask(client: &Client, request: ReloadRequest, json: bool) -> Result<(), Failure> {
@@ -49,6 +50,7 @@ fn shown(report: &ReloadReport) -> String {
         needs_restart,
         needs_force,
         notes,
+        confirm_within_ms,
         warnings,
         took_us,
         busy_us: _,
@@ -82,6 +84,7 @@ fn shown(report: &ReloadReport) -> String {
         }
     }
     end.push_str(&noted(notes));
+    end.push_str(&waits(*confirm_within_ms));
     if !end.is_empty() {
         out.push('\n');
         out.push_str(&end);

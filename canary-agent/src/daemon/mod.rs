@@ -156,8 +156,10 @@ pub enum Request {
     Survey {
         /// The configuration.
         config: Arc<Config>,
+        /// Nothing may have changed since.
+        if_revision: Option<u64>,
         /// Where the answer goes.
-        reply: oneshot::Sender<Survey>,
+        reply: oneshot::Sender<Result<Survey, Refusal>>,
     },
     /// Puts a plan for another configuration in force.
     Reload {
@@ -253,8 +255,12 @@ impl Handle {
         answer.await.map_err(|_| stopping())?
     }
 
-    async fn survey(&self, config: Arc<Config>) -> Result<Survey, Refusal> {
-        self.ask(|reply| Request::Survey { config, reply }).await
+    async fn survey(
+        &self,
+        config: Arc<Config>,
+        if_revision: Option<u64>,
+    ) -> Result<Survey, Refusal> {
+        self.ask(|reply| Request::Survey { config, if_revision, reply }).await?
     }
 
     async fn put_in_force(&self, order: Order) -> Result<Reloaded, Refusal> {

@@ -247,6 +247,7 @@ async fn serve(
     let metrics = Metrics::new();
     let (handle, requests) = Handle::channel(REQUESTS);
     let (reloads, asked) = mpsc::channel(RELOADS);
+    let (take_back, take_backs) = mpsc::channel(1);
     let handle = handle.with_reloads(reloads);
     let (events, received) = mpsc::channel(64);
 
@@ -279,6 +280,7 @@ async fn serve(
     if let Some(handover) = handover {
         state.note(moment()?, "maps", handover);
     }
+    state.take_reloads_back(take_back);
 
     let resolver = Arc::new(Resolver::start()?);
     resolver.set_interfaces(config.agent.interfaces.iter().cloned());
@@ -328,7 +330,8 @@ async fn serve(
     let (host, host_wanted) = watch::channel(HostWants::of(&config));
     let watcher = tokio::spawn(watch_host(host_wanted, updates, events.clone()));
     let (operators, operators_seen) = watch::channel(config.agent.operators.clone());
-    let api = Api::new(handle.clone(), operators_seen, metrics);
+    metrics.started();
+    let api = Api::new(handle.clone(), operators_seen, metrics.clone());
     let stopped = |mut stopping: watch::Receiver<bool>| async move {
         let _ = stopping.wait_for(|stop| *stop).await;
     };
@@ -350,8 +353,10 @@ async fn serve(
         api,
         listening,
         notifier: notifier.clone(),
+        metrics,
+        earlier: None,
     };
-    let reloader = tokio::spawn(reloader.run(asked, stopping));
+    let reloader = tokio::spawn(reloader.run(asked, take_backs, stopping));
 
     let failed = loop {
         tokio::select! {

@@ -16,6 +16,8 @@ use canary_ebpf_common::{
     entry::{BackendIndex, Entry},
 };
 
+use tokio::sync::mpsc;
+
 use super::{
     Counter, Peer, Pulse, Refusal, Request,
     changes::{Control, Notices, Terms, Thing, reckoned},
@@ -23,7 +25,7 @@ use super::{
     learn::{Asked, Learning},
     panic::Panics,
     pressure::{Pressure, Reading},
-    reload::LastPackets,
+    reload::{LastPackets, TakeBack},
     saving::{not_stored, refused},
     split, status,
 };
@@ -225,6 +227,8 @@ pub struct State<S, K> {
     pub(super) panics: Panics,
     /// What waits for a confirmation, and what is frozen.
     pub(super) control: Control,
+    /// Whom to ask for the earlier configuration.
+    pub(super) take_backs: Option<mpsc::Sender<TakeBack>>,
     /// What has happened and is not stored yet.
     pub(super) notices: Notices,
     begun_ms: BootMs,
@@ -304,7 +308,9 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 panicked: HashMap::new(),
                 boot_id,
                 retry_ms: None,
+                reload_retry_ms: None,
             },
+            take_backs: None,
             notices: Notices::default(),
             begun_ms: now.boot_ms,
             attach_ms: now.boot_ms,
@@ -323,6 +329,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         }
         // Before anything of it is in force.
         state.adopt_marks(marks);
+        state.forget_unconfirmed_reloads(now);
         if readable && let Err(error) = state.save(Vec::new(), now) {
             tracing::error!(%error, "the state can't be stored: changes are refused");
         }
@@ -334,6 +341,11 @@ impl<S: StateStore, K: Kernel> State<S, K> {
     /// Adds something that has happened to the events.
     pub fn note(&mut self, now: Moment, kind: &'static str, text: String) {
         self.notices.add(now, kind, "", text);
+    }
+
+    /// Whom to ask when a reload is not confirmed in time.
+    pub(super) fn take_reloads_back(&mut self, by: mpsc::Sender<TakeBack>) {
+        self.take_backs = Some(by);
     }
 
     /// Every address that a next hop is needed for.
@@ -600,7 +612,9 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         // Whoever has stopped waiting for the answer has lost nothing but the answer.
         match request {
             Request::Status { reply } => drop(reply.send(self.status(now))),
-            Request::Survey { config, reply } => drop(reply.send(self.survey(&config, now))),
+            Request::Survey { config, if_revision, reply } => {
+                drop(reply.send(self.survey(&config, if_revision, now)));
+            }
             Request::Reload { order, reply } => drop(reply.send(self.reload(*order, now))),
             Request::Pulse { reply } => drop(reply.send(self.pulse())),
             Request::Explain { service, query, reply } => {

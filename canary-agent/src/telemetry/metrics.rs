@@ -1,10 +1,18 @@
 //! The metrics page.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use prometheus_client::{
     encoding::text,
-    metrics::histogram::{Histogram, exponential_buckets},
+    metrics::{
+        counter::Counter,
+        family::Family,
+        gauge::Gauge,
+        histogram::{Histogram, exponential_buckets},
+    },
     registry::Registry,
 };
 
@@ -56,6 +64,8 @@ impl Exposition {
 #[derive(Clone, Debug)]
 pub struct Metrics {
     split_change: Histogram,
+    reloads: Family<[(&'static str, &'static str); 1], Counter>,
+    reload_success: Gauge,
 }
 
 impl Default for Metrics {
@@ -68,12 +78,31 @@ impl Metrics {
     /// Nothing counted yet.
     pub fn new() -> Self {
         // 0.25 ms to 4 s: the promise is a second, most take a few milliseconds.
-        Self { split_change: Histogram::new(exponential_buckets(0.000_25, 2.0, 15)) }
+        let split_change = Histogram::new(exponential_buckets(0.000_25, 2.0, 15));
+        let reloads = Family::default();
+        // Both are there from the beginning, so that a rate can be made of them.
+        for result in [SUCCESS, FAILURE] {
+            drop(reloads.get_or_create(&result));
+        }
+        Self { split_change, reloads, reload_success: Gauge::default() }
     }
 
     /// Counts a split change that was in force `took` after its request came.
     pub fn split_applied(&self, took: Duration) {
         self.split_change.observe(took.as_secs_f64());
+    }
+
+    /// The configuration was read at the start, which is no reload but succeeds like one.
+    pub fn started(&self) {
+        self.reload_success.set(now_seconds());
+    }
+
+    /// Counts a reload that was made, or refused.
+    pub fn reloaded(&self, success: bool) {
+        self.reloads.get_or_create(if success { &SUCCESS } else { &FAILURE }).inc();
+        if success {
+            self.reload_success.set(now_seconds());
+        }
     }
 
     /// The page.
@@ -85,6 +114,16 @@ impl Metrics {
             "Time from the request for a split to its being in force",
             self.split_change.clone(),
         );
+        registry.register(
+            "canary_reloads",
+            "Reloads of the configuration that were made, or refused",
+            self.reloads.clone(),
+        );
+        registry.register(
+            "canary_reload_last_success_timestamp_seconds",
+            "When the configuration was last read and taken over, in seconds since 1970",
+            self.reload_success.clone(),
+        );
         let mut page = String::new();
         // Writing to a string can't fail, and neither can our collector.
         if text::encode(&mut page, &registry).is_err() {
@@ -95,6 +134,14 @@ impl Metrics {
             Exposition::Prometheus => classic(&page),
         }
     }
+}
+
+const SUCCESS: [(&str, &str); 1] = [("result", "success")];
+const FAILURE: [(&str, &str); 1] = [("result", "failure")];
+
+fn now_seconds() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(now.as_secs()).unwrap_or(i64::MAX)
 }
 
 /// OpenMetrics as Prometheus text 0.0.4: there a counter's family has the name of

@@ -3,9 +3,9 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use canary_agent::{
-    api::reload::ReloadReport,
+    api::{panic::PanicRequest, reload::ReloadReport},
     config::model::{Backend, Config, Forward, Stickiness},
-    daemon::{Order, Peer, Planned, Refusal, Reloaded, Request},
+    daemon::{EventsAsked, Order, Peer, Planned, Refusal, Reloaded, Request},
     datapath::Census,
     plan::Adopted,
     store::{SqliteStore, StateStore},
@@ -13,6 +13,7 @@ use canary_agent::{
 
 use crate::{
     changes::{confirm, freeze, split},
+    panic,
     plan_support::{hop, maps},
     support::{Agent, Shared, agent, shop},
 };
@@ -21,11 +22,24 @@ impl Agent {
     /// What a reload would do.
     fn planned(&mut self, running: &Config, wanted: &Config) -> Planned {
         let config = Arc::new(wanted.clone());
-        let survey = self.ask(|reply| Request::Survey { config, reply });
+        let survey =
+            self.ask(|reply| Request::Survey { config, if_revision: None, reply }).unwrap();
         survey.plan(running, wanted).unwrap()
     }
 
     fn put_in_force(&mut self, planned: Planned, wanted: &Config) -> Result<Reloaded, Refusal> {
+        self.put_in_force_on(planned, wanted, &[], None, None)
+    }
+
+    /// The same with keys of `[agent]`, waiting for a confirmation, or taking one back.
+    fn put_in_force_on(
+        &mut self,
+        planned: Planned,
+        wanted: &Config,
+        settings: &[&str],
+        confirm: Option<&str>,
+        takes_back: Option<u64>,
+    ) -> Result<Reloaded, Refusal> {
         let mut prepared = planned.prepared;
         let backends = wanted.services.iter().flat_map(|s| &s.versions).flat_map(|v| &v.backends);
         let hops = backends.map(|b| (b.addr.ip(), Ok(hop(b.addr)))).collect();
@@ -35,6 +49,10 @@ impl Agent {
             interfaces: wanted.agent.interfaces.clone(),
             peer: Some(Peer { uid: 1000, gid: 1000, pid: None }),
             reason: Some("because".to_owned()),
+            settings: settings.iter().map(|one| (*one).to_owned()).collect(),
+            if_revision: None,
+            confirm: confirm.map(str::to_owned),
+            takes_back,
         });
         self.ask(|reply| Request::Reload { order, reply })
     }
@@ -284,6 +302,95 @@ fn a_service_that_is_frozen_or_waits_for_a_confirmation_is_not_configured() {
     agent.reload(&shop(), &elsewhere).unwrap();
     confirm(&mut agent, None).unwrap();
     agent.reload(&elsewhere, &weighed).unwrap();
+}
+
+#[test]
+fn a_panic_between_the_plan_and_the_reload_is_not_lost() {
+    let mut weighed = shop();
+    weighed.services[0].versions[0].backends[0].weight = 3;
+    for behind in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut agent = agent(&dir);
+        agent.split(&[("v2", "40%")]).unwrap();
+        let planned = agent.planned(&shop(), &weighed);
+        if behind {
+            let now_ms = agent.boot_ms;
+            let found = panic::behind(maps(agent.state.plane()), "shop", false, now_ms, 5);
+            agent.host.with(|host| host.panics = Some(found));
+        } else {
+            let (request, peer) = (PanicRequest::default(), Peer { uid: 0, gid: 0, pid: None });
+            agent.ask(|reply| Request::Panic { request, peer, reply }).unwrap();
+        }
+        agent.put_in_force(planned, &weighed).unwrap();
+        panic::assert_all_on_control(&agent);
+        let status = agent.status();
+        assert_eq!(status.services[0].versions[1].asked_text, "0%", "{behind}");
+        assert!(status.services[0].panic.is_some(), "{behind}");
+        assert_eq!(status.services[0].versions[0].backends[0].buckets, 3072, "{behind}");
+    }
+}
+
+#[test]
+fn a_reload_of_agent_keys_alone_is_in_the_audit_trail() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut agent = agent(&dir);
+    let planned = agent.planned(&shop(), &shop());
+    let settings = ["agent.listen: off → 127.0.0.1:9109"];
+    let reloaded = agent.put_in_force_on(planned, &shop(), &settings, None, None).unwrap();
+    let (revision, change) = SqliteStore::new(dir.path()).changes(0, 100).unwrap().pop().unwrap();
+    assert_eq!((revision, change.action.as_str()), (reloaded.revision, "reload"));
+    assert_eq!((change.uid, change.reason.as_deref()), (Some(1000), Some("because")));
+    agent.wait(1_000);
+    let asked = EventsAsked::default();
+    let found = agent.ask(|reply| Request::Events { asked, reply }).unwrap().events.events;
+    assert!(found.iter().any(|event| event.text == settings[0]), "{found:?}");
+    // It is about no service: a split goes by its own.
+    split(&mut agent, &[("v2", "5%")], &format!("if={}", revision - 1)).unwrap();
+    let config = Arc::new(shop());
+    let stale = agent.ask(|reply| Request::Survey { config, if_revision: Some(revision), reply });
+    assert_eq!(stale.unwrap_err().code, "stale_revision");
+}
+
+#[test]
+fn a_reload_that_waits_is_alone_and_is_taken_back_whatever_is_in_the_way() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut agent = agent(&dir);
+    let mut elsewhere = shop();
+    elsewhere.services[1].versions[0].backends[0].weight = 3;
+    let planned = agent.planned(&shop(), &elsewhere);
+    let first = agent.put_in_force_on(planned, &elsewhere, &[], Some("5m"), None).unwrap();
+    assert_eq!(first.confirm_within_ms, Some(300_000));
+    let waits = agent.status().pending;
+    assert_eq!((waits.len(), waits[0].change.revision), (1, Some(first.revision)));
+    let refused = agent.reload(&elsewhere, &shop()).unwrap_err();
+    assert_eq!(refused.code, "confirmation_pending");
+    assert!(refused.help.unwrap().contains("comes back by itself"));
+    agent.split(&[("v2", "5%")]).unwrap();
+    freeze(&mut agent, None, Some("night"), None).unwrap();
+    let planned = agent.planned(&elsewhere, &shop());
+    let back = agent.put_in_force_on(planned, &shop(), &[], None, Some(first.revision)).unwrap();
+    assert!(agent.status().pending.is_empty());
+    assert_eq!(agent.status().services[0].versions[1].asked_text, "5%", "live state stays");
+    let (_, change) = SqliteStore::new(dir.path()).changes(0, 100).unwrap().pop().unwrap();
+    assert_eq!((change.action.as_str(), &change.about[..]), ("reload", &[first.revision][..]));
+    assert!(back.revision > first.revision);
+}
+
+#[test]
+fn a_start_ends_the_wait_of_a_reload() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut first = agent(&dir);
+    let planned = first.planned(&shop(), &shop());
+    let reloaded = first.put_in_force_on(planned, &shop(), &[], Some("5m"), None).unwrap();
+    let plane = first.state.plane().clone();
+    let at = first.boot_ms + 1_000;
+    let mut next = Agent::start_at(dir.path(), &shop(), Shared::default(), maps(&plane), at);
+    assert!(next.status().pending.is_empty());
+    let (_, change) = SqliteStore::new(dir.path()).changes(0, 100).unwrap().pop().unwrap();
+    assert_eq!((change.action.as_str(), &change.about[..]), ("confirm", &[reloaded.revision][..]));
+    next.wait(400_000);
+    assert_eq!(next.status().agent.revision, reloaded.revision + 1);
+    next.reload(&shop(), &other()).unwrap();
 }
 
 /// Whether a reload would be refused without being forced, and the words for it.

@@ -10,7 +10,7 @@ use std::{
 
 use canary_agent::{
     api::{
-        model::ErrorBody,
+        model::{ErrorBody, Events},
         reload::{ReloadReport, ServiceChange},
     },
     datapath,
@@ -463,6 +463,69 @@ fn places_operators_addresses_and_checks_follow_a_reload() {
     pool.assert_where_they_were("after all of it");
     let names = bench.survey(Family::V4, Transport::Tcp, 0..20, 25_000);
     assert!(names.iter().all(|name| name.starts_with("stable")));
+}
+
+#[test]
+fn a_reload_that_nobody_confirms_is_taken_back_and_one_that_is_stays() {
+    let test = "a_reload_that_nobody_confirms_is_taken_back_and_one_that_is_stays";
+    if !host::ready(test) {
+        return;
+    }
+    let bench = Bench::new(Way::Dsr, &[("stable", 2), ("v2", 1)]);
+    let options = AgentOptions::native(&bench.topology);
+    let mut agent = bench.agent("drain = \"30m\"\nbuckets = 4096");
+    bench.wait_answered();
+    agent.split(SHOP, "v2", "20%");
+    let mut pool = bench.connect(Family::V4, 0..10);
+    let served = || bench.topology.balancer.run(|| std::net::TcpStream::connect("127.0.0.1:9109"));
+    let other = AgentOptions { listen: "127.0.0.1:9109".to_owned(), ..options.clone() };
+    // The backend of v2 is gone in it, and the agent listens.
+    let one = bench.service(SHOP, HTTP_PORT, &["tcp"], "buckets = 4096");
+    agent.configure(&other, &one);
+    let revision = agent.status().agent.revision;
+    let stale = fails(&agent, &["reload", "--force", "--if-revision", "1"], 1);
+    assert_eq!(stale.error.code, "stale_revision");
+    let bad = fails(&agent, &["reload", "--force", "--confirm", "soon"], 2);
+    assert_eq!(bad.error.code, "bad_confirm");
+    assert_eq!(agent.status().agent.revision, revision, "nothing was changed");
+    let now = revision.to_string();
+    let report = reload(&agent, &["--force", "--confirm", "3s", "--if-revision", &now]);
+    assert_eq!(report.confirm_within_ms, Some(3_000), "{report:?}");
+    let status = agent.status();
+    assert_eq!((status.services.len(), status.pending.len()), (1, 1));
+    agent.configure(&options, &one);
+    assert_eq!(fails(&agent, &["reload", "--force"], 1).error.code, "confirmation_pending");
+    agent.configure(&other, &one);
+    served().expect("the listener");
+    wait::until("the earlier configuration", || match agent.status() {
+        status if status.services.len() == 2 && status.pending.is_empty() => Ok(()),
+        status => Err(format!("{} services, {:?}", status.services.len(), status.pending)),
+    });
+    wait::until("the end of the listener", || {
+        served().map_or(Ok(()), |_| Err("it is still there".to_owned()))
+    });
+    assert_eq!(version(&agent.status(), SHOP, "v2").asked_text, "20%", "live state stays");
+    pool.assert_where_they_were(test);
+    let events: Events = agent.json(&["events", "--limit", "1000"]);
+    let reloads: Vec<_> = events.events.iter().filter(|event| event.kind == "reload").collect();
+    let texts: Vec<&str> = reloads.iter().map(|event| event.text.as_str()).collect();
+    assert!(texts.contains(&"agent.listen: off → 127.0.0.1:9109"), "{texts:?}");
+    let last = reloads.iter().rfind(|event| event.revision.is_some()).expect("one");
+    assert_eq!((&last.about[..], last.uid), (&[report.revision][..], None), "{last:?}");
+
+    // The files still say it. Confirmed, it stays; and a start ends the wait of another.
+    reload(&agent, &["--force", "--confirm", "2s"]);
+    assert_eq!(agent.cli(&["confirm", "--reason", "it is good"]).code, 0);
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(agent.status().services.len(), 1, "confirmed");
+    agent.configure(&options, &one);
+    let report = reload(&agent, &["--confirm", "10m"]);
+    agent.stop(Signal::SIGKILL);
+    agent.run();
+    let status = agent.wait_ready();
+    assert!(status.pending.is_empty() && status.services.len() == 1, "{:?}", status.pending);
+    assert!(status.agent.revision > report.revision, "the trail says so");
+    pool.assert_where_they_were(test);
 }
 
 /// Services of the largest configuration.

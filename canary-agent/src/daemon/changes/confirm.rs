@@ -8,16 +8,19 @@ use std::time::Duration;
 
 use canary_ebpf_common::compile;
 
-use super::{Kernel, Moment, Refusal, State, describe};
+use super::{Kernel, Moment, Refusal, State, Thing, describe};
 use crate::{
     api::model::{ConfirmReport, ConfirmRequest, PendingStatus},
-    daemon::{Peer, saving},
+    daemon::{Peer, reload::TakeBack, saving},
     plan::BootMs,
     store::{Change, Commit, FreezeChange, Pending, StateStore},
 };
 
 /// After this time it is tried again to take back what could not be.
 const RETRY_MS: u64 = 1_000;
+
+/// After this time the earlier configuration is asked for again.
+const RELOAD_RETRY_MS: u64 = 10_000;
 
 /// Deadlines as this start of the host counts time.
 pub(in crate::daemon) fn reckoned(
@@ -133,9 +136,11 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             return self.control.retry_ms;
         }
         self.control.retry_ms = None;
-        while let Some(due) =
-            self.control.pending.iter().find(|p| p.deadline.boot_ms <= now.boot_ms)
-        {
+        let of_reload = self.take_reload_back(now);
+        let is_due = |one: &&Pending| {
+            one.deadline.boot_ms <= now.boot_ms && !Thing::Reload.is_of(&one.change)
+        };
+        while let Some(due) = self.control.pending.iter().find(is_due) {
             let (batch, within) = (due.deadline.batch, due.deadline.within_ms);
             let of_it = self.control.pending.iter().filter(|one| one.deadline.batch == batch);
             let mut its: Vec<(u64, Change)> =
@@ -166,7 +171,60 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 }
             }
         }
-        self.control.pending.iter().map(|one| one.deadline.boot_ms).min()
+        let others = self.control.pending.iter().filter(|one| !Thing::Reload.is_of(&one.change));
+        others.map(|one| one.deadline.boot_ms).chain(of_reload).min()
+    }
+
+    /// Asks for the earlier configuration where a reload was not confirmed in time. Returns when
+    /// that is due.
+    fn take_reload_back(&mut self, now: Moment) -> Option<BootMs> {
+        let mut pending = self.control.pending.iter();
+        let one = pending.find(|one| Thing::Reload.is_of(&one.change))?;
+        let due = one.deadline.boot_ms.max(self.control.reload_retry_ms.unwrap_or(0));
+        if due > now.boot_ms {
+            return Some(due);
+        }
+        let within = Duration::from_millis(one.deadline.within_ms);
+        let order = TakeBack { revision: one.revision, within };
+        // Whoever is asked says how it went.
+        if self.take_backs.as_ref().is_none_or(|by| by.try_send(order).is_err()) {
+            tracing::warn!(revision = order.revision, "nobody takes the reload back yet");
+        }
+        self.control.reload_retry_ms = Some(now.boot_ms + RELOAD_RETRY_MS);
+        self.control.reload_retry_ms
+    }
+
+    /// Of a reload that waited when an earlier agent ended, the earlier configuration is not
+    /// known: what the files say counts.
+    pub(in crate::daemon) fn forget_unconfirmed_reloads(&mut self, now: Moment) {
+        let is_reload = |one: &&Pending| Thing::Reload.is_of(&one.change);
+        let over: Vec<u64> =
+            self.control.pending.iter().filter(is_reload).map(|one| one.revision).collect();
+        if over.is_empty() {
+            return;
+        }
+        let text = format!(
+            "the reload of revision {} was not confirmed when the agent ended: the files count, as at any start",
+            over[0]
+        );
+        tracing::warn!("{text}");
+        self.notices.add(now, "reload", "", text);
+        let commit = Commit {
+            change: Change {
+                unix_ms: now.unix_ms,
+                action: "confirm".to_owned(),
+                reason: Some("the agent was started anew, from the files".to_owned()),
+                about: over.clone(),
+                ..Change::default()
+            },
+            record: None,
+            deadline: None,
+            settles: over,
+        };
+        if let Err(error) = self.save(vec![commit], now) {
+            tracing::warn!(%error, "the end of a wait can't be stored");
+        }
+        self.control.pending.retain(|one| !Thing::Reload.is_of(&one.change));
     }
 
     /// Ends the waiting for changes that moved nothing: freezes go back to what they were.

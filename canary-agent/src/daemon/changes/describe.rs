@@ -29,6 +29,8 @@ pub(super) fn text(change: &Change) -> String {
         "confirm" => parts.push(format!("confirmation of {}", revisions(about))),
         "initial" => parts.push("first state".to_owned()),
         "adopt" => parts.push("state as found in the maps".to_owned()),
+        "reload" if about.is_empty() => parts.push("reload of the configuration".to_owned()),
+        "reload" => parts.push(format!("{} taken back", revisions(about))),
         "split" | "backend" | "freeze" | "unfreeze" => {}
         other => parts.push(other.to_owned()),
     }

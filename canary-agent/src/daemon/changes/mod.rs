@@ -47,6 +47,8 @@ pub(super) enum Thing<'a> {
     Backend(&'a str, SocketAddr),
     /// The service; empty for all of them.
     Freeze(&'a str),
+    /// The configuration.
+    Reload,
 }
 
 impl Thing<'_> {
@@ -59,6 +61,7 @@ impl Thing<'_> {
                 of(service) && change.backends.iter().any(|told| told.addr == addr)
             }
             Self::Freeze(service) => of(service) && change.freeze.is_some(),
+            Self::Reload => change.action == "reload",
         }
     }
 }
@@ -80,6 +83,8 @@ pub(super) struct Control {
     pub(super) boot_id: String,
     /// Taking back could not be stored, and is tried again then.
     pub(super) retry_ms: Option<BootMs>,
+    /// When the earlier configuration is asked for again.
+    pub(super) reload_retry_ms: Option<BootMs>,
 }
 
 impl Control {
@@ -168,7 +173,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
     }
 
     /// Refuses a change of what has changed since a revision.
-    fn refuse_stale(
+    pub(super) fn refuse_stale(
         &mut self,
         service: Option<&str>,
         expected: u64,
@@ -224,7 +229,9 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let mut since = self.store.changes_before(service, u64::MAX, NAMED + 1)?;
         if service.is_some() {
             // Of all services at once.
-            since.extend(self.store.changes_before(Some(""), u64::MAX, NAMED + 1)?);
+            let of_all = self.store.changes_before(Some(""), u64::MAX, NAMED + 1)?;
+            // What a reload has changed of a service is in the service's own line.
+            since.extend(of_all.into_iter().filter(|(_, change)| change.action != "reload"));
             since.sort_by_key(|(number, _)| std::cmp::Reverse(*number));
         }
         since.retain(|(number, _)| *number > revision);
@@ -242,10 +249,16 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 describe::brief(*revision, change, now),
                 humantime::format_duration(left)
             ),
-            help: Some(format!(
-                "keep it with `canary-agent confirm {revision}`, or take it back with `canary-agent undo --to {}`",
-                revision - 1
-            )),
+            help: Some(match Thing::Reload.is_of(change) {
+                true => format!(
+                    "keep it with `canary-agent confirm {revision}`; otherwise the earlier configuration comes \
+                     back by itself"
+                ),
+                false => format!(
+                    "keep it with `canary-agent confirm {revision}`, or take it back with `canary-agent undo --to {}`",
+                    revision - 1
+                ),
+            }),
             exit_code: 1,
         }
     }

@@ -18,13 +18,14 @@ use tokio::{
 };
 
 pub(super) use self::state::LastPackets;
+pub(super) use self::state::TakeBack;
 pub use self::state::{Order, Planned, Reloaded, Survey};
 use self::state::{Traffic, with_socket};
 use super::{Event, Handle, Peer, Refusal, notify::Notifier, run};
 use crate::{
     api::{
         self, Api,
-        reload::{ReloadReport, ReloadRequest},
+        reload::{ReloadReport, ReloadRequest, SettingChange},
     },
     config::{
         self, Diagnostic, Severity, difference,
@@ -33,7 +34,7 @@ use crate::{
     health::Prober,
     plan::{Hops, QUARANTINE_MS},
     resolve::{self, Resolver, Unresolved, Update},
-    telemetry,
+    telemetry::{self, Metrics},
 };
 
 /// How long a reload waits for the next hops of new backends. What is not found by then gets no
@@ -83,6 +84,12 @@ pub(super) struct Asked {
     pub(super) peer: Option<Peer>,
     pub(super) arrived: Instant,
     pub(super) reply: oneshot::Sender<Result<ReloadReport, ReloadError>>,
+}
+
+/// What there is to do.
+enum Next {
+    Asked(Asked),
+    TakeBack(TakeBack),
 }
 
 /// What follows the host, as far as the configuration says.
@@ -142,6 +149,9 @@ pub(super) struct Reloader {
     pub(super) api: Api,
     pub(super) listening: Option<Listening>,
     pub(super) notifier: Notifier,
+    pub(super) metrics: Metrics,
+    /// What ran before a reload that may still be taken back, with that reload's revision.
+    pub(super) earlier: Option<(u64, Arc<Config>)>,
 }
 
 impl Reloader {
@@ -149,6 +159,7 @@ impl Reloader {
     pub(super) async fn run(
         mut self,
         mut asked: mpsc::Receiver<Asked>,
+        mut take_backs: mpsc::Receiver<TakeBack>,
         mut stopping: watch::Receiver<bool>,
     ) {
         // What an earlier agent freed just before its end is not given out yet.
@@ -158,12 +169,20 @@ impl Reloader {
             _ = stopping.wait_for(|stop| *stop) => {}
         }
         loop {
-            let Asked { request, peer, arrived, reply } = tokio::select! {
+            let next = tokio::select! {
                 asked = asked.recv() => match asked {
-                    Some(asked) => asked,
+                    Some(asked) => Next::Asked(asked),
                     None => break,
                 },
+                Some(back) = take_backs.recv() => Next::TakeBack(back),
                 _ = stopping.wait_for(|stop| *stop) => break,
+            };
+            let Asked { request, peer, arrived, reply } = match next {
+                Next::Asked(asked) => asked,
+                Next::TakeBack(back) => {
+                    self.take_back(back).await;
+                    continue;
+                }
             };
             let dry_run = request.dry_run;
             let told = match dry_run {
@@ -186,6 +205,7 @@ impl Reloader {
     /// Says in the log, in the alerts and to the service manager how a reload went.
     async fn tell(&mut self, answer: &Result<ReloadReport, ReloadError>, peer: Option<Peer>) {
         let uid = peer.map(|peer| peer.uid);
+        self.metrics.reloaded(answer.is_ok());
         let mut alerts = Vec::new();
         match answer {
             Ok(report) => {
@@ -230,11 +250,43 @@ impl Reloader {
         let file = self.file.clone();
         let loaded = beside(move || config::load(&file)).await?.map_err(ReloadError::Config)?;
         let config = with_socket(loaded.config, self.socket_override.as_deref());
-        let survey = self.handle.survey(Arc::clone(&config)).await?;
+        let mut report = self.go_on_with(config, request, peer, arrived, None).await?;
+        report.warnings = loaded.warnings;
+        Ok(report)
+    }
+
+    /// Brings the configuration back that ran before a reload that nobody has confirmed.
+    async fn take_back(&mut self, back: TakeBack) {
+        let TakeBack { revision, within } = back;
+        let earlier = self.earlier.as_ref().filter(|(of, _)| *of == revision);
+        let Some(config) = earlier.map(|(_, config)| Arc::clone(config)) else {
+            tracing::error!(revision, "what ran before that reload is not known any more");
+            return;
+        };
+        let told = self.notifier.reloading();
+        let request = ReloadRequest {
+            reason: Some(format!("not confirmed within {}", humantime::format_duration(within))),
+            force: true,
+            ..ReloadRequest::default()
+        };
+        let answer = self.go_on_with(config, request, None, Instant::now(), Some(revision)).await;
+        self.tell(&answer, None).await;
+        drop(told);
+    }
+
+    /// Goes on with `config`; `takes_back` is the reload before which it ran.
+    async fn go_on_with(
+        &mut self,
+        config: Arc<Config>,
+        request: ReloadRequest,
+        peer: Option<Peer>,
+        arrived: Instant,
+        takes_back: Option<u64>,
+    ) -> Result<ReloadReport, ReloadError> {
+        let survey = self.handle.survey(Arc::clone(&config), request.if_revision).await?;
         let (running, wanted) = (Arc::clone(&self.running), Arc::clone(&config));
         let planned = beside(move || survey.plan(&running, &wanted)).await??;
         let Planned { mut prepared, mut report, addresses } = planned;
-        report.warnings = loaded.warnings;
         let took = |report: &mut ReloadReport| {
             report.took_us = u64::try_from(arrived.elapsed().as_micros()).unwrap_or(u64::MAX);
         };
@@ -244,7 +296,7 @@ impl Reloader {
         }
         self.permitted(&report, request.force)?;
         report.applied = true;
-        if !report.differs {
+        if !report.differs && takes_back.is_none() {
             took(&mut report);
             return Ok(report);
         }
@@ -259,7 +311,20 @@ impl Reloader {
         let done = match warmed.await? {
             Ok(prepared) => {
                 let interfaces = config.agent.interfaces.clone();
-                let order = Order { prepared, interfaces, peer, reason: request.reason };
+                let in_words = |one: &SettingChange| {
+                    let SettingChange { key, before, after } = one;
+                    format!("{key}: {before} → {after}")
+                };
+                let order = Order {
+                    prepared,
+                    interfaces,
+                    peer,
+                    reason: request.reason,
+                    settings: report.settings.iter().map(in_words).collect(),
+                    if_revision: request.if_revision,
+                    confirm: request.confirm,
+                    takes_back,
+                };
                 self.handle.put_in_force(order).await
             }
             Err(error) => {
@@ -275,6 +340,11 @@ impl Reloader {
             }
         };
         report.revision = reloaded.revision;
+        report.confirm_within_ms = reloaded.confirm_within_ms;
+        self.earlier = match reloaded.confirm_within_ms {
+            Some(_) => Some((reloaded.revision, Arc::clone(&self.running))),
+            None => None,
+        };
         report.busy_us += reloaded.busy_us;
         took(&mut report);
         let not_applied = reloaded.not_applied.clone();

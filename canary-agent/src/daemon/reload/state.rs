@@ -7,7 +7,7 @@ use std::{
     collections::{BTreeSet, HashMap},
     net::IpAddr,
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use canary_ebpf_common::compile;
@@ -17,7 +17,9 @@ use crate::{
     api::{model::InterfaceStatus, reload::ReloadReport},
     config::model::Config,
     daemon::{
-        AttachError, Attachment, Counter, Kernel, Moment, Peer, Refusal, State, saving::refused,
+        AttachError, Attachment, Counter, Kernel, Moment, Peer, Refusal, State,
+        changes::{Terms, Thing},
+        saving::refused,
         state::NO_SUCH_INTERFACE,
     },
     health::Target,
@@ -126,6 +128,23 @@ pub struct Order {
     pub peer: Option<Peer>,
     /// Kept in the audit trail.
     pub reason: Option<String>,
+    /// Keys of `[agent]` with other values, in words.
+    pub settings: Vec<String>,
+    /// Nothing may have changed since.
+    pub if_revision: Option<u64>,
+    /// How long it waits for a confirmation, as it was written.
+    pub confirm: Option<String>,
+    /// The reload that it takes back.
+    pub takes_back: Option<u64>,
+}
+
+/// A reload that was not confirmed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::daemon) struct TakeBack {
+    /// Its revision.
+    pub(in crate::daemon) revision: u64,
+    /// Within which time it should have been.
+    pub(in crate::daemon) within: Duration,
 }
 
 impl std::fmt::Debug for Order {
@@ -143,6 +162,8 @@ pub struct Reloaded {
     pub targets: Vec<Target>,
     /// Every address that a next hop is needed for.
     pub addresses: BTreeSet<IpAddr>,
+    /// Milliseconds until it is taken back unless it is confirmed.
+    pub confirm_within_ms: Option<u64>,
     /// It is stored, and the kernel has refused it for now.
     pub not_applied: Option<Refusal>,
     /// For how long the loop did nothing else, microseconds.
@@ -154,8 +175,19 @@ type Attached = (String, Result<Attachment, AttachError>);
 
 impl<S: StateStore, K: Kernel> State<S, K> {
     /// What planning for `config` begins with.
-    pub(in crate::daemon) fn survey(&mut self, config: &Config, now: Moment) -> Survey {
+    ///
+    /// # Errors
+    /// Something has changed since `if_revision`.
+    pub(in crate::daemon) fn survey(
+        &mut self,
+        config: &Config,
+        if_revision: Option<u64>,
+        now: Moment,
+    ) -> Result<Survey, Refusal> {
         let begun = Instant::now();
+        if let Some(expected) = if_revision {
+            self.refuse_stale(None, expected, now)?;
+        }
         let baseline = self.planner.baseline(config, &self.parked, now.boot_ms);
         let before = self.planner.services().iter().map(|s| s.config().name.as_str());
         let wanted: Vec<&str> = config.services.iter().map(|s| s.name.as_str()).collect();
@@ -168,7 +200,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             let seen = self.traffic(&name, now.boot_ms);
             traffic.insert(name, seen);
         }
-        Survey {
+        Ok(Survey {
             baseline,
             traffic,
             addresses: self.planner.addresses(),
@@ -176,7 +208,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             counter: self.kernel.counter(),
             revision: self.revision,
             busy_us: micros(begun),
-        }
+        })
     }
 
     /// What was seen of a service's tables.
@@ -222,17 +254,53 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         now: Moment,
     ) -> Result<Reloaded, Refusal> {
         let begun = Instant::now();
-        let Order { prepared, interfaces, peer, reason } = order;
+        let Order {
+            prepared,
+            interfaces,
+            peer,
+            reason,
+            settings,
+            if_revision,
+            confirm,
+            takes_back,
+        } = order;
+        let terms = Terms {
+            peer: peer.unwrap_or(Peer { uid: 0, gid: 0, pid: None }),
+            reason: reason.as_deref(),
+            if_revision,
+            confirm: confirm.as_deref(),
+        };
+        // What is taken back was promised to be.
+        let things = if takes_back.is_some() { &[][..] } else { &[Thing::Reload][..] };
+        let within = self.terms(None, things, &terms, now)?;
         let ready = self.planner.ready(prepared, now.boot_ms).map_err(|error| no_room(&error))?;
-        let concerned = ready.made().map(|made| made.record.name.as_str());
-        let gone = ready.removed().iter().map(|removal| removal.config.name.as_str());
-        self.may_be_configured(concerned.chain(gone), now)?;
+        if takes_back.is_none() {
+            let concerned = ready.made().map(|made| made.record.name.as_str());
+            let gone = ready.removed().iter().map(|removal| removal.config.name.as_str());
+            self.may_be_configured(concerned.chain(gone), now)?;
+        }
         let attached = self.attach_new(&interfaces)?;
         let changed = ready.made().map(|made| self.change_of(made, peer, reason.as_deref(), now));
         let gone = ready.removed().iter();
         let gone =
             gone.filter_map(|removal| self.removal_of(removal, peer, reason.as_deref(), now));
-        let commits: Vec<Commit> = changed.chain(gone).collect();
+        let mut commits: Vec<Commit> = changed.chain(gone).collect();
+        let deadline = self.deadline(within, now);
+        let confirm_within_ms = deadline.as_ref().map(|deadline| deadline.within_ms);
+        // Each service has a line of its own; what is not about any of them has this one.
+        if !settings.is_empty() || deadline.is_some() || takes_back.is_some() {
+            let settles: Vec<u64> = takes_back.into_iter().collect();
+            let change = Change {
+                unix_ms: now.unix_ms,
+                uid: peer.map(|peer| peer.uid),
+                action: "reload".to_owned(),
+                reason: reason.clone(),
+                about: settles.clone(),
+                confirm_ms: confirm_within_ms,
+                ..Change::default()
+            };
+            commits.push(Commit { change, record: None, deadline, settles });
+        }
         let removed: Vec<String> =
             ready.removed().iter().map(|removal| removal.config.name.clone()).collect();
         let made: Vec<String> = ready.made().map(|made| made.after().name.clone()).collect();
@@ -261,6 +329,10 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             }
         }
         self.follow_services();
+        for setting in &settings {
+            self.notices.add(now, "reload", "", setting.as_str());
+        }
+        self.control.reload_retry_ms = None;
         let not_applied = self.settle_or_refuse(now).err();
         self.set_interfaces(interfaces, attached);
         let tables = self.planner.services().iter().flat_map(|state| state.tables());
@@ -270,6 +342,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             revision: self.revision,
             targets: self.targets(),
             addresses: self.planner.addresses(),
+            confirm_within_ms,
             not_applied,
             busy_us: micros(begun),
         })
