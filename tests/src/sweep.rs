@@ -70,10 +70,12 @@ pub fn stale_leftovers() -> usize {
     }
     let folders = stale_entries(&std::env::temp_dir());
     for folder in &folders {
-        let mount = folder.join("bpffs");
-        quietly("umount", &["--lazy", &mount.to_string_lossy()]);
+        let mounts = ["bpffs", "state"].map(|name| folder.join(name));
+        for mount in mounts.iter().filter(|mount| mounted(mount)) {
+            quietly("umount", &["--lazy", &mount.to_string_lossy()]);
+        }
         // What is still mounted must not be emptied.
-        if !mounted(&mount) {
+        if !mounts.iter().any(|mount| mounted(mount)) {
             let _ = fs::remove_dir_all(folder);
         }
     }
