@@ -87,6 +87,12 @@ impl Stage {
             }
             Entry::Vacant(first) => first.insert(Loaded::new(&plane.plane, &world.sizes())?),
         };
+        // Before the first packet: what is waited for in between is silence, too.
+        let silences = steps.iter().filter_map(|step| match step.kind {
+            Kind::Silence(time) => Some(time),
+            _ => None,
+        });
+        silences.max().into_iter().for_each(wait_for_age);
         let mut running = Running { loaded, plane, bound: Bound::default() };
         for step in steps {
             let result = match step.kind {
@@ -94,10 +100,7 @@ impl Stage {
                     let from = interface.map(|name| ifindex(&name)).transpose();
                     from.and_then(|from| running.packet(from, &input, &verdict, &counted))
                 }
-                Kind::Silence(time) => {
-                    wait_for_age(time);
-                    running.loaded.silence(time)
-                }
+                Kind::Silence(time) => running.loaded.silence(time),
                 Kind::Check(text) => running.check(&text),
                 Kind::Table(text) => {
                     world.service.iter_mut().for_each(|s| s.table.clone_from(&text));
