@@ -231,10 +231,11 @@ pub(super) fn last_of_version(
             let owns = owned[usize::from(slot)] > 0;
             let serves = control || owns && config.fallback == Fallback::None;
             let of_version = || table.backends().iter().filter(|b| b.slot == slot && b.weight > 0);
-            let Some(it) = of_version().find(|b| b.addr == addr).filter(|_| serves) else {
+            let ready = || of_version().filter(|b| b.admin == Admin::Ready);
+            let Some(it) = ready().find(|b| b.addr == addr).filter(|_| serves) else {
                 continue;
             };
-            let others = || of_version().filter(|b| b.addr != addr && b.admin == Admin::Ready);
+            let others = || ready().filter(|b| b.addr != addr);
             let up = others().any(|b| b.state() == BackendState::Up);
             // What is down already is no loss, as long as there is another to try.
             if up || it.state() != BackendState::Up && others().next().is_some() {

@@ -1,5 +1,7 @@
 //! What the configuration and operators say of each server in each service.
 
+use std::collections::BTreeSet;
+
 use canary_agent::store::Admin;
 use canary_tests::{
     server::{ECHO_PORT, HTTP_PORT},
@@ -74,6 +76,23 @@ impl Fleet {
     pub(super) fn may_go(&mut self, service: &str, server: usize) -> bool {
         let member = *self.member(service, server);
         member.configured && self.serves(service, server, Member { admin: Admin::Drain, ..member })
+    }
+
+    /// Whether a server may be the last of control that passes its checks: whoever else takes new
+    /// connections fails them.
+    pub(super) fn may_be_last(
+        &mut self,
+        service: &str,
+        server: usize,
+        failing: &BTreeSet<usize>,
+    ) -> bool {
+        let version = self.hosts[server].1 == "stable";
+        let hosts = self.hosts.clone();
+        let mut others = self.members(service).iter().zip(&hosts).enumerate();
+        version
+            && others.all(|(at, (other, (_, of)))| {
+                at == server || of != "stable" || !other.takes_new() || failing.contains(&at)
+            })
     }
 
     /// Adds or removes a server; what operators have told it is forgotten. One of each version

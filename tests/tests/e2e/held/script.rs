@@ -195,25 +195,22 @@ impl<'a> Script<'a> {
 
     fn split(&mut self, shares: Shares) -> Option<String> {
         let (target, body, what) = self.draw(shares);
-        self.put(&target, &body, &what);
+        self.ask(&target, &body, &what).expect("a split takes no backend away");
         Some(what)
     }
 
-    /// Asks for a change, which must be made.
+    /// Asks for a change, which must be made. `Err` with the answer where the backend is the last
+    /// one that takes new connections.
     #[track_caller]
-    fn put(&mut self, target: &str, body: &str, what: &str) {
+    fn ask(&mut self, target: &str, body: &str, what: &str) -> Result<(), String> {
         let control = self.control.as_mut().expect("an agent");
-        // On a busy host checks of the others can fail for a moment: then a backend is the last
-        // one until they pass again.
-        wait::until(what, || {
-            let answer = control.ask("PUT", target, body.as_bytes()).expect("an answer");
-            let text = String::from_utf8_lossy(&answer.body).into_owned();
-            if answer.status == 409 && text.contains("last_backend") {
-                return Err(text);
-            }
-            assert_eq!(answer.status, 200, "{what}: {text}");
-            Ok(())
-        });
+        let answer = control.ask("PUT", target, body.as_bytes()).expect("an answer");
+        let text = String::from_utf8_lossy(&answer.body).into_owned();
+        if answer.status == 409 && text.contains("last_backend") {
+            return Err(text);
+        }
+        assert_eq!(answer.status, 200, "{what}: {text}");
+        Ok(())
     }
 
     /// A service and the position of a server of it.
@@ -222,24 +219,45 @@ impl<'a> Script<'a> {
         (self.random.one_of(&[SHOP, ECHO]), server)
     }
 
-    /// Tells both addresses of a server in a service something.
-    fn tell(&mut self, name: &'static str, server: usize, admin: Admin) -> String {
+    /// Tells both addresses of a server in a service something. `None` where it stays ready, being
+    /// the last one that passes its checks.
+    fn tell(&mut self, name: &'static str, server: usize, admin: Admin) -> Option<String> {
         let host = &self.place.bench.topology.backends[server];
         let what = format!("{} {name} {}", admin.name(), host.name);
         let port = self.fleet.port(name);
-        let addrs = Family::ALL.map(|family| SocketAddr::new(host.addr(family), port));
-        for addr in addrs {
-            let target = format!("/v1/services/{name}/backends/{}", encoded(addr));
-            self.put(&target, &format!("{{\"state\": {:?}}}", admin.name()), &what);
+        let targets = Family::ALL.map(|family| {
+            let addr = SocketAddr::new(host.addr(family), port);
+            format!("/v1/services/{name}/backends/{}", encoded(addr))
+        });
+        for target in &targets {
+            let body = format!("{{\"state\": {:?}}}", admin.name());
+            let mut refused = None;
+            // A check of another one that has just begun to pass again, or that was late on a busy
+            // host, is waited for.
+            wait::until(&what, || match self.ask(target, &body, &what) {
+                Err(why) if !self.fleet.may_be_last(name, server, &self.failing) => Err(why),
+                answer => {
+                    refused = answer.err();
+                    Ok(())
+                }
+            });
+            if refused.is_some() {
+                for target in &targets {
+                    self.ask(target, r#"{"state": "ready"}"#, &what).expect("ready is not refused");
+                }
+                return None;
+            }
         }
         self.fleet.member(name, server).admin = admin;
-        what
+        Some(what)
     }
 
     fn drain(&mut self) -> Option<String> {
         let (name, server) = self.draw_backend();
         let ready = self.fleet.member(name, server).admin == Admin::Ready;
-        (ready && self.fleet.may_go(name, server)).then(|| self.tell(name, server, Admin::Drain))
+        (ready && self.fleet.may_go(name, server))
+            .then(|| self.tell(name, server, Admin::Drain))
+            .flatten()
     }
 
     fn ready(&mut self) -> Option<String> {
@@ -247,6 +265,7 @@ impl<'a> Script<'a> {
         let member = self.fleet.member(name, server);
         (member.configured && member.admin != Admin::Ready)
             .then(|| self.tell(name, server, Admin::Ready))
+            .flatten()
     }
 
     /// Drains a server, ends what is open on it as its clients would, and puts it into
@@ -258,7 +277,7 @@ impl<'a> Script<'a> {
         if !there || !self.fleet.may_go(name, server) {
             return None;
         }
-        self.tell(name, server, Admin::Drain);
+        self.tell(name, server, Admin::Drain)?;
         self.hold.wait_opened();
         let host = &self.place.bench.topology.backends[server];
         let records = self.hold.records();
@@ -281,7 +300,7 @@ impl<'a> Script<'a> {
                 .then_some(())
                 .ok_or_else(|| format!("{name} on {}: {open} held, {sockets} sockets", host.name))
         });
-        let what = self.tell(name, server, Admin::Maint);
+        let what = self.tell(name, server, Admin::Maint).expect("it takes none already");
         on_it.iter().for_each(|id| self.open(records[*id].kind, records[*id].family));
         Some(format!("{what}, {} connections having ended", on_it.len()))
     }
