@@ -269,8 +269,7 @@ pub mod flow_state {
     /// flows: the client has not acknowledged the server's SYN-ACK yet. Of a QUIC connection: no
     /// Handshake packet.
     pub const PROVISIONAL: u32 = 1 << 1;
-    /// A FIN or RST of the client was seen and nothing since. Translated flows: a FIN alone,
-    /// and nothing beyond it since.
+    /// A FIN of the client was seen, and nothing beyond it since.
     pub const CLOSING: u32 = 1 << 2;
     /// A UDP flow, not of QUIC.
     pub const UDP: u32 = 1 << 3;
@@ -282,7 +281,7 @@ pub mod flow_state {
     pub const QUIC: u32 = 1 << 6;
     /// The server's SYN-ACK was seen (translated flows only).
     pub const ANSWERED: u32 = 1 << 8;
-    /// A RST of the client was seen and nothing of it since (translated flows only).
+    /// A RST of the client was seen and nothing of it since.
     pub const RESET: u32 = 1 << 9;
     /// A RST of the server was seen and nothing of it since (translated flows only).
     pub const SERVER_RESET: u32 = 1 << 10;
@@ -323,8 +322,8 @@ pub struct Flow {
     pub eth: [u32; 3],
     /// Translated flows: interface towards the client.
     pub ifindex: u32,
-    /// Translated flows: the direction's newest sequence number, host order.
-    pub newest_seq: u32,
+    /// TCP: number of what comes next in the direction, as far as seen, host order.
+    pub next_seq: u32,
     /// Translated flows: [`flow_state`] bits that the other direction's packets have set. Apart,
     /// so that each word has packets of one direction to write it.
     pub other: u32,

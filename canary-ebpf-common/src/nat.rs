@@ -19,17 +19,8 @@ use crate::{
     entry::BackendIndex,
     ports::Pool,
     quic::Quic,
-    steer::{
-        CONFIRM_WINDOW, Flows, Segment, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, quic_renews, unfit,
-    },
+    steer::{CONFIRM_WINDOW, Flows, Segment, TCP_ACK, TCP_RST, TCP_SYN, heard, quic_renews, unfit},
 };
-
-/// How far from the newest sequence number of its direction a FIN or RST may be, in bytes, to
-/// either side. A sender's own number is exact; what it sent before may have been lost on its
-/// way here, and an answer to a late packet carries that packet's number.
-const CLOSE_WINDOW: u32 = 64 << 10;
-/// How far a packet may be ahead of the newest one before it, in bytes: a lost burst.
-const ADVANCE_WINDOW: u32 = 16 << 20;
 
 /// The bits that the client's packets set.
 const CLIENT_BITS: u32 = state::PROVISIONAL | state::CLOSING | state::RESET;
@@ -235,40 +226,13 @@ fn confirm<K: TupleKey, F: Flows<K>>(
         && segment.tcp_flags & TCP_ACK != 0
         && ack.wrapping_sub(reverse.syn_seq).wrapping_sub(1) < CONFIRM_WINDOW
     {
-        flow.newest_seq = segment.seq;
+        flow.next_seq = segment.seq;
         flow.state = heard(flow, segment, state::CLOSING, state::RESET) & !(state::PROVISIONAL);
     } else {
         return;
     }
     reverse.other = flow.state & CLIENT_BITS;
     flow.last_ns = now;
-}
-
-/// What a packet on an open connection makes of the state of its direction, `fin` and `rst`
-/// being the bits for it.
-#[inline(always)]
-fn heard(flow: &mut Flow, segment: Segment, fin: u32, rst: u32) -> u32 {
-    let was = flow.state;
-    let ahead = segment.seq.wrapping_sub(flow.newest_seq);
-    let near = ahead.wrapping_add(CLOSE_WINDOW) < 2 * CLOSE_WINDOW;
-    if segment.tcp_flags & TCP_RST != 0 {
-        return if near { was | rst } else { was };
-    }
-    // Whatever it was, the sender is still there.
-    let was = was & !rst;
-    if segment.tcp_flags & TCP_FIN != 0 {
-        if !near {
-            return was;
-        }
-        // The FIN has a number of its own: an acknowledgement after it is not beyond it.
-        flow.newest_seq = segment.seq.wrapping_add(1);
-        return was | fin;
-    }
-    if ahead.wrapping_sub(1) < ADVANCE_WINDOW {
-        flow.newest_seq = segment.seq;
-        return was & !fin;
-    }
-    was
 }
 
 /// Tells the other direction's entry what is known of this one.
@@ -389,11 +353,11 @@ fn answered<K: TupleKey, F: Flows<K>>(
     } else if segment.tcp_flags & TCP_SYN != 0 {
         // Each time anew: a server that keeps nothing (SYN cookies) may choose another number.
         flow.syn_seq = segment.seq;
-        flow.newest_seq = segment.seq;
+        flow.next_seq = segment.next_seq();
         flow.state = (flow.state & !state::SERVER_RESET) | state::ANSWERED;
     } else {
         // It takes the connection for open, so it is.
-        flow.newest_seq = segment.seq;
+        flow.next_seq = segment.seq;
         flow.state =
             heard(flow, segment, state::SERVER_CLOSING, state::SERVER_RESET) | state::SERVER_OPEN;
     }

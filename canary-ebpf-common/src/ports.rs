@@ -251,7 +251,7 @@ pub fn open<K: TupleKey, F: Pool<K>>(
         service: service.id as u16,
         eth: client.eth,
         ifindex: client.ifindex,
-        newest_seq: segment.seq,
+        next_seq: segment.next_seq(),
         other: opened,
     };
     let source_count = u32::from(backend.nat_count);

@@ -27,6 +27,12 @@ pub const TCP_ACK: u8 = 0x10;
 
 /// How far behind a SYN a packet may be that confirms its flow, in bytes.
 pub(crate) const CONFIRM_WINDOW: u32 = 64 << 10;
+/// How far from the newest sequence number of its direction a FIN or RST may be, in bytes, to
+/// either side. A sender's own number is exact; what it sent before may have been lost on its
+/// way here, and an answer to a late packet carries that packet's number.
+const CLOSE_WINDOW: u32 = 64 << 10;
+/// How far a packet may be ahead of the newest one before it, in bytes: a lost burst.
+const ADVANCE_WINDOW: u32 = 16 << 20;
 
 /// What steering needs to know of a packet's transport header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,22 +43,30 @@ pub struct Segment {
     pub tcp_flags: u8,
     /// TCP sequence number, host order; for UDP what [`crate::quic::classify`] says, else 0.
     pub seq: u32,
+    /// Bytes of a TCP segment's payload; 0 for UDP, and where no entry is looked up.
+    pub payload_bytes: u32,
     /// What a datagram is of a QUIC connection; [`Quic::Other`] for TCP, for services without
     /// QUIC, and where nothing depends on it.
     pub quic: Quic,
 }
 
 impl Segment {
-    /// A TCP segment.
+    /// A TCP segment without payload.
     #[inline(always)]
     pub const fn tcp(tcp_flags: u8, seq: u32) -> Self {
-        Self { protocol: IPPROTO_TCP, tcp_flags, seq, quic: Quic::Other }
+        Self { protocol: IPPROTO_TCP, tcp_flags, seq, payload_bytes: 0, quic: Quic::Other }
+    }
+
+    /// The same segment with so much payload.
+    #[inline(always)]
+    pub const fn carrying(self, payload_bytes: u32) -> Self {
+        Self { payload_bytes, ..self }
     }
 
     /// A UDP datagram, of whatever is in it.
     #[inline(always)]
     pub const fn udp() -> Self {
-        Self { protocol: IPPROTO_UDP, tcp_flags: 0, seq: 0, quic: Quic::Other }
+        Self { protocol: IPPROTO_UDP, tcp_flags: 0, seq: 0, payload_bytes: 0, quic: Quic::Other }
     }
 
     /// Whether the segment opens a TCP connection: SYN without ACK, FIN or RST.
@@ -61,9 +75,11 @@ impl Segment {
         self.tcp_flags & (TCP_SYN | TCP_ACK | TCP_FIN | TCP_RST) == TCP_SYN
     }
 
+    /// The number of what its sender sends next: SYN and FIN count as a byte (RFC 9293, 3.4).
     #[inline(always)]
-    const fn closes(self) -> bool {
-        self.tcp_flags & (TCP_FIN | TCP_RST) != 0
+    pub(crate) const fn next_seq(self) -> u32 {
+        let flags = (self.tcp_flags & TCP_FIN) + (self.tcp_flags >> 1 & 1);
+        self.seq.wrapping_add(self.payload_bytes).wrapping_add(flags as u32)
     }
 
     /// Whether the segment comes shortly after the SYN numbered `syn_seq`.
@@ -183,7 +199,7 @@ fn steer_tcp<K, F: Flows<K>>(
         let same = flow.syn_seq == segment.seq;
         let replace = flags & BACKEND_MAINT != 0
             || (unfit && provisional)
-            || (!same && (provisional || unfit || was & state::CLOSING != 0));
+            || (!same && (provisional || unfit || was & (state::CLOSING | state::RESET) != 0));
         flow.last_ns = now;
         if !replace {
             return Steering { backend, opens: false };
@@ -193,15 +209,50 @@ fn steer_tcp<K, F: Flows<K>>(
         flow.state = state::PROVISIONAL;
         return Steering { backend: current, opens: true };
     }
-    if was & state::PROVISIONAL != 0 && !segment.follows(flow.syn_seq) {
-        return Steering { backend: previous, opens: false };
+    if was & state::PROVISIONAL != 0 {
+        if !segment.follows(flow.syn_seq) {
+            return Steering { backend: previous, opens: false };
+        }
+        // What it sends from here on is measured by this packet.
+        flow.next_seq = segment.seq;
     }
-    let becomes = if segment.closes() { state::CLOSING } else { 0 };
+    let becomes = heard(flow, segment, state::CLOSING, state::RESET) & !state::PROVISIONAL;
     if was != becomes {
         flow.state = becomes;
     }
     flow.last_ns = now;
     Steering { backend, opens: false }
+}
+
+/// What a packet on an open connection makes of the state of its direction, `fin` and `rst`
+/// being the bits for it.
+///
+/// A FIN ends the direction until something comes that was sent after it, which the sender of
+/// a FIN does not do: then the FIN was not its own. Acknowledgements and what is sent again
+/// leave the mark, or no connection that has ended would ever be told from an open one.
+#[inline(always)]
+pub(crate) fn heard(flow: &mut Flow, segment: Segment, fin: u32, rst: u32) -> u32 {
+    let was = flow.state;
+    let near =
+        segment.seq.wrapping_sub(flow.next_seq).wrapping_add(CLOSE_WINDOW) < 2 * CLOSE_WINDOW;
+    if segment.tcp_flags & TCP_RST != 0 {
+        return if near { was | rst } else { was };
+    }
+    // Whatever it was, the sender is still there.
+    let was = was & !rst;
+    let next_seq = segment.next_seq();
+    if segment.tcp_flags & TCP_FIN != 0 {
+        if !near {
+            return was;
+        }
+        flow.next_seq = next_seq;
+        return was | fin;
+    }
+    if next_seq.wrapping_sub(flow.next_seq).wrapping_sub(1) < ADVANCE_WINDOW {
+        flow.next_seq = next_seq;
+        return was & !fin;
+    }
+    was
 }
 
 #[inline(always)]
@@ -340,7 +391,7 @@ fn tracked_flow(service: &Service, backend: BackendIndex, state: u32, seq: u32, 
         service: service.id as u16,
         eth: [word; 3],
         ifindex: word,
-        newest_seq: word,
+        next_seq: word,
         other: word,
     }
 }

@@ -61,24 +61,43 @@ impl Transport {
     }
 
     /// What the packet is to steering, with what its payload says where that can matter: for
-    /// flows that are looked up, of services with QUIC. Its lengths fit.
+    /// flows that are looked up. Its lengths fit into `room` bytes.
     #[inline(always)]
-    pub(crate) fn looked_up(&self, packet: &Packet, service: &Service) -> Segment {
-        let mut segment = self.segment;
-        if service.flags & SERVICE_QUIC == 0 || segment.protocol == IPPROTO_TCP {
-            return segment;
+    pub(crate) fn looked_up(&self, packet: &Packet, service: &Service, room: usize) -> Segment {
+        if self.segment.protocol == IPPROTO_TCP {
+            return self.measured(packet, room);
         }
-        (segment.quic, segment.seq) = packet.quic();
+        let mut segment = self.segment;
+        if service.flags & SERVICE_QUIC != 0 {
+            (segment.quic, segment.seq) = packet.quic();
+        }
         segment
+    }
+
+    /// What the packet is to steering, with the length of a TCP segment's payload. Its lengths fit
+    /// into `room` bytes.
+    #[inline(always)]
+    pub(crate) fn measured(&self, packet: &Packet, room: usize) -> Segment {
+        if self.segment.protocol != IPPROTO_TCP {
+            return self.segment;
+        }
+        let header_bytes = self.tcp_header_bytes(packet).unwrap_or(room);
+        self.segment.carrying(room.wrapping_sub(header_bytes) as u32)
+    }
+
+    /// Length of the TCP header with its options, as it says itself.
+    #[inline(always)]
+    fn tcp_header_bytes(&self, packet: &Packet) -> Option<usize> {
+        let tcp: *mut Tcp = packet.at(self.offset)?;
+        // SAFETY: `at` checked the bounds.
+        Some(usize::from(unsafe { (*tcp).data_offset } >> 4) * 4)
     }
 
     /// Whether the header and what it says of its length fit into `room` bytes.
     #[inline(always)]
     pub(crate) fn fits(&self, packet: &Packet, room: usize) -> bool {
         if self.segment.protocol == IPPROTO_TCP {
-            let Some(tcp) = packet.at::<Tcp>(self.offset) else { return false };
-            // SAFETY: `at` checked the bounds.
-            let header = usize::from(unsafe { (*tcp).data_offset } >> 4) * 4;
+            let Some(header) = self.tcp_header_bytes(packet) else { return false };
             return header >= size_of::<Tcp>() && header <= room;
         }
         let Some(udp) = packet.at::<Udp>(self.offset) else { return false };

@@ -54,13 +54,23 @@ pub(crate) fn ingress(packet: &Packet) -> Result<u32, Reason> {
         return translate(packet, ip, &transport, service, &key);
     }
     let (_, entry) = bucket_entry(service, ip, &transport)?;
-    // What a datagram says of itself costs a look, which few packets need.
-    let segment =
-        if entry.tracked() { transport.looked_up(packet, service) } else { transport.segment };
+    // What a payload says costs a look, which few packets need.
+    let segment = if entry.tracked() {
+        transport.looked_up(packet, service, room(ip))
+    } else {
+        transport.segment
+    };
     let steering = steer(&FlowsV4, service, entry, &key, segment);
     let backend = forward::usable(steering.backend)?;
     forward::count_sent(packet, steering.backend, steering.opens);
     forward::send(packet, &backend.eth, backend.ifindex)
+}
+
+/// Bytes that the header leaves for what follows it, in a packet whose lengths fit.
+#[inline(always)]
+fn room(ip: &Ipv4) -> usize {
+    usize::from(u16::from_be(ip.total_length_be))
+        .wrapping_sub(usize::from(ip.version_ihl & 0xf) * 4)
 }
 
 /// Whether the headers' lengths can be, each within the one around it.
@@ -106,7 +116,7 @@ fn translate(
     if ip.ttl_protocol[0] <= 1 {
         return Err(Reason::DropTtlExpired);
     }
-    let segment = transport.looked_up(packet, service);
+    let segment = transport.looked_up(packet, service, room(ip));
     let (flow, opens) = match nat::step(&FlowsV4, service, key, segment, transport.ack(packet)) {
         Step::NoFlow => return Err(Reason::PassNoFlow),
         Step::Follow(flow) => (flow, false),
@@ -151,13 +161,12 @@ fn translate(
 /// Carries a backend's packet of a translated flow to the client; `None` if it belongs to none.
 #[inline(always)]
 fn returned(packet: &Packet, ip: &mut Ipv4, transport: &Transport) -> Option<Result<u32, Reason>> {
-    let segment = transport.segment;
     let key = FlowKeyV4::tuple(
         [u64::from(ip.src_be), 0],
         [u64::from(ip.dst_be), 0],
         transport.src_port_be,
         transport.dst_port_be,
-        segment.protocol,
+        transport.segment.protocol,
     );
     let flow = FlowsV4.lookup(&key);
     if flow.is_null() {
@@ -174,6 +183,7 @@ fn returned(packet: &Packet, ip: &mut Ipv4, transport: &Transport) -> Option<Res
     if ip.ttl_protocol[0] <= 1 {
         return Some(Err(Reason::DropTtlExpired));
     }
+    let segment = transport.measured(packet, room(ip));
     nat::returned::<FlowKeyV4, _>(&FlowsV4, flow, segment, transport.ack(packet), FlowsV4.now_ns());
     if let Err(reason) = rewrite(packet, ip, transport, flow) {
         return Some(Err(reason));

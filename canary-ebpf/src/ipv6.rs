@@ -47,21 +47,29 @@ pub(crate) fn ingress(packet: &Packet) -> Result<u32, Reason> {
         return translate(packet, ip, &transport, service, &key);
     }
     let (_, entry) = bucket_entry(service, ip, &transport)?;
-    // What a datagram says of itself costs a look, which few packets need.
-    let segment =
-        if entry.tracked() { transport.looked_up(packet, service) } else { transport.segment };
+    // What a payload says costs a look, which few packets need.
+    let segment = if entry.tracked() {
+        transport.looked_up(packet, service, room(ip))
+    } else {
+        transport.segment
+    };
     let steering = steer(&FlowsV6, service, entry, &key, segment);
     let backend = forward::usable(steering.backend)?;
     forward::count_sent(packet, steering.backend, steering.opens);
     forward::send(packet, &backend.eth, backend.ifindex)
 }
 
+/// Bytes that follow the header, in a packet whose lengths fit.
+#[inline(always)]
+fn room(ip: &Ipv6) -> usize {
+    usize::from(u16::from_be(ip.payload_length_be))
+}
+
 /// Whether the headers' lengths can be, each within the one around it.
 #[inline(always)]
 fn well_formed(packet: &Packet, ip: &Ipv6, transport: &Transport) -> bool {
-    let payload_bytes = usize::from(u16::from_be(ip.payload_length_be));
-    ETH_BYTES + size_of::<Ipv6>() + payload_bytes <= packet.len_bytes()
-        && transport.fits(packet, payload_bytes)
+    ETH_BYTES + size_of::<Ipv6>() + room(ip) <= packet.len_bytes()
+        && transport.fits(packet, room(ip))
 }
 
 /// The packet's hash, and the entry of the bucket that it falls into.
@@ -96,7 +104,7 @@ fn translate(
     if ip.hop_limit <= 1 {
         return Err(Reason::DropTtlExpired);
     }
-    let segment = transport.looked_up(packet, service);
+    let segment = transport.looked_up(packet, service, room(ip));
     let (flow, opens) = match nat::step(&FlowsV6, service, key, segment, transport.ack(packet)) {
         Step::NoFlow => return Err(Reason::PassNoFlow),
         Step::Follow(flow) => (flow, false),
@@ -141,13 +149,12 @@ fn translate(
 /// Carries a backend's packet of a translated flow to the client; `None` if it belongs to none.
 #[inline(always)]
 fn returned(packet: &Packet, ip: &mut Ipv6, transport: &Transport) -> Option<Result<u32, Reason>> {
-    let segment = transport.segment;
     let key = FlowKeyV6::tuple(
         [ip.src[0], ip.src[1]],
         [ip.dst[0], ip.dst[1]],
         transport.src_port_be,
         transport.dst_port_be,
-        segment.protocol,
+        transport.segment.protocol,
     );
     let flow = FlowsV6.lookup(&key);
     if flow.is_null() {
@@ -164,6 +171,7 @@ fn returned(packet: &Packet, ip: &mut Ipv6, transport: &Transport) -> Option<Res
     if ip.hop_limit <= 1 {
         return Some(Err(Reason::DropTtlExpired));
     }
+    let segment = transport.measured(packet, room(ip));
     nat::returned::<FlowKeyV6, _>(&FlowsV6, flow, segment, transport.ack(packet), FlowsV6.now_ns());
     if let Err(reason) = rewrite(packet, ip, transport, flow) {
         return Some(Err(reason));

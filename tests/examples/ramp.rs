@@ -30,7 +30,6 @@ use canary_ebpf_common::{
     hash::{bucket, hash_v4},
     nat::bits,
     ports::PortRange,
-    quic::Quic,
     steer::{Segment, TCP_ACK, TCP_FIN, TCP_SYN},
 };
 use canary_tests::{
@@ -89,10 +88,6 @@ fn planner(shop: &Shop) -> Planner {
     let hops: HashMap<_, _> = planner.addresses().into_iter().map(|ip| (ip, Ok(hop(ip)))).collect();
     planner.set_next_hops(&hops);
     planner
-}
-
-fn segment(tcp_flags: u8, seq: u32) -> Segment {
-    Segment { protocol: IPPROTO_TCP, tcp_flags, seq, quic: Quic::Other }
 }
 
 /// Runs the ramp with `drain`; prints a line for each step, and at its end.
@@ -168,9 +163,12 @@ fn ramp(drain: Duration, seed: u64) {
             ends.pop();
             ended.push_back(second);
             let (at, began_s) = open.remove(&n).expect("it is open");
-            let (_, went) =
-                model.decide(service, &tuple(n), segment(TCP_FIN | TCP_ACK, 1002), 0, 64);
-            if went != at {
+            // It closes, and acknowledges the server's FIN.
+            let last = [(TCP_FIN | TCP_ACK, 1001), (TCP_ACK, 1002)];
+            let went = last.map(|(flags, seq)| {
+                model.decide(service, &tuple(n), Segment::tcp(flags, seq), 0, 64).1
+            });
+            if went != [at; 2] {
                 // Its bucket may have moved right after it began, and no sooner.
                 match second - began_s > drain.as_secs() * 9 / 10 {
                     true => counts.outlived += 1,
@@ -180,8 +178,10 @@ fn ramp(drain: Duration, seed: u64) {
         }
         while next_ms < (now_ms + 1000) as f64 {
             let before = model.flows.len();
-            let (bucket, at) = model.decide(service, &tuple(number), segment(TCP_SYN, 1000), 0, 64);
-            let (_, again) = model.decide(service, &tuple(number), segment(TCP_ACK, 1001), 0, 64);
+            let (bucket, at) =
+                model.decide(service, &tuple(number), Segment::tcp(TCP_SYN, 1000), 0, 64);
+            let (_, again) =
+                model.decide(service, &tuple(number), Segment::tcp(TCP_ACK, 1001), 0, 64);
             counts.broken += u64::from(at != again);
             if in_hour {
                 counts.began += 1;

@@ -584,7 +584,8 @@ fn transport_at(tuple: &Tuple) -> usize {
 fn write_frame(frame: &mut Vec<u8>, from: Host, tuple: &Tuple, segment: Segment, ack: u32) {
     let Tuple { src, dst, src_port, dst_port, protocol } = *tuple;
     let tcp = protocol == IPPROTO_TCP;
-    let transport_bytes: u16 = if tcp { 20 } else { 8 };
+    let payload_bytes = u16::try_from(segment.payload_bytes).expect("a packet's payload");
+    let transport_bytes: u16 = if tcp { 20 + payload_bytes } else { 8 };
     frame.clear();
     frame.extend(Host::Us.mac());
     frame.extend(from.mac());
@@ -612,6 +613,7 @@ fn write_frame(frame: &mut Vec<u8>, from: Host, tuple: &Tuple, segment: Segment,
         let ack = if segment.tcp_flags & TCP_ACK != 0 { ack } else { 0 };
         frame.extend(ack.to_be_bytes());
         frame.extend([0x50, segment.tcp_flags, 0xff, 0xff, 0, 0, 0, 0]);
+        frame.resize(frame.len() + usize::from(payload_bytes), 0);
     } else {
         // A sum of its own (RFC 768): IPv6 has no datagrams without.
         frame.extend([0, 8, 0x12, 0x34]);

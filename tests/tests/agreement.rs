@@ -86,7 +86,7 @@ fn letters(flags: u8) -> String {
     if set.is_empty() { "-".to_owned() } else { set }
 }
 
-/// A client's packet; `payload` is in the notation, and nothing for TCP.
+/// A client's packet; `payload` is a datagram's, in the notation.
 fn frame(
     tuple: &Tuple,
     segment: Segment,
@@ -105,9 +105,10 @@ fn frame(
     let transport = match *protocol {
         IPPROTO_TCP => {
             format!(
-                "tcp {src_port} > {dst_port} {} seq={} ack={ack}",
+                "tcp {src_port} > {dst_port} {} seq={} ack={ack} / zeros {}",
                 letters(segment.tcp_flags),
-                segment.seq
+                segment.seq,
+                segment.payload_bytes
             )
         }
         _ => format!("udp {src_port} > {dst_port}{payload}"),
@@ -186,7 +187,7 @@ fn random_case(random: &mut Random, services: usize) -> Case {
     let (payload, segment) = match protocol {
         IPPROTO_TCP => {
             let seq = random.bits() as u32;
-            (String::new(), Segment::tcp(flags, seq))
+            (String::new(), Segment::tcp(flags, seq).carrying(random.below(3) as u32 * 700))
         }
         _ => random_payload(random, quic(service)),
     };
@@ -320,14 +321,17 @@ fn event(random: &mut Random, tuple: &Tuple, seq: &mut u32, quic: bool) -> (Stri
             *seq = random.bits() as u32;
             (TCP_SYN, *seq)
         }
-        35..60 => (TCP_ACK, seq.wrapping_add(1 + random.below(70_000) as u32)),
+        35..50 => (TCP_ACK, seq.wrapping_add(1 + random.below(70_000) as u32)),
+        // What comes after a FIN, and before it.
+        50..60 => (TCP_ACK, seq.wrapping_add(random.below(4) as u32)),
         60..70 => (TCP_ACK, random.bits() as u32),
         70..80 => (TCP_FIN | TCP_ACK, seq.wrapping_add(1)),
         80..90 => (TCP_RST, seq.wrapping_add(1)),
         90..95 => (TCP_SYN | TCP_ACK, seq.wrapping_add(1)),
         _ => (random.bits() as u8, seq.wrapping_add(1)),
     };
-    (String::new(), Segment::tcp(tcp_flags, seq))
+    let payload_bytes = random.one_of(&[0, 0, 1, 2, 1000]);
+    (String::new(), Segment::tcp(tcp_flags, seq).carrying(payload_bytes))
 }
 
 /// Fields of an entry that do not depend on the clock or on MAC addresses.
@@ -412,7 +416,7 @@ fn sequence<K>(
         let known = model.flows.get(&key);
         // Mostly what the other side has sent last.
         let ack = |to: Option<Flow>| match to {
-            Some(flow) if random.clone().below(4) > 0 => flow.newest_seq.wrapping_add(1),
+            Some(flow) if random.clone().below(4) > 0 => flow.next_seq,
             _ => random.clone().bits() as u32,
         };
         let reverse = known.and_then(|f| model.flows.get(&nat::opposite(&f, tuple.protocol)));

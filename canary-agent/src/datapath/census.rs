@@ -99,8 +99,7 @@ impl Key for pod::FlowKeyV6 {
 /// Counts the open connections of `wanted` (by table id) in a flow table for `capacity` entries.
 ///
 /// A connection counts from its first confirmed packet to the first sign of its end. What a
-/// translated one has come to is said by its two entries together: the mark of the client's
-/// FIN goes with its next packet, that of the server's stays.
+/// translated one has come to is said by its two entries together.
 pub(super) fn count<K: Key>(
     table: &FlowTable<K>,
     capacity: u64,

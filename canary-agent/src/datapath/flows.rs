@@ -132,12 +132,17 @@ pub const fn patience_ns(bits: u32, udp_idle_ns: u64, pressed: bool) -> Option<u
             _ => HALF_OPEN_NS,
         }
     } else if bits & state::NAT == 0 {
-        match bits & (state::PROVISIONAL | state::CLOSING) {
+        if bits & state::PROVISIONAL != 0 {
+            HALF_OPEN_NS
+        } else if bits & (state::CLOSING | state::RESET) == 0 {
             // A tracked connection lives as long as its bucket is tracked.
-            0 => return None,
-            state::CLOSING if pressed => CLOSING_PRESSED_NS,
-            state::CLOSING => CLOSING_NS,
-            _ => HALF_OPEN_NS,
+            return None;
+        } else if pressed {
+            CLOSING_PRESSED_NS
+        } else {
+            // A RST that somebody forged comes right for its entry as long as its client says
+            // something in this time, as a FIN does.
+            CLOSING_NS
         }
     } else if bits & (state::RESET | state::SERVER_RESET) != 0 {
         RESET_NS
@@ -322,6 +327,13 @@ mod tests {
         for (name, bits, calm, pressed) in [
             ("tracked, half-open", half, Some(10 * S), Some(10 * S)),
             ("tracked, closing", state::CLOSING, Some(120 * S), Some(30 * S)),
+            ("tracked, reset", state::RESET, Some(120 * S), Some(30 * S)),
+            (
+                "tracked, reset after a FIN",
+                state::CLOSING | state::RESET,
+                Some(120 * S),
+                Some(30 * S),
+            ),
             ("tracked, open", 0, None, None),
             ("tracked UDP", state::UDP, Some(7 * S), Some(7 * S)),
             ("SYN_SENT", nat(half), Some(120 * S), Some(10 * S)),

@@ -37,8 +37,8 @@ pub(crate) enum Event {
     Reset { c: u8 },
     /// Somebody sends a SYN in the client's name, and does not know its sequence numbers.
     ForgedSyn { c: u8, guess: u32 },
-    /// Somebody sends a RST in the client's name, and does not know its sequence numbers.
-    ForgedReset { c: u8, guess: u32 },
+    /// Somebody sends a FIN or RST in the client's name, and does not know its sequence numbers.
+    ForgedEnd { c: u8, fin: bool, guess: u32 },
     /// The backend answers (`nat`).
     Answer { c: u8 },
     /// The client sends a datagram.
@@ -127,7 +127,7 @@ fn event(kind: Kind, random: &mut Random) -> Event {
         530..570 => Event::Fin { c },
         570..590 => Event::Reset { c },
         590..630 => Event::ForgedSyn { c, guess: bits & 0xff_ffff },
-        630..650 => Event::ForgedReset { c, guess: bits },
+        630..650 => Event::ForgedEnd { c, fin: bits >> 31 == 0, guess: bits & 0xff_ffff },
         650..700 if kind == Kind::Nat => Event::Answer { c },
         650..790 if kind != Kind::Small => {
             let c = CONNECTIONS - DATAGRAMS + random.below(u64::from(DATAGRAMS)) as u8;

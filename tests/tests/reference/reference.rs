@@ -42,7 +42,7 @@ pub(crate) enum State {
     HalfOpen,
     /// It is open.
     Open,
-    /// The last thing that came in its name was a FIN or RST.
+    /// The client has sent a FIN, or a RST and nothing since.
     Closing,
 }
 
@@ -57,7 +57,7 @@ pub(crate) struct Connection {
     pub(crate) isn: u32,
     /// Bytes that the client has sent.
     pub(crate) sent: u32,
-    /// Whether the client has sent a FIN: then it sends no more data (`nat`).
+    /// Whether the client has sent a FIN: then it sends no more data.
     pub(crate) finished: bool,
     /// The source port that its packets leave with (`nat`).
     pub(crate) port: u16,
@@ -85,8 +85,7 @@ pub(crate) enum Sent {
     Fin,
     /// A RST.
     Reset,
-    /// A RST that is not the client's, with a number far from its own, where that is told from
-    /// the client's (`nat`).
+    /// A FIN or RST that is not the client's, with a number far from its own.
     Blind,
     /// A SYN that is not the client's.
     Forged,
@@ -482,8 +481,7 @@ impl Reference {
             (Sent::Duplicate, Some(c)) => Connection { seen_ms: now, ..c },
             // What comes after its FIN acknowledges, and does not take it back.
             (Sent::Data, Some(c)) => {
-                let over = self.rules.nat && c.finished;
-                let state = if over { State::Closing } else { State::Open };
+                let state = if c.finished { State::Closing } else { State::Open };
                 Connection { state, seen_ms: now, port, ..c }
             }
             (Sent::Fin | Sent::Reset, Some(c)) => {

@@ -117,7 +117,7 @@ impl Run<'_> {
             Event::Resend { c } => {
                 let tuple = self.tuple(c);
                 if let Some(isn) = self.state(&tuple, |s| s == State::HalfOpen) {
-                    self.tcp(&tuple, Sent::Resend, TCP_SYN, isn)?;
+                    self.tcp(&tuple, Sent::Resend, Segment::tcp(TCP_SYN, isn))?;
                 }
             }
             Event::Duplicate { c } => {
@@ -126,7 +126,7 @@ impl Run<'_> {
                 if self.reference.may_duplicate(&tuple, bucket)
                     && let Some(isn) = self.state(&tuple, |s| s == State::Open)
                 {
-                    self.tcp(&tuple, Sent::Duplicate, TCP_SYN, isn)?;
+                    self.tcp(&tuple, Sent::Duplicate, Segment::tcp(TCP_SYN, isn))?;
                 }
             }
             Event::Data { c, bytes } => self.data(c, u32::from(bytes))?,
@@ -134,8 +134,10 @@ impl Run<'_> {
                 let tuple = self.tuple(c);
                 if let Some(isn) = self.state(&tuple, |s| s != State::HalfOpen) {
                     let sent = self.reference.connection(&tuple).map_or(0, |c| c.sent);
-                    let seq = isn.wrapping_add(1).wrapping_add(sent.saturating_sub(bytes.into()));
-                    self.tcp(&tuple, Sent::Data, TCP_ACK, seq)?;
+                    let bytes = u32::from(bytes).min(sent);
+                    let seq = isn.wrapping_add(1).wrapping_add(sent - bytes);
+                    let segment = Segment::tcp(TCP_ACK, seq).carrying(bytes);
+                    self.tcp(&tuple, Sent::Data, segment)?;
                 }
             }
             Event::Fin { c } => self.close(c, Sent::Fin, TCP_FIN | TCP_ACK)?,
@@ -147,19 +149,15 @@ impl Run<'_> {
                 {
                     // Far from what the client has sent and will send.
                     let seq = isn.wrapping_add(1 << 31).wrapping_add(guess);
-                    self.tcp(&tuple, Sent::Forged, TCP_SYN, seq)?;
+                    self.tcp(&tuple, Sent::Forged, Segment::tcp(TCP_SYN, seq))?;
                 }
             }
-            Event::ForgedReset { c, guess } => {
+            Event::ForgedEnd { c, fin, guess } => {
                 let tuple = self.tuple(c);
                 if let Some(isn) = self.state(&tuple, |s| s == State::Open) {
-                    let (sent, seq) = match self.reference.rules.nat {
-                        true => {
-                            (Sent::Blind, isn.wrapping_add(1 << 31).wrapping_add(guess & 0xff_ffff))
-                        }
-                        false => (Sent::Reset, guess),
-                    };
-                    self.tcp(&tuple, sent, TCP_RST, seq)?;
+                    let seq = isn.wrapping_add(1 << 31).wrapping_add(guess);
+                    let flags = if fin { TCP_FIN | TCP_ACK } else { TCP_RST };
+                    self.tcp(&tuple, Sent::Blind, Segment::tcp(flags, seq))?;
                 }
             }
             Event::Answer { c } => self.answer(c)?,
@@ -172,7 +170,7 @@ impl Run<'_> {
                     if c >= CONNECTIONS - DATAGRAMS {
                         self.datagram(c)?;
                     } else if again && state == State::HalfOpen {
-                        self.tcp(&tuple, Sent::Resend, TCP_SYN, isn)?;
+                        self.tcp(&tuple, Sent::Resend, Segment::tcp(TCP_SYN, isn))?;
                     } else {
                         self.data(c, 100)?;
                     }
@@ -419,7 +417,7 @@ impl Run<'_> {
         let tuple = self.tuple(c);
         let old = self.reference.open.get(&tuple).cloned();
         self.tally.opened += 1;
-        self.tcp(&tuple, Sent::Open { isn }, TCP_SYN, isn)?;
+        self.tcp(&tuple, Sent::Open { isn }, Segment::tcp(TCP_SYN, isn))?;
         let follows = |old: &Connection| {
             self.planned.flow(&tuple).is_some_and(|flow| flow.syn_seq == old.isn && old.isn != isn)
         };
@@ -430,7 +428,7 @@ impl Run<'_> {
             // client has none, refuses that, and asks again (RFC 9293, 3.10.7.4 and 3.5.2).
             let next = old.isn.wrapping_add(1).wrapping_add(old.sent);
             self.planned.translated(&tuple, Segment::tcp(TCP_RST, next));
-            self.tcp(&tuple, Sent::Open { isn }, TCP_SYN, isn)?;
+            self.tcp(&tuple, Sent::Open { isn }, Segment::tcp(TCP_SYN, isn))?;
         }
         Ok(())
     }
@@ -438,22 +436,27 @@ impl Run<'_> {
     fn data(&mut self, c: u8, bytes: u32) -> Result<(), String> {
         let tuple = self.tuple(c);
         let Some(connection) = self.reference.connection(&tuple) else { return Ok(()) };
-        let seq = connection.isn.wrapping_add(1).wrapping_add(connection.sent);
-        if !connection.finished {
+        let next = connection.isn.wrapping_add(1).wrapping_add(connection.sent);
+        let segment = if connection.finished {
+            // Its FIN has a number, and nothing is sent after that.
+            Segment::tcp(TCP_ACK, next.wrapping_add(1))
+        } else {
             connection.sent += bytes;
-        }
-        self.tcp(&tuple, Sent::Data, TCP_ACK, seq)
+            Segment::tcp(TCP_ACK, next).carrying(bytes)
+        };
+        self.tcp(&tuple, Sent::Data, segment)
     }
 
     fn close(&mut self, c: u8, sent: Sent, flags: u8) -> Result<(), String> {
         let tuple = self.tuple(c);
         let Some(connection) = self.reference.connection(&tuple) else { return Ok(()) };
         let seq = connection.isn.wrapping_add(1).wrapping_add(connection.sent);
-        self.tcp(&tuple, sent, flags, seq)
+        self.tcp(&tuple, sent, Segment::tcp(flags, seq))
     }
 
-    fn tcp(&mut self, tuple: &Tuple, sent: Sent, tcp_flags: u8, seq: u32) -> Result<(), String> {
-        let (went, port) = self.judged(tuple, sent, Segment::tcp(tcp_flags, seq))?;
+    fn tcp(&mut self, tuple: &Tuple, sent: Sent, segment: Segment) -> Result<(), String> {
+        let seq = segment.seq;
+        let (went, port) = self.judged(tuple, sent, segment)?;
         if self.reference.rules.nat
             && matches!(sent, Sent::Open { .. } | Sent::Resend)
             && let Went::To(backend) = went

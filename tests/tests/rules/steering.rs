@@ -253,23 +253,90 @@ fn rule_05_what_was_opened_while_there_was_no_backend_finds_one_later() {
 }
 
 #[test]
-fn rule_06_fin_and_rst_only_mark_an_entry_and_any_later_packet_revives_it() {
+fn rule_06_fin_and_rst_only_mark_an_entry_which_goes_after_120_seconds_of_silence() {
     for family in FAMILIES {
-        for close in [fin(1001), rst(1001)] {
+        for (close, mark) in [(fin(1001), flow_state::CLOSING), (rst(1001), flow_state::RESET)] {
             let mut planned = moved();
             let tuples = tuples_moved(&planned, family, IPPROTO_TCP, 2);
             let new: Vec<Went> = tuples.iter().map(|t| current(&planned, t)).collect();
             for tuple in &tuples {
                 establish(&mut planned, tuple, 1000);
                 planned.send(tuple, close);
-                assert_eq!(planned.flow(tuple).expect("it is marked").state, flow_state::CLOSING);
+                assert_eq!(planned.flow(tuple).expect("it is marked").state, mark);
             }
             planned.pass(110 * S);
-            assert_eq!(planned.send(&tuples[0], ack(1002)), new[0], "still there");
-            assert_eq!(planned.flow(&tuples[0]).unwrap().state, 0, "and revived");
+            // What the client still has to say: another FIN, another RST.
+            assert_eq!(planned.send(&tuples[0], close), new[0], "still there");
             planned.pass(20 * S);
             assert!(planned.flow(&tuples[1]).is_none(), "gone after 120 s of silence");
-            assert_eq!(planned.send(&tuples[0], ack(1003)), new[0]);
+            assert_eq!(planned.send(&tuples[0], close), new[0], "after 20 s");
+            planned.pass(130 * S);
+            assert_eq!(planned.flows(), 0, "what is closed does not stay until the drain is over");
+        }
+    }
+}
+
+/// A client that has sent a FIN sends nothing new: it acknowledges, and repeats itself.
+#[test]
+fn rule_06_what_a_closed_connection_still_sends_takes_no_mark_away() {
+    for family in FAMILIES {
+        let mut planned = three_places();
+        let tuple = one_moved(&planned, family);
+        assert_eq!(establish(&mut planned, &tuple, 1000), Went::To(2));
+        assert_eq!(planned.send(&tuple, data(1001, 500)), Went::To(2));
+        assert_eq!(planned.send(&tuple, fin(1501).carrying(99)), Went::To(2));
+        moves_on(&mut planned);
+        let after = [
+            ("an acknowledgement", ack(1601)),
+            ("one that was overtaken", ack(1501)),
+            ("the FIN once more", fin(1501).carrying(99)),
+            ("its data once more", data(1001, 500)),
+            ("a probe", ack(1600)),
+            ("a probe with a byte", data(1600, 1)),
+        ];
+        for (what, segment) in after {
+            // Half-closed or not: it goes where the connection is, and keeps its entry.
+            planned.pass(110 * S);
+            assert_eq!(planned.send(&tuple, segment), Went::To(2), "{what}");
+            let state = planned.flow(&tuple).expect(what).state;
+            assert_eq!(state, flow_state::CLOSING, "{what}");
+        }
+        assert_eq!(planned.send(&tuple, syn(700_000)), Went::To(3), "the tuple is used again");
+        assert_eq!(planned.send(&tuple, ack(700_001)), Went::To(3));
+    }
+}
+
+#[test]
+fn rule_06_what_comes_after_a_forged_fin_or_rst_revives_the_connection() {
+    for family in FAMILIES {
+        let mut planned = three_places();
+        let tuples = tuples_moved(&planned, family, IPPROTO_TCP, 3);
+        for tuple in &tuples {
+            assert_eq!(establish(&mut planned, tuple, 1000), Went::To(2));
+        }
+        planned.send(&tuples[0], fin(1001));
+        planned.send(&tuples[0], data(1001, 2));
+        planned.send(&tuples[1], rst(1001));
+        planned.send(&tuples[1], ack(1001));
+        // As near as they have to be; one more is too far. 1001 comes next.
+        for seq in [1001 + (64 << 10), 1000_u32.wrapping_sub(64 << 10)] {
+            planned.send(&tuples[2], fin(seq));
+            planned.send(&tuples[2], rst(seq));
+        }
+        moves_on(&mut planned);
+        for tuple in &tuples {
+            assert_eq!(planned.flow(tuple).expect("it is open").state, 0);
+            assert_eq!(planned.send(tuple, syn(700_000)), Went::To(2), "and not used again");
+        }
+        // Nor does silence end it.
+        planned.pass(130 * S);
+        for tuple in &tuples {
+            assert_eq!(planned.send(tuple, ack(1003)), Went::To(2));
+        }
+        for seq in [1003 - 1 + (64 << 10), 1003_u32.wrapping_sub(64 << 10)] {
+            planned.send(&tuples[0], rst(seq));
+            assert_eq!(planned.flow(&tuples[0]).unwrap().state, flow_state::RESET, "{seq}");
+            planned.send(&tuples[0], ack(1003));
         }
     }
 }

@@ -28,6 +28,10 @@ pub(crate) fn ack(seq: u32) -> Segment {
     tcp(TCP_ACK, seq)
 }
 
+pub(crate) fn data(seq: u32, payload_bytes: u32) -> Segment {
+    ack(seq).carrying(payload_bytes)
+}
+
 pub(crate) fn fin(seq: u32) -> Segment {
     tcp(TCP_FIN | TCP_ACK, seq)
 }
