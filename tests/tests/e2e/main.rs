@@ -27,6 +27,7 @@ mod pressure;
 mod quic;
 mod quic_peer;
 mod reload;
+mod reused;
 mod service;
 mod soak;
 mod sound;
