@@ -45,6 +45,11 @@ const MOST_VALUES: usize = 1 << 16;
 const FEW: usize = 16;
 
 impl<T> Packed<T> {
+    /// A list of one value, so many times.
+    pub fn of_one(value: T, len: usize) -> Self {
+        Self(Form::Packed { values: vec![value], words: Vec::new(), log_bits: 0, len })
+    }
+
     /// How many values it holds.
     pub fn len(&self) -> usize {
         match &self.0 {
@@ -303,6 +308,14 @@ mod tests {
                     [&plain[..], &[9]].concat()
                 );
             }
+        }
+    }
+
+    #[test]
+    fn one_value_takes_no_bits() {
+        for len in [0, 1, 4_096] {
+            let list = Packed::of_one(7_u8, len);
+            assert_eq!((list.len(), list.to_vec()), (len, vec![7; len]));
         }
     }
 

@@ -91,6 +91,8 @@ fn through_maps(
     begun: Instant,
     why: &Failure,
 ) -> Result<PanicReport, Failure> {
+    // Tables are worked on one after the other, all in the same memory.
+    daemon::memory::keep_some();
     let bpffs = detach::bpffs(config)?;
     let failed = |error: datapath::Error| {
         if error.not_permitted() {
@@ -123,7 +125,7 @@ fn through_maps(
     }
     let now = daemon::moment()?;
     let order = PanicOrder {
-        service: request.service.clone(),
+        services: request.service.clone().map(|name| [name].into()),
         moves: request.moves,
         reason: request.reason.clone(),
         uid: nix::unistd::geteuid().as_raw(),

@@ -6,11 +6,11 @@
 //! on. What is marked is stored like any change, with the uid and the reason of the mark, and
 //! the mark is done with only then.
 //!
-//! A panic does not wait for a disk. What can't be stored is in force all the same, marked in the
-//! maps, and stored as soon as that can be: an agent that ends before finds the mark.
+//! A panic does not wait for a disk. It is marked in the maps, put in force, and stored after that,
+//! if it must be as soon as that can be: an agent that ends before finds the mark.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     time::Instant,
 };
 
@@ -22,12 +22,14 @@ use super::{
     held::{self, NOT_COUNTED},
     saving::not_stored,
     split,
+    state::{changed, micros, tables_of},
 };
 use crate::{
     api::panic::{PanicReport, PanicRequest, PanicService},
     datapath::PanicOrder,
+    parallel,
     plan::{Adopted, BucketSet, PanicMark, Proposal, panic_of_parked},
-    store::{Change, Commit, StateStore},
+    store::{Change, Commit, ServiceRecord, StateStore},
 };
 
 /// So many requests are known again by their name.
@@ -67,6 +69,27 @@ impl Panics {
     /// All of it is stored. Returns the marks that are done with.
     pub(super) fn stored(&mut self) -> Vec<PanicMark> {
         std::mem::take(&mut self.owed).into_iter().flat_map(|owed| owed.marks).collect()
+    }
+
+    /// Whether something waits to be stored that ends what waits for a confirmation since
+    /// `revision`.
+    pub(super) fn settles(&self, revision: u64) -> bool {
+        self.owed.iter().any(|owed| owed.commit.settles.contains(&revision))
+    }
+
+    /// Whether `marks` are of something that waits to be stored: then they are done with when it
+    /// is.
+    fn waits_for(&mut self, marks: &[PanicMark]) -> bool {
+        let its = |owed: &&mut Owed| {
+            let change = &owed.commit.change;
+            let of = |mark: &PanicMark| {
+                (&mark.service, mark.unix_ms, Some(mark.uid))
+                    == (&change.service, change.unix_ms, change.uid)
+            };
+            marks.iter().any(of)
+        };
+        let owed = self.owed.iter_mut().find(its);
+        owed.map(|owed| owed.marks.extend_from_slice(marks)).is_some()
     }
 
     /// Whether something waits to be stored.
@@ -136,61 +159,71 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             },
             None => (0..self.planner.services().len()).collect(),
         };
-        let mut proposals: Vec<(usize, Proposal)> = Vec::new();
+        let (mut sent, mut buckets) = (Vec::new(), 0);
         for at in targets {
             let state = &self.planner.services()[at];
             let name = state.config().name.clone();
-            if state.control_taken_out() {
-                let control = &state.config().versions[state.config().control].name;
-                let refusal = nobody_left(&name, control);
-                if service.is_some() {
-                    return Err(refusal);
-                }
-                let refused = Some(refusal.message);
-                report.services.push(PanicService {
+            let refused = state
+                .control_taken_out()
+                .then(|| nobody_left(&name, &state.config().versions[state.config().control].name));
+            match refused {
+                Some(refusal) if service.is_some() => return Err(refusal),
+                Some(refusal) => report.services.push(PanicService {
                     service: name,
-                    refused,
+                    refused: Some(refusal.message),
                     ..PanicService::default()
-                });
-                continue;
-            }
-            let proposal = state.propose_panic();
-            let change = split::report(state, state.ownership(), &proposal, &[]);
-            report.buckets_moved += proposal.moved;
-            report.services.push(PanicService {
-                service: name,
-                versions: change.versions,
-                buckets_moved: proposal.moved,
-                refused: None,
-            });
-            let split_stays = proposal.ownership.split == state.ownership().split;
-            if *moves || proposal.moved > 0 || !split_stays {
-                proposals.push((at, proposal));
+                }),
+                None => {
+                    buckets += state.tables().iter().map(|t| t.entries().len()).sum::<usize>();
+                    report.services.push(PanicService { service: name, ..PanicService::default() });
+                    sent.push((at, report.services.len() - 1));
+                }
             }
         }
+        let planner = &self.planner;
+        let proposed = parallel::map(sent, buckets, |(at, listed)| {
+            let state = &planner.services()[at];
+            let proposal = state.propose_panic();
+            let versions = split::report(state, state.ownership(), &proposal, &[]).versions;
+            let split_stays = proposal.ownership.split == state.ownership().split;
+            let goes = *moves || proposal.moved > 0 || !split_stays;
+            let record = (goes && !dry_run).then(|| state.stored(&proposal.ownership));
+            (listed, versions, goes, Sent { at, proposal, record })
+        });
+        let mut proposals: Vec<Sent> = Vec::new();
+        for (listed, versions, goes, one) in proposed {
+            let service = &mut report.services[listed];
+            (service.versions, service.buckets_moved) = (versions, one.proposal.moved);
+            report.buckets_moved += one.proposal.moved;
+            proposals.extend(goes.then_some(one));
+        }
         let mut moved = Moved::new();
-        let mut touched = std::collections::BTreeSet::new();
+        let mut touched = BTreeSet::new();
         if *dry_run {
-            for (at, proposal) in &proposals {
+            for Sent { at, proposal, .. } in &proposals {
                 let preview = self.planner.preview(*at, Some(&proposal.ownership), &[]);
                 touched.extend(preview.touched.iter().map(ToString::to_string));
                 moved.push((*at, preview.moved));
             }
         } else {
-            let tables: Vec<_> = proposals
-                .iter()
-                .map(|(at, _)| {
-                    let name = &self.planner.services()[*at].config().name;
-                    (*at, super::state::tables_of(self.planner.plane(), name))
-                })
-                .collect();
+            let tables: Vec<_> =
+                proposals.iter().map(|one| (one.at, tables_of(&self.planner, one.at))).collect();
             self.panics.know(*id);
             let asked = Asked { request, peer, id: id.unwrap_or_default() };
-            self.carry_out(proposals, &asked, now, &mut report.notes);
-            self.settle_or_refuse(now)?;
-            report.took_us = super::state::micros(arrived.elapsed());
-            for (at, tables) in tables {
-                let (names, buckets) = self.touched(at, &tables);
+            let marked = self.carry_out(proposals, &asked, now, &mut report.notes);
+            if !marked {
+                self.store_asked(now, &mut report.notes);
+            }
+            self.settle(now);
+            report.took_us = micros(arrived.elapsed());
+            if marked {
+                self.store_asked(now, &mut report.notes);
+            }
+            self.in_force_or_refused()?;
+            let planner = &self.planner;
+            for (at, (names, buckets)) in parallel::map(tables, buckets, |(at, tables)| {
+                (at, changed(&planner.services()[at], &tables))
+            }) {
                 touched.extend(names);
                 moved.push((at, buckets));
             }
@@ -211,55 +244,61 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         report.backends_touched = touched.into_iter().collect();
         report.revision = Some(self.revision);
         if report.took_us == 0 {
-            report.took_us = super::state::micros(arrived.elapsed());
+            report.took_us = micros(arrived.elapsed());
         }
         Ok((report, moved))
     }
 
-    /// Stores a panic and plans it; where it can't be stored, marks it in the maps.
+    /// Marks a panic in the maps, to be stored, and plans it. Returns whether it is marked.
     fn carry_out(
         &mut self,
-        proposals: Vec<(usize, Proposal)>,
+        proposals: Vec<Sent>,
         asked: &Asked<'_>,
         now: Moment,
         notes: &mut Vec<String>,
-    ) {
-        let reason = asked.request.reason.as_deref();
-        let cause = Cause { uid: asked.peer.uid, unix_ms: now.unix_ms, reason };
-        let commits: Vec<Commit> = proposals
-            .iter()
-            .map(|(at, proposal)| self.panic_commit(*at, proposal, &cause, notes))
-            .collect();
-        if !commits.is_empty()
-            && let Err(error) = self.save(commits.clone(), now)
-        {
-            tracing::error!(%error, "a panic can't be stored: it is marked in the maps");
-            notes.push(format!(
-                "it is in force, and not in the audit trail before that can be written: {}",
-                not_stored(&error)
-            ));
-            for commit in commits {
-                let order = PanicOrder {
-                    service: Some(commit.change.service.clone()),
-                    moves: asked.request.moves,
-                    reason: asked.request.reason.clone(),
-                    uid: asked.peer.uid,
-                    id: asked.id,
-                    unix_ms: now.unix_ms,
-                    now_ms: now.boot_ms,
-                    dry_run: false,
-                };
-                let marks = self.kernel.mark_panic(&order).unwrap_or_else(|error| {
-                    tracing::error!(error, "a panic can't be marked in the maps either");
-                    notes.push(format!("an agent that starts before does not know of it: {error}"));
-                    Vec::new()
-                });
-                self.panics.owed.push(Owed { commit, marks });
-            }
+    ) -> bool {
+        if proposals.is_empty() {
+            return true;
         }
-        for (at, proposal) in proposals {
-            self.planner.panic(at, proposal.ownership, asked.request.moves);
+        let PanicRequest { reason, moves, .. } = asked.request;
+        let name = |one: &Sent| self.planner.services()[one.at].config().name.clone();
+        let order = PanicOrder {
+            services: Some(proposals.iter().map(name).collect()),
+            moves: *moves,
+            reason: reason.clone(),
+            uid: asked.peer.uid,
+            id: asked.id,
+            unix_ms: now.unix_ms,
+            now_ms: now.boot_ms,
+            dry_run: false,
+        };
+        let marks = self.kernel.mark_panic(&order);
+        let marked = marks.is_ok();
+        let marks = marks.unwrap_or_else(|error| {
+            tracing::error!(error, "a panic can't be marked in the maps");
+            Vec::new()
+        });
+        let mut by_service: HashMap<String, Vec<PanicMark>> = HashMap::new();
+        for mark in marks {
+            by_service.entry(mark.service.clone()).or_default().push(mark);
+        }
+        let cause = Cause { uid: asked.peer.uid, unix_ms: now.unix_ms, reason: reason.as_deref() };
+        for Sent { at, proposal, record } in proposals {
+            let commit = self.panic_commit(at, &proposal, record, &cause, notes);
+            let marks = by_service.remove(&commit.change.service).unwrap_or_default();
+            self.panics.owed.push(Owed { commit, marks });
+            self.planner.panic(at, proposal.ownership, *moves);
             self.supersede(at);
+        }
+        marked
+    }
+
+    /// Stores what [`carry_out`](Self::carry_out) has left to be, or says that it is not.
+    fn store_asked(&mut self, now: Moment, notes: &mut Vec<String>) {
+        if let Err(why) = self.store_panics(now) {
+            notes.push(format!(
+                "it is in force, and not in the audit trail before that can be written: {why}"
+            ));
         }
     }
 
@@ -269,6 +308,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         &self,
         at: usize,
         proposal: &Proposal,
+        record: Option<ServiceRecord>,
         cause: &Cause<'_>,
         notes: &mut Vec<String>,
     ) -> Commit {
@@ -299,7 +339,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 about: settles.iter().rev().copied().collect(),
                 ..Change::default()
             },
-            record: Some(state.stored(&proposal.ownership)),
+            record,
             deadline: None,
             settles,
         }
@@ -326,7 +366,8 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         // Whatever was about to be written is planned from what is there now.
         self.retry_ms.get_or_insert(now.boot_ms);
         self.adopt_marks(found.panics);
-        self.store_panics(now);
+        // Otherwise with the next change, or in a second.
+        let _ = self.store_panics(now);
         true
     }
 
@@ -343,17 +384,21 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             let first = marks[0].clone();
             let PanicMark { uid, unix_ms, id, .. } = first;
             let moves = marks.iter().any(|mark| mark.moves);
-            let known = known_ids.contains(&id) || self.is_recorded(&name, &first);
+            let waits = self.panics.waits_for(&marks);
+            let known = waits || known_ids.contains(&id) || self.is_recorded(&name, &first);
             if !self.panics.ids.contains(&id) {
                 self.panics.know(Some(id));
             }
             let cause = Cause { uid, unix_ms, reason: first.reason.as_deref() };
             let owed = |commit| Owed { commit, marks: marks.clone() };
-            if known {
+            if waits {
+                // Our own, and not stored yet.
+            } else if known {
                 self.kernel.panics_adopted(&marks);
             } else if let Some((at, state)) = self.planner.service(&name) {
                 let proposal = state.propose_panic();
-                let commit = self.panic_commit(at, &proposal, &cause, &mut Vec::new());
+                let record = Some(state.stored(&proposal.ownership));
+                let commit = self.panic_commit(at, &proposal, record, &cause, &mut Vec::new());
                 let buckets_moved = proposal.moved;
                 self.panics.owed.push(owed(commit));
                 self.planner.panic(at, proposal.ownership, moves);
@@ -401,14 +446,18 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         }
     }
 
-    /// Stores what is in force and could not be stored before.
-    pub(super) fn store_panics(&mut self, now: Moment) {
+    /// Stores what is in force and not stored yet.
+    ///
+    /// # Errors
+    /// Why that can't be.
+    pub(super) fn store_panics(&mut self, now: Moment) -> Result<(), String> {
         if !self.panics.is_owing() {
-            return;
+            return Ok(());
         }
-        if let Err(error) = self.save(Vec::new(), now) {
+        self.save(Vec::new(), now).map_err(|error| {
             tracing::error!(%error, "a panic is in force and can't be stored yet");
-        }
+            not_stored(&error)
+        })
     }
 
     /// Whether a mark's panic stands in the audit trail: an agent ended before it could say so.
@@ -444,6 +493,14 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             }
         }
     }
+}
+
+/// A service that goes to control.
+struct Sent {
+    at: usize,
+    proposal: Proposal,
+    /// What the store is to hold of it.
+    record: Option<ServiceRecord>,
 }
 
 /// What somebody asks for.

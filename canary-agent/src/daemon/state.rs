@@ -433,7 +433,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
     }
 
     /// Brings the plan up to date and the maps to the plan.
-    fn settle(&mut self, now: Moment) -> Option<BootMs> {
+    pub(super) fn settle(&mut self, now: Moment) -> Option<BootMs> {
         let now_ms = now.boot_ms;
         let mut step = self.planner.step(now_ms);
         let mut wakeup = step.next_wakeup_ms;
@@ -531,7 +531,8 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             self.kernel.give_memory_back();
         }
         self.store_notices(now);
-        self.store_panics(now);
+        // What can't be stored yet is tried again with the next.
+        let _ = self.store_panics(now);
         let backends = self.planner.plane().backends.len();
         if self.samples.due(backends, now_ms) {
             let counters = self.counters();
@@ -696,7 +697,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let before = state.ownership().clone();
         let mut report = split::report(state, &before, &proposal, &[]);
         let nothing = proposal.moved == 0 && proposal.ownership.split == before.split;
-        let tables = tables_of(self.planner.plane(), service);
+        let tables = tables_of(&self.planner, at);
         let counts = self.bucket_counts(at);
         let mut moved = vec![BucketSet::default(); tables.len()];
         if request.dry_run {
@@ -735,7 +736,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             self.settle_or_refuse(now)?;
             let settled = Instant::now();
             let touched;
-            (touched, moved) = self.touched(at, &tables);
+            (touched, moved) = changed(&self.planner.services()[at], &tables);
             report.backends_touched = touched;
             report.applied = true;
             report.took_us = micros(settled.saturating_duration_since(arrived));
@@ -787,6 +788,11 @@ impl<S: StateStore, K: Kernel> State<S, K> {
     /// Brings about what was stored.
     pub(super) fn settle_or_refuse(&mut self, now: Moment) -> Result<(), Refusal> {
         self.settle(now);
+        self.in_force_or_refused()
+    }
+
+    /// Whether what is stored has been brought about.
+    pub(super) fn in_force_or_refused(&self) -> Result<(), Refusal> {
         match (self.retry_ms, self.alerts.get("maps")) {
             (Some(_), Some(why)) => Err(Refusal {
                 code: "not_applied",
@@ -804,31 +810,30 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             _ => Ok(()),
         }
     }
-
-    /// Which backends have gained or lost buckets since a service had `tables`, and which
-    /// buckets those are.
-    pub(super) fn touched(
-        &self,
-        service: usize,
-        tables: &[Arc<ServicePlan>],
-    ) -> (Vec<String>, Vec<BucketSet>) {
-        let state = &self.planner.services()[service];
-        let mut touched = BTreeSet::new();
-        let mut moved = Vec::new();
-        for (old, table) in tables.iter().zip(state.tables()) {
-            let (buckets, backends) = table.moved(&old.entries.plain(), Entry::current);
-            touched.extend(backends);
-            moved.push(buckets);
-        }
-        (touched.iter().map(ToString::to_string).collect(), moved)
-    }
 }
 
-/// The tables of a service in a plan, by family.
-pub(super) fn tables_of(plane: &DataPlane, service: &str) -> Vec<Arc<ServicePlan>> {
-    let mut tables: Vec<_> = plane.services.iter().filter(|s| s.name == service).cloned().collect();
-    tables.sort_by_key(|table| table.family);
-    tables
+/// Which backends of a service have gained or lost buckets since it had `tables`, and which
+/// buckets those are.
+pub(super) fn changed(
+    service: &ServiceState,
+    tables: &[Arc<ServicePlan>],
+) -> (Vec<String>, Vec<BucketSet>) {
+    let mut touched = BTreeSet::new();
+    let mut moved = Vec::new();
+    for (old, table) in tables.iter().zip(service.tables()) {
+        let (buckets, backends) = table.moved(&old.entries.plain(), Entry::current);
+        touched.extend(backends);
+        moved.push(buckets);
+    }
+    (touched.iter().map(ToString::to_string).collect(), moved)
+}
+
+/// The tables of a service in the plan, by family.
+pub(super) fn tables_of(planner: &Planner, service: usize) -> Vec<Arc<ServicePlan>> {
+    let plans = &planner.plane().services;
+    let tables = planner.services()[service].tables().iter();
+    let at = tables.map(|table| plans.binary_search_by_key(&table.id().into(), |s| s.record.id));
+    at.filter_map(|at| plans.get(at.ok()?).cloned()).collect()
 }
 
 /// As answers have it.

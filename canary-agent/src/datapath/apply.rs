@@ -25,6 +25,7 @@ use super::{
 };
 use crate::{
     failpoint::Failpoint,
+    parallel,
     plan::{BackendPlan, DataPlane, Family, ServicePlan},
 };
 
@@ -98,15 +99,9 @@ impl Maps {
         indices(&self.backends)
     }
 
-    /// Where a service's entries lie in `TABLE`, and its ledger in `LEDGER`: in which pages.
-    fn pages(&self, service: &ServicePlan) -> Result<std::ops::Range<u32>, Error> {
-        let buckets = service.record.bucket_mask + 1;
-        let first = service.record.first_page;
-        let end = first.saturating_add(buckets.div_ceil(PAGE_BUCKETS));
-        if end > self.table.count() || service.entries.len() != buckets as usize {
-            return Err(Error::OutOfRange { what: "table page", index: first });
-        }
-        Ok(first..end)
+    fn tables(&self) -> Tables<'_> {
+        let Self { table, ledger, marks, known, .. } = self;
+        Tables { table, ledger, marks, known: *known }
     }
 
     /// Brings the maps from `before` (what was applied last, if anything) to `desired`.
@@ -128,10 +123,25 @@ impl Maps {
         Failpoint::BackendsWritten.pass();
         let old: StdMap<_, _> =
             before.iter().flat_map(|b| &b.services).map(|s| (s.record.id, s)).collect();
-        for service in services {
-            let old = old.get(&service.record.id);
-            if old.is_none_or(|o| !Arc::ptr_eq(o, service)) {
-                self.store_table(old.map(|o| &***o), service, &mut applied)?;
+        let pairs = services.iter().map(|service| (old.get(&service.record.id).copied(), service));
+        let changed: Vec<(Option<&ServicePlan>, &ServicePlan)> = pairs
+            .filter(|(old, service)| old.is_none_or(|old| !Arc::ptr_eq(old, service)))
+            .map(|(old, service)| (old.map(|old| &**old), &**service))
+            .collect();
+        // A few are written before a thread has started.
+        let buckets = match changed.len() {
+            0..=2 => 0,
+            _ => changed.iter().map(|(_, service)| service.entries.len()).sum(),
+        };
+        let tables = self.tables();
+        let store = |(old, service)| tables.store(old, service);
+        let stored = parallel::map(changed.clone(), buckets, store);
+        for (stored, (old, service)) in stored.into_iter().zip(changed) {
+            let Applied { entries, untracked, .. } = stored?;
+            applied.entries += entries;
+            applied.untracked += untracked;
+            if old.is_none_or(|o| info(o) != info(service)) {
+                self.info.set(service.record.id, pod::ServiceInfo(info(service)), 0)?;
             }
         }
         // A word that was stored just when somebody else began to write.
@@ -235,13 +245,31 @@ impl Maps {
         }
         Ok(())
     }
+}
 
-    fn store_table(
-        &mut self,
-        old: Option<&ServicePlan>,
-        service: &ServicePlan,
-        applied: &mut Applied,
-    ) -> Result<(), Error> {
+/// What a table is written to.
+struct Tables<'a> {
+    table: &'a Pages,
+    ledger: &'a Pages,
+    marks: &'a Marks,
+    known: u64,
+}
+
+impl Tables<'_> {
+    /// Where a service's entries lie in `TABLE`, and its ledger in `LEDGER`: in which pages.
+    fn pages(&self, service: &ServicePlan) -> Result<std::ops::Range<u32>, Error> {
+        let buckets = service.record.bucket_mask + 1;
+        let first = service.record.first_page;
+        let end = first.saturating_add(buckets.div_ceil(PAGE_BUCKETS));
+        if end > self.table.count() || service.entries.len() != buckets as usize {
+            return Err(Error::OutOfRange { what: "table page", index: first });
+        }
+        Ok(first..end)
+    }
+
+    /// Writes ledger and entries of a table where they differ from the `old` ones.
+    fn store(&self, old: Option<&ServicePlan>, service: &ServicePlan) -> Result<Applied, Error> {
+        let mut applied = Applied::default();
         let pages = self.pages(service)?;
         // What was stored elsewhere says nothing of what these pages hold.
         let there = |old: &&ServicePlan| {
@@ -249,8 +277,7 @@ impl Maps {
                 == (service.record.first_page, service.record.bucket_mask)
         };
         let stored = old.filter(there);
-        let (marks, known) = (&self.marks, self.known);
-        let proceed = || marks.count() == known;
+        let proceed = || self.marks.count() == self.known;
         // The ledger first: an agent that is killed in between finds moves that
         // have not happened yet, and makes them again, never moves without a time.
         let old_ledger = stored.map(|o| &o.ledger);
@@ -288,10 +315,7 @@ impl Maps {
             }
             Failpoint::TableWritten.pass();
         }
-        if old.is_none_or(|o| info(o) != info(service)) {
-            self.info.set(service.record.id, pod::ServiceInfo(info(service)), 0)?;
-        }
-        Ok(())
+        Ok(applied)
     }
 }
 

@@ -577,27 +577,28 @@ impl Datapath {
         self.maps.marks.adopted(marks);
     }
 
-    /// Marks tables as sent to control, since that can't be stored otherwise. Returns the marks.
+    /// Marks tables as sent to control, before that is stored. Returns the marks.
     ///
     /// # Errors
     /// A table that the maps have no room for.
     pub fn mark_panic(&mut self, order: &PanicOrder) -> Result<Vec<PanicMark>, Error> {
-        let named = |name: &str| order.service.as_deref() == Some(name);
-        let directory = directory(&self.maps.info)?;
-        let tables: Vec<(u16, String)> =
-            directory.iter().map(|(id, info)| (*id, unpadded(&info.name))).collect();
-        let its: Vec<(u16, &str)> = tables
-            .iter()
-            .filter(|(_, name)| named(name))
-            .map(|(id, name)| (*id, name.as_str()))
-            .collect();
-        let ids: Vec<u16> = its.iter().map(|(id, _)| *id).collect();
+        let mut tables: Vec<(u16, String)> = match &self.applied {
+            Some(plane) => {
+                plane.services.iter().map(|s| (s.record.id as u16, s.name.clone())).collect()
+            }
+            None => directory(&self.maps.info)?
+                .iter()
+                .map(|(id, info)| (*id, unpadded(&info.name)))
+                .collect(),
+        };
+        tables.retain(|(_, name)| order.names(name));
+        let ids: Vec<u16> = tables.iter().map(|(id, _)| *id).collect();
         let number = self.maps.marks.leave(order, &ids)?;
         // Unless somebody else has counted meanwhile: that is found out before the next word.
         if number == self.maps.known + 1 {
             self.maps.known = number;
         }
-        Ok(self.maps.marks.all_waiting(its.into_iter()))
+        Ok(self.maps.marks.all_waiting(tables.iter().map(|(id, name)| (*id, name.as_str()))))
     }
 
     /// Takes away the flow entries of buckets that the maps do not have tracked, by the services

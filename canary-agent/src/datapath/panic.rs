@@ -17,10 +17,7 @@ use std::{
     fs::File,
     net::SocketAddr,
     path::{Path, PathBuf},
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicU32, AtomicU64, Ordering},
-    },
+    sync::atomic::{AtomicU32, AtomicU64, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -43,6 +40,7 @@ use super::{
 };
 use crate::{
     failpoint::Failpoint,
+    parallel,
     plan::{AdoptedService, BootMs, Diverted, NobodyLeft, PanicMark, Panicking},
 };
 
@@ -54,8 +52,6 @@ const PATIENCE: Duration = Duration::from_millis(20);
 const REPLACED: Duration = Duration::from_secs(2);
 /// So often a table is looked at again of which somebody else has changed words meanwhile.
 const ATTEMPTS: usize = 8;
-/// Fewer buckets take no longer than threads take to start.
-const PARALLEL_BUCKETS: usize = 1 << 18;
 
 /// `PANICS`, mapped.
 #[derive(Debug)]
@@ -175,8 +171,8 @@ pub(super) fn lock(pins: &Pins, patience: Duration) -> Result<Option<Flock<File>
 /// What is asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PanicOrder {
-    /// The service; `None` for all.
-    pub service: Option<String>,
+    /// The services; `None` for all.
+    pub services: Option<BTreeSet<String>>,
     /// Open connections go, too.
     pub moves: bool,
     /// Why.
@@ -194,6 +190,11 @@ pub struct PanicOrder {
 }
 
 impl PanicOrder {
+    /// Whether it is about a service of that name.
+    pub(super) fn names(&self, service: &str) -> bool {
+        self.services.as_ref().is_none_or(|some| some.contains(service))
+    }
+
     fn mark(&self) -> abi::Panic {
         let mut reason = [0; PANIC_REASON_BYTES];
         let text = self.reason.as_deref().unwrap_or_default();
@@ -225,6 +226,41 @@ pub struct Panicked {
     pub earlier: Option<PanicMark>,
 }
 
+impl Panicked {
+    /// A service of one table.
+    fn of(
+        found: &Found<'_>,
+        diverted: &Diverted,
+        refused: Option<NobodyLeft>,
+        earlier: Option<PanicMark>,
+    ) -> Self {
+        let Found { info, name, .. } = found;
+        let version =
+            |slot: u8| info.versions.get(usize::from(slot)).map_or(String::new(), |v| unpadded(v));
+        let mut had: Vec<(String, u32)> =
+            diverted.owned.iter().map(|(slot, count)| (version(*slot), *count)).collect();
+        had.sort();
+        Self {
+            service: name.clone(),
+            control: version(u8::try_from(info.control).unwrap_or(u8::MAX)),
+            had,
+            buckets: info.buckets,
+            moved: diverted.owned.values().sum(),
+            touched: diverted.touched.clone(),
+            refused,
+            earlier,
+        }
+    }
+
+    /// The same service's table of the other family.
+    fn has_another(&mut self, diverted: &Diverted, earlier: Option<PanicMark>) {
+        self.touched.extend(&diverted.touched);
+        self.earlier = self.earlier.take().or(earlier);
+        // Both families have the same owners, unless an agent was stopped between them.
+        self.moved = self.moved.max(diverted.owned.values().sum());
+    }
+}
+
 /// What it was done to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Done {
@@ -234,6 +270,14 @@ pub struct Done {
     pub cut: u64,
     /// From the first look at the tables until all was in force.
     pub took: Duration,
+}
+
+/// A table that the directory names.
+struct Found<'a> {
+    id: u16,
+    info: &'a abi::ServiceInfo,
+    /// The service.
+    name: String,
 }
 
 /// Pinned maps that no agent is asked about.
@@ -321,46 +365,58 @@ impl Pinned {
             false => lock(&self.pins, PATIENCE)?,
         };
         let directory = self.directory()?;
-        let named = |info: &abi::ServiceInfo| {
-            order.service.as_ref().is_none_or(|name| *name == unpadded(&info.name))
-        };
-        let tables: Vec<(u16, &abi::ServiceInfo)> =
-            directory.iter().filter(|(_, i)| named(i)).map(|(id, info)| (*id, info)).collect();
+        let tables: Vec<Found<'_>> = directory
+            .iter()
+            .map(|(id, info)| Found { id: *id, info, name: unpadded(&info.name) })
+            .filter(|found| order.names(&found.name))
+            .collect();
         // In one family of a service nobody may be left: then it stays as it is in both.
-        let mut refused: HashMap<String, NobodyLeft> = HashMap::new();
-        let looked = self.each(&tables, |id, info| {
-            let table = self.read(id, info)?;
-            Ok((unpadded(&info.name), self.panicking(&table, order).divert()))
-        })?;
-        for (name, diverted) in &looked {
-            if let Err(nobody) = diverted {
-                refused.insert(name.clone(), *nobody);
+        let mut refused: HashMap<&str, NobodyLeft> = HashMap::new();
+        for Found { id, info, name } in &tables {
+            if let Err(nobody) = Panicking::somebody_left(info.control as u8, self.backends_of(*id))
+            {
+                refused.insert(name, nobody);
             }
         }
-        let mut services: Vec<Panicked> = Vec::new();
-        let mut others: BTreeSet<BackendIndex> = BTreeSet::new();
-        for ((id, info), (name, diverted)) in tables.iter().zip(looked) {
-            let no = refused.get(&name).copied();
-            let earlier = self.marks.waiting(*id, &name);
-            let diverted = diverted.unwrap_or_default();
-            if no.is_none() {
-                others.extend(&diverted.others);
+        let goes = |found: &&Found<'_>| !refused.contains_key(&*found.name);
+        let ids: Vec<u16> = tables.iter().filter(goes).map(|found| found.id).collect();
+        let earlier: Vec<Option<PanicMark>> =
+            tables.iter().map(|found| self.marks.waiting(found.id, &found.name)).collect();
+        if !order.dry_run {
+            self.marks.leave(order, &ids)?;
+            Failpoint::PanicMarked.pass();
+        }
+        let became = self.each(&tables, |found| match goes(&found) {
+            true if order.dry_run => {
+                let table = self.read(found)?;
+                Ok(self.panicking(&table, order).divert().unwrap_or_default())
             }
-            account(&mut services, info, &diverted, no, earlier);
+            true => self.send(found, order),
+            false => Ok(Diverted::default()),
+        })?;
+        if !order.dry_run {
+            // For an agent that has begun to read meanwhile: it reads again.
+            self.marks.counted();
+            Failpoint::PanicWritten.pass();
+        }
+        let took = begun.elapsed();
+        let mut services: Vec<Panicked> = Vec::new();
+        let mut listed: HashMap<&str, usize> = HashMap::new();
+        let mut others: BTreeSet<BackendIndex> = BTreeSet::new();
+        for ((found, diverted), earlier) in tables.iter().zip(became).zip(earlier) {
+            others.extend(&diverted.others);
+            let refused = refused.get(&*found.name).copied();
+            match listed.get(&*found.name) {
+                Some(at) => services[*at].has_another(&diverted, earlier),
+                None => {
+                    listed.insert(&found.name, services.len());
+                    services.push(Panicked::of(found, &diverted, refused, earlier));
+                }
+            }
         }
         if order.dry_run {
-            return Ok(Done { services, cut: 0, took: begun.elapsed() });
+            return Ok(Done { services, cut: 0, took });
         }
-        let tables: Vec<(u16, &abi::ServiceInfo)> =
-            tables.into_iter().filter(|(_, i)| !refused.contains_key(&unpadded(&i.name))).collect();
-        let ids: Vec<u16> = tables.iter().map(|(id, _)| *id).collect();
-        self.marks.leave(order, &ids)?;
-        Failpoint::PanicMarked.pass();
-        self.each(&tables, |id, info| self.send(id, info, order))?;
-        // For an agent that has begun to read meanwhile: it reads again.
-        self.marks.counted();
-        Failpoint::PanicWritten.pass();
-        let took = begun.elapsed();
         if held.is_none() {
             // An agent that puts other maps in their place keeps it: see `is_in_force`.
             drop(lock(&self.pins, REPLACED)?);
@@ -370,69 +426,59 @@ impl Pinned {
         Ok(Done { services, cut, took })
     }
 
-    fn read(&self, id: u16, info: &abi::ServiceInfo) -> Result<AdoptedService, Error> {
-        let record = self.records.get(&u32::from(id)).copied();
-        table_of(id, info, &self.table, &self.ledger, record)
+    fn read(&self, found: &Found<'_>) -> Result<AdoptedService, Error> {
+        let record = self.records.get(&u32::from(found.id)).copied();
+        table_of(found.id, found.info, &self.table, &self.ledger, record)
+    }
+
+    /// The records of a table's backends.
+    fn backends_of(&self, table: u16) -> &[(BackendIndex, abi::Backend)] {
+        let first = self.backends.partition_point(|(_, b)| b.service < table);
+        let its = &self.backends[first..];
+        &its[..its.partition_point(|(_, b)| b.service == table)]
     }
 
     fn panicking<'a>(&'a self, table: &'a AdoptedService, order: &PanicOrder) -> Panicking<'a> {
-        let first = self.backends.partition_point(|(_, b)| b.service < table.id);
-        let its = &self.backends[first..];
-        let backends = &its[..its.partition_point(|(_, b)| b.service == table.id)];
+        let backends = self.backends_of(table.id);
         Panicking { table, backends, moves: order.moves, now_ms: order.now_ms }
     }
 
-    /// Writes a table until all of it is control's, whoever writes beside.
-    fn send(&self, id: u16, info: &abi::ServiceInfo, order: &PanicOrder) -> Result<(), Error> {
-        let pages = pages_of(info, &self.table)?;
+    /// Writes a table until all of it is control's, whoever writes beside. Returns what became
+    /// of it at first.
+    fn send(&self, found: &Found<'_>, order: &PanicOrder) -> Result<Diverted, Error> {
+        let pages = pages_of(found.info, &self.table)?;
         let (table, ledger) = (self.table.map(pages.clone())?, self.ledger.map(pages)?);
-        let buckets = info.buckets as usize;
+        let buckets = found.info.buckets as usize;
         let (words, ledger) = (&table.words32()[..buckets], &ledger.words64()[..buckets]);
+        let mut became = None;
         for _ in 0..ATTEMPTS {
-            let table = self.read(id, info)?;
+            let table = self.read(found)?;
             // Looked at a moment ago; operators ask an agent to take backends out.
-            let Ok(diverted) = self.panicking(&table, order).divert() else { return Ok(()) };
-            let Diverted { entries, ledger: records, .. } = diverted;
+            let Ok(diverted) = self.panicking(&table, order).divert() else { break };
             // As an agent does: a ledger first, so that no bucket has moved without a time.
-            let mut lost = exchange64(ledger, &table.ledger, &records);
+            let mut lost = exchange64(ledger, &table.ledger, &diverted.ledger);
             Failpoint::PanicLedgerWritten.pass();
-            lost += exchange32(words, &table.entries, &entries);
+            lost += exchange32(words, &table.entries, &diverted.entries);
+            let became = became.get_or_insert(diverted);
             if lost == 0 {
-                return Ok(());
+                // They are not looked at any more, and there may be many tables.
+                (became.entries, became.ledger) = (Vec::new(), Vec::new());
+                return Ok(std::mem::take(became));
             }
         }
-        tracing::warn!(table = id, "somebody else writes the table: look at it again");
-        Ok(())
+        let table = found.id;
+        tracing::warn!(table, "somebody else writes the table: look at it again");
+        Ok(became.unwrap_or_default())
     }
 
-    /// Calls `work` with each of `tables`, on several threads if it is worth it.
+    /// Calls `work` with each of `tables`.
     fn each<T: Send>(
         &self,
-        tables: &[(u16, &abi::ServiceInfo)],
-        work: impl Fn(u16, &abi::ServiceInfo) -> Result<T, Error> + Sync,
+        tables: &[Found<'_>],
+        work: impl Fn(&Found<'_>) -> Result<T, Error> + Sync,
     ) -> Result<Vec<T>, Error> {
-        let buckets: usize = tables.iter().map(|(_, info)| info.buckets as usize).sum();
-        let threads = thread::available_parallelism().map_or(1, usize::from).min(tables.len());
-        if buckets < PARALLEL_BUCKETS || threads < 2 {
-            return tables.iter().map(|(id, info)| work(*id, info)).collect();
-        }
-        let next = AtomicU32::new(0);
-        let done: Mutex<Vec<(usize, Result<T, Error>)>> = Mutex::new(Vec::new());
-        thread::scope(|scope| {
-            for _ in 0..threads {
-                scope.spawn(|| {
-                    loop {
-                        let at = next.fetch_add(1, Ordering::Relaxed) as usize;
-                        let Some((id, info)) = tables.get(at) else { return };
-                        let made = work(*id, info);
-                        done.lock().unwrap_or_else(PoisonError::into_inner).push((at, made));
-                    }
-                });
-            }
-        });
-        let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
-        done.sort_unstable_by_key(|(at, _)| *at);
-        done.into_iter().map(|(_, made)| made).collect()
+        let buckets = tables.iter().map(|found| found.info.buckets as usize).sum();
+        parallel::map(tables.iter().collect(), buckets, work).into_iter().collect()
     }
 
     /// Takes away the flow entries of these backends.
@@ -448,40 +494,6 @@ impl Pinned {
 fn by_table(mut records: Vec<(BackendIndex, abi::Backend)>) -> Vec<(BackendIndex, abi::Backend)> {
     records.sort_by_key(|(index, record)| (record.service, *index));
     records
-}
-
-/// Adds what became of a table to what became of its service.
-fn account(
-    services: &mut Vec<Panicked>,
-    info: &abi::ServiceInfo,
-    diverted: &Diverted,
-    refused: Option<NobodyLeft>,
-    earlier: Option<PanicMark>,
-) {
-    let name = unpadded(&info.name);
-    let touched = diverted.touched.iter().copied();
-    if let Some(known) = services.iter_mut().find(|one| one.service == name) {
-        known.touched.extend(touched);
-        known.earlier = known.earlier.take().or(earlier);
-        // Both families have the same owners, unless an agent was stopped between them.
-        known.moved = known.moved.max(diverted.owned.values().sum());
-        return;
-    }
-    let version =
-        |slot: u8| info.versions.get(usize::from(slot)).map_or(String::new(), |v| unpadded(v));
-    let mut had: Vec<(String, u32)> =
-        diverted.owned.iter().map(|(slot, count)| (version(*slot), *count)).collect();
-    had.sort();
-    services.push(Panicked {
-        control: version(u8::try_from(info.control).unwrap_or(u8::MAX)),
-        buckets: info.buckets,
-        moved: diverted.owned.values().sum(),
-        touched: if refused.is_none() { touched.collect() } else { BTreeSet::new() },
-        service: name,
-        had,
-        refused,
-        earlier,
-    });
 }
 
 /// Stores what differs, where `old` still stands; returns how many words somebody else has

@@ -13,9 +13,12 @@ use std::{
 };
 
 use canary_ebpf_common::{
+    Packed,
     abi::{self, ForwardMode, LedgerEntry},
     compile::{self, Backend, Compiler, Fallback, Input, Version},
+    differing,
     entry::{BackendIndex, Entry},
+    ones,
     share::Share,
 };
 
@@ -86,6 +89,17 @@ pub struct Diverted {
 }
 
 impl Panicking<'_> {
+    /// Whether new connections would get nothing: then the table is left as it is.
+    ///
+    /// # Errors
+    /// [`NobodyLeft`].
+    pub fn somebody_left(
+        control: u8,
+        backends: &[(BackendIndex, abi::Backend)],
+    ) -> Result<(), NobodyLeft> {
+        candidates(control, backends).map(drop)
+    }
+
     /// The table with all of its buckets control's.
     ///
     /// # Errors
@@ -93,58 +107,80 @@ impl Panicking<'_> {
     pub fn divert(&self) -> Result<Diverted, NobodyLeft> {
         let Self { table, backends, moves, now_ms } = *self;
         let control = table.control;
-        let of_control: HashMap<BackendIndex, &abi::Backend> =
-            backends.iter().filter(|(_, b)| b.version == control).map(|(i, b)| (*i, b)).collect();
-        let stays = |entry: Entry| of_control.contains_key(&entry.current());
-        // Only what moves is given out, by itself: what control has stays where it is.
-        let (moving, resting) = (control, u8::from(control == 0));
-        let owners: Vec<u8> =
-            table.entries.iter().map(|e| if stays(*e) { resting } else { moving }).collect();
-        let (indices, candidates) = candidates(&of_control)?;
-        let versions = [
-            Version { slot: moving, backends: &candidates, placement: None },
-            Version { slot: resting, backends: &[], placement: None },
-        ];
-        let input =
-            Input { owners: &owners, versions: &versions, control, fallback: Fallback::None };
-        let name = |target: compile::Target| indices[usize::from(target.backend)];
-        let compiled = Compiler::new().compile_into(&input, BackendIndex::NONE, name);
-        // Distinct addresses of one version, each above weight 0: always a table.
-        let compiled = compiled.map_err(|_| NobodyLeft)?.targets;
-
-        let policy = policy(table.record.as_ref());
+        let (indices, candidates) = candidates(control, backends)?;
+        let mut of_control = Marked::none();
+        backends
+            .iter()
+            .filter(|(_, b)| b.version == control)
+            .for_each(|(i, _)| of_control.mark(*i));
+        let others = backends.iter().filter(|(_, b)| b.version != control);
         let mut diverted = Diverted {
-            others: backends
-                .iter()
-                .filter(|(_, b)| b.version != control)
-                .map(|(i, _)| *i)
-                .collect(),
+            entries: table.entries.clone(),
+            others: others.map(|(index, _)| *index).collect(),
             ..Diverted::default()
         };
-        let mut named = BTreeSet::new();
-        for ((bucket, &old), &recorded) in table.entries.iter().enumerate().zip(&table.ledger) {
-            let (mut entry, mut record) = (old, LedgerEntry::new(control, recorded.moved_ms()));
-            if owners[bucket] == moving {
-                let wanted = compiled[bucket];
-                named.extend([old.current(), wanted]);
-                entry = advance::follow(old, wanted, true, &policy);
-                record = LedgerEntry::new(control, now_ms);
+
+        // Only what moves is given out, by itself: what control has stays where it is.
+        let (moving, resting) = (control, u8::from(control == 0));
+        let owner = |entry: &Entry| if of_control.has(entry.current()) { resting } else { moving };
+        let owners: Vec<u8> = table.entries.iter().map(owner).collect();
+        let moves_at = || ones(differing(&owners, &owners, move |owner, _| owner == moving));
+        let mut named = Marked::none();
+        if owners.contains(&moving) {
+            let versions = [
+                Version { slot: moving, backends: &candidates, placement: None },
+                Version { slot: resting, backends: &[], placement: None },
+            ];
+            let input =
+                Input { owners: &owners, versions: &versions, control, fallback: Fallback::None };
+            let name = |target: compile::Target| indices[usize::from(target.backend)];
+            let compiled = Compiler::new().compile_into(&input, BackendIndex::NONE, name);
+            // Distinct addresses of one version, each above weight 0: always a table.
+            let compiled = compiled.map_err(|_| NobodyLeft)?.targets;
+            let policy = policy(table.record.as_ref());
+            for bucket in moves_at() {
+                let (old, wanted) = (table.entries[bucket], compiled[bucket]);
+                named.mark(old.current());
+                named.mark(wanted);
+                diverted.entries[bucket] = advance::follow(old, wanted, true, &policy);
                 diverted.moved += 1;
             }
-            if moves && entry.tracked() && !of_control.contains_key(&entry.previous()) {
-                entry = Entry::steady(entry.current());
-            }
-            if recorded.owner() != control {
-                *diverted.owned.entry(recorded.owner()).or_default() += 1;
-            }
-            diverted.entries.push(entry);
-            diverted.ledger.push(record);
         }
-        let records: HashMap<BackendIndex, &abi::Backend> =
-            backends.iter().map(|(index, record)| (*index, record)).collect();
-        let addr = |index: &BackendIndex| records.get(index).map(|record| record_addr(record));
-        diverted.touched = named.iter().filter_map(addr).collect();
+        if moves {
+            let goes = |entry: &&mut Entry| entry.tracked() && !of_control.has(entry.previous());
+            let going = diverted.entries.iter_mut().filter(goes);
+            going.for_each(|entry| *entry = Entry::steady(entry.current()));
+        }
+
+        let mut owned = [0_u32; 1 << u8::BITS];
+        let record = |(recorded, owner): (&LedgerEntry, &u8)| {
+            owned[usize::from(recorded.owner())] += 1;
+            let moved_ms = if *owner == moving { now_ms } else { recorded.moved_ms() };
+            LedgerEntry::new(control, moved_ms)
+        };
+        diverted.ledger = table.ledger.iter().zip(&owners).map(record).collect();
+        let owned = (0..=u8::MAX).zip(owned).filter(|(slot, count)| *slot != control && *count > 0);
+        diverted.owned = owned.collect();
+        let touched = backends.iter().filter(|(index, _)| named.has(*index));
+        diverted.touched = touched.map(|(_, record)| record_addr(record)).collect();
         Ok(diverted)
+    }
+}
+
+/// Some of all backends there can be: asked for each bucket of a table.
+struct Marked(Vec<bool>);
+
+impl Marked {
+    fn none() -> Self {
+        Self(vec![false; usize::from(BackendIndex::MAX.get()) + 1])
+    }
+
+    fn mark(&mut self, index: BackendIndex) {
+        self.0[usize::from(index.get())] = true;
+    }
+
+    fn has(&self, index: BackendIndex) -> bool {
+        self.0[usize::from(index.get())]
     }
 }
 
@@ -165,14 +201,16 @@ fn policy(record: Option<&abi::Service>) -> Policy {
 /// operators have taken out stays out; if none of the others passes its checks, all of them are
 /// taken, before those that can't be reached.
 fn candidates(
-    of_control: &HashMap<BackendIndex, &abi::Backend>,
+    control: u8,
+    backends: &[(BackendIndex, abi::Backend)],
 ) -> Result<(Vec<BackendIndex>, Vec<Backend>), NobodyLeft> {
     let weight = |record: &abi::Backend| record.flags >> abi::BACKEND_WEIGHT_SHIFT;
     let has = |record: &abi::Backend, bit: u32| record.flags & bit != 0;
-    let mut known: Vec<(BackendIndex, &abi::Backend)> = of_control
+    let mut known: Vec<(BackendIndex, &abi::Backend)> = backends
         .iter()
-        .filter(|(_, b)| weight(b) > 0 && !has(b, abi::BACKEND_DRAIN | abi::BACKEND_MAINT))
-        .map(|(index, record)| (*index, *record))
+        .filter(|(_, b)| b.version == control && weight(b) > 0)
+        .filter(|(_, b)| !has(b, abi::BACKEND_DRAIN | abi::BACKEND_MAINT))
+        .map(|(index, record)| (*index, record))
         .collect();
     known.sort_unstable_by_key(|(index, _)| *index);
     let up = |b: &abi::Backend| has(b, abi::BACKEND_USABLE) && !has(b, abi::BACKEND_DOWN);
@@ -195,19 +233,15 @@ impl ServiceState {
     pub fn propose_panic(&self) -> Proposal {
         let Ownership { split, salt, owners } = &self.ownership;
         let none = split.keys().map(|name| (name.clone(), Share::ZERO)).collect::<Split>();
-        let after = vec![self.control; owners.len()];
-        let changes = compile::difference(&owners.plain(), &after);
+        let after = Packed::of_one(self.control, owners.len());
+        let changes = compile::difference(&owners.plain(), &after.plain());
         Proposal {
             moved: changes.len() as u32,
             change_list: compile::encode_changes(&changes),
             ownership: Ownership {
                 split: none,
                 salt: *salt,
-                owners: if changes.is_empty() {
-                    Arc::clone(owners)
-                } else {
-                    Arc::new(after.into())
-                },
+                owners: if changes.is_empty() { Arc::clone(owners) } else { Arc::new(after) },
             },
         }
     }
@@ -250,11 +284,12 @@ impl Planner {
             // A bucket that is still to be swept moves all the same. What may be found there
             // then is the entry of a flow that has been let go of and has come again, with the
             // same ports, within that time.
-            let owners = state.ownership.owners.plain();
-            let others = (0_u32..).zip(owners.iter());
-            others.filter(|(_, owner)| **owner != control).for_each(|(bucket, _)| {
-                table.unswept.remove(bucket);
-            });
+            if !table.unswept.is_empty() {
+                let owners = state.ownership.owners.plain();
+                let others = |bucket: &u32| owners[*bucket as usize] != control;
+                let others: Vec<u32> = table.unswept.iter().filter(others).collect();
+                others.into_iter().for_each(|bucket| table.unswept.remove(bucket));
+            }
             if moves {
                 let live = table.backends.iter().map(|b| (b.index, b.slot));
                 let gone = table.draining.iter().map(|d| (d.index, d.slot));

@@ -21,6 +21,7 @@ use super::{
 };
 use crate::{
     config::model::{Config, Service},
+    parallel,
     store::{Admin, Admins, PlacementRecord, ServiceRecord, Split},
 };
 
@@ -171,19 +172,27 @@ impl ServiceState {
         }
     }
 
-    /// Brings its tables to what is desired of them.
-    pub(super) fn step(&mut self, now_ms: BootMs) -> Vec<TableStep> {
+    /// Brings its tables to what is desired of them, those of both families at the same time if
+    /// it is `alone` in that.
+    pub(super) fn step(&mut self, now_ms: BootMs, alone: bool) -> Vec<TableStep> {
         self.dirty = false;
         self.generation += 1;
         // What begins is to be left alone from then on, more often than not.
         let new = self.tables.iter().any(Table::is_new);
         let Self { config, control, ownership, tables, .. } = self;
-        let steps = step_all(tables, &inputs(config, *control, ownership, now_ms));
+        let inputs = inputs(config, *control, ownership, now_ms);
+        let buckets = if alone { tables.iter().map(|t| t.entries().len()).sum() } else { 0 };
+        let steps = parallel::map(tables.iter_mut().collect(), buckets, |t| t.step(&inputs));
         self.rest_ms = Some(now_ms.saturating_add(REST_MS));
         if new {
             self.rest();
         }
         steps
+    }
+
+    /// Buckets of all its tables.
+    pub fn buckets(&self) -> usize {
+        self.tables.iter().map(|table| table.entries().len()).sum()
     }
 
     /// Takes less memory until the next step that changes something.
@@ -565,19 +574,20 @@ impl Planner {
     pub fn step(&mut self, now_ms: BootMs) -> Step {
         let mut done = Step { changed: std::mem::take(&mut self.replaced), ..Step::default() };
         self.vacate(now_ms);
-        for state in &mut self.services {
-            let due = |table: &Table| table.due_ms().is_some_and(|at| at <= now_ms);
-            if !state.dirty && !state.tables.iter().any(due) {
-                continue;
-            }
-            for stepped in state.step(now_ms) {
+        let is_due = |table: &Table| table.due_ms().is_some_and(|at| at <= now_ms);
+        let due: Vec<&mut ServiceState> = self
+            .services
+            .iter_mut()
+            .filter(|state| state.dirty || state.tables.iter().any(is_due))
+            .collect();
+        for (steps, plans) in step_each(due, now_ms) {
+            for stepped in steps {
                 self.backends_changed |= stepped.records_changed || !stepped.released.is_empty();
                 self.released.extend(stepped.released);
             }
-            for plan in state.plans() {
+            for plan in plans {
                 done.changed |= set_service(&mut self.plane.services, plan);
             }
-            release_slots(state);
         }
         if self.backends_changed {
             self.backends_changed = false;
@@ -772,9 +782,9 @@ pub(super) fn inputs<'a>(
 /// Frees the slots of versions that are in nobody's memory any more.
 pub(super) fn release_slots(state: &mut ServiceState) {
     let ServiceState { config, slots, ownership, tables, .. } = state;
-    let owners = ownership.owners.plain();
     let used = |at: u8| {
-        owners.contains(&at) || tables.iter().any(|t| t.draining.iter().any(|d| d.slot == at))
+        ownership.owners.plain().contains(&at)
+            || tables.iter().any(|t| t.draining.iter().any(|d| d.slot == at))
     };
     for (at, name) in (0_u8..).zip(slots.iter_mut()) {
         if !name.is_empty() && !config.versions.iter().any(|v| v.name == *name) && !used(at) {
@@ -785,25 +795,20 @@ pub(super) fn release_slots(state: &mut ServiceState) {
     debug_assert!(slots.len() <= MAX_VERSIONS);
 }
 
-/// Tables of fewer buckets take no longer than a thread takes to start.
-const PARALLEL_BUCKETS: usize = 16_384;
-
-/// Steps a service's tables: those of both families at the same time, since a split
-/// change takes the compiler about a millisecond for each of 65,536 buckets.
-fn step_all(tables: &mut [Table], inputs: &Inputs<'_>) -> Vec<TableStep> {
-    let [one, other] = tables else {
-        return tables.iter_mut().map(|table| table.step(inputs)).collect();
-    };
-    if one.entries().len() < PARALLEL_BUCKETS {
-        return vec![one.step(inputs), other.step(inputs)];
-    }
-    std::thread::scope(|scope| {
-        let one = scope.spawn(|| one.step(inputs));
-        let other = other.step(inputs);
-        match one.join() {
-            Ok(one) => vec![one, other],
-            Err(panic) => std::panic::resume_unwind(panic),
-        }
+/// Steps services, several at the same time. Returns what was done, with their plans.
+///
+/// A split change takes the compiler about a millisecond for each of 65,536 buckets.
+pub(super) fn step_each(
+    services: Vec<&mut ServiceState>,
+    now_ms: BootMs,
+) -> Vec<(Vec<TableStep>, Vec<ServicePlan>)> {
+    let buckets = services.iter().map(|state| state.buckets()).sum();
+    let alone = services.len() == 1;
+    parallel::map(services, buckets, |state| {
+        let steps = state.step(now_ms, alone);
+        let plans = state.plans().collect();
+        release_slots(state);
+        (steps, plans)
     })
 }
 

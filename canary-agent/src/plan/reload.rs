@@ -35,6 +35,7 @@ use super::{
 };
 use crate::{
     config::model::{Backend, Config, Health, Service, Version},
+    parallel,
     store::{ServiceRecord, Split},
 };
 
@@ -334,11 +335,17 @@ impl Prepared {
 
     /// Takes over what has become known of next hops, and compiles the tables.
     pub fn warm(&mut self, hops: Hops, now_ms: BootMs) {
-        for next in &mut self.services {
-            let Next::Made(made) = next else { continue };
+        let made = self.services.iter_mut().filter_map(|next| match next {
+            Next::Same(_) => None,
+            Next::Made(made) => Some(made),
+        });
+        let made: Vec<_> = made.collect();
+        let buckets = made.iter().map(|made| made.state.buckets()).sum();
+        let alone = made.len() == 1;
+        parallel::map(made, buckets, |made| {
             made.state.set_next_hops(&hops);
-            made.steps = Some(made.state.step(now_ms));
-        }
+            made.steps = Some(made.state.step(now_ms, alone));
+        });
         self.hops = hops;
     }
 }

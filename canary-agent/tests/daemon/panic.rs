@@ -120,7 +120,7 @@ fn everything_goes_to_control_and_one_undo_brings_it_back() {
     assert_eq!(agent.owners(), owners, "nothing was changed");
     agent.host.with(|host| host.log.clear());
     let report = ask(&mut agent, of(None)).unwrap();
-    assert_eq!(agent.host.with(|host| host.log.clone()), ["store", "apply"]);
+    assert_eq!(agent.host.with(|host| host.log.clone()), ["mark", "apply", "store"]);
     assert_eq!((report.by.as_str(), report.buckets_moved), ("agent", dry.buckets_moved));
     assert_eq!(report.backends_touched, dry.backends_touched);
     assert_all_on_control(&agent);

@@ -162,10 +162,17 @@ impl Kernel for Shared {
     }
 
     fn mark_panic(&mut self, order: &PanicOrder) -> Result<Vec<PanicMark>, String> {
-        let PanicOrder { service, moves, reason, uid, id, unix_ms, .. } = order.clone();
-        let service = service.unwrap_or_default();
-        self.with(|host| host.marked.push(service.clone()));
-        Ok(vec![PanicMark { table: 0, service, number: 1, id, unix_ms, uid, moves, reason }])
+        let PanicOrder { services, moves, reason, uid, id, unix_ms, .. } = order.clone();
+        let services = services.unwrap_or_default();
+        self.with(|host| {
+            host.log.push("mark".to_owned());
+            host.marked.extend(services.iter().cloned());
+        });
+        let mark = |service: String| {
+            let reason = reason.clone();
+            PanicMark { table: 0, service, number: 1, id, unix_ms, uid, moves, reason }
+        };
+        Ok(services.into_iter().map(mark).collect())
     }
 
     fn boot_id(&self) -> String {

@@ -237,6 +237,14 @@ impl Placer {
         let unknown: Vec<u32> =
             ones(differing(owners, &self.first_choice, unknown)).map(|b| b as u32).collect();
         self.choose(&unknown);
+        if buckets as usize == owners.len() {
+            let wants = quotas(buckets, weights);
+            let mut base = self.begin(buckets);
+            if base.room.left == wants {
+                (0..owners.len()).for_each(|bucket| put(bucket, base.next(bucket)));
+                return;
+            }
+        }
         let of_slot = ones(differing(owners, owners, |owner, _| owner == slot));
         let (mut base, wants) = (self.begin(buckets), quotas(buckets, weights));
         if base.room.left == wants {

@@ -239,11 +239,9 @@ pub fn revert(owners: &mut [u8], changes: &[Change]) -> Result<(), OwnersError> 
 
 /// What turns `before` into `after`, as far as both have the bucket.
 pub fn difference(before: &[u8], after: &[u8]) -> Vec<Change> {
-    let pairs = (0..).zip(before.iter().zip(after));
-    pairs
-        .filter(|(_, (from, to))| from != to)
-        .map(|(bucket, (from, to))| Change { bucket, from: *from, to: *to })
-        .collect()
+    let of = before.len().min(after.len());
+    let differ = ones(differing(&before[..of], &after[..of], |from, to| from != to));
+    differ.map(|at| Change { bucket: at as u32, from: before[at], to: after[at] }).collect()
 }
 
 fn turn(owners: &mut [u8], bucket: u32, from: u8, to: u8) -> Result<(), OwnersError> {

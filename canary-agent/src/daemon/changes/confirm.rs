@@ -140,9 +140,13 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let is_due = |one: &&Pending| {
             one.deadline.boot_ms <= now.boot_ms && !Thing::Reload.is_of(&one.change)
         };
-        while let Some(due) = self.control.pending.iter().find(is_due) {
+        loop {
+            // What a panic has ended that is in force, and not stored yet, is over.
+            let waits = |one: &&Pending| !self.panics.settles(one.revision);
+            let pending = || self.control.pending.iter().filter(waits);
+            let Some(due) = pending().find(is_due) else { break };
             let (batch, within) = (due.deadline.batch, due.deadline.within_ms);
-            let of_it = self.control.pending.iter().filter(|one| one.deadline.batch == batch);
+            let of_it = pending().filter(|one| one.deadline.batch == batch);
             let mut its: Vec<(u64, Change)> =
                 of_it.map(|one| (one.revision, one.change.clone())).collect();
             its.reverse();
@@ -171,7 +175,10 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 }
             }
         }
-        let others = self.control.pending.iter().filter(|one| !Thing::Reload.is_of(&one.change));
+        let others =
+            self.control.pending.iter().filter(|one| {
+                !Thing::Reload.is_of(&one.change) && !self.panics.settles(one.revision)
+            });
         others.map(|one| one.deadline.boot_ms).chain(of_reload).min()
     }
 
