@@ -1,9 +1,9 @@
-//! Builds the crate `canary-ebpf` for the BPF target and hands its object to the agent.
+//! Builds the crate `canary-ebpf` for the BPF target and hands its objects to the agent.
 //!
 //! What builds it is described by `target/ebpf-toolchain.json`, which
 //! `cargo xtask setup` writes. A packager with finished objects names their
-//! folder in `CANARY_EBPF_OBJECT_DIR` instead. The path of the object is in the
-//! environment variable `CANARY_EBPF_INGRESS` of the agent's compilation.
+//! folder in `CANARY_EBPF_OBJECT_DIR` instead. The paths of the objects are in the
+//! environment variables `CANARY_EBPF_INGRESS` and `CANARY_EBPF_DECAP` of the agent's compilation.
 
 use std::{
     collections::BTreeMap,
@@ -18,7 +18,7 @@ use serde::Deserialize;
 const FORMAT: u32 = 1;
 
 /// Names of the programs: each is a binary of `canary-ebpf` and a variable `CANARY_EBPF_NAME`.
-const PROGRAMS: [&str; 1] = ["ingress"];
+const PROGRAMS: [&str; 2] = ["ingress", "decap"];
 
 /// The folder with finished objects.
 const OBJECT_DIR: &str = "CANARY_EBPF_OBJECT_DIR";

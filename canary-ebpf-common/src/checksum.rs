@@ -42,7 +42,7 @@ impl Delta {
 
 /// The 16-bit one's-complement sum that `sum` stands for.
 #[inline(always)]
-const fn fold(sum: u64) -> u16 {
+pub(crate) const fn fold(sum: u64) -> u16 {
     let sum = (sum & 0xffff_ffff) + (sum >> 32);
     let sum = (sum & 0xffff) + (sum >> 16);
     let sum = (sum & 0xffff) + (sum >> 16);

@@ -23,6 +23,17 @@ pub const ETHERTYPE_IPV4_BE: u16 = 0x0800_u16.to_be();
 /// EtherType of IPv6, as it is loaded.
 pub const ETHERTYPE_IPV6_BE: u16 = 0x86dd_u16.to_be();
 
+/// EtherType of an 802.1Q tag, as it is loaded.
+pub const ETHERTYPE_VLAN_BE: u16 = 0x8100_u16.to_be();
+/// EtherType of an 802.1ad tag, as it is loaded.
+pub const ETHERTYPE_QINQ_BE: u16 = 0x88a8_u16.to_be();
+
+/// Whether a tag follows the EtherType.
+#[inline(always)]
+pub const fn is_tag(ethertype_be: u16) -> bool {
+    ethertype_be == ETHERTYPE_VLAN_BE || ethertype_be == ETHERTYPE_QINQ_BE
+}
+
 /// Ethernet header.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
@@ -30,6 +41,16 @@ pub struct Eth {
     /// Destination, then source.
     pub addresses: [u8; 12],
     /// EtherType.
+    pub ethertype_be: u16,
+}
+
+/// A VLAN tag without the EtherType before it (IEEE 802.1Q, 9.6).
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Tag {
+    /// Priority, eligibility to be dropped, and number of the VLAN.
+    pub tci_be: u16,
+    /// EtherType of what follows.
     pub ethertype_be: u16,
 }
 
@@ -60,6 +81,19 @@ pub struct Ipv4 {
 impl Ipv4 {
     /// More-fragments flag and offset: not zero in any fragment.
     pub const FRAGMENT_MASK_BE: u16 = 0x3fff_u16.to_be();
+
+    /// The one's-complement sum over its words, unfolded.
+    #[inline(always)]
+    pub const fn sum(&self) -> u64 {
+        u16::from_ne_bytes([self.version_ihl, self.tos]) as u64
+            + self.total_length_be as u64
+            + self.id_be as u64
+            + self.fragment_be as u64
+            + u16::from_ne_bytes(self.ttl_protocol) as u64
+            + self.checksum as u64
+            + self.src_be as u64
+            + self.dst_be as u64
+    }
 }
 
 /// IPv6 header (RFC 8200, 3).

@@ -1,13 +1,14 @@
 //! What the XDP programs and the agent share, as pure code.
 //!
 //! Owns the ABI (map keys and values), the bucket hash, the forwarding-table
-//! entry, incremental checksums, the steering decision and, with the feature
+//! entry, incremental checksums, what unwrapping looks at, the steering decision and, with the feature
 //! `user`, shares and the table compiler. Must not know of aya, of the kernel's
 //! helpers, of clocks or of the network: everything it needs is an argument.
 #![cfg_attr(not(any(test, feature = "user")), no_std)]
 
 pub mod abi;
 pub mod checksum;
+pub mod decap;
 pub mod entry;
 pub mod hash;
 pub mod headers;
@@ -15,6 +16,7 @@ pub mod nat;
 pub mod ports;
 pub mod quic;
 pub mod steer;
+pub mod tunnel;
 pub mod vips;
 
 #[cfg(feature = "user")]

@@ -3,7 +3,10 @@
 use std::{fmt::Write as _, fs, path::Path};
 
 use canary_agent::doctor;
-use canary_ebpf_common::abi::{Reason, ReasonVerdict};
+use canary_ebpf_common::{
+    abi::{Reason, ReasonVerdict},
+    decap::Outcome,
+};
 
 fn document(name: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs").join(name);
@@ -23,6 +26,15 @@ fn every_reason_is_in_the_packet_document_with_its_verdict_and_meaning() {
     }
     let document = document("packets.md");
     assert!(document.contains(&rows), "docs/packets.md should hold these rows:\n{rows}");
+}
+
+#[test]
+fn every_outcome_of_unwrapping_is_in_the_manual() {
+    let manual = document("cli.md");
+    for outcome in Outcome::ALL {
+        let row = format!("| `{}` |{} |\n", outcome.name(), outcome.explanation());
+        assert!(manual.contains(&row), "docs/cli.md has no row for{row}");
+    }
 }
 
 #[test]

@@ -6,8 +6,9 @@ use std::{
     time::Duration,
 };
 
-use canary_ebpf_common::share::Share;
+use canary_ebpf_common::{share::Share, tunnel};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
 
 use crate::{config, telemetry::LogFormat};
 
@@ -121,6 +122,12 @@ pub(super) enum Command {
     /// Traffic to the services is no longer steered after this. The daemon must
     /// be stopped first: it would attach the program again.
     Detach(Detach),
+    /// On a backend: take packets out of those that the balancer has wrapped
+    ///
+    /// Attaches a program to the interfaces that unwraps packets of `ipip` and `gue` for the
+    /// host's network stack, and ends; the program stays. Run again, it takes up what has
+    /// changed, without a packet lost. Needs no configuration and no daemon.
+    Decap(Decap),
     /// Print a completion script for a shell
     Completions {
         /// For which shell
@@ -365,6 +372,52 @@ pub(super) struct Detach {
     pub(super) dry_run: bool,
 }
 
+/// `decap`.
+#[derive(Args, Debug)]
+pub(super) struct Decap {
+    /// Interfaces that wrapped packets come in by
+    #[arg(value_name = "INTERFACE", required_unless_present_any = ["status", "detach"])]
+    pub(super) interfaces: Vec<String>,
+    /// Take wrapped packets from this network only: the balancers'; may be repeated
+    #[arg(long, value_name = "NETWORK", value_parser = network)]
+    pub(super) from: Vec<IpNet>,
+    /// Take wrapped packets at this address [default: all of the interfaces']; may be repeated
+    #[arg(long, value_name = "ADDRESS")]
+    pub(super) address: Vec<IpAddr>,
+    /// Port of packets in UDP
+    #[arg(long, value_name = "PORT", default_value_t = tunnel::GUE_PORT, value_parser = clap::value_parser!(u16).range(1..))]
+    pub(super) gue_port: u16,
+    /// How the program is attached: auto takes native where the driver has it
+    #[arg(long, value_enum, value_name = "MODE", default_value = "auto")]
+    pub(super) xdp_mode: Mode,
+    /// Take the place of another XDP program on the interfaces
+    #[arg(long)]
+    pub(super) replace: bool,
+    /// Show where packets are unwrapped, and how many
+    #[arg(long, conflicts_with_all = ["detach", "interfaces", "from", "address", "replace"])]
+    pub(super) status: bool,
+    /// Take the program off these interfaces, or off all
+    #[arg(long, conflicts_with_all = ["from", "address", "replace"])]
+    pub(super) detach: bool,
+    /// Only say what would be done
+    #[arg(long, conflicts_with = "status")]
+    pub(super) dry_run: bool,
+    /// Directory of the pins, on a BPF file system
+    #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/canary-decap")]
+    pub(super) pins: PathBuf,
+}
+
+/// How a program is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Mode {
+    /// Native where the driver has it, else generic
+    Auto,
+    /// In the driver
+    Native,
+    /// In the network stack
+    Generic,
+}
+
 /// A transport protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Transport {
@@ -417,6 +470,12 @@ fn length(text: &str) -> Result<Duration, String> {
         Duration::ZERO => Err("a window lasts longer than that".to_owned()),
         length => Ok(length),
     }
+}
+
+/// A network, or one address.
+fn network(text: &str) -> Result<IpNet, String> {
+    let network = text.parse().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
+    network.map_err(|_| "write a network or an address: 10.0.0.0/24, 2001:db8::/64".to_owned())
 }
 
 /// A client, `ADDRESS` or `ADDRESS:PORT`; kept as it was written.

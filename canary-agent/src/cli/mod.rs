@@ -1,7 +1,7 @@
 //! The commands of `canary-agent`.
 //!
 //! Owns the command line, what is printed, and exit codes. All but `run`, `check`,
-//! `doctor`, `replay`, `detach`, and `panic` while no agent answers, only speak to the control
+//! `doctor`, `replay`, `decap`, `detach`, and `panic` while no agent answers, only speak to the control
 //! socket; what they show is what any program can read there. Must not know of maps or plans.
 //!
 //! Results go to standard output. Errors go to standard error for people; with
@@ -14,6 +14,7 @@ mod backend;
 mod changes;
 mod check;
 mod client;
+mod decap;
 mod detach;
 mod doctor;
 mod events;
@@ -128,6 +129,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
             let client = client(&global);
             detach::run(&global.config, &client, detach.dry_run, json)?;
         }
+        Command::Decap(asked) => decap::run(&asked, json)?,
         Command::Completions { shell } => generate::completions(shell)?,
         Command::Man { dir } => generate::man(dir.as_deref())?,
     }

@@ -7,6 +7,7 @@
 mod apply;
 mod attach;
 mod census;
+mod decap;
 pub mod flows;
 mod handover;
 mod kernel;
@@ -45,6 +46,7 @@ pub use self::{
     apply::Applied,
     attach::{Attached, AttachedMode},
     census::{Census, Counted},
+    decap::{Decap, DecapOptions, Unwrapped, Unwrapping, attached, stop_unwrapping, unwrapped},
     handover::Handover,
     look::{Adoptable, OLDEST, PinsSeen, PlaceSeen},
     look::{lacks, maps_bytes, pinned, place, program_names, release, takes_parts},

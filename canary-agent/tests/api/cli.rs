@@ -429,7 +429,7 @@ fn every_shell_gets_its_completions() {
     assert_eq!(code(&run(&["completions", "tcsh"])), 2);
 }
 
-const COMMANDS: [&str; 19] = [
+const COMMANDS: [&str; 20] = [
     "run",
     "check",
     "doctor",
@@ -446,6 +446,7 @@ const COMMANDS: [&str; 19] = [
     "unfreeze",
     "events",
     "explain",
+    "decap",
     "detach",
     "completions",
     "man",

@@ -323,6 +323,7 @@ impl Builder<'_, '_> {
             "udp" => 17,
             "icmp" => 1,
             "ip" => 4,
+            "ip6" => 41,
             _ => 253,
         };
         let header_bytes = 20 + options.len();
@@ -351,6 +352,8 @@ impl Builder<'_, '_> {
             "tcp" => 6,
             "udp" => 17,
             "icmp6" => 58,
+            "ip" => 4,
+            "ip6" => 41,
             _ => 59,
         };
         let start = self.bytes.len();

@@ -130,6 +130,15 @@ fn transport(
     none: u8,
     key: &str,
 ) {
+    // A packet in a packet, as far as it can be read; else its bytes.
+    let nested = match protocol {
+        4 if !fragment => ipv4(text, body),
+        41 if !fragment => ipv6(text, body),
+        _ => None,
+    };
+    if nested.is_some() {
+        return;
+    }
     let read = match protocol {
         _ if fragment => None,
         6 => tcp(text, pseudo, body),

@@ -6,6 +6,7 @@ mod bad_input;
 mod commands;
 mod crashes;
 mod crowd;
+mod decap;
 mod disks;
 mod doctor;
 mod explain;

@@ -34,8 +34,9 @@ const TOO_OLD: &str = "bullseye";
 /// The test programs that run on [`OLDEST`], with what each is told. Of the end-to-end
 /// tests only an agent that ends and comes back under traffic: all of them take too long
 /// where the processor is emulated.
-const TESTS: [(&str, &[&str]); 4] = [
+const TESTS: [(&str, &[&str]); 5] = [
     ("verifier", &["--nocapture"]),
+    ("decap", &[]),
     ("packet_cases", &[]),
     ("datapath", &[]),
     ("e2e", &["--test-threads", "1", "lifecycle::small_tables"]),
@@ -239,6 +240,7 @@ fn tests(workspace: &Path, profile: &[String]) -> Result<Job> {
     job.programs.insert(agent);
     job.files.insert(workspace.join("tests/cases"));
     job.files.insert(workspace.join("tests/verifier.toml"));
+    job.files.insert(workspace.join("tests/decap.toml"));
     for (name, args) in TESTS {
         let program = built.get(name).with_context(|| format!("cargo has built no {name}"))?;
         let mut command = vec![program.clone()];

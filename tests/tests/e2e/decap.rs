@@ -1,0 +1,212 @@
+//! `canary-agent decap` on a backend: what comes wrapped is served, however it is wrapped.
+//!
+//! Here the wrapped packets are made by hand, as any balancer would make them.
+
+use std::{
+    io::ErrorKind,
+    net::{IpAddr, SocketAddr, UdpSocket},
+    process::Stdio,
+    time::Duration,
+};
+
+use canary_tests::{
+    agent::Output,
+    binary, host, notation,
+    server::ECHO_PORT,
+    spawn,
+    topology::{BALANCER_V4, BALANCER_V6, Family, Host},
+    wait, wire,
+    workdir::Workdir,
+    xdp_pass::XdpPass,
+};
+use serde_json::{Value, json};
+
+use crate::support::{Bench, Way};
+
+/// A backend that `canary-agent decap` is run on.
+struct Backend<'a> {
+    bench: &'a Bench,
+    host: &'a Host,
+    workdir: Workdir,
+}
+
+impl<'a> Backend<'a> {
+    fn new(bench: &'a Bench) -> Self {
+        Self { bench, host: &bench.topology.backends[0], workdir: Workdir::new("decap") }
+    }
+
+    /// Runs the command there.
+    fn decap(&self, args: &[&str]) -> Output {
+        let mut command = self.host.namespace.command(binary::locate("canary-agent"));
+        command.arg("decap").args(args).arg("--pins").arg(self.workdir.bpffs().join("decap"));
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = spawn::spawn(command).expect("the command starts");
+        let output = child.wait_with_output().expect("the command ends");
+        Output {
+            code: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
+    #[track_caller]
+    fn done(&self, args: &[&str]) -> Value {
+        let output = self.decap(&[args, &["--json"]].concat());
+        assert_eq!(output.code, 0, "{args:?}: {}{}", output.stdout, output.stderr);
+        output.json()
+    }
+
+    /// Packets that an outcome is counted for.
+    #[track_caller]
+    fn counted(&self, outcome: &str) -> u64 {
+        self.done(&["--status"])["packets"][outcome].as_u64().expect("a count")
+    }
+
+    /// Sends a datagram to the VIP, wrapped for the backend, from a client that has a socket, and
+    /// says whether the server has answered the client.
+    #[track_caller]
+    fn asks(&self, outer: Family, gue: bool, inner: Family, client: u32) -> bool {
+        let namespace = self.bench.client();
+        let source = inner.client(client);
+        let socket = namespace.run(|| {
+            let socket = UdpSocket::bind(SocketAddr::new(source, 0)).expect("a socket");
+            socket.set_read_timeout(Some(Duration::from_millis(300))).expect("a limit");
+            socket
+        });
+        let port = socket.local_addr().expect("bound").port();
+        let mac = |mac: [u8; 6]| mac.map(|byte| format!("{byte:02x}")).join(":");
+        let eth = format!(
+            "eth {} > {}",
+            mac(wire::mac(namespace, "eth0")),
+            mac(wire::mac(&self.host.namespace, "eth0"))
+        );
+        let (balancer, backend): (IpAddr, IpAddr) = match outer {
+            Family::V4 => (BALANCER_V4.into(), self.host.v4.into()),
+            Family::V6 => (BALANCER_V6.into(), self.host.v6.into()),
+        };
+        let word = |family: Family| if family == Family::V4 { "ip" } else { "ip6" };
+        let udp = if gue { " / udp 50000 > 6080 csum=0" } else { "" };
+        let text = format!(
+            "{eth} / {} {balancer} > {backend}{udp} / {} {source} > {} / udp {port} > {ECHO_PORT} / \"hello\"",
+            word(outer),
+            word(inner),
+            inner.vip(),
+        );
+        let frame = notation::parse(&text).unwrap_or_else(|error| panic!("{text}: {error:#}"));
+        // Neighbours are asked for on the way back, and a datagram may be lost to that.
+        for _ in 0..5 {
+            wire::send(namespace, "eth0", &frame);
+            let mut room = [0; 100];
+            match socket.recv_from(&mut room) {
+                Ok((bytes, from)) => {
+                    assert_eq!(from, SocketAddr::new(inner.vip(), ECHO_PORT), "{text}");
+                    assert_eq!(&room[..bytes], b"stable-1\nhello", "{text}");
+                    return true;
+                }
+                Err(error)
+                    if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+                Err(error) => panic!("{text}: {error}"),
+            }
+        }
+        false
+    }
+}
+
+#[track_caller]
+fn exercise(test: &str, mode: &str) {
+    if !host::ready(test) {
+        return;
+    }
+    let bench = Bench::new(Way::Dsr, &[("stable", 1)]);
+    let backend = Backend::new(&bench);
+    let from = ["--from", "10.1.0.2", "--from", "fd00:1::/64"];
+    let report = backend.done(&[&["eth0", "--xdp-mode", mode], &from[..]].concat());
+    assert_eq!(report["interfaces"], json!([{"name": "eth0", "mode": mode}]), "{report}");
+    assert_eq!(report["addresses"], json!([backend.host.v4, backend.host.v6]), "{report}");
+    let mut client = 1;
+    for outer in Family::ALL {
+        for inner in Family::ALL {
+            for gue in [false, true] {
+                assert!(
+                    backend.asks(outer, gue, inner, client),
+                    "{inner:?} in {outer:?}, gue {gue}: {:?}",
+                    backend.decap(&["--status"])
+                );
+                client += 1;
+            }
+        }
+    }
+    let status = backend.done(&["--status"]);
+    assert_eq!(status["interfaces"], json!([{"name": "eth0", "mode": mode}]), "{status}");
+    for outcome in ["unwrapped_ipip", "unwrapped_gue"] {
+        assert!(status["packets"][outcome].as_u64() >= Some(4), "{status}");
+    }
+}
+
+#[test]
+fn wrapped_packets_are_unwrapped_in_native_mode() {
+    exercise("wrapped_packets_are_unwrapped_in_native_mode", "native");
+}
+
+#[test]
+fn wrapped_packets_are_unwrapped_in_generic_mode() {
+    exercise("wrapped_packets_are_unwrapped_in_generic_mode", "generic");
+}
+
+#[test]
+fn unwrapping_is_changed_shown_and_taken_off() {
+    if !host::ready("unwrapping_is_changed_shown_and_taken_off") {
+        return;
+    }
+    let bench = Bench::new(Way::Dsr, &[("stable", 1)]);
+    let backend = Backend::new(&bench);
+    let refused = |args: &[&str], code: i32, words: &[&str]| {
+        let output = backend.decap(args);
+        assert_eq!(output.code, code, "{args:?}: {output:?}");
+        for word in words {
+            assert!(output.stderr.contains(word), "{args:?}: {output:?}");
+        }
+    };
+    let nothing = |status: &Value| assert_eq!(status["interfaces"], json!([]), "{status}");
+    nothing(&backend.done(&["--status"]));
+    nothing(&backend.done(&["--detach"]));
+    refused(&[], 2, &["INTERFACE"]);
+    refused(&["eth7"], 1, &["eth7 does not exist"]);
+    refused(&["lo", "--address", "10.0.0.1", "--from", "10.0.0.0/33"], 2, &["10.0.0.0/24"]);
+    refused(&["--detach", "eth0"], 1, &["no packets are unwrapped on eth0"]);
+    let dry = backend.done(&["eth0", "--dry-run"]);
+    assert_eq!((&dry["applied"], &dry["from"]), (&json!(false), &json!([])), "{dry}");
+    assert!(dry["warnings"][0].as_str().is_some_and(|w| w.contains("--from")), "{dry}");
+    nothing(&backend.done(&["--status"]));
+    assert!(!backend.asks(Family::V4, false, Family::V4, 1), "nothing unwraps yet");
+
+    // Somebody else's program is not touched, and of two interfaces neither has ours then.
+    let passes = XdpPass::attach(&backend.host.namespace, "eth0");
+    refused(&["lo", "eth0", "--address", "10.0.0.1"], 1, &["another XDP program", "--replace"]);
+    nothing(&backend.done(&["--status"]));
+    drop(passes);
+    wait::until("the interface without a program", || {
+        let output = backend.decap(&["eth0", "--from", "10.1.0.2"]);
+        (output.code == 0).then_some(()).ok_or(output.stderr)
+    });
+    assert!(backend.asks(Family::V4, false, Family::V4, 2));
+    let before = backend.counted("unwrapped_ipip");
+    assert!(before > 0);
+
+    // Run again it takes up what has changed; what was counted stays.
+    backend.done(&["eth0", "--from", "10.5.0.0/16", "--gue-port", "5555"]);
+    assert!(!backend.asks(Family::V4, false, Family::V4, 3), "from nobody that was named");
+    assert_eq!(backend.counted("unwrapped_ipip"), before);
+    assert!(backend.counted("pass_sender") > 0);
+    backend.done(&["eth0", "--address", "10.5.0.1"]);
+    assert!(!backend.asks(Family::V4, true, Family::V4, 4), "to an address that was not named");
+    assert!(backend.counted("pass_address") > 0);
+
+    let dry = backend.done(&["--detach", "--dry-run"]);
+    assert_eq!(dry, json!({"applied": false, "interfaces": ["eth0"]}));
+    let gone = backend.done(&["--detach", "eth0"]);
+    assert_eq!(gone, json!({"applied": true, "interfaces": ["eth0"]}));
+    nothing(&backend.done(&["--status"]));
+    assert!(!backend.workdir.bpffs().join("decap").exists(), "pins are left");
+    assert!(!backend.asks(Family::V4, false, Family::V4, 5), "nothing unwraps any more");
+}
