@@ -7,7 +7,7 @@ use std::{collections::HashMap, time::Duration};
 use http::Uri;
 
 use super::{
-    model::{Gate, KernelSignal, PrometheusSignal, Signal, SignalKind},
+    model::{Gate, KernelSignal, Probe, ProbeAsk, Signal, SignalKind},
     scalar::{self, Problem, nearest, quote},
     sink::Sink,
     source::Span,
@@ -34,6 +34,19 @@ const DEFAULT_QUANTILE_PERMILLE: u16 = 950;
 const MAX_SIGNALS: usize = 32;
 const MAX_NAME_BYTES: usize = 63;
 const MAX_QUERY_BYTES: usize = 8 << 10;
+const MAX_URL_BYTES: usize = 2 << 10;
+const DEFAULT_INTERVAL: Duration = Duration::from_secs(10);
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
+const DEFAULT_RETRIES: u32 = 2;
+const DEFAULT_RISE: u32 = 2;
+const DEFAULT_FALL: u32 = 3;
+/// Shorter, and whoever is asked has nothing else to do.
+const MIN_PERIOD: Duration = Duration::from_millis(100);
+const MAX_PERIOD: Duration = Duration::from_secs(60 * 60);
+const MAX_RETRIES: u32 = 10;
+const MAX_IN_A_ROW: u32 = 1000;
+/// What a program can be given is limited by the system, too.
+const MAX_WORDS: usize = 64;
 
 /// A gate and where its name is.
 #[derive(Debug)]
@@ -163,7 +176,7 @@ fn signals(node: &Node<'_>, label: &str, sink: &mut Sink) -> Vec<Signal> {
     }
     let observed = |signal: &Signal| match signal {
         Signal::Kernel(signal) => signal.observe,
-        Signal::Prometheus(signal) => signal.observe,
+        Signal::Probe(probe) => probe.observe,
     };
     if list.complete && list.items.iter().all(observed) {
         let why = match list.items.is_empty() {
@@ -187,36 +200,125 @@ fn signal(item: &Node<'_>, sink: &mut Sink) -> Option<Signal> {
     let observe_node = fields.take("observe", sink);
     let observe = observe_node.and_then(|node| node.boolean(sink)).unwrap_or(false);
     let name = fields.take("name", sink);
-    let server = fields.take("prometheus", sink);
     let kernel_keys = ["over", "tolerate", "pass_below"].map(|key| fields.take(key, sink));
+    let asked = ["prometheus", "command", "webhook"].map(|key| fields.take(key, sink));
     let query_keys = ["query", "above"].map(|key| fields.take(key, sink));
+    let pace_keys = ["interval", "timeout", "retries", "rise", "fall"];
+    let pace_keys = pace_keys.map(|key| fields.take(key, sink));
     fields.finish(sink);
+    let mut kinds_given = name.iter().chain(asked.iter().flatten());
+    let Some(first) = kinds_given.next() else {
+        sink.absent(item.span, "this signal has no `name`").help(format!(
+            "it is one of {}, or has a `prometheus`, a `command` or a `webhook`",
+            kinds()
+        ));
+        return None;
+    };
+    if let Some(second) = kinds_given.next() {
+        sink.error(
+            second.span,
+            format!("a signal has a `{}` or a `{}`, not both", first.name, second.name),
+        )
+        .help(
+            "`name` is what connections do, counted by the agent; `prometheus`, `command` and \
+             `webhook` ask somebody else",
+        );
+        return None;
+    }
     let misplaced = |nodes: &[Option<Node<'_>>], with: &str, sink: &mut Sink| {
         for node in nodes.iter().flatten() {
-            sink.error(node.span, format!("`{}` is of use with `{with}` only", node.name));
+            sink.error(node.span, format!("`{}` is of use with {with} only", node.name));
         }
     };
-    match (name, server) {
-        (Some(_), Some(server)) => {
-            sink.error(server.span, "a signal has a `name` or a `prometheus`, not both").help(
-                "`name` is what connections do, counted by the agent; `prometheus` asks a server",
-            );
-            None
-        }
-        (Some(name), None) => {
-            misplaced(&query_keys, "prometheus", sink);
-            kernel(&name, kernel_keys, observe, sink).map(Signal::Kernel)
-        }
-        (None, Some(server)) => {
-            misplaced(&kernel_keys, "name", sink);
-            prometheus(&server, query_keys, item.span, observe, sink).map(Signal::Prometheus)
-        }
-        (None, None) => {
-            sink.absent(item.span, "this signal has no `name`")
-                .help(format!("it is one of {}, or has a `prometheus`", kinds()));
-            None
-        }
+    if let Some(name) = name {
+        misplaced(&query_keys, "`prometheus`", sink);
+        misplaced(&pace_keys, "`prometheus`, `command` and `webhook`", sink);
+        return kernel(&name, kernel_keys, observe, sink).map(Signal::Kernel);
     }
+    misplaced(&kernel_keys, "`name`", sink);
+    let [server, command, webhook] = asked;
+    let ask = match (server, command, webhook) {
+        (Some(server), ..) => prometheus(&server, query_keys, item.span, sink),
+        (_, command, webhook) => {
+            misplaced(&query_keys, "`prometheus`", sink);
+            match (command, webhook) {
+                (Some(node), _) => words(&node, sink).map(ProbeAsk::Command),
+                (_, Some(node)) => node.parse(sink, web_address).map(ProbeAsk::Webhook),
+                (None, None) => None,
+            }
+        }
+    };
+    probe(ask, pace_keys, observe, sink).map(Signal::Probe)
+}
+
+/// When and how often somebody is asked.
+fn probe(
+    ask: Option<ProbeAsk>,
+    [interval, timeout, retries, rise, fall]: [Option<Node<'_>>; 5],
+    observe: bool,
+    sink: &mut Sink,
+) -> Option<Probe> {
+    let mut time = |node: Option<Node<'_>>, default| {
+        node.and_then(|node| node.parse_loose(sink, |text| period(node.name, text)))
+            .unwrap_or(default)
+    };
+    let (interval, timeout) = (time(interval, DEFAULT_INTERVAL), time(timeout, DEFAULT_TIMEOUT));
+    let mut count = |node: Option<Node<'_>>, range, default| {
+        node.and_then(|node| node.integer(sink, range)).unwrap_or(default)
+    };
+    Some(Probe {
+        interval,
+        timeout,
+        retries: count(retries, 0..=MAX_RETRIES, DEFAULT_RETRIES),
+        rise: count(rise, 1..=MAX_IN_A_ROW, DEFAULT_RISE),
+        fall: count(fall, 1..=MAX_IN_A_ROW, DEFAULT_FALL),
+        observe,
+        ask: ask?,
+    })
+}
+
+fn period(key: &str, text: &str) -> Result<Duration, Problem> {
+    let duration = scalar::duration(text)?;
+    match (MIN_PERIOD..=MAX_PERIOD).contains(&duration) {
+        true => Ok(duration),
+        false => Err(Problem::new(format!(
+            "`{key}` must be from {} to {}, not {}",
+            humantime::format_duration(MIN_PERIOD),
+            humantime::format_duration(MAX_PERIOD),
+            quote(text)
+        ))),
+    }
+}
+
+/// A program and what it is given.
+fn words(node: &Node<'_>, sink: &mut Sink) -> Option<Vec<String>> {
+    if node.as_str().is_some() {
+        node.mismatch("a list of words", sink)
+            .help("no shell reads it: `[\"/usr/local/bin/check\", \"--fast\"]`");
+        return None;
+    }
+    let list = node.list(sink, |item, sink| {
+        let word = item.string(sink)?;
+        if word.contains('\0') {
+            sink.error(item.span, "a word of a command can't have a zero byte");
+            return None;
+        }
+        Some(word.to_owned())
+    });
+    let program = list.items.first()?;
+    if !program.value.starts_with('/') {
+        sink.error(
+            program.span,
+            format!("{} is no absolute path of a program", quote(&program.value)),
+        )
+        .help("which program is run must not depend on where the agent was started");
+        return None;
+    }
+    if list.items.len() > MAX_WORDS {
+        sink.error(node.span, format!("a command has at most {MAX_WORDS} words"));
+        return None;
+    }
+    list.complete.then(|| list.items.into_iter().map(|item| item.value).collect())
 }
 
 fn kinds() -> String {
@@ -328,9 +430,8 @@ fn prometheus(
     server: &Node<'_>,
     [query_node, above_node]: [Option<Node<'_>>; 2],
     span: Span,
-    observe: bool,
     sink: &mut Sink,
-) -> Option<PrometheusSignal> {
+) -> Option<ProbeAsk> {
     let url = server.parse(sink, url);
     let mut missing = |key: &str| {
         sink.absent(span, format!("this signal has no `{key}`"))
@@ -357,7 +458,7 @@ fn prometheus(
         })
     });
     let above = above_node.and_then(|node| node.float(sink));
-    Some(PrometheusSignal { url: url?, query: query?, above: above?, observe })
+    Some(ProbeAsk::Prometheus { url: url?, query: query?, above: above? })
 }
 
 /// The address of a server: `http://127.0.0.1:9090`, with a path if it has a prefix.
@@ -368,17 +469,45 @@ fn url(text: &str) -> Result<String, Problem> {
             "write it as `http://127.0.0.1:9090`",
         ))
     };
-    let Ok(uri) = text.parse::<Uri>() else {
-        return bad("it is no URL");
-    };
-    if !matches!(uri.scheme_str(), Some("http" | "https")) {
-        return bad("it begins neither with `http://` nor `https://`");
+    if let Err(why) = address(text) {
+        return bad(why);
     }
-    if uri.host().is_none_or(str::is_empty) {
-        return bad("it names no host");
-    }
-    if uri.query().is_some() || text.contains('#') {
+    if text.contains('?') || text.contains('#') {
         return bad("it has a query of its own, which belongs into `query`");
     }
     Ok(text.trim_end_matches('/').to_owned())
+}
+
+/// The address that something is sent to: `https://deploy.example/canary?team=shop`.
+pub(super) fn web_address(text: &str) -> Result<String, Problem> {
+    let bad = |why: &str| {
+        Err(Problem::with(
+            format!("{} is nothing that can be called: {why}", quote(text)),
+            "write it as `http://127.0.0.1:8080/ok`",
+        ))
+    };
+    if text.len() > MAX_URL_BYTES {
+        return bad("it is too long");
+    }
+    match address(text) {
+        Err(why) => bad(why),
+        Ok(()) if text.contains('#') => bad("a part of a page can't be called"),
+        Ok(()) => Ok(text.to_owned()),
+    }
+}
+
+fn address(text: &str) -> Result<(), &'static str> {
+    let Ok(uri) = text.parse::<Uri>() else {
+        return Err("it is no URL");
+    };
+    if !matches!(uri.scheme_str(), Some("http" | "https")) {
+        return Err("it begins neither with `http://` nor `https://`");
+    }
+    match uri.authority() {
+        Some(authority) if authority.as_str().contains('@') => {
+            Err("a name and password can't stand in it")
+        }
+        Some(authority) if !authority.host().is_empty() => Ok(()),
+        _ => Err("it names no host"),
+    }
 }

@@ -6,14 +6,17 @@
 //! keys; it changes together with this module.
 //!
 //! The way of a file: `source` reads it, the `toml` crate parses it into a
-//! document with spans, `agent`, `service`, `versions`, `health` and `gate` walk that with
+//! document with spans, `agent`, `service`, `versions`, `health`, `gate` and `rollout` walk that with
 //! the combinators of `walk` and the texts of `scalar`, `across` compares
-//! services, and `sink` collects what they find into [`Diagnostic`]s.
+//! services, `rollout` finds the service and the gates that it names, and `sink` collects what they find into [`Diagnostic`]s.
 //!
 //! Must not know the data plane, nor the host beyond files, accounts and certificates:
 //! whether an interface exists or an address answers is `doctor`'s question.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use toml::de::DeTable;
 
@@ -24,7 +27,9 @@ pub mod difference;
 mod gate;
 mod health;
 pub mod model;
+mod opening;
 mod outside;
+mod rollout;
 mod scalar;
 mod service;
 mod sink;
@@ -35,6 +40,7 @@ mod walk;
 
 pub use diagnostic::{Diagnostic, Excerpt, Place, Related, Severity, render};
 pub use model::Config;
+pub use opening::Opening;
 pub use outside::{Nothing, Outside, ThisHost};
 
 use sink::Sink;
@@ -164,6 +170,7 @@ fn build(
     let mut agents: Vec<Node<'_>> = Vec::new();
     let mut services = Vec::new();
     let mut gates = Vec::new();
+    let mut rollouts = Vec::new();
     let mut no_service = true;
     for (file, document) in &documents {
         let mut root = Fields::new("", Span::whole(*file));
@@ -180,6 +187,15 @@ fn build(
             }
         }
         read_gates(&mut root, &mut gates, &mut sink);
+        for node in root.take_all("rollout") {
+            if node.is_table() {
+                sink.error(node.span, "rollouts are a list, not one table")
+                    .help("write `[[rollout]]`, with two brackets on each side");
+            }
+            for item in node.items() {
+                rollouts.extend(rollout::read(&item, outside, &mut sink));
+            }
+        }
         root.finish(&mut sink);
     }
     let agent = agent::read(&agents, main, no_service, outside, &mut sink);
@@ -192,6 +208,7 @@ fn build(
     }
     across::check(&agent, &services, &mut sink);
     gate::distinct(&gates, &mut sink);
+    let rollouts = rollout::resolve(rollouts, &services, &gates, &mut sink);
 
     let failed = sink.failed();
     let diagnostics = sink.finish(sources);
@@ -203,6 +220,7 @@ fn build(
             agent: agent.agent,
             services: services.into_iter().map(|placed| placed.service).collect(),
             gates: gates.into_iter().map(|placed| placed.gate).collect(),
+            rollouts: rollouts.into_iter().map(Arc::new).collect(),
         },
         warnings: diagnostics,
         files: sources.paths().map(Path::to_owned).collect(),

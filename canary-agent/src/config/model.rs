@@ -15,6 +15,8 @@ use std::{
 use canary_ebpf_common::share::Share;
 use tokio_rustls::rustls::pki_types::CertificateDer;
 
+pub use super::opening::Opening;
+
 /// Everything that the configuration files say.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
@@ -24,6 +26,8 @@ pub struct Config {
     pub services: Vec<Service>,
     /// `[[gate]]`, in the order of the files.
     pub gates: Vec<Gate>,
+    /// `[[rollout]]`, in the order of the files.
+    pub rollouts: Vec<Arc<Rollout>>,
 }
 
 /// `[agent]`: where the agent works and what it may use.
@@ -308,8 +312,8 @@ pub struct Gate {
 pub enum Signal {
     /// What connections did, counted.
     Kernel(KernelSignal),
-    /// What Prometheus answers.
-    Prometheus(PrometheusSignal),
+    /// What somebody else says.
+    Probe(Probe),
 }
 
 /// A signal that is counted, and how much more of it the canary may have.
@@ -328,17 +332,142 @@ pub struct KernelSignal {
     pub observe: bool,
 }
 
-/// A query, and the value above which the canary is bad.
+/// A question to somebody else, again and again.
 #[derive(Clone, Debug, PartialEq)]
-pub struct PrometheusSignal {
-    /// Address of the server.
-    pub url: String,
-    /// In PromQL.
-    pub query: String,
-    /// A value above this one is bad.
-    pub above: f64,
+pub struct Probe {
+    /// Who is asked, and what.
+    pub ask: ProbeAsk,
+    /// From one question to the next.
+    pub interval: Duration,
+    /// After which there is no answer.
+    pub timeout: Duration,
+    /// So often it is asked again at once where there is no answer.
+    pub retries: u32,
+    /// Good answers in a row that let it pass.
+    pub rise: u32,
+    /// Bad answers in a row that fail it.
+    pub fall: u32,
     /// Whether it is only shown, and never decides.
     pub observe: bool,
+}
+
+/// Who is asked, and what a bad answer is.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ProbeAsk {
+    /// A Prometheus server; a value above the limit is bad.
+    Prometheus {
+        /// Address of the server.
+        url: String,
+        /// In PromQL.
+        query: String,
+        /// A value above this one is bad.
+        above: f64,
+    },
+    /// A program; its exit code says.
+    Command(Vec<String>),
+    /// A server; its status says.
+    Webhook(String),
+}
+
+impl ProbeAsk {
+    /// What tells it from others, in a line.
+    pub fn text(&self) -> String {
+        match self {
+            Self::Prometheus { query, above, .. } => format!("{query} > {above}"),
+            Self::Command(words) => words.join(" "),
+            Self::Webhook(url) => url.clone(),
+        }
+    }
+
+    /// The key of the configuration that makes it one.
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::Prometheus { .. } => "prometheus",
+            Self::Command(_) => "command",
+            Self::Webhook(_) => "webhook",
+        }
+    }
+}
+
+/// `[[rollout]]`: steps that move a share over time.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rollout {
+    /// Its name.
+    pub name: String,
+    /// The service.
+    pub service: String,
+    /// The version whose share it moves.
+    pub to: String,
+    /// What it does, one after the other; at least one sets a share.
+    pub steps: Vec<Step>,
+    /// What it does when a gate fails.
+    pub on_fail: Reaction,
+    /// What it does when a gate can't decide in time.
+    pub on_inconclusive: Reaction,
+    /// What it does when a gate has seen nothing to decide by.
+    pub on_no_data: Reaction,
+    /// When it may set another share by itself; empty for always.
+    pub windows: Vec<Opening>,
+    /// Whom it asks and tells.
+    pub hooks: Hooks,
+}
+
+/// One of `rollout.steps`. It is done when all that it says is.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Step {
+    /// The share that it sets.
+    pub split: Option<Share>,
+    /// How long it lasts at least.
+    pub hold: Option<Duration>,
+    /// Whether it waits for an operator.
+    pub pause: bool,
+    /// What has to pass.
+    pub gate: Option<Arc<Gate>>,
+}
+
+/// What a rollout does about a verdict.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reaction {
+    /// The share goes back to nothing.
+    Abort,
+    /// It stays where it is, and waits for an operator.
+    Hold,
+    /// It goes back to the share before, and waits for an operator.
+    StepBack,
+}
+
+impl Reaction {
+    /// As the configuration writes it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Abort => "abort",
+            Self::Hold => "hold",
+            Self::StepBack => "step-back",
+        }
+    }
+}
+
+/// `rollout.hooks`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Hooks {
+    /// Asked before each share that it sets.
+    pub confirm: Option<String>,
+    /// Told of everything that happens.
+    pub event: Option<String>,
+    /// What calls are signed with.
+    pub secret: Option<Secret>,
+    /// How long a call may take.
+    pub timeout: Duration,
+}
+
+/// Something that is not to be seen.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(pub Vec<u8>);
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secret(…)")
+    }
 }
 
 /// What a connection can do that is counted for each version.

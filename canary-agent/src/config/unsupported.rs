@@ -3,8 +3,10 @@
 //! Such keys and values are refused: to accept and ignore them would promise
 //! something. A release that brings one deletes its line here.
 
+use super::model::SignalKind;
+
 /// Keys, with the tables that they are in.
-const KEYS: &[&str] = &["audience", "rollout", "service.route", "service.mss"];
+const KEYS: &[&str] = &["audience", "rollout.steps.audience", "service.route", "service.mss"];
 
 /// Values of `service.forward`.
 const FORWARDS: &[&str] = &["ipip", "gue"];
@@ -17,6 +19,18 @@ pub(super) fn is_key(path: &str) -> bool {
 /// Whether `value` is a way to forward of a later release.
 pub(super) fn is_forward(value: &str) -> bool {
     FORWARDS.contains(&value)
+}
+
+/// Whether what connections do of that kind is counted: a rollout can't go by what is not.
+pub(super) const fn is_counted(kind: SignalKind) -> bool {
+    match kind {
+        SignalKind::ConnectFailed
+        | SignalKind::SynRetransmit
+        | SignalKind::SlowHandshake
+        | SignalKind::ServerReset
+        | SignalKind::ClientReset
+        | SignalKind::ShortFlow => false,
+    }
 }
 
 /// The error for `what`.

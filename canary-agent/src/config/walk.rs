@@ -387,6 +387,11 @@ impl<'a> Fields<'a> {
         entries
     }
 
+    /// Whether a key is there that nobody has taken.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.entries.contains_key(key)
+    }
+
     /// Reports what is left: keys of a later release, and unknown ones.
     pub(super) fn finish(self, sink: &mut Sink) {
         for entry in self.entries.values().flatten() {

@@ -142,13 +142,13 @@ pub struct Gate {
 impl Gate {
     /// A gate that has seen nothing yet.
     ///
-    /// Of its signals it takes those that are counted: what Prometheus answers is judged
-    /// query by query.
+    /// Of its signals it takes those that are counted: what others are asked is judged answer by
+    /// answer ([`watch`](super::watch)).
     pub fn new(config: &model::Gate) -> Self {
         let model::Gate { name: _, alpha, beta, min_duration, deadline, signals } = config;
         let counted = signals.iter().filter_map(|signal| match signal {
             Signal::Kernel(signal) => Some(*signal),
-            Signal::Prometheus(_) => None,
+            Signal::Probe(_) => None,
         });
         let signals: Vec<KernelSignal> = counted.collect();
         let begun = signals.iter().map(|signal| SignalProgress {
@@ -197,6 +197,16 @@ impl Gate {
     /// The signals that are counted, in the order of the configuration.
     pub fn signals(&self) -> &[KernelSignal] {
         &self.signals
+    }
+
+    /// Before it has been watched for so long it does not pass.
+    pub fn min_duration(&self) -> Duration {
+        self.min_duration
+    }
+
+    /// From then on it decides no more.
+    pub fn deadline(&self) -> Duration {
+        self.deadline
     }
 
     /// How many signals decide.

@@ -1,13 +1,16 @@
-//! Gates: what is known of a canary, and what follows from it. Pure.
+//! Rollouts: what is known of a canary, what follows from it, and what is done next. Pure.
 //!
 //! [`evidence`] weighs counts against a ratio, [`gate`] makes a verdict of several
-//! signals' evidence, [`sample_ratio`] holds the measured share against the asked one, and
-//! [`record`] reads windows that were written down.
+//! signals' evidence, [`watch`] one of that and of what others were asked, [`sample_ratio`]
+//! holds the measured share against the asked one, and [`record`] reads windows that were
+//! written down. [`drive`] goes through the steps.
 //!
-//! Windows of counts come in, verdicts go out: must not know where the counts are from, what
-//! time it is, nor what is done about a verdict.
+//! What happens comes in, with its time; what is wished for goes out. Must not know where counts
+//! and answers are from, nor how a wish is carried out.
 
+pub mod drive;
 pub mod evidence;
 pub mod gate;
 pub mod record;
 pub mod sample_ratio;
+pub mod watch;

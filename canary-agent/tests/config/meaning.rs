@@ -7,7 +7,7 @@ use canary_agent::config::{
     load_bytes, load_str,
     model::{
         Agent, Ask, Backend, Capacity, Check, Config, Existing, Fallback, Forward, Gate, Health,
-        Http, KernelSignal, Operators, Port, PrometheusSignal, Protocol, Service, Signal,
+        Http, KernelSignal, Operators, Port, Probe, ProbeAsk, Protocol, Service, Signal,
         SignalKind, Stickiness, Timing, Tls, Version, Via, XdpMode,
     },
     render,
@@ -102,6 +102,7 @@ fn the_contracts_example_is_read_whole() {
         agent: default_agent(&["eth0", "eth1"]),
         services: vec![service],
         gates: vec![l4()],
+        rollouts: Vec::new(),
     };
     assert_eq!(loaded.config, expected);
 }
@@ -125,10 +126,17 @@ fn l4() -> Gate {
             Signal::Kernel(kernel(SignalKind::ConnectFailed, 1.2, 3.0)),
             Signal::Kernel(kernel(SignalKind::SlowHandshake, 1.2, 1.5)),
             Signal::Kernel(reset),
-            Signal::Prometheus(PrometheusSignal {
-                url: "http://127.0.0.1:9090".into(),
-                query: "…".into(),
-                above: 0.01,
+            Signal::Probe(Probe {
+                ask: ProbeAsk::Prometheus {
+                    url: "http://127.0.0.1:9090".into(),
+                    query: "…".into(),
+                    above: 0.01,
+                },
+                interval: Duration::from_secs(10),
+                timeout: Duration::from_secs(5),
+                retries: 2,
+                rise: 2,
+                fall: 3,
                 observe: false,
             }),
         ],

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use canary_agent::{
-    config::model::{self, KernelSignal, PrometheusSignal, Signal, SignalKind},
+    config::model::{self, KernelSignal, Probe, ProbeAsk, Signal, SignalKind},
     rollout::gate::{Changed, Counts, Decision, Gate, Name, Progress, Verdict, Window},
 };
 use proptest::prelude::*;
@@ -163,14 +163,17 @@ fn windows_that_lost_events_teach_nothing_and_do_not_count_as_watched() {
 }
 
 #[test]
-fn queries_take_nothing_of_alpha() {
-    let query = PrometheusSignal {
-        url: "http://127.0.0.1:9090".to_owned(),
-        query: "up".to_owned(),
-        above: 0.5,
+fn those_who_are_asked_take_nothing_of_alpha() {
+    let query = Probe {
+        ask: ProbeAsk::Webhook("http://127.0.0.1:9090".to_owned()),
+        interval: Duration::from_secs(1),
+        timeout: Duration::from_secs(1),
+        retries: 0,
+        rise: 1,
+        fall: 1,
         observe: false,
     };
-    let gate = Gate::new(&config(vec![signal(ConnectFailed, false), Signal::Prometheus(query)]));
+    let gate = Gate::new(&config(vec![signal(ConnectFailed, false), Signal::Probe(query)]));
     assert_eq!(gate.deciding(), 1);
     assert_eq!(gate.signals().len(), 1);
 }

@@ -35,6 +35,7 @@ pub(crate) fn config(services: Vec<Service>) -> Config {
         },
         services,
         gates: Vec::new(),
+        rollouts: Vec::new(),
     }
 }
 

@@ -1,0 +1,372 @@
+//! `[[rollout]]`: the keys of one rollout, and the service, version and gates that it names.
+//!
+//! Must not know what a rollout does: only what can be asked of one.
+
+use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
+
+use canary_ebpf_common::share::Share;
+
+use super::{
+    gate,
+    model::{Gate, Hooks, Opening, Reaction, Rollout, Secret, Signal, Step},
+    outside::Outside,
+    scalar::{self, Problem, nearest, quote},
+    service,
+    sink::Sink,
+    source::{At, Span},
+    unsupported,
+    walk::{List, Node},
+};
+
+const MAX_NAME_BYTES: usize = 63;
+const MAX_STEPS: usize = 100;
+const MAX_WINDOWS: usize = 32;
+const DEFAULT_HOOK_TIMEOUT: Duration = Duration::from_secs(5);
+const MIN_HOOK_TIMEOUT: Duration = Duration::from_millis(100);
+const MAX_HOOK_TIMEOUT: Duration = Duration::from_secs(60);
+/// Shorter ones can be guessed.
+const MIN_SECRET_BYTES: usize = 16;
+
+/// A rollout before the names in it are looked up.
+#[derive(Debug)]
+pub(super) struct Draft {
+    rollout: Rollout,
+    name: Option<Span>,
+    span: Span,
+    service: Option<At<String>>,
+    to: Option<At<String>>,
+    /// Names of gates by step.
+    gates: Vec<Option<At<String>>>,
+    splits: Vec<Option<At<Share>>>,
+    complete: bool,
+}
+
+/// Reads one `[[rollout]]`.
+pub(super) fn read(node: &Node<'_>, outside: &dyn Outside, sink: &mut Sink) -> Option<Draft> {
+    let mut fields = node.table("rollout", sink)?;
+    let span = fields.span;
+    let name_node = fields.take("name", sink);
+    let name = match name_node {
+        Some(node) => node.parse(sink, |text| scalar::name(text, "rollout", MAX_NAME_BYTES)),
+        None => {
+            sink.absent(span, "this rollout has no `name`");
+            None
+        }
+    };
+    let label = match &name {
+        Some(name) => format!("rollout `{name}`"),
+        None => "this rollout".to_owned(),
+    };
+    let mut named = |key: &'static str, what: &str, sink: &mut Sink| match fields.take(key, sink) {
+        Some(node) => {
+            let value = node.string(sink)?.to_owned();
+            Some(At { value, span: node.span })
+        }
+        None => {
+            sink.absent(span, format!("{label} has no `{key}`")).help(what.to_owned());
+            None
+        }
+    };
+    let service = named("service", "the service whose split it changes", sink);
+    let to = named("to", "the version whose share it moves", sink);
+    let steps = match fields.take("steps", sink) {
+        Some(node) => steps(&node, &label, sink),
+        None => {
+            sink.absent(span, format!("{label} has no `steps`")).help(
+                "such as `steps = [{ split = \"5%\", hold = \"10m\" }, { split = \"100%\" }]`",
+            );
+            List { items: Vec::new(), complete: false }
+        }
+    };
+    let mut reaction = |key: &'static str, default, sink: &mut Sink| {
+        let words = [Reaction::Abort, Reaction::Hold, Reaction::StepBack];
+        let words = words.map(|reaction| (reaction.name(), reaction));
+        fields.take(key, sink).and_then(|node| node.choice(sink, &words)).unwrap_or(default)
+    };
+    let on_fail = reaction("on_fail", Reaction::Abort, sink);
+    let on_inconclusive = reaction("on_inconclusive", Reaction::Hold, sink);
+    let on_no_data = reaction("on_no_data", Reaction::Hold, sink);
+    let windows = fields.take("windows", sink).map(|node| {
+        let list = node.list(sink, |item, sink| item.parse(sink, Opening::read));
+        if list.complete && list.items.is_empty() {
+            sink.error(node.span, format!("`windows` of {label} is empty: it could never go on"))
+                .help("leave it out to let it go on at any time");
+        }
+        if list.items.len() > MAX_WINDOWS {
+            sink.error(node.span, format!("a rollout has at most {MAX_WINDOWS} windows"));
+        }
+        list.items.into_iter().map(|item| item.value).collect()
+    });
+    let hooks = match fields.take("hooks", sink) {
+        Some(node) => hooks(&node, outside, sink),
+        None => None,
+    };
+    fields.finish(sink);
+    let complete = steps.complete;
+    let (mut gates, mut splits, mut made) = (Vec::new(), Vec::new(), Vec::new());
+    for (step, gate, split) in steps.items {
+        made.push(step);
+        gates.push(gate);
+        splits.push(split);
+    }
+    let text =
+        |at: &Option<At<String>>| at.as_ref().map_or_else(String::new, |at| at.value.clone());
+    Some(Draft {
+        rollout: Rollout {
+            service: text(&service),
+            to: text(&to),
+            steps: made,
+            on_fail,
+            on_inconclusive,
+            on_no_data,
+            windows: windows.unwrap_or_default(),
+            hooks: hooks.unwrap_or_default(),
+            name: name.clone().unwrap_or_default(),
+        },
+        name: name.is_some().then_some(name_node).flatten().map(|node| node.span),
+        span,
+        service,
+        to,
+        gates,
+        splits,
+        complete,
+    })
+}
+
+type Read = (Step, Option<At<String>>, Option<At<Share>>);
+
+fn steps(node: &Node<'_>, label: &str, sink: &mut Sink) -> List<Read> {
+    let mut list = List::default();
+    for item in node.items() {
+        list.push(step(&item, sink));
+    }
+    if list.items.len() > MAX_STEPS {
+        sink.error(node.span, format!("a rollout has at most {MAX_STEPS} steps"));
+        list.complete = false;
+    }
+    if list.complete && list.items.iter().all(|(step, ..)| step.split.is_none()) {
+        sink.error(node.span, format!("no step of {label} sets a `split`: it would do nothing"));
+    }
+    list
+}
+
+fn step(item: &Node<'_>, sink: &mut Sink) -> Option<Read> {
+    let mut fields = item.table("rollout.steps", sink)?;
+    let span = fields.span;
+    let split_node = fields.take("split", sink);
+    let split = split_node.and_then(|node| share(&node, sink));
+    let hold_node = fields.take("hold", sink);
+    let hold = hold_node.and_then(|node| node.parse_loose(sink, scalar::duration));
+    let pause_node = fields.take("pause", sink);
+    let pause = pause_node.and_then(|node| node.boolean(sink));
+    let gate_node = fields.take("gate", sink);
+    let gate = gate_node.and_then(|node| {
+        let value = node.string(sink)?.to_owned();
+        Some(At { value, span: node.span })
+    });
+    let audience = fields.has("audience");
+    fields.finish(sink);
+    let given = [split_node, hold_node, gate_node, pause_node];
+    if given.iter().all(Option::is_none) && !audience {
+        sink.error(span, "this step does nothing")
+            .help("it has a `split`, a `hold`, a `gate` or `pause = true`");
+        return None;
+    }
+    let bad = split_node.is_some() && split.is_none()
+        || hold_node.is_some() && hold.is_none()
+        || pause_node.is_some() && pause.is_none()
+        || gate_node.is_some() && gate.is_none();
+    let split = split_node.zip(split).map(|(node, value)| At { value, span: node.span });
+    let step = Step {
+        split: split.as_ref().map(|split| split.value),
+        hold,
+        pause: pause.unwrap_or(false),
+        gate: None,
+    };
+    (!bad).then_some((step, gate, split))
+}
+
+fn share(node: &Node<'_>, sink: &mut Sink) -> Option<Share> {
+    if node.number().is_some() {
+        node.mismatch("a share", sink).help("write it with its unit: \"5%\" or \"64/65536\"");
+        return None;
+    }
+    let share = node.parse(sink, |text| {
+        text.parse::<Share>().map_err(|error| Problem::new(error.to_string()))
+    })?;
+    if share == Share::ZERO {
+        sink.error(node.span, "a step can't take all of its share from the version").help(
+            "`on_fail` says what becomes of it; `canary-agent rollout abort` does it by hand",
+        );
+        return None;
+    }
+    Some(share)
+}
+
+fn hooks(node: &Node<'_>, outside: &dyn Outside, sink: &mut Sink) -> Option<Hooks> {
+    let mut fields = node.table("rollout.hooks", sink)?;
+    let mut call = |key: &'static str, sink: &mut Sink| {
+        fields.take(key, sink).and_then(|node| node.parse(sink, gate::web_address))
+    };
+    let (confirm, event) = (call("confirm", sink), call("event", sink));
+    let secret_node = fields.take("secret", sink);
+    let file_node = fields.take("secret_file", sink);
+    let timeout = fields.take("timeout", sink).and_then(|node| {
+        node.parse_loose(sink, |text| {
+            let time = scalar::duration(text)?;
+            match (MIN_HOOK_TIMEOUT..=MAX_HOOK_TIMEOUT).contains(&time) {
+                true => Ok(time),
+                false => Err(Problem::new(format!(
+                    "`timeout` must be from 100ms to 60s, not {}",
+                    quote(text)
+                ))),
+            }
+        })
+    });
+    fields.finish(sink);
+    if let (Some(first), Some(second)) = (secret_node, file_node) {
+        sink.error(second.span, "hooks have a `secret` or a `secret_file`, not both")
+            .also(first.span, "the secret is here");
+    }
+    let long_enough = |secret: &[u8]| match secret.len() >= MIN_SECRET_BYTES {
+        true => Ok(Secret(secret.to_vec())),
+        false => Err(Problem::with(
+            format!(
+                "a secret has at least {MIN_SECRET_BYTES} bytes, this one has {}",
+                secret.len()
+            ),
+            "make one with `openssl rand -hex 32`",
+        )),
+    };
+    let secret = secret_node
+        .and_then(|node| node.parse(sink, |text| long_enough(text.as_bytes())))
+        .or_else(|| {
+            file_node?.parse(sink, |path| {
+                let bytes = outside.file(Path::new(path)).map_err(|error| {
+                    Problem::new(format!("{} can't be read: {error}", quote(path)))
+                })?;
+                long_enough(bytes.trim_ascii())
+            })
+        });
+    Some(Hooks { confirm, event, secret, timeout: timeout.unwrap_or(DEFAULT_HOOK_TIMEOUT) })
+}
+
+/// Finds what rollouts name, and says what is not there.
+pub(super) fn resolve(
+    drafts: Vec<Draft>,
+    services: &[service::Placed],
+    gates: &[gate::Placed],
+    sink: &mut Sink,
+) -> Vec<Rollout> {
+    let mut seen: HashMap<String, Span> = HashMap::new();
+    let shared: Vec<Arc<Gate>> = gates.iter().map(|placed| Arc::new(placed.gate.clone())).collect();
+    let mut rollouts = Vec::new();
+    for draft in drafts {
+        let Draft { mut rollout, name, span, service, to, gates, splits, complete } = draft;
+        if let Some(span) = name {
+            match seen.get(&rollout.name) {
+                Some(first) => {
+                    sink.error(span, format!("two rollouts are called `{}`", rollout.name))
+                        .also(*first, "the first is here");
+                }
+                None => drop(seen.insert(rollout.name.clone(), span)),
+            }
+        }
+        if let Some(service) = &service {
+            version(service, to.as_ref(), services, sink);
+        }
+        for (step, gate) in rollout.steps.iter_mut().zip(&gates) {
+            step.gate = gate.as_ref().and_then(|gate| find_gate(gate, &shared, sink));
+        }
+        if complete {
+            rising(&splits, span, sink);
+        }
+        rollouts.push(rollout);
+    }
+    rollouts
+}
+
+fn version(
+    service: &At<String>,
+    to: Option<&At<String>>,
+    services: &[service::Placed],
+    sink: &mut Sink,
+) {
+    let names = || services.iter().map(|placed| placed.service.name.as_str());
+    let Some(placed) = services.iter().find(|one| one.service.name == service.value) else {
+        let missing = format!("there is no service {}", quote(&service.value));
+        let finding = sink.error(service.span, missing);
+        if let Some(name) = nearest(&service.value, names()) {
+            finding.help(format!("did you mean `{name}`?"));
+        }
+        return;
+    };
+    let Some(to) = to else { return };
+    let versions = &placed.service.versions;
+    match versions.iter().position(|version| version.name == to.value) {
+        None => {
+            let missing =
+                format!("service `{}` has no version {}", service.value, quote(&to.value));
+            let finding = sink.error(to.span, missing);
+            if let Some(name) = nearest(&to.value, versions.iter().map(|one| one.name.as_str())) {
+                finding.help(format!("did you mean `{name}`?"));
+            }
+        }
+        Some(at) if at == placed.service.control => {
+            sink.error(
+                to.span,
+                format!(
+                    "`{}` is the control version of service `{}`: it gets what the others leave",
+                    to.value, service.value
+                ),
+            )
+            .help("a rollout moves the share of another version");
+        }
+        Some(_) => {}
+    }
+}
+
+fn find_gate(name: &At<String>, gates: &[Arc<Gate>], sink: &mut Sink) -> Option<Arc<Gate>> {
+    let Some(gate) = gates.iter().find(|gate| gate.name == name.value) else {
+        let finding = sink.error(name.span, format!("there is no gate {}", quote(&name.value)));
+        if let Some(near) = nearest(&name.value, gates.iter().map(|gate| gate.name.as_str())) {
+            finding.help(format!("did you mean `{near}`?"));
+        }
+        return None;
+    };
+    for signal in &gate.signals {
+        if let Signal::Kernel(signal) = signal
+            && !unsupported::is_counted(signal.kind)
+        {
+            sink.error(
+                name.span,
+                format!(
+                    "gate `{}` goes by `{}`, which this release does not count yet",
+                    gate.name,
+                    signal.kind.name()
+                ),
+            )
+            .help("a rollout can go by a `prometheus`, a `command` or a `webhook`");
+        }
+    }
+    Some(Arc::clone(gate))
+}
+
+/// Warns of a share that is no larger than the one before.
+fn rising(splits: &[Option<At<Share>>], span: Span, sink: &mut Sink) {
+    let given: Vec<&At<Share>> = splits.iter().flatten().collect();
+    for pair in given.windows(2) {
+        if let [first, second] = pair
+            && second.value <= first.value
+        {
+            sink.warning(
+                second.span,
+                format!("this share ({}) is not larger than the one before", second.value),
+            )
+            .also(first.span, "that one is here");
+        }
+    }
+    if given.last().is_some_and(|last| last.value.fraction() < 1.0) {
+        sink.warning(span, "the last share is less than 100%: the rollout is done with it, and control keeps the rest");
+    }
+}

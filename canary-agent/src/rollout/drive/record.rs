@@ -1,0 +1,103 @@
+//! What is kept of a rollout, over restarts.
+
+use canary_ebpf_common::share::Share;
+use serde::{Deserialize, Serialize};
+
+use crate::rollout::{sample_ratio::SampleRatio, watch::Kept};
+
+/// Where a rollout stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stage {
+    /// A step's share is to be set.
+    Entering,
+    /// It is set, and the step goes on.
+    Watching,
+    /// An operator has stopped it, or something that only an operator can judge.
+    Paused,
+    /// A verdict has stopped it.
+    Held,
+    /// Its last step is done.
+    Completed,
+    /// The version has no share any more.
+    Aborted,
+}
+
+impl Stage {
+    /// Whether it goes no further.
+    pub const fn is_over(self) -> bool {
+        matches!(self, Self::Completed | Self::Aborted)
+    }
+
+    /// The word for it in answers and metrics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Entering => "entering",
+            Self::Watching => "watching",
+            Self::Paused => "paused",
+            Self::Held => "held",
+            Self::Completed => "completed",
+            Self::Aborted => "aborted",
+        }
+    }
+}
+
+/// All that is kept of a rollout.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Record {
+    /// Its name.
+    pub name: String,
+    /// The service.
+    pub service: String,
+    /// The version.
+    pub to: String,
+    /// What its steps were when it began, in words: whether they are others by now.
+    pub recipe: String,
+    /// Where it stands.
+    pub stage: Stage,
+    /// The step, from 0.
+    pub step: usize,
+    /// The share that the version had before, and that it has by now.
+    #[serde(with = "shares")]
+    pub shares: [Share; 2],
+    /// The revision of the state when it began.
+    pub since_revision: u64,
+    /// When it began, in milliseconds since 1970.
+    pub begun_unix_ms: u64,
+    /// When its step began.
+    pub step_unix_ms: u64,
+    /// When it ended.
+    pub ended_unix_ms: Option<u64>,
+    /// Milliseconds of this step that were watched.
+    pub watched_ms: u64,
+    /// Why it stands where it stands.
+    pub reason: Option<String>,
+    /// Where it goes on when it is resumed; absent where it begins the step anew.
+    pub paused_at: Option<Stage>,
+    /// An operator has let the step's `pause` pass.
+    pub let_pass: bool,
+    /// An operator has sent it to the last step at once.
+    pub full: bool,
+    /// An operator has sent it on: it asks nobody before the next share.
+    pub sent_on: bool,
+    /// What the step's gate has seen.
+    pub evidence: Option<Kept>,
+    /// How the share has been measured in this step.
+    pub ratio: Option<SampleRatio>,
+}
+
+mod shares {
+    use canary_ebpf_common::share::Share;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(shares: &[Share; 2], to: S) -> Result<S::Ok, S::Error> {
+        to.collect_seq(shares.map(|share| share.to_string()))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<[Share; 2], D::Error> {
+        let [before, now] = <[String; 2]>::deserialize(from)?;
+        let parse = |text: String| text.parse().map_err(D::Error::custom);
+        Ok([parse(before)?, parse(now)?])
+    }
+}
