@@ -3,8 +3,9 @@
 use std::{fs, os::unix::fs::FileExt, path::Path, thread};
 
 use canary_agent::store::{
-    Admin, BackendChange, Change, Commit, Deadline, Event, EventQuery, KEPT_CHANGES, KEPT_LISTS,
-    KEPT_NOTICES, Notice, PlacementRecord, ServiceRecord, SqliteStore, StateStore, StoreError,
+    Admin, BackendChange, Change, Commit, Deadline, Event, EventQuery, EvidenceLine, KEPT_CHANGES,
+    KEPT_LISTS, KEPT_NOTICES, Notice, PlacementRecord, ServiceRecord, SqliteStore, StateStore,
+    StoreError, StoredRollout,
 };
 use nix::{
     mount::{MsFlags, mount},
@@ -156,10 +157,60 @@ fn a_file_of_each_schema_there_was_is_brought_up_to_date() {
             assert_eq!(pending.change.moved, [2, 0, 1, 1, 10]);
             assert_eq!(snapshot.freezes[0].reason, "the night before");
         }
+        if schema >= 5 {
+            let [rollout] = &snapshot.rollouts[..] else { panic!("one is under way") };
+            assert_eq!((rollout.number, rollout.name.as_str()), (Some(1), "shop-v2"));
+            assert_eq!(rollout.record, "{\"step\":1}");
+            let [counted, asked] = &store.evidence(1).unwrap()[..] else { panic!("two lines") };
+            assert_eq!((counted.share, counted.events), (Some(0.05), Some([7, 2])));
+            assert_eq!(asked.answer.as_deref(), Some("good: 0.5"));
+        }
         let next = snapshot.revision + 1;
         let stored = store.commit(snapshot.revision, &[commit("shop", "7%", &[8])]);
         assert_eq!(stored.unwrap(), next, "schema {schema}");
     }
+}
+
+#[test]
+fn a_rollout_is_kept_in_place_of_what_was_kept_of_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut store = SqliteStore::new(dir.path());
+    let stored = |number, name: &str, ended, record: &str| StoredRollout {
+        number,
+        name: name.to_owned(),
+        begun_unix_ms: 5,
+        ended_unix_ms: ended,
+        record: record.to_owned(),
+    };
+    let line = |signal: &str| EvidenceLine {
+        rollout: 0,
+        step: 2,
+        unix_ms: 7,
+        window_ms: 1_000,
+        signal: signal.to_owned(),
+        share: Some(0.05),
+        events: Some([3, 4]),
+        answer: None,
+    };
+    let first = store.keep_rollout(&stored(None, "a", None, "1"), &[line("x")], true).unwrap();
+    let other = store.keep_rollout(&stored(None, "b", Some(9), "2"), &[], false).unwrap();
+    store.keep_rollout(&stored(Some(first), "a", Some(8), "3"), &[line("y")], false).unwrap();
+    let again = store.keep_rollout(&stored(None, "a", None, "4"), &[], true).unwrap();
+    let mut store = SqliteStore::new(dir.path());
+    let current: Vec<String> =
+        store.load().unwrap().rollouts.into_iter().map(|one| one.record).collect();
+    assert_eq!(current, ["2", "4"], "those under way, and the last of each name");
+    let all: Vec<Option<u64>> =
+        store.rollouts("a", 9).unwrap().into_iter().map(|one| one.number).collect();
+    assert_eq!((all, other), (vec![Some(again), Some(first)], 2));
+    let signals: Vec<String> =
+        store.evidence(first).unwrap().into_iter().map(|one| one.signal).collect();
+    assert_eq!(signals, ["x", "y"]);
+    // Another file, in which the number was never given out.
+    let dir = tempfile::tempdir().unwrap();
+    let mut store = SqliteStore::new(dir.path());
+    assert_eq!(store.keep_rollout(&stored(Some(41), "a", None, "5"), &[], true).unwrap(), 41);
+    assert_eq!(store.keep_rollout(&stored(None, "a", None, "6"), &[], true).unwrap(), 42);
 }
 
 #[test]

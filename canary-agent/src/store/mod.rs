@@ -1,4 +1,4 @@
-//! Splits, owners, placements and the audit trail, kept over restarts.
+//! Splits, owners, placements, rollouts and the audit trail, kept over restarts.
 //!
 //! Owns what is durable and the order of changes: every change has a revision,
 //! and a change that was made against another revision is refused. Must not
@@ -6,6 +6,7 @@
 //! opaque bytes here, encoded by the table compiler.
 
 mod json;
+mod rollouts;
 mod rows;
 mod schema;
 mod sqlite;
@@ -18,8 +19,9 @@ use tokio::sync::watch;
 
 pub use sqlite::SqliteStore;
 pub use trail::{
-    BackendChange, Change, Deadline, Event, EventQuery, Freeze, FreezeChange, KEPT_CHANGES,
-    KEPT_LISTS, KEPT_NOTICES, Notice, Pending,
+    BackendChange, Change, Deadline, Event, EventQuery, EvidenceLine, Freeze, FreezeChange,
+    KEPT_CHANGES, KEPT_EVIDENCE, KEPT_LISTS, KEPT_NOTICES, KEPT_ROLLOUTS, Notice, Pending,
+    StoredRollout,
 };
 
 /// A split as it was asked for: shares by version name, control left out.
@@ -117,6 +119,8 @@ pub struct Snapshot {
     pub pending: Vec<Pending>,
     /// What may only be changed towards control.
     pub freezes: Vec<Freeze>,
+    /// Rollouts that are not over, and the last of each name; the oldest first.
+    pub rollouts: Vec<StoredRollout>,
 }
 
 /// Why state was not read or stored. Nothing was changed by the call.
@@ -187,6 +191,30 @@ pub trait StateStore: Send {
     /// # Errors
     /// [`StoreError`] when it can't be written.
     fn record(&mut self, notices: &[Notice]) -> Result<(), StoreError>;
+
+    /// Keeps where a rollout stands, and what it went by, in place of what was kept of it. With
+    /// `durable` it outlives a failure of power when this returns. Returns its number.
+    ///
+    /// # Errors
+    /// [`StoreError`] when it can't be written.
+    fn keep_rollout(
+        &mut self,
+        rollout: &StoredRollout,
+        evidence: &[EvidenceLine],
+        durable: bool,
+    ) -> Result<u64, StoreError>;
+
+    /// Rollouts of a name, the newest first, at most `limit`.
+    ///
+    /// # Errors
+    /// [`StoreError`] when it can't be read.
+    fn rollouts(&mut self, name: &str, limit: usize) -> Result<Vec<StoredRollout>, StoreError>;
+
+    /// What a rollout went by, the oldest first.
+    ///
+    /// # Errors
+    /// [`StoreError`] when it can't be read.
+    fn evidence(&mut self, rollout: u64) -> Result<Vec<EvidenceLine>, StoreError>;
 
     /// The audit trail after revision `after`, oldest first, at most `limit` lines.
     ///

@@ -75,6 +75,27 @@ const MIGRATIONS: &[&str] = &[
     CREATE INDEX event_notice ON event (id) WHERE revision IS NULL;
     INSERT INTO event (revision, unix_ms, kind, service, text)
         SELECT revision, unix_ms, action, service, '' FROM change ORDER BY revision;",
+    "CREATE TABLE rollout (
+        number INTEGER PRIMARY KEY AUTOINCREMENT,
+        name TEXT NOT NULL,
+        begun_unix_ms INTEGER NOT NULL,
+        ended_unix_ms INTEGER,
+        record TEXT NOT NULL
+    ) STRICT;
+    CREATE INDEX rollout_by_name ON rollout (name, number);
+    CREATE TABLE evidence (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        rollout INTEGER NOT NULL REFERENCES rollout (number),
+        step INTEGER NOT NULL,
+        unix_ms INTEGER NOT NULL,
+        window_ms INTEGER NOT NULL,
+        signal TEXT NOT NULL,
+        share REAL,
+        control INTEGER,
+        canary INTEGER,
+        answer TEXT
+    ) STRICT;
+    CREATE INDEX evidence_by_rollout ON evidence (rollout, id);",
 ];
 
 /// The newest schema known here.

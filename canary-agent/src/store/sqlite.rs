@@ -13,7 +13,8 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, Transaction, TransactionBehavio
 use tokio::sync::watch;
 
 use super::{
-    Change, Commit, Event, EventQuery, KEPT_LISTS, Notice, Snapshot, StateStore, StoreError, rows,
+    Change, Commit, Event, EventQuery, EvidenceLine, KEPT_LISTS, Notice, Snapshot, StateStore,
+    StoreError, StoredRollout, rollouts, rows,
     schema::{self, Schema},
 };
 use crate::failpoint::Failpoint;
@@ -112,6 +113,7 @@ impl StateStore for SqliteStore {
                 services: rows::services(&transaction)?,
                 pending: rows::pending(&transaction)?,
                 freezes: rows::freezes(&transaction)?,
+                rollouts: rollouts::current(&transaction)?,
             };
             Ok((snapshot, rows::last_event(&transaction)?))
         })?;
@@ -152,21 +154,36 @@ impl StateStore for SqliteStore {
     }
 
     fn record(&mut self, notices: &[Notice]) -> Result<(), StoreError> {
+        // A second's events are not worth waiting for the disk.
         let last = self.with(|connection| {
-            // A second's events are not worth waiting for the disk.
-            connection.pragma_update(None, "synchronous", "NORMAL")?;
-            let recorded = (|| -> Result<u64, Failure> {
-                let transaction = Transaction::new(connection, TransactionBehavior::Immediate)?;
-                rows::insert_notices(&transaction, notices)?;
-                let last = rows::last_event(&transaction)?;
-                transaction.commit()?;
-                Ok(last)
-            })();
-            connection.pragma_update(None, "synchronous", "FULL")?;
-            recorded
+            written(connection, false, |transaction| {
+                rows::insert_notices(transaction, notices)?;
+                rows::last_event(transaction)
+            })
         })?;
         self.last.send_replace(last);
         Ok(())
+    }
+
+    fn keep_rollout(
+        &mut self,
+        rollout: &StoredRollout,
+        evidence: &[EvidenceLine],
+        durable: bool,
+    ) -> Result<u64, StoreError> {
+        self.with(|connection| {
+            written(connection, durable, |transaction| {
+                rollouts::keep(transaction, rollout, evidence)
+            })
+        })
+    }
+
+    fn rollouts(&mut self, name: &str, limit: usize) -> Result<Vec<StoredRollout>, StoreError> {
+        self.with(|connection| rollouts::of_name(connection, name, limit))
+    }
+
+    fn evidence(&mut self, rollout: u64) -> Result<Vec<EvidenceLine>, StoreError> {
+        self.with(|connection| rollouts::evidence(connection, rollout))
     }
 
     fn changes(&mut self, after: u64, limit: usize) -> Result<Vec<(u64, Change)>, StoreError> {
@@ -205,6 +222,27 @@ impl StateStore for SqliteStore {
     fn watch(&self) -> watch::Receiver<u64> {
         self.last.subscribe()
     }
+}
+
+/// Runs `work` in a transaction. One that need not be durable does not wait for the disk.
+fn written<T>(
+    connection: &mut Connection,
+    durable: bool,
+    work: impl Fn(&Transaction<'_>) -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    if !durable {
+        connection.pragma_update(None, "synchronous", "NORMAL")?;
+    }
+    let done = (|| -> Result<T, Failure> {
+        let transaction = Transaction::new(connection, TransactionBehavior::Immediate)?;
+        let value = work(&transaction)?;
+        transaction.commit()?;
+        Ok(value)
+    })();
+    if !durable {
+        connection.pragma_update(None, "synchronous", "FULL")?;
+    }
+    done
 }
 
 fn signed(number: u64) -> i64 {

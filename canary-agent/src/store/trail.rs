@@ -13,6 +13,12 @@ pub const KEPT_CHANGES: u64 = 100_000;
 /// Of so many events those are kept that are no changes.
 pub const KEPT_NOTICES: u64 = 20_000;
 
+/// So many rollouts that are over are kept, of all names together.
+pub const KEPT_ROLLOUTS: u64 = 1_000;
+
+/// So many lines of evidence are kept: a day of one signal a second.
+pub const KEPT_EVIDENCE: u64 = 100_000;
+
 /// One line of the audit trail.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Change {
@@ -153,4 +159,40 @@ pub struct EventQuery {
     pub service: Option<String>,
     /// At most so many.
     pub limit: usize,
+}
+
+/// A rollout that was begun.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredRollout {
+    /// Its number; `None` for one that is not stored yet.
+    pub number: Option<u64>,
+    /// Its name.
+    pub name: String,
+    /// When it began, in milliseconds since 1970.
+    pub begun_unix_ms: u64,
+    /// When it ended, if it did.
+    pub ended_unix_ms: Option<u64>,
+    /// Where it stands, encoded.
+    pub record: String,
+}
+
+/// What a rollout went by in one window.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EvidenceLine {
+    /// The number of the rollout.
+    pub rollout: u64,
+    /// The step, from 0.
+    pub step: u32,
+    /// The end of the window, in milliseconds since 1970.
+    pub unix_ms: u64,
+    /// The same since its gate began, without the time in which nobody watched.
+    pub window_ms: u64,
+    /// What was counted, or who was asked.
+    pub signal: String,
+    /// Counted: the canary's share.
+    pub share: Option<f64>,
+    /// Counted: bad events of control, and of the canary.
+    pub events: Option<[u64; 2]>,
+    /// Asked: what was answered.
+    pub answer: Option<String>,
 }
