@@ -12,6 +12,7 @@ pub mod datapath;
 pub mod doctor;
 pub mod failpoint;
 pub mod health;
+pub mod hooks;
 mod parallel;
 pub mod plan;
 pub mod resolve;

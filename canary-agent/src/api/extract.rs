@@ -18,7 +18,7 @@ use super::{
     error::{ApiError, exit},
     server::{Closing, Origin},
 };
-use crate::daemon::Peer;
+use crate::daemon::{Action, Peer};
 
 /// The largest body that is read.
 const BODY_BYTES: usize = 1024 * 1024;
@@ -186,6 +186,33 @@ impl FromRequestParts<Api> for BackendName {
 
     async fn from_request_parts(parts: &mut Parts, api: &Api) -> Result<Self, ApiError> {
         path_part(parts, api, "backend").await.map(Self)
+    }
+}
+
+/// The `{name}` of the path: a rollout.
+pub(super) struct RolloutName(pub(super) String);
+
+impl FromRequestParts<Api> for RolloutName {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, api: &Api) -> Result<Self, ApiError> {
+        path_part(parts, api, "name").await.map(Self)
+    }
+}
+
+/// The `{action}` of the path: what a rollout is told.
+pub(super) struct RolloutAction(pub(super) Action);
+
+impl FromRequestParts<Api> for RolloutAction {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, api: &Api) -> Result<Self, ApiError> {
+        let word = path_part(parts, api, "action").await?;
+        let action = Action::ALL.into_iter().find(|action| action.name() == word);
+        action.map(Self).ok_or_else(|| {
+            ApiError::bad_request("bad_path", format!("a rollout can't be told to `{word}`"))
+                .help(format!("it is told to {}", Action::ALL.map(Action::name).join(", ")))
+        })
     }
 }
 

@@ -20,6 +20,7 @@ mod peer;
 mod public;
 mod rate;
 pub mod reload;
+pub mod rollout;
 mod routes;
 mod senders;
 mod server;

@@ -30,6 +30,9 @@ pub struct Status {
     /// Changes that are taken back unless they are confirmed, oldest first.
     #[serde(default)]
     pub pending: Vec<PendingStatus>,
+    /// Rollouts in the order of the configuration; those that are not configured any more, last.
+    #[serde(default)]
+    pub rollouts: Vec<super::rollout::RolloutStatus>,
 }
 
 /// A change of [`Status`] that is taken back unless it is confirmed.

@@ -19,7 +19,7 @@ use super::{events, model, routes};
     info(
         title = "canary-agent",
         description = "The control socket of an agent of canary-xdp. The TCP listener \
-                       (`agent.listen`) has the same routes for reading, but for `/v1/events`, and \
+                       (`agent.listen`) has the same routes for reading, but for `/v1/events` and the histories of rollouts, and \
                        leaves out users and their reasons. Shares are fractions of 1. \
                        Every error is an `ErrorBody`."
     ),
@@ -36,6 +36,9 @@ use super::{events, model, routes};
         routes::backends,
         routes::set_backend,
         routes::explain,
+        routes::rollouts,
+        routes::rollout_history,
+        routes::rollout,
         events::events,
         routes::undo,
         routes::panic,
@@ -160,7 +163,11 @@ mod tests {
         ));
         let request = Request::builder()
             .method(method)
-            .uri(path.replace("{name}", "shop").replace("{backend}", "10.0.1.1:80"))
+            .uri(
+                path.replace("{name}", "shop")
+                    .replace("{backend}", "10.0.1.1:80")
+                    .replace("{action}", "start"),
+            )
             .body(Body::empty())
             .expect("a request");
         let response = router.oneshot(request).await.expect("an answer");

@@ -6,14 +6,20 @@
 
 use super::model::{Event, FreezeStatus, PendingStatus, Status};
 
-/// Routes that are for the control socket alone: the audit trail is about people.
-pub(super) const SOCKET_ONLY: [&str; 1] = ["/v1/events"];
+/// Whether a route is for the control socket alone: the audit trail is about people.
+pub(super) fn is_socket_only(path: &str) -> bool {
+    path == "/v1/events" || path.starts_with("/v1/rollouts/") && path.ends_with("/history")
+}
 
 /// A status without what it says of people.
 pub(super) fn status(full: &Status) -> Status {
     let mut public = full.clone();
     public.agent.frozen.iter_mut().for_each(freeze);
     public.services.iter_mut().filter_map(|service| service.frozen.as_mut()).for_each(freeze);
+    for rollout in &mut public.rollouts {
+        // An operator's words may stand there.
+        rollout.reason = None;
+    }
     for PendingStatus { change, left_seconds: _ } in &mut public.pending {
         let Event { uid, user, reason, .. } = change;
         (*uid, *user, *reason) = (None, None, None);

@@ -17,7 +17,10 @@ use super::{
     Api,
     error::{ApiError, exit},
     events::events,
-    extract::{Anonymous, BackendName, Body, NoQuery, Operator, Query, ServiceName, read_only},
+    extract::{
+        Anonymous, BackendName, Body, NoQuery, Operator, Query, RolloutAction, RolloutName,
+        ServiceName, read_only,
+    },
     host,
     model::{
         BackendReport, BackendRequest, Backends, ChangeReport, ConfirmReport, ConfirmRequest,
@@ -28,6 +31,7 @@ use super::{
     panic::{PanicReport, PanicRequest},
     public,
     reload::{ReloadReport, ReloadRequest},
+    rollout::{RolloutHistory, RolloutReport, RolloutRequest, Rollouts},
 };
 use crate::{
     daemon::{ExplainQuery, Refusal},
@@ -38,7 +42,7 @@ use crate::{
 pub(super) const RELOAD: &str = "/v1/reload";
 
 /// Everything that can be asked: paths, parameters in braces, and their methods.
-pub(super) fn routes() -> [(&'static str, MethodRouter<Api>); 16] {
+pub(super) fn routes() -> [(&'static str, MethodRouter<Api>); 19] {
     [
         ("/v1/status", get(status)),
         ("/v1/health", get(health)),
@@ -47,6 +51,9 @@ pub(super) fn routes() -> [(&'static str, MethodRouter<Api>); 16] {
         ("/v1/services/{name}/backends", get(backends)),
         ("/v1/services/{name}/backends/{backend}", put(set_backend)),
         ("/v1/services/{name}/explain", get(explain)),
+        ("/v1/rollouts", get(rollouts)),
+        ("/v1/rollouts/{name}/history", get(rollout_history)),
+        ("/v1/rollouts/{name}/{action}", post(rollout)),
         ("/v1/events", get(events)),
         ("/v1/undo", post(undo)),
         ("/v1/panic", post(panic)),
@@ -95,7 +102,7 @@ async fn guard(State(api): State<Api>, request: Request, next: Next) -> Response
     if request.method() != Method::GET && request.method() != Method::HEAD {
         return read_only().into_response();
     }
-    if public::SOCKET_ONLY.contains(&request.uri().path()) {
+    if public::is_socket_only(request.uri().path()) {
         return ApiError::new(
             StatusCode::FORBIDDEN,
             "socket_only",
@@ -285,6 +292,68 @@ async fn undo(
     let mut report = api.handle.undo(request, peer).await?;
     api.users.name(&mut report.undone).await;
     Ok(Json(report))
+}
+
+/// All rollouts: how they stand, or how the last one of each name ended.
+#[utoipa::path(get, path = "/v1/rollouts", tag = "reading",
+    responses((status = 200, description = "The rollouts.", body = Rollouts), ReadErrors))]
+async fn rollouts(
+    State(api): State<Api>,
+    Anonymous(anonymous): Anonymous,
+    _: NoQuery,
+) -> Result<Json<Rollouts>, ApiError> {
+    let snapshot = api.snapshot().await?;
+    let status = if anonymous { snapshot.public() } else { &snapshot.status };
+    Ok(Json(Rollouts { rollouts: status.rollouts.clone() }))
+}
+
+/// The runs of a rollout, the newest first.
+///
+/// Not answered over TCP: reasons are about people.
+#[utoipa::path(get, path = "/v1/rollouts/{name}/history", tag = "reading",
+    params(
+        ("name" = String, Path, description = "The rollout."),
+        ("evidence" = Option<bool>, Query, description = "With all that they went by.")),
+    responses((status = 200, description = "The runs.", body = RolloutHistory), ServiceErrors))]
+async fn rollout_history(
+    State(api): State<Api>,
+    RolloutName(name): RolloutName,
+    mut query: Query,
+) -> Result<Json<RolloutHistory>, ApiError> {
+    let evidence = match query.take("evidence").as_deref() {
+        None | Some("false") => false,
+        Some("true") => true,
+        Some(other) => {
+            let message = format!("`evidence` should be `true` or `false`, not `{other}`");
+            return Err(ApiError::bad_request("bad_query", message));
+        }
+    };
+    query.finish(&["evidence"])?;
+    Ok(Json(api.handle.rollout_history(name, evidence).await?))
+}
+
+/// Tells a rollout to `start`, `pause`, `resume`, `promote`, `abort` or `retry`, or says what
+/// that would do.
+///
+/// `abort` is not refused by a freeze, nor by a change that waits for its confirmation, nor
+/// where it can't be stored. Needs what a change of the split needs.
+#[utoipa::path(post, path = "/v1/rollouts/{name}/{action}", tag = "changing",
+    params(
+        ("name" = String, Path, description = "The rollout."),
+        ("action" = String, Path, description = "What it is told.")),
+    request_body = RolloutRequest,
+    responses(
+        (status = 200, description = "How it stands.", body = RolloutReport),
+        ChangeErrors))]
+async fn rollout(
+    State(api): State<Api>,
+    RolloutName(name): RolloutName,
+    RolloutAction(action): RolloutAction,
+    _: NoQuery,
+    Operator(peer): Operator,
+    Body(request): Body<RolloutRequest>,
+) -> Result<Json<RolloutReport>, ApiError> {
+    Ok(Json(api.handle.rollout(name, action, request, peer).await?))
 }
 
 /// Sends everything of a service, or of all, to control at once; or says what that would do.

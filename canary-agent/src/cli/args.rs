@@ -15,7 +15,7 @@ use crate::{config, telemetry::LogFormat};
 /// Where the configuration is, if nobody says otherwise.
 pub(super) const DEFAULT_CONFIG: &str = "/etc/canary/agent.toml";
 
-const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed; 2 usage; 5 the daemon can't be reached; \
+const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed; 2 usage; 3 rollout aborted; 4 rollout held; 5 the daemon can't be reached; \
     77 not permitted; 78 bad configuration. With --json, errors are JSON objects on standard output.";
 
 /// Steers connections to stable and canary backends.
@@ -94,6 +94,11 @@ pub(super) enum Command {
     /// own user. Open
     /// connections stay where they are unless --move is given. `undo` takes it back.
     Panic(Panic),
+    /// Begin a rollout, show it, or tell it something
+    ///
+    /// A rollout moves a version's share in steps, and goes by gates. One at a time for a service.
+    #[command(subcommand)]
+    Rollout(Rollout),
     /// Keep a change that was made with --confirm
     Confirm(Confirm),
     /// Let a service, or all of them, be changed towards control only
@@ -178,6 +183,88 @@ pub(super) struct Status {
     /// Show it again every second until interrupted
     #[arg(long)]
     pub(super) watch: bool,
+    /// Wait for the rollout of this service to end, no longer than this
+    ///
+    /// Ends with 0 when it is completed, 3 when it was aborted, 4 when it needs an operator, 1
+    /// when the time is over.
+    #[arg(long, value_name = "DURATION", value_parser = wait, requires = "service")]
+    pub(super) wait: Option<Duration>,
+}
+
+/// `rollout`.
+#[derive(Debug, Subcommand)]
+pub(super) enum Rollout {
+    /// Begin with the first step
+    Start(RolloutBegun),
+    /// Show how rollouts stand: steps, shares, what they wait for, and their gates' evidence
+    Status {
+        /// Only this one
+        rollout: Option<String>,
+        /// Show it again every second until interrupted
+        #[arg(long)]
+        watch: bool,
+        /// Wait for it to end, no longer than this
+        ///
+        /// Ends with 0 when it is completed, 3 when it was aborted, 4 when it needs an operator,
+        /// 1 when the time is over.
+        #[arg(long, value_name = "DURATION", value_parser = wait, requires = "rollout")]
+        wait: Option<Duration>,
+    },
+    /// Stop it where it is; its share stays
+    Pause(RolloutTold),
+    /// Let it go on: from a pause, or with the step that was held, anew
+    Resume(RolloutTold),
+    /// Leave out what is left of the step
+    Promote {
+        /// On what terms.
+        #[command(flatten)]
+        told: RolloutTold,
+        /// Leave out all steps but the last share
+        #[arg(long)]
+        full: bool,
+    },
+    /// End it, and take its whole share back; nothing keeps it from that
+    Abort(RolloutTold),
+    /// Begin again: the step that was held, or the whole that was aborted
+    Retry(RolloutBegun),
+    /// Show the runs of a rollout
+    History {
+        /// The rollout
+        rollout: String,
+        /// With every window that they went by
+        #[arg(long)]
+        evidence: bool,
+    },
+}
+
+/// What a rollout is told.
+#[derive(Args, Debug)]
+pub(super) struct RolloutTold {
+    /// The rollout
+    pub(super) rollout: String,
+    /// Kept in the audit trail
+    #[arg(long, value_name = "TEXT")]
+    pub(super) reason: Option<String>,
+    /// Only say what would happen
+    #[arg(long)]
+    pub(super) dry_run: bool,
+    /// Only if the service has not changed since this revision
+    #[arg(long, value_name = "REVISION")]
+    pub(super) if_revision: Option<u64>,
+}
+
+/// What begins a rollout.
+#[derive(Args, Debug)]
+pub(super) struct RolloutBegun {
+    /// Which, and on what terms.
+    #[command(flatten)]
+    pub(super) told: RolloutTold,
+    /// Wait for it to end, no longer than this
+    ///
+    /// Ends with 0 when it is completed, 3 when it was aborted, 4 when it needs an operator, 1
+    /// when the time is over.
+    #[arg(long, value_name = "DURATION", value_parser = wait)]
+    pub(super) wait: Option<Duration>,
 }
 
 /// `split`.
@@ -462,6 +549,11 @@ impl std::str::FromStr for Assignment {
         share.parse::<Share>().map_err(|error| error.to_string())?;
         Ok(Self { version: version.to_owned(), share: share.to_owned() })
     }
+}
+
+/// How long somebody waits.
+fn wait(text: &str) -> Result<Duration, String> {
+    config::duration(text)
 }
 
 /// The length of a window.

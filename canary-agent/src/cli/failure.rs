@@ -16,6 +16,10 @@ pub(super) mod exit {
     pub(in crate::cli) const FAILED: u8 = 1;
     /// It was asked wrongly.
     pub(in crate::cli) const USAGE: u8 = 2;
+    /// A rollout was aborted.
+    pub(in crate::cli) const ABORTED: u8 = 3;
+    /// A rollout needs an operator.
+    pub(in crate::cli) const HELD: u8 = 4;
     /// The daemon can't be reached.
     pub(in crate::cli) const UNREACHABLE: u8 = 5;
     /// Who asks may not.

@@ -24,6 +24,7 @@ mod generate;
 mod panic;
 mod reload;
 mod replay;
+mod rollout;
 mod settings;
 mod split;
 mod status;
@@ -105,6 +106,10 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Reload(reload) => wait_for(reload::run(&client(&global), reload, json))?,
         Command::Status(status) => {
             let client = client(&global);
+            if let (Some(limit), Some(service)) = (status.wait, &status.service) {
+                let of = rollout::Of::Service(service);
+                return wait_for(rollout::wait(&client, of, limit, json));
+            }
             wait_for(async {
                 if status.watch {
                     watch::run(&client, status.service.as_deref(), json).await
@@ -115,6 +120,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         }
         Command::Split(split) => wait_for(split::run(&client(&global), split, json))?,
         Command::Backend(backend) => wait_for(backend::run(&client(&global), backend, json))?,
+        Command::Rollout(told) => return wait_for(rollout::run(&client(&global), told, json)),
         Command::Undo(undo) => wait_for(changes::undo(&client(&global), undo, json))?,
         Command::Panic(panic) => return panic::run(&global, panic, json),
         Command::Confirm(confirm) => wait_for(changes::confirm(&client(&global), confirm, json))?,

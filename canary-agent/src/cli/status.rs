@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::{
     client::{Client, encoded},
     failure::{Failure, exit},
-    print,
+    print, rollout,
     text::{self, Align, Table, age, bytes, maybe_percent, percent},
 };
 use crate::api::{
@@ -42,12 +42,15 @@ pub(super) async fn block(
         return Err(Failure::new("unknown_service", exit::FAILED, message));
     };
     if !json {
-        return Ok(one_service(found));
+        return Ok(one_service(found) + &rollouts_of(&status, name));
     }
     // As it came, so that fields which this build does not know are kept.
     let mut value: Value = answer.read()?;
     if let Some(services) = value["services"].as_array_mut() {
         services.retain(|service| service["name"] == name);
+    }
+    if let Some(rollouts) = value["rollouts"].as_array_mut() {
+        rollouts.retain(|rollout| rollout["service"] == name);
     }
     Ok(format!("{value}\n"))
 }
@@ -76,6 +79,7 @@ fn everything(status: &Status) -> String {
     for service in &status.services {
         out.push('\n');
         out.push_str(&one_service(service));
+        out.push_str(&rollouts_of(status, &service.name));
     }
     if status.services.is_empty() {
         out.push_str("\nno services are configured\n");
@@ -165,6 +169,12 @@ fn one_service(service: &ServiceStatus) -> String {
     }
     out.push_str(&table.render("  "));
     out
+}
+
+/// The rollouts of a service that were ever begun.
+fn rollouts_of(status: &Status, service: &str) -> String {
+    let begun = status.rollouts.iter().filter(|one| one.service == service && one.run.is_some());
+    begun.map(|one| format!("\n{}", rollout::drawn(one, Some(status)))).collect()
 }
 
 /// Interfaces, packets by reason and maps.

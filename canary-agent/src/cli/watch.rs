@@ -25,6 +25,14 @@ const EVERY: Duration = Duration::from_secs(1);
 
 /// Shows the status every second until SIGINT, SIGTERM or SIGHUP.
 pub(super) async fn run(client: &Client, service: Option<&str>, json: bool) -> Result<(), Failure> {
+    again(json, async || status::block(client, service, json).await).await
+}
+
+/// Shows what `ask` gives, every second until SIGINT, SIGTERM or SIGHUP.
+pub(super) async fn again(
+    json: bool,
+    ask: impl AsyncFn() -> Result<String, Failure>,
+) -> Result<(), Failure> {
     let listen = |kind| {
         signal(kind).map_err(|error| {
             Failure::new("failed", exit::FAILED, format!("can't listen for signals: {error}"))
@@ -34,7 +42,7 @@ pub(super) async fn run(client: &Client, service: Option<&str>, json: bool) -> R
     let mut terminate = listen(SignalKind::terminate())?;
     let mut hangup = listen(SignalKind::hangup())?;
     // What is wrong from the start is told like any other command's failure.
-    let mut block = status::block(client, service, json).await?;
+    let mut block = ask().await?;
     let screen = (on_terminal() && !json).then(Screen::enter).transpose()?;
     let mut ticks = interval(EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -49,7 +57,7 @@ pub(super) async fn run(client: &Client, service: Option<&str>, json: bool) -> R
         first = false;
         let next = async {
             ticks.tick().await;
-            status::block(client, service, json).await
+            ask().await
         };
         let asked = tokio::select! {
             _ = interrupt.recv() => return Ok(()),

@@ -124,6 +124,11 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         Ok((watched > 0).then_some(at))
     }
 
+    /// Whether somebody's split of a service is being prepared.
+    pub(super) fn is_learning(&self, service: usize) -> bool {
+        self.learning.iter().any(|learning| learning.at == service)
+    }
+
     /// Whether a split would be prepared.
     fn learns(&self, asked: &Asked) -> bool {
         let found = self.planner.service(&asked.service);

@@ -13,6 +13,7 @@ mod notify;
 pub(crate) mod panic;
 mod pressure;
 mod reload;
+mod rollout;
 mod run;
 mod saving;
 mod split;
@@ -28,6 +29,7 @@ pub use self::{
     changes::{EventsAsked, EventsFound},
     held::Counter,
     reload::{Order, Planned, ReloadError, Reloaded, Survey},
+    rollout::Action,
     run::run,
     state::{AttachError, Attachment, BeginError, Event, Kernel, LinkStates, Moment, State},
 };
@@ -40,6 +42,7 @@ use crate::{
         },
         panic::{PanicReport, PanicRequest},
         reload::{ReloadReport, ReloadRequest},
+        rollout::{RolloutHistory, RolloutReport, RolloutRequest},
     },
     config::Config,
 };
@@ -144,6 +147,28 @@ pub enum Request {
         peer: Peer,
         /// Where the answer goes.
         reply: oneshot::Sender<Result<PanicReport, Refusal>>,
+    },
+    /// Tells a rollout something.
+    Rollout {
+        /// The rollout's name.
+        name: String,
+        /// What.
+        action: Action,
+        /// On what terms.
+        request: RolloutRequest,
+        /// Who asks.
+        peer: Peer,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<RolloutReport, Refusal>>,
+    },
+    /// The runs of a rollout.
+    RolloutHistory {
+        /// The rollout's name.
+        name: String,
+        /// With all that they went by.
+        evidence: bool,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<RolloutHistory, Refusal>>,
     },
     /// What has happened.
     Events {
@@ -360,6 +385,32 @@ impl Handle {
     /// An unknown service; control without a backend that takes new connections.
     pub async fn panic(&self, request: PanicRequest, peer: Peer) -> Result<PanicReport, Refusal> {
         self.ask(|reply| Request::Panic { request, peer, reply }).await?
+    }
+
+    /// Tells a rollout something, or says what that would do.
+    ///
+    /// # Errors
+    /// An unknown rollout, or one that stands otherwise; state that can't be stored.
+    pub async fn rollout(
+        &self,
+        name: String,
+        action: Action,
+        request: RolloutRequest,
+        peer: Peer,
+    ) -> Result<RolloutReport, Refusal> {
+        self.ask(|reply| Request::Rollout { name, action, request, peer, reply }).await?
+    }
+
+    /// The runs of a rollout, the newest first.
+    ///
+    /// # Errors
+    /// An unknown rollout; state that can't be read.
+    pub async fn rollout_history(
+        &self,
+        name: String,
+        evidence: bool,
+    ) -> Result<RolloutHistory, Refusal> {
+        self.ask(|reply| Request::RolloutHistory { name, evidence, reply }).await?
     }
 
     /// What has happened.

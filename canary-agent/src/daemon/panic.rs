@@ -20,6 +20,7 @@ use super::{
     Kernel, Moment, Peer, Refusal, State,
     changes::Thing,
     held::{self, NOT_COUNTED},
+    rollout::ACTION as ROLLOUT,
     saving::not_stored,
     split,
     state::{changed, micros, tables_of},
@@ -90,6 +91,11 @@ impl Panics {
         };
         let owed = self.owed.iter_mut().find(its);
         owed.map(|owed| owed.marks.extend_from_slice(marks)).is_some()
+    }
+
+    /// A change is in force, or about to be, and to be stored; `marks` in the maps say so.
+    pub(super) fn owe(&mut self, commit: Commit, marks: Vec<PanicMark>) {
+        self.owed.push(Owed { commit, marks });
     }
 
     /// Whether something waits to be stored.
@@ -464,7 +470,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
     fn is_recorded(&mut self, service: &str, mark: &PanicMark) -> bool {
         let changes = self.store.changes_before(Some(service), u64::MAX, LOOKED_AT);
         changes.unwrap_or_default().iter().any(|(_, change)| {
-            change.action == "panic"
+            (change.action == "panic" || change.action == ROLLOUT)
                 && change.unix_ms == mark.unix_ms
                 && change.uid == Some(mark.uid)
         })

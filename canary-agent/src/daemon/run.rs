@@ -44,6 +44,7 @@ use crate::{
     datapath::{self, Datapath, PanicOrder, Reader, Swept},
     doctor::{self, Check},
     health::{self, Prober},
+    hooks,
     plan::{Adopted, BootMs, DataPlane, Hops, PanicMark, QUARANTINE_MS, Sweep},
     resolve::{self, Resolver, Unresolved, VipManager},
     store::{SqliteStore, StateStore},
@@ -281,6 +282,9 @@ async fn serve(
         state.note(moment()?, "maps", handover);
     }
     state.take_reloads_back(take_back);
+    let (errands, asked_of_others) = mpsc::unbounded_channel();
+    state.send_errands_to(errands);
+    let calls = tokio::spawn(hooks::run(asked_of_others, events.clone()));
 
     let resolver = Arc::new(Resolver::start()?);
     resolver.set_interfaces(config.agent.interfaces.iter().cloned());
@@ -373,7 +377,7 @@ async fn serve(
     tracing::info!("stopping; the data plane stays in place");
     notifier.stopping();
     // Before what they follow goes with the reloader: they would complain of that.
-    for task in [watcher, checks, alive, repeats] {
+    for task in [watcher, checks, alive, repeats, calls] {
         task.abort();
         let _ = task.await;
     }

@@ -26,6 +26,7 @@ use super::{
     panic::Panics,
     pressure::{Pressure, Reading},
     reload::{LastPackets, TakeBack},
+    rollout::Rollouts,
     saving::{not_stored, refused},
     split, status,
 };
@@ -35,10 +36,12 @@ use crate::{
     datapath::{PanicOrder, Swept},
     failpoint::Failpoint,
     health,
+    hooks::Said,
     plan::{
         Adopted, BootMs, BucketSet, DataPlane, News, NextHop, PanicMark, PlanError, Planner,
         ServicePlan, ServiceState, Start, Sweep,
     },
+    rollout::watch::Counted,
     store::{Change, Commit, ServiceRecord, StateStore, StoreError},
     telemetry::Metrics,
 };
@@ -87,6 +90,10 @@ pub enum Event {
     Alerts(&'static str, Vec<String>),
     /// The sweep that [`Kernel::sweep`] began is done, or why it is not.
     Swept(Result<(), String>),
+    /// Somebody who was asked for a rollout has answered.
+    Said(Said),
+    /// What connections of a service have done was counted for a window.
+    Counted(Counted),
     /// A second has passed.
     Tick,
     /// The time has come that the last call of [`State::handle`] gave.
@@ -209,7 +216,7 @@ pub struct State<S, K> {
     pub(super) checks: health::Reports,
     pub(super) store: S,
     pub(super) kernel: K,
-    metrics: Metrics,
+    pub(super) metrics: Metrics,
     pub(super) revision: u64,
     /// What beginning decided and the store does not know yet.
     pub(super) unsaved: Vec<News>,
@@ -227,6 +234,8 @@ pub struct State<S, K> {
     pub(super) panics: Panics,
     /// What waits for a confirmation, and what is frozen.
     pub(super) control: Control,
+    /// Rollouts under way.
+    pub(super) rollouts: Rollouts,
     /// Whom to ask for the earlier configuration.
     pub(super) take_backs: Option<mpsc::Sender<TakeBack>>,
     /// What has happened and is not stored yet.
@@ -278,6 +287,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             stored: &snapshot.services,
             now_ms: now.boot_ms,
         })?;
+        let rollouts = snapshot.rollouts;
         let parked = snapshot.services.into_iter().filter(|s| planner.service(&s.name).is_none());
         let parked = parked.map(|record| (record.name.clone(), record)).collect();
         let interfaces = config
@@ -310,6 +320,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 retry_ms: None,
                 reload_retry_ms: None,
             },
+            rollouts: Rollouts::default(),
             take_backs: None,
             notices: Notices::default(),
             begun_ms: now.boot_ms,
@@ -335,6 +346,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         }
         let agent = format!("canary-agent {} has started", env!("CARGO_PKG_VERSION"));
         state.notices.add(now, "start", "", agent);
+        state.restore_rollouts(&config.rollouts, rollouts, now);
         Ok(state)
     }
 
@@ -416,6 +428,8 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 self.alerts.insert(from, alerts);
             }
             Event::Swept(result) => self.swept(result, now.boot_ms),
+            Event::Said(said) => self.said(said, now),
+            Event::Counted(counted) => self.counted_window(&counted, now),
             Event::Tick => self.tick(now),
             Event::Wakeup => {}
         }
@@ -429,7 +443,17 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             // What was made just now is due for other things at other times.
             wakeup = [self.settle(now), learned].into_iter().flatten().min();
         }
-        [wakeup, due].into_iter().flatten().min()
+        let mut rolled = None;
+        if self.has_rollouts() {
+            rolled = self.drive_rollouts(now);
+            wakeup = [self.settle(now), wakeup].into_iter().flatten().min();
+        }
+        [wakeup, due, rolled].into_iter().flatten().min()
+    }
+
+    /// Whether the plan is in the maps.
+    pub(super) fn is_in_force(&self) -> bool {
+        self.in_force && self.retry_ms.is_none()
     }
 
     /// Brings the plan up to date and the maps to the plan.
@@ -533,6 +557,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         self.store_notices(now);
         // What can't be stored yet is tried again with the next.
         let _ = self.store_panics(now);
+        self.guard_splits(now);
         let backends = self.planner.plane().backends.len();
         if self.samples.due(backends, now_ms) {
             let counters = self.counters();
@@ -640,22 +665,25 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             Request::Panic { request, peer, reply } => {
                 self.ask_panic(&request, peer, (arrived, now), reply);
             }
+            Request::Rollout { name, action, request, peer, reply } => {
+                drop(reply.send(self.ask_rollout(&name, action, &request, peer, (arrived, now))));
+            }
+            Request::RolloutHistory { name, evidence, reply } => {
+                drop(reply.send(self.rollout_history(&name, evidence)));
+            }
             Request::Events { asked, reply } => drop(reply.send(self.events(&asked, now))),
         }
     }
 
     fn pulse(&self) -> Pulse {
         let attached = self.interfaces.iter().filter(|one| one.mode.is_some()).count();
-        Pulse {
-            in_force: self.in_force && self.retry_ms.is_none(),
-            interfaces: self.interfaces.len(),
-            attached,
-        }
+        Pulse { in_force: self.is_in_force(), interfaces: self.interfaces.len(), attached }
     }
 
     /// The status at `now`.
     pub fn status(&self, now: Moment) -> Status {
-        status::status(
+        let rollouts = self.rollout_statuses();
+        let status = status::status(
             &self.planner,
             status::Sources {
                 counters: self.counters(),
@@ -672,7 +700,8 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 uptime_ms: now.boot_ms.saturating_sub(self.begun_ms),
                 now_ms: now.boot_ms,
             },
-        )
+        );
+        Status { rollouts, ..status }
     }
 
     pub(super) fn counters(&self) -> HashMap<BackendIndex, BackendCounters> {

@@ -43,6 +43,7 @@ use tokio::{
 };
 
 use self::direct::Direct;
+pub(crate) use self::secure::Secure;
 pub use self::{
     board::{Report, Reports},
     checker::Checker,

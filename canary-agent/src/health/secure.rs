@@ -1,4 +1,4 @@
-//! TLS for checks: what a client demands of a backend's certificate.
+//! TLS for checks and calls: what a client demands of a backend's certificate.
 
 use std::{fmt, io, sync::Arc};
 
@@ -21,7 +21,7 @@ use crate::config::model::Tls;
 
 /// Makes connections secure. Cheap to clone.
 #[derive(Clone)]
-pub(super) struct Secure(TlsConnector);
+pub(crate) struct Secure(TlsConnector);
 
 impl fmt::Debug for Secure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -32,7 +32,7 @@ impl fmt::Debug for Secure {
 impl Secure {
     /// # Errors
     /// When the library refuses what it is asked for: never, with what [`Tls`] can say.
-    pub(super) fn new(tls: &Tls) -> Result<Self, rustls::Error> {
+    pub(crate) fn new(tls: &Tls) -> Result<Self, rustls::Error> {
         let provider = Arc::new(ring::default_provider());
         let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()?;
@@ -55,7 +55,7 @@ impl Secure {
     }
 
     /// Makes `stream` secure, with the server that calls itself `name`.
-    pub(super) async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
+    pub(crate) async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
         &self,
         name: ServerName<'static>,
         stream: S,

@@ -10,7 +10,14 @@ use prometheus_client::{
     metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
 };
 
-use crate::api::model::{BackendStatus, FlowStatus, ServiceStatus, Status, VersionStatus};
+use crate::api::{
+    model::{BackendStatus, FlowStatus, ServiceStatus, Status, VersionStatus},
+    rollout::RolloutStatus,
+};
+
+/// The states of a rollout, as its status names them.
+const ROLLOUT_STATES: [&str; 7] =
+    ["idle", "entering", "watching", "paused", "held", "completed", "aborted"];
 
 /// A status on its way to the page.
 #[derive(Debug)]
@@ -40,7 +47,8 @@ impl Collector for StatusCollector {
             }),
         )?;
         maps(page, status)?;
-        flows(page, status)
+        flows(page, status)?;
+        rollouts(page, &status.rollouts)
     }
 }
 
@@ -269,6 +277,103 @@ fn flows(page: &mut DescriptorEncoder, status: &Status) -> fmt::Result {
         "canary_flow_half_open_entries",
         "Flow entries of half-open connections",
         [(family("4"), half_open[0] as f64), (family("6"), half_open[1] as f64)],
+    )
+}
+
+/// How far rollouts are, and what their gates have seen.
+fn rollouts(page: &mut DescriptorEncoder, rollouts: &[RolloutStatus]) -> fmt::Result {
+    fn labels(one: &RolloutStatus) -> Labels {
+        let RolloutStatus { name, service, to, .. } = one;
+        vec![("service", service.clone()), ("version", to.clone()), ("rollout", name.clone())]
+    }
+    gauge(
+        page,
+        "canary_rollout_state",
+        "1 for the state that the rollout is in",
+        rollouts.iter().flat_map(|one| {
+            ROLLOUT_STATES.iter().map(|state| {
+                let mut labels = labels(one);
+                labels.push(("state", (*state).to_owned()));
+                (labels, u32::from(one.state == *state))
+            })
+        }),
+    )?;
+    let begun = || rollouts.iter().filter(|one| one.run.is_some());
+    gauge(
+        page,
+        "canary_rollout_step",
+        "The step that the rollout is at, from 1",
+        begun().filter_map(|one| Some((labels(one), one.step?))),
+    )?;
+    gauge(
+        page,
+        "canary_rollout_needs_operator",
+        "1 if the rollout goes no further before an operator has said something",
+        begun().map(|one| (labels(one), u32::from(one.needs_operator))),
+    )?;
+    let gates = || rollouts.iter().filter_map(|one| Some((labels(one), one.gate.as_ref()?)));
+    let with = |labels: &Labels, more: &[(&'static str, &str)]| {
+        let more = more.iter().map(|(key, value)| (*key, (*value).to_owned()));
+        labels.iter().cloned().chain(more).collect::<Labels>()
+    };
+    gauge(
+        page,
+        "canary_gate_evidence",
+        "Natural logarithm of a signal's evidence, that the canary is worse (fail) or good (pass)",
+        gates().flat_map(|(labels, gate)| {
+            let each = gate.signals.iter().flat_map(|signal| {
+                [("fail", signal.ln_fail), ("pass", signal.ln_pass)].map(|(side, value)| {
+                    let more = [("gate", &*gate.name), ("signal", &*signal.name), ("side", side)];
+                    (with(&labels, &more), value)
+                })
+            });
+            each.collect::<Samples<f64>>()
+        }),
+    )?;
+    gauge(
+        page,
+        "canary_gate_threshold",
+        "What the evidence must reach to fail, or pass",
+        gates().flat_map(|(labels, gate)| {
+            [("fail", gate.ln_fail_at), ("pass", gate.ln_pass_at)].map(|(side, value)| {
+                (with(&labels, &[("gate", &gate.name), ("side", side)]), value)
+            })
+        }),
+    )?;
+    gauge(
+        page,
+        "canary_gate_events",
+        "Bad events that the gate has counted in this step, of the canary and of control",
+        gates().flat_map(|(labels, gate)| {
+            let each = gate.signals.iter().flat_map(|signal| {
+                let sides = [("canary", signal.canary_events), ("control", signal.control_events)];
+                sides.map(|(side, value)| {
+                    let more = [("gate", &*gate.name), ("signal", &*signal.name), ("side", side)];
+                    (with(&labels, &more), value as f64)
+                })
+            });
+            each.collect::<Samples<f64>>()
+        }),
+    )?;
+    gauge(
+        page,
+        "canary_gate_answers",
+        "Answers in this step of those whom the gate asks: good, bad, none",
+        gates().flat_map(|(labels, gate)| {
+            let each = gate.probes.iter().flat_map(|probe| {
+                let kinds = [("good", probe.good), ("bad", probe.bad), ("none", probe.unanswered)];
+                kinds.map(|(kind, value)| {
+                    let more = [
+                        ("gate", &*gate.name),
+                        ("kind", &*probe.kind),
+                        ("asked", &*probe.asked),
+                        ("answer", kind),
+                    ];
+                    (with(&labels, &more), value as f64)
+                })
+            });
+            each.collect::<Samples<f64>>()
+        }),
     )
 }
 

@@ -64,6 +64,7 @@ impl Exposition {
 #[derive(Clone, Debug)]
 pub struct Metrics {
     split_change: Histogram,
+    rollback: Histogram,
     reloads: Family<[(&'static str, &'static str); 1], Counter>,
     reload_success: Gauge,
 }
@@ -79,17 +80,23 @@ impl Metrics {
     pub fn new() -> Self {
         // 0.25 ms to 4 s: the promise is a second, most take a few milliseconds.
         let split_change = Histogram::new(exponential_buckets(0.000_25, 2.0, 15));
+        let rollback = Histogram::new(exponential_buckets(0.000_25, 2.0, 15));
         let reloads = Family::default();
         // Both are there from the beginning, so that a rate can be made of them.
         for result in [SUCCESS, FAILURE] {
             drop(reloads.get_or_create(&result));
         }
-        Self { split_change, reloads, reload_success: Gauge::default() }
+        Self { split_change, rollback, reloads, reload_success: Gauge::default() }
     }
 
     /// Counts a split change that was in force `took` after its request came.
     pub fn split_applied(&self, took: Duration) {
         self.split_change.observe(took.as_secs_f64());
+    }
+
+    /// Counts a share that a rollout has taken back, in force `took` after the verdict.
+    pub fn rolled_back(&self, took: Duration) {
+        self.rollback.observe(took.as_secs_f64());
     }
 
     /// The configuration was read at the start, which is no reload but succeeds like one.
@@ -113,6 +120,11 @@ impl Metrics {
             "canary_split_change_seconds",
             "Time from the request for a split to its being in force",
             self.split_change.clone(),
+        );
+        registry.register(
+            "canary_rollout_rollback_seconds",
+            "Time from a rollout's verdict, or an operator's word, to its share being taken back",
+            self.rollback.clone(),
         );
         registry.register(
             "canary_reloads",

@@ -429,7 +429,7 @@ fn every_shell_gets_its_completions() {
     assert_eq!(code(&run(&["completions", "tcsh"])), 2);
 }
 
-const COMMANDS: [&str; 20] = [
+const COMMANDS: [&str; 21] = [
     "run",
     "check",
     "doctor",
@@ -441,6 +441,7 @@ const COMMANDS: [&str; 20] = [
     "backend",
     "undo",
     "panic",
+    "rollout",
     "confirm",
     "freeze",
     "unfreeze",
@@ -453,7 +454,20 @@ const COMMANDS: [&str; 20] = [
 ];
 
 /// Commands of commands, which have pages of their own too.
-const BELOW: [&str; 4] = ["backend-list", "backend-ready", "backend-drain", "backend-maint"];
+const BELOW: [&str; 12] = [
+    "backend-list",
+    "backend-ready",
+    "backend-drain",
+    "backend-maint",
+    "rollout-start",
+    "rollout-status",
+    "rollout-pause",
+    "rollout-resume",
+    "rollout-promote",
+    "rollout-abort",
+    "rollout-retry",
+    "rollout-history",
+];
 
 #[test]
 fn the_manual_mentions_every_command() {

@@ -5,6 +5,7 @@ mod cli;
 mod control;
 mod metrics;
 mod process;
+mod rollout;
 mod server;
 mod support;
 mod watch;

@@ -24,9 +24,13 @@ use canary_agent::{
             VersionBackends, VersionStatus,
         },
         panic::{PanicReport, PanicRequest, PanicService},
+        rollout::{
+            EvidenceRow, GateStatus, ProbeStatus, RolloutHistory, RolloutReport, RolloutRequest,
+            RolloutRun, RolloutStatus, RolloutStep, SignalStatus,
+        },
     },
     config::model::Operators,
-    daemon::{EventsAsked, EventsFound, Handle, Peer, Pulse, Refusal, Request},
+    daemon::{Action, EventsAsked, EventsFound, Handle, Peer, Pulse, Refusal, Request},
     telemetry::Metrics,
 };
 use serde_json::Value;
@@ -247,6 +251,12 @@ async fn scripted_loop(
                     frozen: request.reason.filter(|_| freezes),
                     ..FreezeReport::default()
                 })));
+            }
+            Request::Rollout { name, action, request, peer: _, reply } => {
+                drop(reply.send(rollout(&name, action, &request)));
+            }
+            Request::RolloutHistory { name, evidence, reply } => {
+                drop(reply.send(Ok(history(&name, evidence))));
             }
             Request::Events { asked, reply } => {
                 drop(reply.send(events(&asked, happened.subscribe())));
@@ -578,7 +588,116 @@ pub(crate) fn status() -> Status {
         }],
         alerts: vec!["eth1 does not exist: the other interfaces work".to_owned()],
         pending: vec![PendingStatus { left_seconds: 61.2, change: event(7, 7) }],
+        rollouts: vec![
+            under_way(),
+            RolloutStatus {
+                name: "shop-v3".to_owned(),
+                service: "other".to_owned(),
+                to: "v3".to_owned(),
+                state: "aborted".to_owned(),
+                run: Some(3),
+                reason: Some("it was too slow".to_owned()),
+                ..RolloutStatus::default()
+            },
+        ],
     }
+}
+
+/// A rollout that a gate watches.
+fn under_way() -> RolloutStatus {
+    let step = |split: &str, state: &str| RolloutStep {
+        split: Some(split.to_owned()),
+        hold_seconds: Some(600.0),
+        gate: Some("l4".to_owned()),
+        pause: false,
+        state: state.to_owned(),
+    };
+    RolloutStatus {
+        name: "shop-v2".to_owned(),
+        service: "shop".to_owned(),
+        to: "v2".to_owned(),
+        state: "watching".to_owned(),
+        step: Some(2),
+        steps: vec![step("1%", "done"), step("5%", "current"), step("100%", "to come")],
+        share: Some("5%".to_owned()),
+        waits: Some("gate `l4`".to_owned()),
+        run: Some(4),
+        begun_unix_ms: Some(1_700_000_000_000),
+        step_unix_ms: Some(1_700_000_060_000),
+        watched_seconds: 61.0,
+        left_seconds: Some(539.0),
+        gate: Some(GateStatus {
+            name: "l4".to_owned(),
+            elapsed_seconds: 61.0,
+            min_duration_seconds: 300.0,
+            deadline_seconds: 3600.0,
+            ln_fail_at: 4.605,
+            ln_pass_at: 2.996,
+            signals: vec![SignalStatus {
+                name: "connect_failed".to_owned(),
+                control_events: 40,
+                canary_events: 3,
+                ln_fail: 2.3,
+                ln_pass: -0.5,
+                ..SignalStatus::default()
+            }],
+            probes: vec![ProbeStatus {
+                kind: "prometheus".to_owned(),
+                asked: "up > 1".to_owned(),
+                good: 5,
+                bad: 1,
+                row: -1,
+                rise: 2,
+                fall: 3,
+                last: Some("bad".to_owned()),
+                last_text: Some("1.5, above 1".to_owned()),
+                ..ProbeStatus::default()
+            }],
+            ..GateStatus::default()
+        }),
+        ..RolloutStatus::default()
+    }
+}
+
+fn rollout(name: &str, action: Action, request: &RolloutRequest) -> Result<RolloutReport, Refusal> {
+    if name != "shop-v2" {
+        return Err(Refusal {
+            code: "unknown_rollout",
+            message: format!("there is no rollout `{name}`"),
+            help: Some("there are `shop-v2`".to_owned()),
+            exit_code: 1,
+        });
+    }
+    Ok(RolloutReport {
+        applied: !request.dry_run,
+        revision: 8,
+        text: format!("rollout `{name}` at step 2: {}", action.name()),
+        rollout: under_way(),
+        took_us: 1_500,
+    })
+}
+
+fn history(name: &str, evidence: bool) -> RolloutHistory {
+    let row = EvidenceRow {
+        step: 1,
+        window: 1.0,
+        signal: "connect_failed".to_owned(),
+        share: Some(0.05),
+        control: Some(7),
+        canary: Some(2),
+        ..EvidenceRow::default()
+    };
+    let run = RolloutRun {
+        run: 3,
+        state: "aborted".to_owned(),
+        step: 1,
+        recipe: "5%; 100%".to_owned(),
+        reason: Some("it was too slow".to_owned()),
+        begun_unix_ms: 1_700_000_000_000,
+        ended_unix_ms: Some(1_700_000_600_000),
+        evidence: if evidence { vec![row] } else { Vec::new() },
+    };
+    RolloutHistory { name: name.to_owned(), runs: vec![run] }
 }
 
 /// Limits that do not make a test wait.

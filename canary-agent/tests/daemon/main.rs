@@ -7,6 +7,7 @@ mod panic;
 #[path = "../plan_support/mod.rs"]
 mod plan_support;
 mod reload;
+mod rollout;
 mod support;
 
 use std::{collections::BTreeMap, path::Path, time::Duration};

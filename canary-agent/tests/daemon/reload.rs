@@ -47,6 +47,7 @@ impl Agent {
         let order = Box::new(Order {
             prepared,
             interfaces: wanted.agent.interfaces.clone(),
+            rollouts: wanted.rollouts.clone(),
             peer: Some(Peer { uid: 1000, gid: 1000, pid: None }),
             reason: Some("because".to_owned()),
             settings: settings.iter().map(|one| (*one).to_owned()).collect(),

@@ -20,8 +20,8 @@ use canary_agent::{
     datapath::{Census, Counted, PanicOrder, Swept},
     plan::{Adopted, DataPlane, PanicMark, Sweep},
     store::{
-        Change, Commit, Event as Stored, EventQuery, Notice, Snapshot, SqliteStore, StateStore,
-        StoreError,
+        Change, Commit, Event as Stored, EventQuery, EvidenceLine, Notice, Snapshot, SqliteStore,
+        StateStore, StoreError, StoredRollout,
     },
     telemetry::Metrics,
 };
@@ -208,6 +208,27 @@ impl StateStore for Watched {
 
     fn record(&mut self, notices: &[Notice]) -> Result<(), StoreError> {
         self.0.record(notices)
+    }
+
+    fn keep_rollout(
+        &mut self,
+        rollout: &StoredRollout,
+        evidence: &[EvidenceLine],
+        durable: bool,
+    ) -> Result<u64, StoreError> {
+        if self.1.with(|host| host.refuse_store) {
+            let reason = "database or disk is full".to_owned();
+            return Err(StoreError::Unavailable { path: "/state.db".into(), reason });
+        }
+        self.0.keep_rollout(rollout, evidence, durable)
+    }
+
+    fn rollouts(&mut self, name: &str, limit: usize) -> Result<Vec<StoredRollout>, StoreError> {
+        self.0.rollouts(name, limit)
+    }
+
+    fn evidence(&mut self, rollout: u64) -> Result<Vec<EvidenceLine>, StoreError> {
+        self.0.evidence(rollout)
     }
 
     fn changes_before(

@@ -5,7 +5,7 @@
 //! trail keeps, the newest first, so it stops where the configuration has changed a service's
 //! owners: what follows from a file is changed in the file.
 //!
-//! Without a revision, the last change that an operator has made is taken back, and what was
+//! Without a revision, the last change that an operator (or a rollout) has made is taken back, and what was
 //! taken back is not taken back again that way: who types `undo` twice, not knowing whether
 //! the first has worked, must not be where he began. `undo --to` goes anywhere.
 
@@ -24,6 +24,7 @@ use crate::{
     daemon::{
         Peer, backends,
         held::{self, NOT_COUNTED},
+        rollout::ACTION as ROLLOUT,
         saving, split,
     },
     plan::{BucketSet, Proposal, UndoError, Undone},
@@ -515,7 +516,7 @@ enum Kind {
 impl Kind {
     fn of(change: &Change) -> Self {
         match change.action.as_str() {
-            "split" | "backend" | "panic" => Self::Made,
+            "split" | "backend" | "panic" | ROLLOUT => Self::Made,
             "undo" if change.freeze.is_none() => Self::Undone,
             "initial" => Self::Begun,
             "adopt" => Self::Given,

@@ -318,6 +318,7 @@ impl Reloader {
                 let order = Order {
                     prepared,
                     interfaces,
+                    rollouts: config.rollouts.clone(),
                     peer,
                     reason: request.reason,
                     settings: report.settings.iter().map(in_words).collect(),

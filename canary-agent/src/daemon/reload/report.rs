@@ -1,17 +1,21 @@
 //! What a reload would change, in words and numbers.
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
 use super::Traffic;
 use crate::{
     api::reload::{BackendChange, ReloadReport, ServiceChange, SettingChange, VersionChange},
     config::{
         difference::{self, Difference},
-        model::{Backend, Config, Existing, Forward, Service},
+        model::{Backend, Config, Existing, Forward, Gate, Rollout, Service},
     },
     daemon::held::NOT_COUNTED,
     datapath::{Census, Counted},
     plan::{BootMs, BucketSet, Family, Made, Prepared, Removal, Upheaval},
+    rollout::drive::recipe,
 };
 
 /// For so long after its last packet a service counts as having open connections, where they
@@ -33,6 +37,41 @@ pub(super) fn counted(prepared: &Prepared) -> Vec<Counted> {
         .collect()
 }
 
+/// Rollouts and gates that come, go or change: one that is under way stands still when its steps
+/// do.
+fn rollouts(running: &Config, wanted: &Config) -> Vec<SettingChange> {
+    let gates = |config: &Config| -> BTreeMap<String, (String, String)> {
+        let one = |gate: &Gate| {
+            let of = format!("{} signals", gate.signals.len());
+            (format!("gate.{}", gate.name), (of, format!("{gate:?}")))
+        };
+        config.gates.iter().map(one).collect()
+    };
+    let steps = |config: &Config| -> BTreeMap<String, (String, String)> {
+        let one = |rollout: &Arc<Rollout>| {
+            (format!("rollout.{}", rollout.name), (recipe(rollout), format!("{rollout:?}")))
+        };
+        config.rollouts.iter().map(one).collect()
+    };
+    let mut changes = Vec::new();
+    for (before, after) in [(gates(running), gates(wanted)), (steps(running), steps(wanted))] {
+        let keys: std::collections::BTreeSet<&String> = before.keys().chain(after.keys()).collect();
+        for key in keys {
+            let (was, is) = (before.get(key), after.get(key));
+            // What is different in them may be nothing that is told of in a line.
+            if was.map(|(_, whole)| whole) != is.map(|(_, whole)| whole) {
+                let text = |one: Option<&(String, String)>| {
+                    one.map_or_else(|| "(none)".to_owned(), |(text, _)| text.clone())
+                };
+                let (before, after) = (text(was), text(is));
+                let after = if before == after { format!("{after} (changed)") } else { after };
+                changes.push(SettingChange { key: key.clone(), before, after });
+            }
+        }
+    }
+    changes
+}
+
 /// What `prepared` would do.
 pub(super) fn report(
     running: &Config,
@@ -48,6 +87,7 @@ pub(super) fn report(
         }
         report.settings.push(setting(one));
     }
+    report.settings.extend(rollouts(running, wanted));
     let of = |name: &str| traffic.get(name).map_or(&[][..], Vec::as_slice);
     for made in prepared.made() {
         let held = census.filter(|_| is_nat(made.before.as_deref())).map(|census| {

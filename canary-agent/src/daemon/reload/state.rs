@@ -15,7 +15,7 @@ use canary_ebpf_common::compile;
 use super::report::{self, TrafficByService};
 use crate::{
     api::{model::InterfaceStatus, reload::ReloadReport},
-    config::model::Config,
+    config::model::{Config, Rollout},
     daemon::{
         AttachError, Attachment, Counter, Kernel, Moment, Peer, Refusal, State,
         changes::{Terms, Thing},
@@ -124,6 +124,8 @@ pub struct Order {
     pub prepared: Prepared,
     /// `agent.interfaces`.
     pub interfaces: Vec<String>,
+    /// `[[rollout]]`.
+    pub rollouts: Vec<Arc<Rollout>>,
     /// Who asks; `None` for a signal.
     pub peer: Option<Peer>,
     /// Kept in the audit trail.
@@ -257,6 +259,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let Order {
             prepared,
             interfaces,
+            rollouts,
             peer,
             reason,
             settings,
@@ -329,6 +332,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             }
         }
         self.follow_services();
+        self.reconfigure_rollouts(rollouts, now);
         for setting in &settings {
             self.notices.add(now, "reload", "", setting.as_str());
         }

@@ -1,0 +1,91 @@
+//! `rollout` as a process: what it prints, and how it ends.
+
+use canary_agent::api::Limits;
+use serde_json::Value;
+
+use crate::{
+    process::{ask, code, json_error, stderr, stdout},
+    support::Agent,
+};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rollout_is_drawn_or_json() {
+    let agent = Agent::start(Limits::default()).await;
+    let shown = ask(&agent, &["rollout", "status", "shop-v2"]);
+    let text = stdout(&shown);
+    assert_eq!(code(&shown), 0, "{shown:?}");
+    for line in [
+        "◌ rollout shop-v2 (run 4): shop to v2, watching, step 2 of 3",
+        "  waits for gate `l4`",
+        "  begun 2023-11-14T22:13:20Z, this step watched for 1m 1s, 8m 59s to hold",
+        "  v2 (canary)          5%        5%        5%",
+        "  ▶     2     5%  hold 10m, gate l4",
+        "  gate l4: undecided after 1m 1s; passes after 5m 0s at the earliest, decides until 1h 0m",
+        "    connect_failed       3       40  [####······] 2.3 of 4.6  [··········] -0.5 of 3.0",
+    ] {
+        assert!(
+            text.lines().any(|shown| shown.trim_end() == line || shown.starts_with(line)),
+            "{line}\n{text}"
+        );
+    }
+    assert!(!text.contains("shop-v3"));
+    let all = ask(&agent, &["rollout", "status"]);
+    let all = stdout(&all);
+    assert!(all.contains("✖ rollout shop-v3 (run 3)") && all.contains("it was too slow"), "{all}");
+    let of_service = ask(&agent, &["status", "shop"]);
+    let of_service = stdout(&of_service);
+    assert!(of_service.contains("rollout shop-v2") && !of_service.contains("shop-v3"));
+    let json = ask(&agent, &["rollout", "status", "shop-v2", "--json"]);
+    let value: Value = serde_json::from_slice(&json.stdout).expect("JSON");
+    assert_eq!(value["rollouts"][0]["gate"]["signals"][0]["canary_events"], 3);
+    assert_eq!(value["rollouts"].as_array().expect("a list").len(), 1);
+    let unknown = ask(&agent, &["rollout", "status", "shop-v9"]);
+    assert_eq!(code(&unknown), 1);
+    assert!(stderr(&unknown).contains("there is no rollout `shop-v9`"), "{unknown:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rollout_is_told_and_waited_for() {
+    let agent = Agent::start(Limits::default()).await;
+    for (arguments, line) in [
+        (&["rollout", "start", "shop-v2"][..], "rollout `shop-v2` at step 2: start"),
+        (&["rollout", "pause", "shop-v2", "--reason", "x"], "rollout `shop-v2` at step 2: pause"),
+        (&["rollout", "promote", "shop-v2", "--full"], "rollout `shop-v2` at step 2: promote"),
+        (&["rollout", "abort", "shop-v2", "--dry-run"], "nothing was changed (--dry-run)"),
+    ] {
+        let told = ask(&agent, arguments);
+        assert_eq!(code(&told), 0, "{told:?}");
+        assert!(stdout(&told).lines().any(|shown| shown == line), "{told:?}");
+    }
+    let unknown = ask(&agent, &["rollout", "resume", "shop-v9", "--json"]);
+    assert_eq!(json_error(&unknown).error.code, "unknown_rollout");
+    // It is under way for longer than anybody waits, and the other was aborted.
+    for (arguments, ends) in [
+        (&["rollout", "status", "shop-v2", "--wait", "10ms"][..], 1),
+        (&["rollout", "start", "shop-v2", "--wait", "10ms"], 1),
+        (&["rollout", "status", "shop-v3", "--wait", "1m"], 3),
+        (&["status", "other", "--wait", "1m"], 3),
+        (&["status", "none", "--wait", "1m"], 1),
+    ] {
+        let waited = ask(&agent, arguments);
+        assert_eq!(code(&waited), ends, "{arguments:?}: {waited:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_became_of_a_rollout_is_told() {
+    let agent = Agent::start(Limits::default()).await;
+    let shown = ask(&agent, &["rollout", "history", "shop-v2", "--evidence"]);
+    let shown = stdout(&shown);
+    for part in [
+        "run 3: aborted at step 1, from 2023-11-14T22:13:20Z until 2023-11-14T22:23:20Z",
+        "  because it was too slow",
+        "connect_failed     5%        7       2",
+    ] {
+        assert!(shown.contains(part), "{part}\n{shown}");
+    }
+    let json = ask(&agent, &["rollout", "history", "shop-v2", "--json"]);
+    let value: Value = serde_json::from_slice(&json.stdout).expect("JSON");
+    assert_eq!(value["runs"][0]["state"], "aborted");
+    assert_eq!(value["runs"][0]["evidence"].as_array().expect("a list").len(), 0);
+}
