@@ -3,6 +3,7 @@
 //! Compiled before anything else, so it depends on little, and on no other
 //! crate of the workspace.
 
+mod mutate;
 mod package;
 mod progress;
 mod setup;
@@ -56,6 +57,9 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Takes rules of tracking out of the code, one after the other, and looks that their tests
+    /// fail.
+    Mutate(mutate::Request),
     /// Runs the tests, or a command, on another kernel in a virtual machine.
     Vm(vm::Request),
     /// Builds a Debian package of the agent, and tests it.
@@ -98,6 +102,7 @@ fn dispatch(task: Task) -> Result<ExitCode> {
         Task::Test { args } => tasks::test(&workspace, &args),
         Task::Lint => tasks::lint(&workspace),
         Task::Bench { args } => tasks::bench(&workspace, &args),
+        Task::Mutate(request) => mutate::run(&workspace, &request),
         Task::Vm(request) => vm::run(&workspace, &request),
         Task::Package(request) => package::run(&workspace, &request),
         Task::Demo { args } => tasks::demo(&workspace, &args),
