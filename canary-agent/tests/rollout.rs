@@ -276,6 +276,18 @@ fn time_without_an_agent_is_not_healthy_time() {
 }
 
 #[test]
+fn a_share_that_an_earlier_agent_has_set_without_saying_so_is_its_own() {
+    let mut world = World::new(rollout(vec![step("5%", 10), step("100%", 0)]));
+    assert_eq!(world.run.stage(), Stage::Entering);
+    world.share = share("5%");
+    world.restart(1_000);
+    assert_eq!((world.step(), world.run.stage()), (1, Stage::Watching));
+    assert!(!world.has("set 5%") && !world.has("paused"));
+    world.wait(11);
+    assert_eq!(world.run.stage(), Stage::Completed);
+}
+
+#[test]
 fn a_failed_gate_gives_everything_back_at_once() {
     let mut world = World::new(rollout(vec![step("1%", 0), gated("50%"), step("100%", 0)]));
     world.look();

@@ -274,7 +274,7 @@ impl Run {
         if !moving {
             return Vec::new();
         }
-        let mut wishes = self.disturbed(view, now);
+        let mut wishes = self.disturbed(rollout, view, now);
         if self.record.stage == Stage::Watching {
             if view.in_force {
                 self.record.watched_ms = self.record.watched_ms.saturating_add(passed);
@@ -382,9 +382,16 @@ impl Run {
     }
 
     /// Whether somebody else has set the share.
-    fn disturbed(&mut self, view: &View, now: At) -> Vec<Wish> {
+    fn disturbed(&mut self, rollout: &Rollout, view: &View, now: At) -> Vec<Wish> {
         let [_, mine] = self.record.shares;
         if view.share == mine {
+            return Vec::new();
+        }
+        // An agent that has ended in between has set it, and could not say so any more.
+        let step = rollout.steps.get(self.record.step);
+        let wanted = step.and_then(|step| step.split);
+        if self.record.stage == Stage::Entering && wanted == Some(view.share) {
+            self.record.shares[1] = view.share;
             return Vec::new();
         }
         if view.panicked {
