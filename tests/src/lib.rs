@@ -14,6 +14,7 @@
 pub mod agent;
 pub mod binary;
 pub mod bpf;
+pub mod caller;
 pub mod cases;
 pub mod chatter;
 pub mod client;

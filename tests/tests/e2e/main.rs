@@ -29,6 +29,7 @@ mod quic;
 mod quic_peer;
 mod reload;
 mod reused;
+mod rollouts;
 mod service;
 mod soak;
 mod sound;
