@@ -157,7 +157,7 @@ fn through_maps(
 
 /// What was done to the maps, as an agent would say it.
 fn report(done: Done, request: &PanicRequest, begun: Instant, why: &Failure) -> PanicReport {
-    let Done { services, cut, took } = done;
+    let Done { services, cut, took, unread } = done;
     let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     let mut notes = vec![match request.dry_run {
         true => format!("{why}: this is what would be done to the pinned maps"),
@@ -166,6 +166,13 @@ fn report(done: Done, request: &PanicRequest, begun: Instant, why: &Failure) -> 
              and puts it into the audit trail"
         ),
     }];
+    if let Some(unread) = unread {
+        notes.push(format!(
+            "an agent was ended while it put these in the place of the maps at {}, which this release does \
+             not read: an interface may be steered by those until an agent is started",
+            unread.display()
+        ));
+    }
     let earlier: BTreeSet<(u32, u64)> = services
         .iter()
         .filter_map(|one| one.earlier.as_ref())

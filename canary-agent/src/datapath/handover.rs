@@ -30,10 +30,11 @@ use aya::{
 use canary_ebpf_common::abi::{self, PAGE_BUCKETS};
 
 use super::{
-    Error, INGRESS_PROGRAM, Options,
+    Error, INGRESS_PROGRAM, Options, boot_ms,
     flows::FlowTable,
     mapping::Mapping,
     older::{Carry, Older},
+    panic,
     pins::{self, After, Layout, Pins, Readable},
     pod, programs,
     raw::RawMap,
@@ -155,6 +156,7 @@ pub(super) fn with_flows(
     pins: &Pins,
     layouts: &[Layout],
     found: &Readable,
+    seen: &mut u64,
 ) -> Result<Copied, Error> {
     let beside = pins.beside();
     let flow = |name: &str| FLOWS.contains(&name);
@@ -168,6 +170,8 @@ pub(super) fn with_flows(
     Failpoint::BesideMade.pass();
     fill(pins, layouts, found)?;
     Failpoint::BesideFilled.pass();
+    // Before anything is steered by them.
+    panic::catch_up(pins, &beside, seen, boot_ms()?)?;
     relink(&mut first, pins, Failpoint::FirstLinkPrepared)?;
     Failpoint::LinksPrepared.pass();
     pins.switch(After::CarryOver)?;

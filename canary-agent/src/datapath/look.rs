@@ -19,8 +19,10 @@ use nix::unistd::{AccessFlags, eaccess};
 use super::{
     INGRESS, Options, causes, handover,
     kernel::{self, Release},
+    panic,
     pins::{self, Found, Pins},
 };
+use crate::plan::PanicMark;
 
 /// The place of the pins.
 #[derive(Clone, Debug)]
@@ -50,6 +52,8 @@ pub struct PinsSeen {
     pub adoptable: Adoptable,
     /// A pin or folder that somebody else than root and its owner may write to.
     pub open_to_others: Option<PathBuf>,
+    /// What sent services to control, and no agent has made its own.
+    pub panics: Vec<PanicMark>,
 }
 
 /// Whether pinned maps can be taken over.
@@ -132,6 +136,7 @@ pub fn pinned(options: &Options) -> PinsSeen {
         program: ProgramInfo::from_pin(pins.program()).ok().map(|program| program.id()),
         adoptable,
         open_to_others: open_to_others(&options.bpffs),
+        panics: panic::waiting(&pins),
     }
 }
 

@@ -68,7 +68,7 @@ use self::{
 use crate::{
     config::model::{Capacity, XdpMode},
     failpoint::Failpoint,
-    plan::{Adopted, AdoptedService, DataPlane, Family, PanicMark},
+    plan::{Adopted, AdoptedService, BootMs, DataPlane, Family, PanicMark},
 };
 
 /// The programs, as the build made them.
@@ -397,15 +397,17 @@ impl Datapath {
         let began = std::time::Instant::now();
         // Whoever writes the earlier tables without an agent looks whether they are still in force.
         let held = panic::lock(pins, PANIC_PATIENCE)?;
+        let mut seen = panic::count(pins);
         pins.begin(layouts.iter().map(|l| l.name).filter(|name| !found.differs(name)))?;
         let (mut datapath, copied) = if handover::moves_flows(found) {
-            let copied = handover::with_flows(&options, pins, layouts, found)?;
+            let copied = handover::with_flows(&options, pins, layouts, found, &mut seen)?;
             (Self::load(options, pins)?, Some(copied))
         } else {
             let mut datapath = Self::load(options, &pins.beside())?;
             Failpoint::BesideMade.pass();
             handover::fill(pins, layouts, found)?;
             Failpoint::BesideFilled.pass();
+            panic::catch_up(pins, &pins.beside(), &mut seen, boot_ms()?)?;
             // All of it is there; what flows there are, both share.
             pins.switch(After::Forget)?;
             Failpoint::SetsSwitched.pass();
@@ -413,6 +415,7 @@ impl Datapath {
             (datapath, None)
         };
         datapath.take_links()?;
+        panic::catch_up(&pins.beside(), pins, &mut seen, boot_ms()?)?;
         pins.finish()?;
         datapath.handover = Some(Handover::carried_over(found, copied));
         // They were read before they were filled.
@@ -705,6 +708,13 @@ fn monotonic_ns() -> Result<u64, Error> {
     let now =
         nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map_err(io::Error::from)?;
     Ok(now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
+}
+
+/// Milliseconds of `CLOCK_BOOTTIME`, which the ledger goes by.
+fn boot_ms() -> Result<BootMs, Error> {
+    let now =
+        nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).map_err(io::Error::from)?;
+    Ok(Duration::from(now).as_millis() as BootMs)
 }
 
 /// Bytes of kernel memory of a pinned map, as its descriptor's `fdinfo` says.

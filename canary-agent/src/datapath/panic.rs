@@ -270,6 +270,9 @@ pub struct Done {
     pub cut: u64,
     /// From the first look at the tables until all was in force.
     pub took: Duration,
+    /// Maps of another layout that an interface may be steered by as well: an agent was ended while
+    /// others took their place. They were left as they are.
+    pub unread: Option<PathBuf>,
 }
 
 /// A table that the directory names.
@@ -280,17 +283,40 @@ struct Found<'a> {
     name: String,
 }
 
-/// Pinned maps that no agent is asked about.
+/// Pinned maps that no agent is asked about: those in force, and those beside them while others take
+/// their place. Until that is done, either may be what an interface is steered by.
 pub struct Pinned {
     pins: Pins,
+    sets: Vec<Set>,
+    /// The kernel's numbers of the maps that are written: tells these from others in their place.
+    serials: Vec<u32>,
+    /// Maps beside them that are not understood.
+    unread: Option<PathBuf>,
+}
+
+/// A set of pinned maps.
+struct Set {
     info: Array<MapData, pod::ServiceInfo>,
     records: HashMap<u32, abi::Service>,
     table: Pages,
     ledger: Pages,
     backends: Vec<(BackendIndex, abi::Backend)>,
     marks: Marks,
-    /// The kernel's number of `PANICS`: tells these maps from others in their place.
-    serial: u32,
+    pins: Pins,
+}
+
+/// What a panic writes.
+const WRITTEN: [&str; 3] = ["TABLE", "LEDGER", "PANICS"];
+
+/// The kernel's numbers of the maps of a set that are written; none if there are none.
+fn serials(pins: &Pins) -> Vec<u32> {
+    let serial = |name: &&str| pins.info(name).ok().map(|info| info.id());
+    WRITTEN.iter().filter_map(serial).collect()
+}
+
+/// The same of both sets.
+fn all_serials(pins: &Pins) -> Vec<u32> {
+    [serials(pins), serials(&pins.beside())].concat()
 }
 
 impl Pinned {
@@ -308,6 +334,120 @@ impl Pinned {
             }
             _ => {}
         }
+        let (serials, sets) = (all_serials(&pins), vec![Set::open(&pins)?]);
+        let mut found = Self { pins, sets, serials, unread: None };
+        let beside = found.pins.beside();
+        // What goes first when they are done with: without it nothing is steered by them any more.
+        if beside.map("BACKENDS").exists() && self::serials(&beside) != self::serials(&found.pins) {
+            match Set::open(&beside) {
+                Ok(set) => found.sets.push(set),
+                // They have been done with since.
+                Err(_) if !beside.map("BACKENDS").exists() => {}
+                Err(_) => found.unread = Some(beside.maps()),
+            }
+        }
+        Ok(Some(found))
+    }
+
+    /// Whether no agent has put others in their place meanwhile.
+    pub fn is_in_force(&self) -> bool {
+        all_serials(&self.pins) == self.serials
+    }
+
+    /// The services that have tables.
+    ///
+    /// # Errors
+    /// When the directory can't be read.
+    pub fn services(&self) -> Result<BTreeSet<String>, Error> {
+        let mut names = BTreeSet::new();
+        for set in &self.sets {
+            names.extend(set.directory()?.iter().map(|(_, info)| unpadded(&info.name)));
+        }
+        Ok(names)
+    }
+
+    /// Sends everything to control that `order` names.
+    ///
+    /// # Errors
+    /// When the maps can't be written. What was done until then is marked.
+    pub fn panic(&self, order: &PanicOrder) -> Result<Done, Error> {
+        let held = match order.dry_run {
+            true => None,
+            false => lock(&self.pins, PATIENCE)?,
+        };
+        let mut done = self.write(order)?;
+        if !order.dry_run && held.is_none() {
+            // Whoever has kept it so long may have written over it: an agent that fills the maps
+            // that it is about to put in force.
+            drop(lock(&self.pins, REPLACED)?);
+            let again = self.write(order)?;
+            done.cut += again.cut;
+        }
+        Ok(done)
+    }
+
+    fn write(&self, order: &PanicOrder) -> Result<Done, Error> {
+        let mut all = self.sets.iter().map(|set| set.panic(order));
+        let mut done = all.next().transpose()?.unwrap_or_default();
+        for other in all {
+            let Done { cut, took, services, unread: _ } = other?;
+            done.cut += cut;
+            done.took += took;
+            let known: BTreeSet<String> =
+                done.services.iter().map(|one| one.service.clone()).collect();
+            done.services.extend(services.into_iter().filter(|one| !known.contains(&one.service)));
+        }
+        done.unread.clone_from(&self.unread);
+        Ok(done)
+    }
+}
+
+/// How often the tables of a set had been written behind an agent's back by now.
+pub(super) fn count(pins: &Pins) -> u64 {
+    Set::open(pins).map_or(0, |set| set.marks.count())
+}
+
+/// Repeats in the maps `to` what has been sent to control in `from` since there were `seen`: while
+/// these were filled from those. Whoever did it may be gone, or have been stopped, since.
+pub(super) fn catch_up(
+    from: &Pins,
+    to: &Pins,
+    seen: &mut u64,
+    now_ms: BootMs,
+) -> Result<(), Error> {
+    // What is not understood is nobody's either.
+    let Ok(earlier) = Set::open(from) else { return Ok(()) };
+    let count = earlier.marks.count();
+    if std::mem::replace(seen, count) == count || serials(from) == serials(to) {
+        return Ok(());
+    }
+    let waiting = earlier.waiting()?;
+    let set = Set::open(to)?;
+    for PanicMark { service, id, unix_ms, uid, moves, reason, .. } in waiting {
+        let services = Some([service].into());
+        let order =
+            PanicOrder { services, moves, reason, uid, id, unix_ms, now_ms, dry_run: false };
+        set.panic(&order)?;
+    }
+    // Where both sets share it.
+    *seen = earlier.marks.count();
+    Ok(())
+}
+
+/// The marks that no agent has made its own, where they can be read.
+pub(super) fn waiting(pins: &Pins) -> Vec<PanicMark> {
+    Set::open(pins).and_then(|set| set.waiting()).unwrap_or_default()
+}
+
+impl Set {
+    fn waiting(&self) -> Result<Vec<PanicMark>, Error> {
+        let directory = self.directory()?;
+        let names: Vec<(u16, String)> =
+            directory.iter().map(|(id, info)| (*id, unpadded(&info.name))).collect();
+        Ok(self.marks.all_waiting(names.iter().map(|(id, name)| (*id, name.as_str()))))
+    }
+
+    fn open(pins: &Pins) -> Result<Self, Error> {
         let sizes = pins.understood()?;
         let map = |name: &'static str| MapData::from_pin(pins.map(name));
         let mapped = |name: &'static str| -> Result<Mapping, Error> {
@@ -325,45 +465,23 @@ impl Pinned {
         let backends = mapped("BACKENDS")?;
         let mut records = VipTable::v4(mapped("VIPS_V4")?).records();
         records.extend(VipTable::v6(mapped("VIPS_V6")?).records());
-        Ok(Some(Self {
+        Ok(Self {
             info: Map::Array(map("SERVICE_INFO")?).try_into()?,
             records,
             table: paged("TABLE", 4)?,
             ledger: paged("LEDGER", 8)?,
             backends: by_table(apply::records(&backends)),
             marks: Marks::new(mapped("PANICS")?),
-            serial: pins.info("PANICS")?.id(),
-            pins,
-        }))
-    }
-
-    /// Whether no agent has put others in their place meanwhile.
-    pub fn is_in_force(&self) -> bool {
-        self.pins.info("PANICS").is_ok_and(|info| info.id() == self.serial)
+            pins: pins.clone(),
+        })
     }
 
     fn directory(&self) -> Result<Vec<(u16, abi::ServiceInfo)>, Error> {
         super::directory(&self.info)
     }
 
-    /// The services that have tables.
-    ///
-    /// # Errors
-    /// When the directory can't be read.
-    pub fn services(&self) -> Result<BTreeSet<String>, Error> {
-        Ok(self.directory()?.iter().map(|(_, info)| unpadded(&info.name)).collect())
-    }
-
-    /// Sends everything to control that `order` names.
-    ///
-    /// # Errors
-    /// When the maps can't be written. What was done until then is marked.
-    pub fn panic(&self, order: &PanicOrder) -> Result<Done, Error> {
+    fn panic(&self, order: &PanicOrder) -> Result<Done, Error> {
         let begun = Instant::now();
-        let held = match order.dry_run {
-            true => None,
-            false => lock(&self.pins, PATIENCE)?,
-        };
         let directory = self.directory()?;
         let tables: Vec<Found<'_>> = directory
             .iter()
@@ -415,15 +533,10 @@ impl Pinned {
             }
         }
         if order.dry_run {
-            return Ok(Done { services, cut: 0, took });
+            return Ok(Done { services, took, ..Done::default() });
         }
-        if held.is_none() {
-            // An agent that puts other maps in their place keeps it: see `is_in_force`.
-            drop(lock(&self.pins, REPLACED)?);
-        }
-        drop(held);
         let cut = if order.moves { self.cut(&others)? } else { 0 };
-        Ok(Done { services, cut, took })
+        Ok(Done { services, cut, took, unread: None })
     }
 
     fn read(&self, found: &Found<'_>) -> Result<AdoptedService, Error> {

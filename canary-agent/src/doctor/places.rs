@@ -1,5 +1,7 @@
 //! Verdicts on where the agent keeps things, and on other agents.
 
+use std::collections::BTreeSet;
+
 use super::{
     Check, Name,
     facts::{Facts, Folder},
@@ -68,6 +70,26 @@ fn pins(facts: &Facts) -> Check {
         let found = format!("{} can be written to by others than its owner", path.display());
         return Check::warning(name, found, evidence)
             .remedy(format!("chmod -R go-w {}", facts.places.bpffs.path.display()));
+    }
+    if !pins.panics.is_empty() {
+        let services: BTreeSet<String> = pins
+            .panics
+            .iter()
+            .map(|mark| {
+                let at = std::time::UNIX_EPOCH + std::time::Duration::from_millis(mark.unix_ms);
+                let at = humantime::format_rfc3339_seconds(at);
+                format!("{} by uid {} at {at}", mark.service, mark.uid)
+            })
+            .collect();
+        let services = services.into_iter().collect::<Vec<_>>().join(", ");
+        let found = format!(
+            "a panic has sent services to control, and no agent has put that into the audit trail yet: {services}"
+        );
+        return Check::warning(name, found, evidence).remedy(if facts.agent.is_some() {
+            "canary-agent status: its alerts say what keeps it from being stored"
+        } else {
+            "systemctl start canary-agent: it adopts that, and keeps everything at control"
+        });
     }
     match &pins.adoptable {
         Adoptable::Yes if pins.maps == 0 => Check::ok(name, "nothing is pinned", evidence),
@@ -327,6 +349,21 @@ mod tests {
         assert_eq!(verdict(&pins(&facts)), Verdict::NotChecked);
         let facts = with(|f| f.places.pins.open_to_others = Some("/sys/fs/bpf/canary".into()));
         assert_eq!(verdict(&pins(&facts)), Verdict::Warning);
+        let facts = with(|f| {
+            f.places.pins.maps = 17;
+            f.places.pins.panics = vec![crate::plan::PanicMark {
+                table: 0,
+                service: "shop".to_owned(),
+                number: 1,
+                id: 1,
+                unix_ms: 1_700_000_000_000,
+                uid: 42,
+                moves: false,
+                reason: None,
+            }];
+        });
+        assert_eq!(verdict(&pins(&facts)), Verdict::Warning);
+        assert!(pins(&facts).found.contains("shop by uid 42 at 2023-11-14"));
         let facts = with(|f| {
             f.places.pins.maps = 17;
             f.places.pins.links = vec!["eth0".to_owned()];

@@ -115,6 +115,7 @@ pub(super) fn facts() -> Facts {
                 program: None,
                 adoptable: Adoptable::Yes,
                 open_to_others: None,
+                panics: Vec::new(),
             },
             state: folder("/var/lib/canary"),
             socket: folder("/run/canary"),

@@ -38,13 +38,13 @@ const CLIENTS: std::ops::Range<u32> = 2_000..2_040;
 /// Longer than an agent that is alive takes, here and on any machine.
 const ALIVE: &[&str] = &["--agent-timeout", "20s"];
 
-fn panic(agent: &Agent<'_>, args: &[&str]) -> PanicReport {
+pub(crate) fn panic(agent: &Agent<'_>, args: &[&str]) -> PanicReport {
     agent.json(&[&["panic", "--reason", "v2 is bad"], args].concat())
 }
 
 /// What an agent does not do any more: steer new connections to the canary.
 #[track_caller]
-fn assert_all_on_control(bench: &Bench, agent: &Agent<'_>, when: &str) {
+pub(crate) fn assert_all_on_control(bench: &Bench, agent: &Agent<'_>, when: &str) {
     let tables = Tables::open(&agent.folder().join("bpffs/canary"));
     for family in Family::ALL {
         let place = tables.place(SHOP, family);
@@ -73,7 +73,7 @@ fn connections(bench: &Bench) -> Pool {
 
 /// What a status says of a panic.
 #[track_caller]
-fn assert_shown(status: &Status, uid: u32) -> u64 {
+pub(crate) fn assert_shown(status: &Status, uid: u32) -> u64 {
     let shown = service(status, SHOP).panic.clone().expect("a panic");
     assert_eq!((shown.uid, shown.reason.as_deref()), (Some(uid), Some("v2 is bad")));
     assert_eq!(version(status, SHOP, "v2").asked_text, "0%");
@@ -183,6 +183,8 @@ fn exercise(test: &str, way: Way) {
     let report = panic(&agent, &[]);
     assert_eq!(report.by, "maps", "{report:?}");
     assert_all_on_control(&bench, &agent, &format!("{test}, gone"));
+    let doctor = agent.cli(&["doctor"]);
+    assert!(doctor.stdout.contains("a panic has sent services to control"), "{doctor:?}");
     pool.assert_where_they_were(&format!("{test}, gone"));
     agent.run();
     let status = agent.wait_ready();

@@ -29,6 +29,7 @@ use nix::{
 
 use crate::{
     fresh::{self, Fresh},
+    panic::{assert_all_on_control, assert_shown, panic},
     reload::{HELD, UNMEASURED_MAX},
     support::{Bench, Pool, SHOP, Way, alone, backends, service, settled, version},
 };
@@ -156,6 +157,82 @@ fn a_kill_at_each_step_to_another_capacity_breaks_nothing_in_nat() {
 #[test]
 fn a_kill_at_each_step_to_another_capacity_breaks_nothing_in_dsr() {
     another_capacity("a_kill_at_each_step_to_another_capacity_breaks_nothing_in_dsr", Way::Dsr);
+}
+
+/// An agent is killed while other maps take the place of those that are pinned, and everything is sent
+/// to control then: by whichever maps an interface is steered at that moment.
+fn panic_in_between(test: &str, way: Way) {
+    if !host::ready(test) {
+        return;
+    }
+    let bench = Bench::new(way, &[("stable", 2), ("v2", 2)]);
+    let services = bench.services("buckets = 4096");
+    // All that tables lie in is another.
+    let options =
+        [(20_000, 64, 1 << 18), (30_000, 200, 1 << 19)].map(|(flows, backends, buckets)| {
+            sized(&bench, &format!("flows = {flows}, backends = {backends}, buckets = {buckets}"))
+        });
+    let mut agent = Agent::prepare(&bench.topology.balancer, &options[0], &services);
+    agent.run();
+    agent.wait_ready();
+    for (round, point) in Failpoint::HANDOVER.iter().enumerate() {
+        let when = format!("{test}, {}", point.name());
+        agent.split(SHOP, "v2", "50%");
+        let mut open = pool(&bench, 100 * round as u32);
+        agent.stop(Signal::SIGTERM);
+        agent.configure(&options[(round + 1) % 2], &services);
+        assert!(killed_at(&mut agent, *point, &[]), "{when}");
+        let report = panic(&agent, &[SHOP]);
+        assert_eq!(report.by, "maps", "{when}: {report:?}");
+        assert_all_on_control(&bench, &agent, &when);
+        open.assert_where_they_were(&when);
+        agent.run();
+        assert_shown(&agent.wait_ready(), 0);
+        assert_all_on_control(&bench, &agent, &format!("{when}, started"));
+        open.assert_where_they_were(&format!("{when}, started"));
+        assert_one_set(&agent, &when);
+    }
+}
+
+#[test]
+fn a_panic_while_maps_are_handed_over_is_in_force_in_nat() {
+    panic_in_between("a_panic_while_maps_are_handed_over_is_in_force_in_nat", Way::NatTwoArmed);
+}
+
+#[test]
+fn a_panic_while_maps_are_handed_over_is_in_force_in_dsr() {
+    panic_in_between("a_panic_while_maps_are_handed_over_is_in_force_in_dsr", Way::Dsr);
+}
+
+/// The same beside an agent that is at it.
+#[test]
+fn a_panic_beside_a_handover_is_kept() {
+    let test = "a_panic_beside_a_handover_is_kept";
+    if !host::ready(test) {
+        return;
+    }
+    let bench = Bench::new(Way::Dsr, &[("stable", 2), ("v2", 2)]);
+    let services = bench.services("buckets = 4096");
+    let options = [1 << 18, 1 << 19]
+        .map(|buckets| sized(&bench, &format!("flows = {}, buckets = {buckets}", buckets / 10)));
+    let mut agent = Agent::prepare(&bench.topology.balancer, &options[0], &services);
+    agent.run();
+    agent.wait_ready();
+    for round in 0..12 {
+        let when = format!("{test}, {round}");
+        agent.split(SHOP, "v2", "50%");
+        agent.stop(Signal::SIGTERM);
+        agent.configure(&options[(round + 1) % 2], &services);
+        agent.run();
+        wait::pause_until(Instant::now() + Duration::from_millis(15 * round as u64));
+        let report = panic(&agent, &[SHOP]);
+        assert!(report.applied, "{when}: {report:?}");
+        wait::until("the panic to be the agent's", || {
+            let status = agent.ready_now()?;
+            service(&status, SHOP).panic.as_ref().map(drop).ok_or("it is not".to_owned())
+        });
+        assert_all_on_control(&bench, &agent, &when);
+    }
 }
 
 /// Alternates between two layouts, the agent being killed at each step of it.
