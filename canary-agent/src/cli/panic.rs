@@ -91,8 +91,6 @@ fn through_maps(
     begun: Instant,
     why: &Failure,
 ) -> Result<PanicReport, Failure> {
-    // Tables are worked on one after the other, all in the same memory.
-    daemon::memory::keep_some();
     let bpffs = detach::bpffs(config)?;
     let failed = |error: datapath::Error| {
         if error.not_permitted() {

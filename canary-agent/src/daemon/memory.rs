@@ -11,7 +11,7 @@
 const KEPT: libc::c_int = 8 << 20;
 
 /// Keeps some free memory from now on.
-pub(crate) fn keep_some() {
+pub(super) fn keep_some() {
     #[cfg(target_env = "gnu")]
     for parameter in [libc::M_MMAP_THRESHOLD, libc::M_TRIM_THRESHOLD] {
         // SAFETY: it sets a number of the allocator's. Where it is refused, others hold.

@@ -8,7 +8,7 @@ mod held;
 mod learn;
 mod listing;
 pub mod lock;
-pub(crate) mod memory;
+mod memory;
 mod notify;
 pub(crate) mod panic;
 mod pressure;

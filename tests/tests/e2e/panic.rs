@@ -476,7 +476,9 @@ fn a_panic_is_in_force_at_once() {
                 "{test}: {what}, {state}: the command {:.1?} (most {:.1?}), of it until in force {:.1?} (most {:.1?})",
                 whole[middle], whole[last], inside[middle], inside[last]
             );
-            if !cfg!(debug_assertions) && inside[middle] >= Duration::from_millis(50) {
+            // Two processors need more than is aimed at for a hundred, if there is no agent.
+            let most = Duration::from_millis(if names.len() == 1 { 50 } else { 100 });
+            if !cfg!(debug_assertions) && inside[middle] >= most {
                 slow.push(format!("{what}, {state}: {:?}", inside[middle]));
             }
         }
