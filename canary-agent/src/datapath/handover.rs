@@ -30,7 +30,7 @@ use aya::{
 use canary_ebpf_common::abi::{self, PAGE_BUCKETS};
 
 use super::{
-    Error, INGRESS_PROGRAM, Options, boot_ms,
+    Error, INGRESS_PROGRAM, Options,
     flows::FlowTable,
     mapping::Mapping,
     older::{Carry, Older},
@@ -171,7 +171,7 @@ pub(super) fn with_flows(
     fill(pins, layouts, found)?;
     Failpoint::BesideFilled.pass();
     // Before anything is steered by them.
-    panic::catch_up(pins, &beside, seen, boot_ms()?)?;
+    panic::catch_up(pins, &beside, seen)?;
     relink(&mut first, pins, Failpoint::FirstLinkPrepared)?;
     Failpoint::LinksPrepared.pass();
     pins.switch(After::CarryOver)?;

@@ -68,7 +68,7 @@ use self::{
 use crate::{
     config::model::{Capacity, XdpMode},
     failpoint::Failpoint,
-    plan::{Adopted, AdoptedService, BootMs, DataPlane, Family, PanicMark},
+    plan::{Adopted, AdoptedService, DataPlane, Family, PanicMark},
 };
 
 /// The programs, as the build made them.
@@ -407,7 +407,7 @@ impl Datapath {
             Failpoint::BesideMade.pass();
             handover::fill(pins, layouts, found)?;
             Failpoint::BesideFilled.pass();
-            panic::catch_up(pins, &pins.beside(), &mut seen, boot_ms()?)?;
+            panic::catch_up(pins, &pins.beside(), &mut seen)?;
             // All of it is there; what flows there are, both share.
             pins.switch(After::Forget)?;
             Failpoint::SetsSwitched.pass();
@@ -415,7 +415,7 @@ impl Datapath {
             (datapath, None)
         };
         datapath.take_links()?;
-        panic::catch_up(&pins.beside(), pins, &mut seen, boot_ms()?)?;
+        panic::catch_up(&pins.beside(), pins, &mut seen)?;
         pins.finish()?;
         datapath.handover = Some(Handover::carried_over(found, copied));
         // They were read before they were filled.
@@ -708,13 +708,6 @@ fn monotonic_ns() -> Result<u64, Error> {
     let now =
         nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map_err(io::Error::from)?;
     Ok(now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
-}
-
-/// Milliseconds of `CLOCK_BOOTTIME`, which the ledger goes by.
-fn boot_ms() -> Result<BootMs, Error> {
-    let now =
-        nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).map_err(io::Error::from)?;
-    Ok(Duration::from(now).as_millis() as BootMs)
 }
 
 /// Bytes of kernel memory of a pinned map, as its descriptor's `fdinfo` says.

@@ -409,12 +409,7 @@ pub(super) fn count(pins: &Pins) -> u64 {
 
 /// Repeats in the maps `to` what has been sent to control in `from` since there were `seen`: while
 /// these were filled from those. Whoever did it may be gone, or have been stopped, since.
-pub(super) fn catch_up(
-    from: &Pins,
-    to: &Pins,
-    seen: &mut u64,
-    now_ms: BootMs,
-) -> Result<(), Error> {
+pub(super) fn catch_up(from: &Pins, to: &Pins, seen: &mut u64) -> Result<(), Error> {
     // What is not understood is nobody's either.
     let Ok(earlier) = Set::open(from) else { return Ok(()) };
     let count = earlier.marks.count();
@@ -423,6 +418,7 @@ pub(super) fn catch_up(
     }
     let waiting = earlier.waiting()?;
     let set = Set::open(to)?;
+    let now_ms = boot_ms()?;
     for PanicMark { service, id, unix_ms, uid, moves, reason, .. } in waiting {
         let services = Some([service].into());
         let order =
@@ -432,6 +428,13 @@ pub(super) fn catch_up(
     // Where both sets share it.
     *seen = earlier.marks.count();
     Ok(())
+}
+
+/// Milliseconds of `CLOCK_BOOTTIME`, which the ledger goes by.
+fn boot_ms() -> Result<BootMs, Error> {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
+        .map_err(std::io::Error::from)?;
+    Ok(Duration::from(now).as_millis() as BootMs)
 }
 
 /// The marks that no agent has made its own, where they can be read.
