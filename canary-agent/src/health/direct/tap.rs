@@ -2,7 +2,7 @@
 //! and ports that the host's TCP leaves alone.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, VecDeque},
     io,
     net::{IpAddr, SocketAddr},
     os::fd::{AsRawFd as _, OwnedFd},
@@ -10,7 +10,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -37,6 +37,11 @@ const RECEIVE_BUFFER: usize = 8 << 20;
 const AT_A_TIME: usize = 1024;
 /// With more VIPs than these the filter lets any source through: it would be long.
 const VIPS_MAX: usize = 64;
+/// How long a port is held after its connection: what the backend sent before our reset
+/// reached it is still on the way.
+const LINGER: Duration = Duration::from_secs(1);
+/// So many ports are held after their connections; of more, the oldest go.
+const LINGERING_MAX: usize = 256;
 /// Accepts a packet whole.
 const WHOLE: u32 = 0x0004_0000;
 
@@ -126,6 +131,8 @@ struct Inner {
     own: IpAddr,
     waiting: Mutex<Waiting>,
     vips: Mutex<BTreeSet<IpAddr>>,
+    /// What holds the ports of connections that are over, with their ends, the oldest first.
+    lingering: Mutex<VecDeque<(Instant, Socket)>>,
     opened: Instant,
     /// Seconds from `opened` to its last use.
     used: AtomicU64,
@@ -184,6 +191,7 @@ impl Tap {
             own,
             waiting: Mutex::default(),
             vips: Mutex::default(),
+            lingering: Mutex::default(),
             opened: Instant::now(),
             used: AtomicU64::new(0),
         });
@@ -220,7 +228,7 @@ impl Tap {
         let local = local.ok_or_else(|| io::Error::from(io::ErrorKind::AddrNotAvailable))?;
         let (send, receive) = mpsc::channel(QUEUE);
         lock(waiting).insert(local.port(), (peer, send));
-        Ok((Port { tap: self.clone(), local, _held: held }, receive))
+        Ok((Port { tap: self.clone(), local, held: Some(held) }, receive))
     }
 
     /// Sends an IP packet to a MAC address.
@@ -242,11 +250,12 @@ impl Tap {
     }
 }
 
-/// A local port; free again when it is dropped.
+/// A local port; free again a while after it is dropped.
 pub(super) struct Port {
     tap: Tap,
     local: SocketAddr,
-    _held: Socket,
+    /// There until it is dropped.
+    held: Option<Socket>,
 }
 
 impl Port {
@@ -264,6 +273,13 @@ impl Port {
 impl Drop for Port {
     fn drop(&mut self) {
         lock(&self.tap.inner.waiting).remove(&self.local.port());
+        let mut lingering = lock(&self.tap.inner.lingering);
+        let now = Instant::now();
+        lingering.extend(self.held.take().map(|held| (now, held)));
+        let over = |(end, _): &(Instant, Socket)| now.duration_since(*end) > LINGER;
+        while lingering.len() > LINGERING_MAX || lingering.front().is_some_and(over) {
+            lingering.pop_front();
+        }
     }
 }
 
