@@ -331,7 +331,18 @@ impl Reference {
                 right.join(" or ")
             ));
         };
-        self.remember(tuple, &bucket, sent, known, *at, went, port, fresh);
+        let meant: BTreeSet<u16> =
+            allowed.iter().filter(|n| becomes(n) == went).filter_map(|n| *n).collect();
+        let opens = matches!(sent, Sent::Open { .. } | Sent::Resend | Sent::Datagram);
+        let at = if opens && went == Went::Dropped && meant.len() > 1 {
+            // It went nowhere, which does not tell to whom it would have gone: nobody has answered
+            // it, and an entry may be left that names any of them.
+            self.been.entry(*tuple).or_default().extend(meant);
+            None
+        } else {
+            *at
+        };
+        self.remember(tuple, &bucket, sent, known, at, went, port, fresh);
         Ok(())
     }
 
@@ -492,4 +503,40 @@ impl Reference {
         };
         self.open.insert(*tuple, next);
     }
+}
+
+/// A bucket of backend 1 that has moved there from 6, with neither to be reached, and a SYN that
+/// went nowhere; then 1 can be reached again.
+fn after_a_syn_that_went_nowhere(small: bool) -> (Reference, Tuple) {
+    let rules =
+        Rules { nat: false, moves: false, small, drain_ms: Some(1_000_000), idle_ms: 30_000 };
+    let mut reference = Reference::new(rules, 1_000_000);
+    let seen = |n| [Seen { current: Some(n), owner: 0, tracked: true }];
+    reference.observe(0, &seen(6), |_| 0);
+    reference.observe(0, &seen(1), |_| 0);
+    reference.unreachable = BTreeSet::from([1, 6]);
+    let tuple = canary_tests::planned::tuple(
+        1,
+        canary_agent::plan::Family::V4,
+        10_000,
+        canary_ebpf_common::abi::IPPROTO_TCP,
+    );
+    reference.judge(&tuple, 0, Sent::Open { isn: 7 }, (Went::Dropped, 0)).expect("nowhere to go");
+    reference.unreachable.remove(&1);
+    (reference, tuple)
+}
+
+#[test]
+fn a_syn_without_room_that_went_nowhere_is_held_to_no_backend() {
+    // The program has no entry for it, and sends what is unknown where the bucket was before.
+    let (mut reference, tuple) = after_a_syn_that_went_nowhere(true);
+    reference.judge(&tuple, 0, Sent::Data, (Went::Dropped, 0)).expect("6 can't be reached");
+}
+
+#[test]
+fn a_syn_with_room_that_went_nowhere_is_held_to_the_only_backend_that_was_meant() {
+    let (mut reference, tuple) = after_a_syn_that_went_nowhere(false);
+    let difference = reference.judge(&tuple, 0, Sent::Data, (Went::Dropped, 0)).unwrap_err();
+    assert!(difference.contains("instead of To(1)"), "{difference}");
+    reference.judge(&tuple, 0, Sent::Data, (Went::To(1), 0)).expect("its backend");
 }
