@@ -5,7 +5,7 @@
 //! [`ABI_VERSION`] too: an agent never reinterprets maps of another version.
 
 /// Version of every layout in this module and of the meaning of its flags.
-pub const ABI_VERSION: u32 = 2 + NEXT_ABI;
+pub const ABI_VERSION: u32 = 3 + NEXT_ABI;
 
 /// What the layout that only tests have (feature `next-abi`) adds to [`ABI_VERSION`]: they put
 /// it and the real one in each other's place. There, [`BackendCounters`] lie elsewhere.
@@ -28,6 +28,8 @@ pub const VERSION_NAME_BYTES: usize = 32;
 pub const IPPROTO_TCP: u8 = 6;
 /// IP protocol number of UDP (RFC 768).
 pub const IPPROTO_UDP: u8 = 17;
+/// IP protocol number of ICMPv6 (RFC 4443).
+pub const IPPROTO_ICMPV6: u8 = 58;
 
 /// An address of either family: its bytes in order, as two words in the host's
 /// loading order; an IPv4 address fills the first four bytes, the rest is zero.
@@ -77,6 +79,25 @@ impl VipKey {
     #[inline(always)]
     pub const fn v6(port_be: u16, protocol: u8) -> Self {
         Self::v4(0, port_be, protocol)
+    }
+
+    /// The key of an IPv4 address whatever the port: what stands there says what is served at it,
+    /// and is a service's record if that is one only.
+    #[inline(always)]
+    pub const fn any_v4(addr_be: u32) -> Self {
+        Self::v4(addr_be, 0, 0)
+    }
+
+    /// The same of an IPv6 address.
+    #[inline(always)]
+    pub const fn any_v6() -> Self {
+        Self::v6(0, 0)
+    }
+
+    /// Whether it is the key of an address whatever the port.
+    #[inline(always)]
+    pub const fn any_port(self) -> bool {
+        self.0 >> 32 & 0xff_ffff == 0
     }
 }
 
@@ -130,6 +151,13 @@ pub const SERVICE_QUIC: u32 = 1 << 4;
 pub const SERVICE_FORGETS: u32 = 1 << 16;
 /// [`Service::flags`]: it has UDP ports, whose flows are learned when a bucket moves.
 pub const SERVICE_LEARNS: u32 = 1 << 17;
+
+/// [`Service::flags`], under a key without a port: TCP is served at the address.
+pub const SERVICE_TCP: u32 = 1 << 5;
+/// [`Service::flags`], under a key without a port: UDP is served at the address.
+pub const SERVICE_UDP: u32 = 1 << 6;
+/// [`Service::flags`], under a key without a port: by several services.
+pub const SERVICE_SEVERAL: u32 = 1 << 7;
 
 /// Value of `VIPS_V4` and `VIPS_V6`: all that steering needs to know of a
 /// service. The same record stands under each of its addresses and ports.
@@ -197,7 +225,76 @@ pub const BACKEND_DRAIN: u32 = 1 << 4;
 /// that is not configured any more. For whoever gives out buckets while no agent does.
 pub const BACKEND_WEIGHT_SHIFT: u32 = 16;
 
-/// Element of `BACKENDS`: one server and how to reach it. One cache line.
+/// The VLAN tags that a frame gets on its way, in a word of 25 bits.
+///
+/// Bits 0–11 the outer tag's VLAN, 12–23 the inner one's, 24 whether the outer one is of 802.1ad.
+/// A VLAN of 0 stands for no tag; an inner tag is of 802.1Q.
+pub mod vlan {
+    /// The outer tag is of 802.1ad.
+    pub const SERVICE_TAG: u32 = 1 << 24;
+    /// The number of a VLAN in a tag.
+    pub const ID_MASK: u16 = 0x0fff;
+
+    /// The word of one or two tags, the outer one first.
+    #[inline(always)]
+    pub const fn word(outer: u16, inner: u16, service_tag: bool) -> u32 {
+        let ids = (outer & ID_MASK) as u32 | ((inner & ID_MASK) as u32) << 12;
+        ids | if service_tag { SERVICE_TAG } else { 0 }
+    }
+
+    /// The outer tag's VLAN.
+    #[inline(always)]
+    pub const fn outer(word: u32) -> u16 {
+        word as u16 & ID_MASK
+    }
+
+    /// The inner tag's VLAN.
+    #[inline(always)]
+    pub const fn inner(word: u32) -> u16 {
+        (word >> 12) as u16 & ID_MASK
+    }
+}
+
+/// Where frames leave by, in one word: an interface's index; or, where they get VLAN tags, the
+/// interface's place in `TAGGED` and the [`vlan`] word.
+///
+/// Bits 0–24 the word, 25–30 the place, 31 that there are tags. No index has that bit.
+pub mod way {
+    /// There are tags.
+    const TAGS: u32 = 1 << 31;
+    const PLACE_SHIFT: u32 = 25;
+    const VLAN_MASK: u32 = (1 << PLACE_SHIFT) - 1;
+
+    /// Elements of `TAGGED`: interfaces whose clients' frames have tags.
+    pub const PLACES: u32 = 64;
+
+    /// The way by the interface at `place`, with the tags of `vlan`.
+    #[inline(always)]
+    pub const fn tagged(place: u32, vlan: u32) -> u32 {
+        TAGS | (place & (PLACES - 1)) << PLACE_SHIFT | vlan & VLAN_MASK
+    }
+
+    /// Whether there are tags.
+    #[inline(always)]
+    pub const fn has_tags(way: u32) -> bool {
+        way & TAGS != 0
+    }
+
+    /// The interface's place, where there are tags.
+    #[inline(always)]
+    pub const fn place(way: u32) -> u32 {
+        way >> PLACE_SHIFT & (PLACES - 1)
+    }
+
+    /// The [`vlan`](super::vlan) word, where there are tags.
+    #[inline(always)]
+    pub const fn vlan(way: u32) -> u32 {
+        way & VLAN_MASK
+    }
+}
+
+/// Element of `BACKENDS`: one server and how to reach it. Two cache lines, the first of which is all
+/// that a packet needs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C, align(8))]
 pub struct Backend {
@@ -223,10 +320,16 @@ pub struct Backend {
     pub service: u16,
     /// `BACKEND_*` bits.
     pub flags: u32,
+    /// [`vlan`] word of the tags towards it.
+    pub vlan: u32,
     /// Since when it has been taking its share little by little: the low 32 bits of
     /// `CLOCK_BOOTTIME` in milliseconds, those of the one before where they are 0; 0 if it is
     /// not. For the next agent only.
     pub slow_since_ms: u32,
+    /// Zero.
+    pub pad: u32,
+    /// Zero: the rest of the cache line.
+    pub rest: [u64; 7],
 }
 
 /// Key of `FLOWS_V4`: the five-tuple of a packet as it arrives.
@@ -320,13 +423,92 @@ pub struct Flow {
     /// Translated flows: destination and source MAC address towards the client, the first
     /// twelve bytes of the Ethernet header in words as they lie in memory.
     pub eth: [u32; 3],
-    /// Translated flows: interface towards the client.
-    pub ifindex: u32,
+    /// Translated flows: the [`way`] towards the client.
+    pub way: u32,
     /// TCP: number of what comes next in the direction, as far as seen, host order.
     pub next_seq: u32,
     /// Translated flows: [`flow_state`] bits that the other direction's packets have set. Apart,
     /// so that each word has packets of one direction to write it.
     pub other: u32,
+}
+
+/// Key of `MACS`: an interface, and an address that frames for this host may have there. The
+/// interface with an address of zeros says that its addresses are known; its value is the [`way`]
+/// by it without any tags, 0 where it has no place in `TAGGED`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct MacKey {
+    /// Interface that a frame comes in by.
+    pub ifindex: u32,
+    /// First four bytes of its destination, as they lie in memory.
+    pub first: u32,
+    /// The last two.
+    pub last: u32,
+}
+
+/// Elements of `FIRST_MACS`, a power of two: an interface's own address, at the place of its index
+/// modulo this. The eight bytes that a frame for it begins with, loaded as one little-endian word
+/// and shifted left by 16.
+pub const FIRST_MACS: u32 = 256;
+
+/// Key of `FRAGMENTS`: what the fragments of a datagram have in common, as they arrive.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct FragmentKey {
+    /// Source address.
+    pub src: Address,
+    /// Destination address.
+    pub dst: Address,
+    /// Identification.
+    pub id_be: u32,
+    /// IPv4: the protocol (RFC 791, 3.2). IPv6: 256, since the header that follows may be another
+    /// in each fragment (RFC 8200, 4.5).
+    pub protocol: u32,
+}
+
+/// Value of `FRAGMENTS`: where the first fragment went, for the others to follow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct FragmentRoute {
+    /// When the first fragment came, nanoseconds of `CLOCK_MONOTONIC` (coarse).
+    pub first_ns: u64,
+    /// The source address that it left with.
+    pub src: Address,
+    /// The destination address that it left with.
+    pub dst: Address,
+    /// Destination and source MAC address that it left with.
+    pub eth: [u32; 3],
+    /// Interface that it left by.
+    pub ifindex: u32,
+    /// [`vlan`] word of the tags that it left with.
+    pub vlan: u32,
+    /// Backend that it went to or came from.
+    pub backend: u16,
+    /// [`fragment`] bits.
+    pub flags: u16,
+    /// What has come of the datagram, in units of eight bytes: start in the low half, end in the
+    /// high one; 0 for none.
+    pub seen: [u32; FRAGMENT_RANGES],
+}
+
+/// Stretches of a datagram that are told apart while they do not touch.
+pub const FRAGMENT_RANGES: usize = 4;
+/// Elements of `FRAGMENTS`.
+pub const FRAGMENTS: u32 = 8192;
+/// For how long the fragments of a datagram follow the first, nanoseconds: as long as Linux waits
+/// for them, and no longer than RFC 8200, 4.5 lets it.
+pub const FRAGMENT_NS: u64 = 30_000_000_000;
+
+/// [`FragmentRoute::flags`].
+pub mod fragment {
+    /// Addresses change and the packet is routed.
+    pub const TRANSLATED: u16 = 1 << 0;
+    /// From a backend to a client.
+    pub const RETURNED: u16 = 1 << 1;
+    /// The last fragment has come.
+    pub const LAST: u16 = 1 << 2;
+    /// It passed: no service is meant.
+    pub const PASSED: u16 = 1 << 3;
 }
 
 /// Element of `BACKEND_COUNTERS` (per CPU), by backend index.
@@ -540,12 +722,22 @@ pub enum ReasonVerdict {
     Drop,
 }
 
+impl ReasonVerdict {
+    /// The word used in metrics, `status` and the documents.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Pass => "pass",
+            Self::Drop => "drop",
+        }
+    }
+}
+
 reasons! {
     /// Not IPv4 or IPv6, or not TCP or UDP.
     PassOther = 0, "pass_other", Pass;
     /// TCP or UDP, but to no service's address and port.
     PassNoService = 1, "pass_no_service", Pass;
-    /// A fragment: its ports are unknown.
+    /// A fragment after the first of a datagram that no service is meant by: the first one passed, or no service has its protocol at the address.
     PassFragment = 2, "pass_fragment", Pass;
     /// A header is cut short or its length is impossible.
     DropMalformed = 3, "drop_malformed", Drop;
@@ -561,6 +753,22 @@ reasons! {
     DropTtlExpired = 8, "drop_ttl_expired", Drop;
     /// The frame could not be handed to the outgoing interface.
     DropNoInterface = 9, "drop_no_interface", Drop;
+    /// Its destination MAC address is neither the interface's nor that of a device on top of it.
+    PassOtherHost = 10, "pass_other_host", Pass;
+    /// More than two VLAN tags.
+    PassTags = 11, "pass_tags", Pass;
+    /// What its IPv6 extension headers lead to can't be seen: one that is unknown, more than eight or 512 bytes of them, a routing header with segments left, a jumbogram.
+    PassExtension = 12, "pass_extension", Pass;
+    /// TCP flags that no TCP sends: SYN with FIN or RST, FIN with RST, none at all, FIN, PSH or URG without ACK.
+    DropTcpFlags = 13, "drop_tcp_flags", Drop;
+    /// Source and destination address are the same (a land attack).
+    DropLand = 14, "drop_land", Drop;
+    /// A fragment after the first whose datagram's first one has not come, or too long ago, where that has to decide.
+    DropFragmentEarly = 15, "drop_fragment_early", Drop;
+    /// A fragment with bytes that another one of its datagram had.
+    DropFragmentOverlap = 16, "drop_fragment_overlap", Drop;
+    /// A first fragment that does not hold the whole transport header, or a later one that lies over it.
+    DropFragmentTiny = 17, "drop_fragment_tiny", Drop;
 }
 
 /// Elements of `REASONS`: room for those to come, so that it need not be made anew for each.
@@ -570,10 +778,14 @@ const _: () = {
     assert!(size_of::<VipSlotV4>() == 64);
     assert!(size_of::<VipSlotV6>() == 80);
     assert!(size_of::<Service>() == 56);
-    assert!(size_of::<Backend>() == 64);
+    assert!(size_of::<Backend>() == 128);
+    assert!(core::mem::offset_of!(Backend, slow_since_ms) == 64);
     assert!(size_of::<FlowKeyV4>() == 16);
     assert!(size_of::<FlowKeyV6>() == 40);
     assert!(size_of::<Flow>() == 80);
+    assert!(size_of::<MacKey>() == 12);
+    assert!(size_of::<FragmentKey>() == 40);
+    assert!(size_of::<FragmentRoute>() == 80);
     assert!(size_of::<BackendCounters>() == 56 + if NEXT_ABI == 0 { 0 } else { 8 });
     assert!(size_of::<FlowCounters>() == 32);
     assert!(size_of::<Ring>() == 64);

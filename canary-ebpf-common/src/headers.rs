@@ -81,6 +81,8 @@ pub struct Ipv4 {
 impl Ipv4 {
     /// More-fragments flag and offset: not zero in any fragment.
     pub const FRAGMENT_MASK_BE: u16 = 0x3fff_u16.to_be();
+    /// Fragment offset: not zero in any fragment but the first.
+    pub const OFFSET_MASK_BE: u16 = 0x1fff_u16.to_be();
 
     /// The one's-complement sum over its words, unfolded.
     #[inline(always)]

@@ -10,6 +10,8 @@ pub mod abi;
 pub mod checksum;
 pub mod decap;
 pub mod entry;
+pub mod extension;
+pub mod fragment;
 pub mod hash;
 pub mod headers;
 pub mod nat;

@@ -117,8 +117,8 @@ pub struct Client {
     pub vip_port_be: u16,
     /// Destination and source MAC address of frames to the client, as in [`Flow::eth`].
     pub eth: [u32; 3],
-    /// Interface towards the client.
-    pub ifindex: u32,
+    /// Way towards the client, as in [`Flow::way`].
+    pub way: u32,
 }
 
 /// A number that the port tried first follows from. The packet's hash is not enough: it is one
@@ -250,7 +250,7 @@ pub fn open<K: TupleKey, F: Pool<K>>(
         backend: index.get(),
         service: service.id as u16,
         eth: client.eth,
-        ifindex: client.ifindex,
+        way: client.way,
         next_seq: segment.next_seq(),
         other: opened,
     };
@@ -498,7 +498,7 @@ mod tests {
             let port_be = (20_000 + (number % 30_000) as u16).to_be();
             let addr = [u64::from(number / 30_000 + 1), 0];
             let client =
-                Client { addr, vip: [3, 0], port_be, vip_port_be: 80, eth: [0; 3], ifindex: 1 };
+                Client { addr, vip: [3, 0], port_be, vip_port_be: 80, eth: [0; 3], way: 1 };
             (client, FlowKeyV4::tuple(addr, [3, 0], port_be, 80, IPPROTO_TCP))
         }
 

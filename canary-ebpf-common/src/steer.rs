@@ -75,6 +75,21 @@ impl Segment {
         self.tcp_flags & (TCP_SYN | TCP_ACK | TCP_FIN | TCP_RST) == TCP_SYN
     }
 
+    /// Whether a TCP can have sent it. Datagrams are none of its business.
+    #[inline(always)]
+    pub const fn possible(self) -> bool {
+        // Of SYN, FIN and RST one at most; without ACK, SYN or RST. A bit for each combination, and
+        // no branch: a verifier follows each.
+        const POSSIBLE: u32 = {
+            let without_ack = 1 << TCP_SYN | 1 << TCP_RST;
+            let ack = 1 | 1 << TCP_FIN | 1 << TCP_SYN | 1 << TCP_RST;
+            without_ack | ack << 8
+        };
+        let others = self.tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST);
+        let combination = others | (self.tcp_flags & TCP_ACK) >> 1;
+        POSSIBLE >> combination & 1 != 0 || self.protocol != IPPROTO_TCP
+    }
+
     /// The number of what its sender sends next: SYN and FIN count as a byte (RFC 9293, 3.4).
     #[inline(always)]
     pub(crate) const fn next_seq(self) -> u32 {
@@ -390,7 +405,7 @@ fn tracked_flow(service: &Service, backend: BackendIndex, state: u32, seq: u32, 
         backend: backend.get(),
         service: service.id as u16,
         eth: [word; 3],
-        ifindex: word,
+        way: word,
         next_seq: word,
         other: word,
     }

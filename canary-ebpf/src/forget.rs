@@ -20,7 +20,7 @@ macro_rules! forget {
         /// Answers with the number of entries that went.
         #[xdp]
         pub(crate) fn $name(ctx: XdpContext) -> u32 {
-            let packet = Packet::new(&ctx);
+            let packet = Packet::of(ctx.ctx);
             let mut gone = 0;
             let mut n = 0;
             while n < FORGET_MOST {

@@ -4,6 +4,7 @@ use aya_ebpf::bindings::xdp_action;
 use canary_ebpf_common::{
     abi::{
         BACKEND_MAINT, BACKEND_USABLE, Backend, Flow, IPPROTO_TCP, Reason, SERVICE_QUIC, Service,
+        way,
     },
     checksum::Delta,
     entry::BackendIndex,
@@ -12,7 +13,7 @@ use canary_ebpf_common::{
     steer::Segment,
 };
 
-use crate::{maps, packet::Packet};
+use crate::{fragment, maps, packet::Packet, vlan};
 
 /// The transport header: where it is and what it says.
 #[derive(Clone, Copy)]
@@ -20,7 +21,7 @@ pub(crate) struct Transport {
     pub(crate) src_port_be: u16,
     pub(crate) dst_port_be: u16,
     pub(crate) segment: Segment,
-    offset: usize,
+    pub(crate) offset: usize,
 }
 
 impl Transport {
@@ -63,13 +64,19 @@ impl Transport {
     /// What the packet is to steering, with what its payload says where that can matter: for
     /// flows that are looked up. Its lengths fit into `room` bytes.
     #[inline(always)]
-    pub(crate) fn looked_up(&self, packet: &Packet, service: &Service, room: usize) -> Segment {
+    pub(crate) fn looked_up<const RARE: bool>(
+        &self,
+        packet: &Packet,
+        service: &Service,
+        room: usize,
+    ) -> Segment {
         if self.segment.protocol == IPPROTO_TCP {
             return self.measured(packet, room);
         }
         let mut segment = self.segment;
         if service.flags & SERVICE_QUIC != 0 {
-            (segment.quic, segment.seq) = packet.quic();
+            (segment.quic, segment.seq) =
+                if RARE { packet.quic_at(self.offset) } else { packet.quic() };
         }
         segment
     }
@@ -93,9 +100,10 @@ impl Transport {
         Some(usize::from(unsafe { (*tcp).data_offset } >> 4) * 4)
     }
 
-    /// Whether the header and what it says of its length fit into `room` bytes.
+    /// Whether the header and what it says of its length fit into `room` bytes. A fragment of a
+    /// datagram may be shorter than that.
     #[inline(always)]
-    pub(crate) fn fits(&self, packet: &Packet, room: usize) -> bool {
+    pub(crate) fn fits<const RARE: bool>(&self, packet: &Packet, room: usize) -> bool {
         if self.segment.protocol == IPPROTO_TCP {
             let Some(header) = self.tcp_header_bytes(packet) else { return false };
             return header >= size_of::<Tcp>() && header <= room;
@@ -103,7 +111,7 @@ impl Transport {
         let Some(udp) = packet.at::<Udp>(self.offset) else { return false };
         // SAFETY: `at` checked the bounds.
         let length = usize::from(u16::from_be(unsafe { (*udp).length_be }));
-        length >= size_of::<Udp>() && length <= room
+        length >= size_of::<Udp>() && (length <= room || RARE && fragment::at_hand())
     }
 
     /// Gives the header its new ports and brings its checksum up to date, `addresses`
@@ -160,20 +168,20 @@ pub(crate) fn usable_for_flow(index: BackendIndex) -> Result<&'static Backend, R
 
 /// Counts a packet to a backend.
 #[inline(always)]
-pub(crate) fn count_sent(packet: &Packet, index: BackendIndex, opens: bool) {
+pub(crate) fn count_sent<const RARE: bool>(packet: &Packet, index: BackendIndex, opens: bool) {
     if let Some(counters) = maps::counters(index) {
         counters.packets += 1;
-        counters.bytes += packet.len_bytes() as u64;
+        counters.bytes += packet.arrived_bytes::<RARE>();
         counters.connections += u64::from(opens);
     }
 }
 
 /// Counts a packet from a backend.
 #[inline(always)]
-pub(crate) fn count_returned(packet: &Packet, flow: &Flow) {
-    if let Some(counters) = maps::counters(BackendIndex::new(flow.backend)) {
+pub(crate) fn count_returned<const RARE: bool>(packet: &Packet, index: BackendIndex) {
+    if let Some(counters) = maps::counters(index) {
         counters.returned_packets += 1;
-        counters.returned_bytes += packet.len_bytes() as u64;
+        counters.returned_bytes += packet.arrived_bytes::<RARE>();
     }
 }
 
@@ -192,17 +200,81 @@ pub(crate) fn way_back(packet: &Packet) -> Option<[u32; 3]> {
     Some([b >> 16 | c << 16, c >> 16 | a << 16, a >> 16 | b << 16])
 }
 
-/// Sends the frame to `addresses` (destination, then source) by `ifindex`.
+/// Gives the frame these MAC addresses, destination first.
 #[inline(always)]
-pub(crate) fn send(packet: &Packet, addresses: &[u32; 3], ifindex: u32) -> Result<u32, Reason> {
-    let frame = eth(packet).ok_or(Reason::DropMalformed)?;
+pub(crate) fn set_addresses(packet: &Packet, addresses: &[u32; 3]) -> Option<()> {
+    let frame = eth(packet)?;
     frame[0] = addresses[0];
     frame[1] = addresses[1];
     frame[2] = addresses[2];
-    if ifindex == packet.ifindex {
+    Some(())
+}
+
+/// A way out.
+#[derive(Clone, Copy)]
+pub(crate) struct Way<'a> {
+    /// MAC addresses, destination first.
+    pub(crate) eth: &'a [u32; 3],
+    /// Outgoing interface.
+    pub(crate) ifindex: u32,
+    /// [`canary_ebpf_common::abi::vlan`] word of the tags there.
+    pub(crate) vlan: u32,
+    /// Backend that it leads to, or comes from.
+    pub(crate) backend: BackendIndex,
+    /// From a backend to a client.
+    pub(crate) returned: bool,
+}
+
+/// The way to a backend.
+#[inline(always)]
+pub(crate) fn to(index: BackendIndex, backend: &Backend) -> Way<'_> {
+    let Backend { eth, ifindex, vlan, .. } = backend;
+    Way { eth, ifindex: *ifindex, vlan: *vlan, backend: index, returned: false }
+}
+
+/// The way back to the client of a translated flow.
+#[inline(always)]
+pub(crate) fn back(flow: &Flow) -> Way<'_> {
+    let Flow { eth, way, backend, .. } = flow;
+    let backend = BackendIndex::new(*backend);
+    if !way::has_tags(*way) {
+        return Way { eth, ifindex: *way, vlan: 0, backend, returned: true };
+    }
+    let ifindex = maps::tagged_interface(way::place(*way));
+    Way { eth, ifindex, vlan: way::vlan(*way), backend, returned: true }
+}
+
+/// Sends the frame, which has its last form but for MAC addresses and tags.
+#[inline(always)]
+pub(crate) fn send<const RARE: bool>(packet: &Packet, way: Way<'_>) -> Result<u32, Reason> {
+    set_addresses(packet, way.eth).ok_or(Reason::DropMalformed)?;
+    if RARE && fragment::at_hand() {
+        return vlan::send::<RARE>(packet, way);
+    }
+    out::<RARE>(packet, way)
+}
+
+/// Sends the frame, which has its last form but for tags. Nothing of it may be looked at
+/// afterwards.
+#[inline(always)]
+pub(crate) fn out<const RARE: bool>(packet: &Packet, way: Way<'_>) -> Result<u32, Reason> {
+    if way.vlan != 0 {
+        return vlan::send::<RARE>(packet, way);
+    }
+    if way.ifindex == packet.ifindex {
         return Ok(xdp_action::XDP_TX);
     }
-    maps::redirect(ifindex)
+    maps::redirect(way.ifindex)
+}
+
+/// The way that the packet came by, for a flow to keep.
+#[inline(always)]
+pub(crate) fn way_in<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> {
+    match packet.way::<RARE>() {
+        // Answers could not be sent.
+        0 => Err(Reason::DropNoInterface),
+        way => Ok(way),
+    }
 }
 
 /// Counts a flow that was refused because no port is left towards its backend.
@@ -219,31 +291,36 @@ pub(crate) fn count_refused(
 
 /// Keeps the way back to the client as its last packet came.
 #[inline(always)]
-pub(crate) fn follow_client<K: nat::TupleKey, F: canary_ebpf_common::steer::Flows<K>>(
+pub(crate) fn follow_client<
+    const RARE: bool,
+    K: nat::TupleKey,
+    F: canary_ebpf_common::steer::Flows<K>,
+>(
     packet: &Packet,
     flows: &F,
     flow: &mut Flow,
     protocol: u8,
-) -> Option<()> {
-    let way_back = way_back(packet)?;
-    let differs = (flow.ifindex ^ packet.ifindex)
+) -> Result<(), Reason> {
+    let way_back = way_back(packet).ok_or(Reason::DropMalformed)?;
+    let way = way_in::<RARE>(packet)?;
+    let differs = (flow.way ^ way)
         | (flow.eth[0] ^ way_back[0])
         | (flow.eth[1] ^ way_back[1])
         | (flow.eth[2] ^ way_back[2]);
     if differs == 0 {
-        return Some(());
+        return Ok(());
     }
-    flow.ifindex = packet.ifindex;
+    flow.way = way;
     flow.eth = way_back;
     let reverse = flows.lookup(&nat::opposite::<K>(flow, protocol));
     if !reverse.is_null() {
         // SAFETY: not null, so valid by the contract of `Flows`.
         unsafe {
-            (*reverse).ifindex = packet.ifindex;
+            (*reverse).way = way;
             (*reverse).eth = way_back;
         }
     }
-    Some(())
+    Ok(())
 }
 
 /// Whether a packet to `port_be` may be a backend's answer on a translated flow.

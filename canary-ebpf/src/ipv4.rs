@@ -13,35 +13,42 @@ use canary_ebpf_common::{
 
 use crate::{
     forward::{self, Transport},
-    maps::{self, FlowsV4},
+    maps::{self, FlowsV4, Program},
     packet::Packet,
 };
 
 #[inline(always)]
-pub(crate) fn ingress(packet: &Packet) -> Result<u32, Reason> {
+pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> {
     let ip: *mut Ipv4 = packet.at(ETH_BYTES).ok_or(Reason::PassOther)?;
     // SAFETY: `at` checked the bounds.
     let ip = unsafe { &mut *ip };
     let protocol = ip.ttl_protocol[1];
-    if ip.version_ihl >> 4 != 4 || (protocol != IPPROTO_TCP && protocol != IPPROTO_UDP) {
-        return Err(Reason::PassOther);
-    }
-    if ip.fragment_be & Ipv4::FRAGMENT_MASK_BE != 0 {
-        return Err(Reason::PassFragment);
+    if !RARE
+        && (ip.version_ihl >> 4 != 4
+            || (protocol != IPPROTO_TCP && protocol != IPPROTO_UDP)
+            || ip.fragment_be & Ipv4::FRAGMENT_MASK_BE != 0)
+    {
+        return packet.go_on(Program::Arrival);
     }
     let header_bytes = usize::from(ip.version_ihl & 0xf) * 4;
     let transport =
         Transport::read(packet, ETH_BYTES + header_bytes, protocol).ok_or(Reason::PassOther)?;
     if forward::may_be_returned(transport.dst_port_be)
-        && let Some(action) = returned(packet, ip, &transport)
+        && let Some(action) = returned::<RARE>(packet, ip, &transport)
     {
         return action;
     }
     let vip = VipKey::v4(ip.dst_be, transport.dst_port_be, protocol);
     let service = maps::service_v4(vip).ok_or(Reason::PassNoService)?;
 
-    if !well_formed(packet, ip, &transport) {
+    if !well_formed::<RARE>(packet, ip, &transport) {
         return Err(Reason::DropMalformed);
+    }
+    if ip.src_be == ip.dst_be {
+        return Err(Reason::DropLand);
+    }
+    if !transport.segment.possible() {
+        return Err(Reason::DropTcpFlags);
     }
     let key = FlowKeyV4 {
         src_be: ip.src_be,
@@ -51,19 +58,19 @@ pub(crate) fn ingress(packet: &Packet) -> Result<u32, Reason> {
         protocol: u32::from(protocol),
     };
     if forward::translates(service) {
-        return translate(packet, ip, &transport, service, &key);
+        return translate::<RARE>(packet, ip, &transport, service, &key);
     }
     let (_, entry) = bucket_entry(service, ip, &transport)?;
     // What a payload says costs a look, which few packets need.
     let segment = if entry.tracked() {
-        transport.looked_up(packet, service, room(ip))
+        transport.looked_up::<RARE>(packet, service, room(ip))
     } else {
         transport.segment
     };
     let steering = steer(&FlowsV4, service, entry, &key, segment);
     let backend = forward::usable(steering.backend)?;
-    forward::count_sent(packet, steering.backend, steering.opens);
-    forward::send(packet, &backend.eth, backend.ifindex)
+    forward::count_sent::<RARE>(packet, steering.backend, steering.opens);
+    forward::send::<RARE>(packet, forward::to(steering.backend, backend))
 }
 
 /// Bytes that the header leaves for what follows it, in a packet whose lengths fit.
@@ -75,13 +82,13 @@ fn room(ip: &Ipv4) -> usize {
 
 /// Whether the headers' lengths can be, each within the one around it.
 #[inline(always)]
-fn well_formed(packet: &Packet, ip: &Ipv4, transport: &Transport) -> bool {
+fn well_formed<const RARE: bool>(packet: &Packet, ip: &Ipv4, transport: &Transport) -> bool {
     let header_bytes = usize::from(ip.version_ihl & 0xf) * 4;
     let total_bytes = usize::from(u16::from_be(ip.total_length_be));
     header_bytes >= size_of::<Ipv4>()
         && total_bytes >= header_bytes
         && ETH_BYTES + total_bytes <= packet.len_bytes()
-        && transport.fits(packet, total_bytes - header_bytes)
+        && transport.fits::<RARE>(packet, total_bytes - header_bytes)
 }
 
 /// The packet's hash, and the entry of the bucket that it falls into.
@@ -105,7 +112,7 @@ fn bucket_entry(
 
 /// Carries a client's packet of a translated service to its backend.
 #[inline(always)]
-fn translate(
+fn translate<const RARE: bool>(
     packet: &Packet,
     ip: &mut Ipv4,
     transport: &Transport,
@@ -116,7 +123,7 @@ fn translate(
     if ip.ttl_protocol[0] <= 1 {
         return Err(Reason::DropTtlExpired);
     }
-    let segment = transport.looked_up(packet, service, room(ip));
+    let segment = transport.looked_up::<RARE>(packet, service, room(ip));
     let (flow, opens) = match nat::step(&FlowsV4, service, key, segment, transport.ack(packet)) {
         Step::NoFlow => return Err(Reason::PassNoFlow),
         Step::Follow(flow) => (flow, false),
@@ -129,7 +136,7 @@ fn translate(
                 port_be: transport.src_port_be,
                 vip_port_be: transport.dst_port_be,
                 eth: forward::way_back(packet).ok_or(Reason::DropMalformed)?,
-                ifindex: packet.ifindex,
+                way: forward::way_in::<RARE>(packet)?,
             };
             let opened = ports::open(
                 &FlowsV4,
@@ -148,19 +155,27 @@ fn translate(
     // SAFETY: `step` and `open` return valid entries.
     let flow = unsafe { &mut *flow };
     if !opens {
-        forward::follow_client::<FlowKeyV4, _>(packet, &FlowsV4, flow, transport.segment.protocol)
-            .ok_or(Reason::DropMalformed)?;
+        forward::follow_client::<RARE, FlowKeyV4, _>(
+            packet,
+            &FlowsV4,
+            flow,
+            transport.segment.protocol,
+        )?;
     }
     let index = BackendIndex::new(flow.backend);
     let backend = forward::usable_for_flow(index)?;
     rewrite(packet, ip, transport, flow)?;
-    forward::count_sent(packet, index, opens);
-    forward::send(packet, &backend.eth, backend.ifindex)
+    forward::count_sent::<RARE>(packet, index, opens);
+    forward::send::<RARE>(packet, forward::to(index, backend))
 }
 
 /// Carries a backend's packet of a translated flow to the client; `None` if it belongs to none.
 #[inline(always)]
-fn returned(packet: &Packet, ip: &mut Ipv4, transport: &Transport) -> Option<Result<u32, Reason>> {
+fn returned<const RARE: bool>(
+    packet: &Packet,
+    ip: &mut Ipv4,
+    transport: &Transport,
+) -> Option<Result<u32, Reason>> {
     let key = FlowKeyV4::tuple(
         [u64::from(ip.src_be), 0],
         [u64::from(ip.dst_be), 0],
@@ -177,8 +192,11 @@ fn returned(packet: &Packet, ip: &mut Ipv4, transport: &Transport) -> Option<Res
     if flow.state & flow_state::REVERSE == 0 {
         return None;
     }
-    if !well_formed(packet, ip, transport) {
+    if !well_formed::<RARE>(packet, ip, transport) {
         return Some(Err(Reason::DropMalformed));
+    }
+    if !transport.segment.possible() {
+        return Some(Err(Reason::DropTcpFlags));
     }
     if ip.ttl_protocol[0] <= 1 {
         return Some(Err(Reason::DropTtlExpired));
@@ -188,8 +206,8 @@ fn returned(packet: &Packet, ip: &mut Ipv4, transport: &Transport) -> Option<Res
     if let Err(reason) = rewrite(packet, ip, transport, flow) {
         return Some(Err(reason));
     }
-    forward::count_returned(packet, flow);
-    Some(forward::send(packet, &flow.eth, flow.ifindex))
+    forward::count_returned::<RARE>(packet, BackendIndex::new(flow.backend));
+    Some(forward::send::<RARE>(packet, forward::back(flow)))
 }
 
 /// Gives the packet the addresses and ports of `flow` and takes one from its TTL,

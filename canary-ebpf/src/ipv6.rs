@@ -12,64 +12,81 @@ use canary_ebpf_common::{
 };
 
 use crate::{
+    arrival::TRANSPORT_MASK,
     forward::{self, Transport},
-    maps::{self, FlowsV6},
+    maps::{self, FlowsV6, Program},
     packet::Packet,
 };
 
 #[inline(always)]
-pub(crate) fn ingress(packet: &Packet) -> Result<u32, Reason> {
+pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> {
     let ip: *mut Ipv6 = packet.at(ETH_BYTES).ok_or(Reason::PassOther)?;
     // SAFETY: `at` checked the bounds.
     let ip = unsafe { &mut *ip };
-    let protocol = ip.next_header;
     // Word by word: the compiler copies a whole address by a call to a loop over bytes.
     let (src, dst) = ([ip.src[0], ip.src[1]], [ip.dst[0], ip.dst[1]]);
     let version = u32::from_be(ip.version_class_flow_be) >> 28;
-    if version != 6 || (protocol != IPPROTO_TCP && protocol != IPPROTO_UDP) {
-        return Err(Reason::PassOther);
+    let (protocol, offset) = if RARE {
+        let arrival = maps::arrival().ok_or(Reason::PassOther)?;
+        (arrival.protocol as u8, arrival.transport as usize & TRANSPORT_MASK)
+    } else {
+        (ip.next_header, ETH_BYTES + size_of::<Ipv6>())
+    };
+    if !RARE && (version != 6 || (protocol != IPPROTO_TCP && protocol != IPPROTO_UDP)) {
+        return packet.go_on(Program::Arrival);
     }
-    let transport = Transport::read(packet, ETH_BYTES + size_of::<Ipv6>(), protocol)
-        .ok_or(Reason::PassOther)?;
+    let transport = Transport::read(packet, offset, protocol).ok_or(Reason::PassOther)?;
     if forward::may_be_returned(transport.dst_port_be)
-        && let Some(action) = returned(packet, ip, &transport)
+        && let Some(action) = returned::<RARE>(packet, ip, &transport)
     {
         return action;
     }
     let vip = VipKey::v6(transport.dst_port_be, protocol);
     let service = maps::service_v6(dst, vip).ok_or(Reason::PassNoService)?;
 
-    if !well_formed(packet, ip, &transport) {
+    if !well_formed::<RARE>(packet, ip, &transport) {
         return Err(Reason::DropMalformed);
+    }
+    if (src[0] ^ dst[0]) | (src[1] ^ dst[1]) == 0 {
+        return Err(Reason::DropLand);
+    }
+    if !transport.segment.possible() {
+        return Err(Reason::DropTcpFlags);
     }
     let key = FlowKeyV6::tuple(src, dst, transport.src_port_be, transport.dst_port_be, protocol);
     if forward::translates(service) {
-        return translate(packet, ip, &transport, service, &key);
+        return translate::<RARE>(packet, ip, &transport, service, &key);
     }
     let (_, entry) = bucket_entry(service, ip, &transport)?;
     // What a payload says costs a look, which few packets need.
     let segment = if entry.tracked() {
-        transport.looked_up(packet, service, room(ip))
+        transport.looked_up::<RARE>(packet, service, room::<RARE>(ip, &transport))
     } else {
         transport.segment
     };
     let steering = steer(&FlowsV6, service, entry, &key, segment);
     let backend = forward::usable(steering.backend)?;
-    forward::count_sent(packet, steering.backend, steering.opens);
-    forward::send(packet, &backend.eth, backend.ifindex)
+    forward::count_sent::<RARE>(packet, steering.backend, steering.opens);
+    forward::send::<RARE>(packet, forward::to(steering.backend, backend))
 }
 
-/// Bytes that follow the header, in a packet whose lengths fit.
+/// Bytes that the headers leave for the transport, in a packet whose lengths fit.
 #[inline(always)]
-fn room(ip: &Ipv6) -> usize {
-    usize::from(u16::from_be(ip.payload_length_be))
+fn room<const RARE: bool>(ip: &Ipv6, transport: &Transport) -> usize {
+    let payload_bytes = usize::from(u16::from_be(ip.payload_length_be));
+    if RARE {
+        (ETH_BYTES + size_of::<Ipv6>() + payload_bytes).saturating_sub(transport.offset)
+    } else {
+        payload_bytes
+    }
 }
 
 /// Whether the headers' lengths can be, each within the one around it.
 #[inline(always)]
-fn well_formed(packet: &Packet, ip: &Ipv6, transport: &Transport) -> bool {
-    ETH_BYTES + size_of::<Ipv6>() + room(ip) <= packet.len_bytes()
-        && transport.fits(packet, room(ip))
+fn well_formed<const RARE: bool>(packet: &Packet, ip: &Ipv6, transport: &Transport) -> bool {
+    let payload_bytes = usize::from(u16::from_be(ip.payload_length_be));
+    ETH_BYTES + size_of::<Ipv6>() + payload_bytes <= packet.len_bytes()
+        && transport.fits::<RARE>(packet, room::<RARE>(ip, transport))
 }
 
 /// The packet's hash, and the entry of the bucket that it falls into.
@@ -93,7 +110,7 @@ fn bucket_entry(
 
 /// Carries a client's packet of a translated service to its backend.
 #[inline(always)]
-fn translate(
+fn translate<const RARE: bool>(
     packet: &Packet,
     ip: &mut Ipv6,
     transport: &Transport,
@@ -104,7 +121,7 @@ fn translate(
     if ip.hop_limit <= 1 {
         return Err(Reason::DropTtlExpired);
     }
-    let segment = transport.looked_up(packet, service, room(ip));
+    let segment = transport.looked_up::<RARE>(packet, service, room::<RARE>(ip, transport));
     let (flow, opens) = match nat::step(&FlowsV6, service, key, segment, transport.ack(packet)) {
         Step::NoFlow => return Err(Reason::PassNoFlow),
         Step::Follow(flow) => (flow, false),
@@ -117,7 +134,7 @@ fn translate(
                 port_be: transport.src_port_be,
                 vip_port_be: transport.dst_port_be,
                 eth: forward::way_back(packet).ok_or(Reason::DropMalformed)?,
-                ifindex: packet.ifindex,
+                way: forward::way_in::<RARE>(packet)?,
             };
             let opened = ports::open(
                 &FlowsV6,
@@ -136,19 +153,27 @@ fn translate(
     // SAFETY: `step` and `open` return valid entries.
     let flow = unsafe { &mut *flow };
     if !opens {
-        forward::follow_client::<FlowKeyV6, _>(packet, &FlowsV6, flow, transport.segment.protocol)
-            .ok_or(Reason::DropMalformed)?;
+        forward::follow_client::<RARE, FlowKeyV6, _>(
+            packet,
+            &FlowsV6,
+            flow,
+            transport.segment.protocol,
+        )?;
     }
     let index = BackendIndex::new(flow.backend);
     let backend = forward::usable_for_flow(index)?;
     rewrite(packet, ip, transport, flow)?;
-    forward::count_sent(packet, index, opens);
-    forward::send(packet, &backend.eth, backend.ifindex)
+    forward::count_sent::<RARE>(packet, index, opens);
+    forward::send::<RARE>(packet, forward::to(index, backend))
 }
 
 /// Carries a backend's packet of a translated flow to the client; `None` if it belongs to none.
 #[inline(always)]
-fn returned(packet: &Packet, ip: &mut Ipv6, transport: &Transport) -> Option<Result<u32, Reason>> {
+fn returned<const RARE: bool>(
+    packet: &Packet,
+    ip: &mut Ipv6,
+    transport: &Transport,
+) -> Option<Result<u32, Reason>> {
     let key = FlowKeyV6::tuple(
         [ip.src[0], ip.src[1]],
         [ip.dst[0], ip.dst[1]],
@@ -165,19 +190,22 @@ fn returned(packet: &Packet, ip: &mut Ipv6, transport: &Transport) -> Option<Res
     if flow.state & flow_state::REVERSE == 0 {
         return None;
     }
-    if !well_formed(packet, ip, transport) {
+    if !well_formed::<RARE>(packet, ip, transport) {
         return Some(Err(Reason::DropMalformed));
+    }
+    if !transport.segment.possible() {
+        return Some(Err(Reason::DropTcpFlags));
     }
     if ip.hop_limit <= 1 {
         return Some(Err(Reason::DropTtlExpired));
     }
-    let segment = transport.measured(packet, room(ip));
+    let segment = transport.measured(packet, room::<RARE>(ip, transport));
     nat::returned::<FlowKeyV6, _>(&FlowsV6, flow, segment, transport.ack(packet), FlowsV6.now_ns());
     if let Err(reason) = rewrite(packet, ip, transport, flow) {
         return Some(Err(reason));
     }
-    forward::count_returned(packet, flow);
-    Some(forward::send(packet, &flow.eth, flow.ifindex))
+    forward::count_returned::<RARE>(packet, BackendIndex::new(flow.backend));
+    Some(forward::send::<RARE>(packet, forward::back(flow)))
 }
 
 /// Gives the packet the addresses and ports of `flow` and takes one from its hop

@@ -7,26 +7,29 @@
 #![no_std]
 #![no_main]
 
+mod arrival;
 mod forget;
 mod forward;
+mod fragment;
 mod ipv4;
 mod ipv6;
 mod maps;
 mod packet;
+mod vlan;
 
-use aya_ebpf::{bindings::xdp_action, macros::xdp, programs::XdpContext};
+use aya_ebpf::{macros::xdp, programs::XdpContext};
 use canary_ebpf_common::{
     abi::Reason,
     headers::{ETHERTYPE_IPV4_BE, ETHERTYPE_IPV6_BE, Eth, Frame as _},
 };
 
-use crate::packet::Packet;
+use crate::{maps::Program, packet::Packet};
 
 /// Steers what belongs to a service and passes everything else untouched.
 #[xdp]
 #[inline(always)]
 pub(crate) fn ingress(ctx: XdpContext) -> u32 {
-    let packet = Packet::new(&ctx);
+    let packet = Packet::of(ctx.ctx);
     match try_ingress(&packet) {
         Ok(action) => action,
         Err(reason) => maps::count(reason),
@@ -37,14 +40,14 @@ pub(crate) fn ingress(ctx: XdpContext) -> u32 {
 fn try_ingress(packet: &Packet) -> Result<u32, Reason> {
     let eth: *mut Eth = packet.at(0).ok_or(Reason::PassOther)?;
     // SAFETY: `at` checked the bounds.
-    let (group, ethertype_be) = unsafe { ((*eth).addresses[0] & 1, (*eth).ethertype_be) };
-    if group != 0 {
-        return Ok(xdp_action::XDP_PASS);
+    let ethertype_be = unsafe { (*eth).ethertype_be };
+    if !maps::at_first_sight(packet) {
+        return packet.go_on(Program::Arrival);
     }
     match ethertype_be {
-        ETHERTYPE_IPV4_BE => ipv4::ingress(packet),
-        ETHERTYPE_IPV6_BE => ipv6::ingress(packet),
-        _ => Err(Reason::PassOther),
+        ETHERTYPE_IPV4_BE => ipv4::ingress::<false>(packet),
+        ETHERTYPE_IPV6_BE => ipv6::ingress::<false>(packet),
+        _ => packet.go_on(Program::Arrival),
     }
 }
 

@@ -6,22 +6,47 @@
 use core::ffi::c_void;
 
 use aya_ebpf::{
-    bindings::{BPF_F_MMAPABLE, BPF_NOEXIST, xdp_action},
-    helpers::generated::{bpf_get_smp_processor_id, bpf_ktime_get_coarse_ns, bpf_loop},
+    bindings::{BPF_F_MMAPABLE, BPF_NOEXIST, xdp_action, xdp_md},
+    helpers::generated::{
+        bpf_get_smp_processor_id, bpf_ktime_get_coarse_ns, bpf_loop, bpf_tail_call,
+    },
     macros::map,
-    maps::{Array, DevMapHash, HashMap, PerCpuArray},
+    maps::{Array, DevMapHash, HashMap, LruHashMap, PerCpuArray, ProgramArray},
 };
 use canary_ebpf_common::{
     abi::{
-        Address, Backend, BackendCounters, Flow, FlowCounters, FlowKeyV4, FlowKeyV6, Meta,
-        PAGE_BUCKETS, Panic, REASON_SLOTS, Reason, ReasonVerdict, Ring, Service, ServiceInfo,
-        VipKey, VipSlotV4, VipSlotV6,
+        self, Address, Backend, BackendCounters, FRAGMENT_NS, Flow, FlowCounters, FlowKeyV4,
+        FlowKeyV6, FragmentKey, FragmentRoute, IPPROTO_TCP, IPPROTO_UDP, MacKey, Meta,
+        PAGE_BUCKETS, Panic, REASON_SLOTS, Reason, ReasonVerdict, Ring, SERVICE_TCP, SERVICE_UDP,
+        Service, ServiceInfo, VipKey, VipSlotV4, VipSlotV6,
     },
     entry::{BackendIndex, Entry},
+    headers::Frame as _,
     ports::{self, PORT_ATTEMPTS, Pool, PortRange, ROOM_ATTEMPTS, Search},
     steer::{Flows, Inserted},
     vips::slots,
 };
+
+use crate::{arrival::Arrival, packet::Packet};
+
+/// A program that goes on with a packet: index into `PROGRAMS`.
+#[derive(Clone, Copy)]
+#[repr(u32)]
+pub(crate) enum Program {
+    /// Sorts packets that are not plain.
+    Arrival = 0,
+    /// Steers those of IPv4 that are TCP or UDP after all.
+    SteerV4 = 1,
+    /// The same of IPv6.
+    SteerV6 = 2,
+    /// Fragments after the first.
+    Fragment = 3,
+    /// Gives frames tags and sends them.
+    Tag = 4,
+}
+
+/// Elements of `PROGRAMS`.
+const PROGRAM_SLOTS: u32 = 8;
 
 /// What the pinned maps are.
 #[map]
@@ -91,6 +116,25 @@ static REASONS: PerCpuArray<u64> = PerCpuArray::with_max_entries(REASON_SLOTS, 0
 #[map]
 static TX_PORTS: DevMapHash = DevMapHash::with_max_entries(1, 0);
 
+/// What goes on with packets that `ingress` does not know at sight, by [`Program`].
+#[map]
+static PROGRAMS: ProgramArray = ProgramArray::with_max_entries(PROGRAM_SLOTS, 0);
+/// What is known of the packet at hand.
+#[map]
+static ARRIVAL: PerCpuArray<Arrival> = PerCpuArray::with_max_entries(1, 0);
+/// Each interface's own MAC address.
+#[map]
+static FIRST_MACS: Array<u64> = Array::with_max_entries(abi::FIRST_MACS, 0);
+/// Interfaces whose clients' frames have VLAN tags, by the place that ways name.
+#[map]
+static TAGGED: Array<u32> = Array::with_max_entries(abi::way::PLACES, 0);
+/// All of their MAC addresses, and those of devices on top of them.
+#[map]
+static MACS: HashMap<MacKey, u32> = HashMap::with_max_entries(1, 0);
+/// Where datagrams' first fragments went. The oldest go when it is full: nothing else is in it.
+#[map]
+static FRAGMENTS: LruHashMap<FragmentKey, FragmentRoute> = LruHashMap::with_max_entries(1, 0);
+
 /// Slots of `VIPS_V4` and of `VIPS_V6`, less one.
 #[unsafe(no_mangle)]
 static VIP_MASK: u32 = 0;
@@ -145,6 +189,120 @@ pub(crate) fn count(reason: Reason) -> u32 {
         ReasonVerdict::Pass => xdp_action::XDP_PASS,
         ReasonVerdict::Drop => xdp_action::XDP_DROP,
     }
+}
+
+/// Leaves the packet to another program. Comes back only where there is none.
+#[inline(always)]
+pub(crate) fn tail_call(ctx: *mut xdp_md, program: Program) {
+    // SAFETY: the context that the program was called with, and a map of this object.
+    unsafe { bpf_tail_call(ctx.cast(), (&raw const PROGRAMS).cast_mut().cast(), program as u32) };
+}
+
+/// What is known of the packet at hand.
+#[inline(always)]
+pub(crate) fn arrival() -> Option<&'static mut Arrival> {
+    // SAFETY: this CPU's own element, and XDP does not nest.
+    unsafe { ARRIVAL.get_ptr_mut(0).map(|p| &mut *p) }
+}
+
+/// Whether the frame is for the address that its interface goes by, at first sight.
+#[inline(always)]
+pub(crate) fn at_first_sight(packet: &Packet) -> bool {
+    let Some(start) = packet.at::<u64>(0) else { return false };
+    // SAFETY: `at` checked the bounds.
+    let destination = unsafe { *start } << 16;
+    FIRST_MACS.get(packet.ifindex % abi::FIRST_MACS).is_some_and(|mac| *mac == destination)
+}
+
+/// Whether the frame is for this host: for its interface, or a device on top of it.
+#[inline(always)]
+pub(crate) fn for_this_host(packet: &Packet) -> bool {
+    let Some(start) = packet.at::<[u32; 2]>(0) else { return false };
+    // SAFETY: `at` checked the bounds.
+    let [first, last] = unsafe { *start };
+    let key = MacKey { ifindex: packet.ifindex, first, last: last & 0xffff };
+    if MACS.get_ptr(&key).is_some() {
+        return true;
+    }
+    // Where they are not known, all are this host's.
+    MACS.get_ptr(&MacKey { first: 0, last: 0, ..key }).is_none()
+}
+
+/// The way by an interface for frames with the tags of `vlan`; 0 where flows can't name it.
+#[inline(always)]
+pub(crate) fn tagged_way(ifindex: u32, vlan: u32) -> u32 {
+    // SAFETY: an element of a preallocated map; an integer.
+    match unsafe { MACS.get(&MacKey { ifindex, ..MacKey::default() }) } {
+        Some(way) if *way != 0 => *way | vlan,
+        _ => 0,
+    }
+}
+
+/// The interface at a place of `TAGGED`; 0 for none.
+#[inline(always)]
+pub(crate) fn tagged_interface(place: u32) -> u32 {
+    TAGGED.get(place).map_or(0, |ifindex| *ifindex)
+}
+
+/// What is served at an IPv4 address.
+#[inline(always)]
+pub(crate) fn any_v4(addr_be: u32) -> Option<&'static Service> {
+    service_v4(VipKey::any_v4(addr_be))
+}
+
+/// What is served at an IPv6 address.
+#[inline(always)]
+pub(crate) fn any_v6(addr: Address) -> Option<&'static Service> {
+    service_v6(addr, VipKey::any_v6())
+}
+
+/// Whether a protocol is among what is served at an address.
+#[inline(always)]
+pub(crate) fn serves(any: &Service, protocol: u8) -> bool {
+    match protocol {
+        IPPROTO_TCP => any.flags & SERVICE_TCP != 0,
+        IPPROTO_UDP => any.flags & SERVICE_UDP != 0,
+        _ => false,
+    }
+}
+
+/// Whether a protocol is served at an IPv4 address.
+#[inline(always)]
+pub(crate) fn serves_v4(addr_be: u32, protocol: u8) -> bool {
+    any_v4(addr_be).is_some_and(|any| serves(any, protocol))
+}
+
+/// Whether a protocol is served at an IPv6 address.
+#[inline(always)]
+pub(crate) fn serves_v6(addr: Address, protocol: u8) -> bool {
+    any_v6(addr).is_some_and(|any| serves(any, protocol))
+}
+
+/// Where the first fragment of a datagram went, unless that is too long ago.
+#[inline(always)]
+pub(crate) fn fragment_route(key: &FragmentKey) -> Option<&'static mut FragmentRoute> {
+    let route = FRAGMENTS.get_ptr_mut(key)?;
+    // SAFETY: an element of a preallocated map, which stays valid memory of it while the program
+    // runs; integers only.
+    let route = unsafe { &mut *route };
+    // SAFETY: the helper has no precondition. Kernel 5.11, commit d05512618056.
+    let now = unsafe { bpf_ktime_get_coarse_ns() };
+    (now.wrapping_sub(route.first_ns) <= FRAGMENT_NS).then_some(route)
+}
+
+/// Keeps where the first fragment of a datagram goes.
+#[inline(always)]
+pub(crate) fn keep_fragment(key: &FragmentKey, route: &mut FragmentRoute) {
+    // SAFETY: as above.
+    route.first_ns = unsafe { bpf_ktime_get_coarse_ns() };
+    // Where there is no room on this CPU, the others will find none.
+    _ = FRAGMENTS.insert(key, route, 0);
+}
+
+/// Forgets a datagram that is whole.
+#[inline(always)]
+pub(crate) fn forget_fragment(key: &FragmentKey) {
+    _ = FRAGMENTS.remove(key);
 }
 
 /// The service at an IPv4 address and port.

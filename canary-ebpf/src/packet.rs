@@ -1,9 +1,15 @@
 //! The packet at hand: its bytes and where it came in.
 
-use aya_ebpf::programs::XdpContext;
+use aya_ebpf::bindings::xdp_md;
 use canary_ebpf_common::{
+    abi::Reason,
     headers::{ETH_BYTES, ETHERTYPE_IPV4_BE, Eth, Frame, Ipv4, Ipv6, Udp},
     quic::{self, Quic},
+};
+
+use crate::{
+    arrival::TRANSPORT_MASK,
+    maps::{self, Program},
 };
 
 /// A received frame.
@@ -12,18 +18,49 @@ pub(crate) struct Packet {
     end: usize,
     /// Interface that it came in by.
     pub(crate) ifindex: u32,
+    /// What helpers know it by. Whoever has it resized takes a new view of it.
+    pub(crate) ctx: *mut xdp_md,
 }
 
 impl Packet {
     #[inline(always)]
-    pub(crate) fn new(ctx: &XdpContext) -> Self {
-        Self { start: ctx.data(), end: ctx.data_end(), ifindex: ctx.ingress_ifindex() as u32 }
+    pub(crate) fn of(ctx: *mut xdp_md) -> Self {
+        // SAFETY: the kernel's own, valid while the program runs.
+        let xdp_md { data, data_end, ingress_ifindex, .. } = unsafe { &*ctx };
+        Self { start: *data as usize, end: *data_end as usize, ifindex: *ingress_ifindex, ctx }
+    }
+
+    /// The way that it came by, which answers go back; 0 where flows can't name it.
+    #[inline(always)]
+    pub(crate) fn way<const RARE: bool>(&self) -> u32 {
+        if RARE { maps::arrival().map_or(0, |arrival| arrival.way) } else { self.ifindex }
+    }
+
+    /// Length of the frame in bytes as it came, with its tags.
+    #[inline(always)]
+    pub(crate) fn arrived_bytes<const RARE: bool>(&self) -> u64 {
+        let tags = if RARE { maps::arrival().map_or(0, |arrival| arrival.tag_bytes) } else { 0 };
+        self.len_bytes() as u64 + u64::from(tags)
+    }
+
+    /// Leaves the packet to another program. Comes back only where there is none.
+    #[inline(always)]
+    pub(crate) fn go_on(&self, program: Program) -> Result<u32, Reason> {
+        maps::tail_call(self.ctx, program);
+        Err(Reason::PassOther)
     }
 
     /// What the UDP datagram in the frame is to QUIC, whose headers' lengths fit.
     #[inline(always)]
     pub(crate) fn quic(&self) -> (Quic, u32) {
         let packed = classify(self.start, self.end);
+        (Quic::unpack((packed >> 32) as u8), packed as u32)
+    }
+
+    /// The same of the datagram at `offset`.
+    #[inline(always)]
+    pub(crate) fn quic_at(&self, offset: usize) -> (Quic, u32) {
+        let packed = classify_at(self.start, self.end, offset);
         (Quic::unpack((packed >> 32) as u8), packed as u32)
     }
 }
@@ -37,8 +74,19 @@ impl Packet {
 #[inline(never)]
 #[unsafe(link_section = ".text")]
 fn classify(start: usize, end: usize) -> u64 {
-    let packet = Packet { start, end, ifindex: 0 };
+    let packet = Packet { start, end, ifindex: 0, ctx: core::ptr::null_mut() };
     let (quic, seq) = datagram(&packet).unwrap_or((Quic::Other, 0));
+    u64::from(quic as u8) << 32 | u64::from(seq)
+}
+
+/// As `classify`, of the datagram at `offset`.
+#[cold]
+#[inline(never)]
+#[unsafe(link_section = ".text")]
+fn classify_at(start: usize, end: usize, offset: usize) -> u64 {
+    let packet = Packet { start, end, ifindex: 0, ctx: core::ptr::null_mut() };
+    let offset = offset & TRANSPORT_MASK;
+    let (quic, seq) = datagram_at(&packet, offset).unwrap_or((Quic::Other, 0));
     u64::from(quic as u8) << 32 | u64::from(seq)
 }
 
@@ -54,10 +102,15 @@ fn datagram(packet: &Packet) -> Option<(Quic, u32)> {
         }
         _ => size_of::<Ipv6>(),
     };
-    let udp: *mut Udp = packet.at(ETH_BYTES + ip_bytes)?;
+    datagram_at(packet, ETH_BYTES + ip_bytes)
+}
+
+#[inline(always)]
+fn datagram_at(packet: &Packet, offset: usize) -> Option<(Quic, u32)> {
+    let udp: *mut Udp = packet.at(offset)?;
     // SAFETY: `at` checked the bounds.
     let length = usize::from(u16::from_be(unsafe { (*udp).length_be }));
-    let payload = ETH_BYTES + ip_bytes + size_of::<Udp>();
+    let payload = offset + size_of::<Udp>();
     Some(quic::classify(packet, payload, length.saturating_sub(size_of::<Udp>())))
 }
 

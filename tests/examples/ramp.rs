@@ -22,7 +22,7 @@ use std::{
 
 use canary_agent::{
     datapath::flows::{CLOSING_NS, expired},
-    plan::{Adopted, Family, NextHop, Planner, Start},
+    plan::{Adopted, Family, NextHop, Planner, Start, Tags},
     store::Split,
 };
 use canary_ebpf_common::{
@@ -84,7 +84,13 @@ fn planner(shop: &Shop) -> Planner {
     let config = shop.config();
     let start = Start { config: &config, adopted: Adopted::default(), stored: &[], now_ms: 0 };
     let (mut planner, _) = Planner::begin(start).unwrap_or_else(|error| panic!("{error}"));
-    let hop = |ip| NextHop { ifindex: 1, source_mac: [2; 6], destination_mac: [4; 6], source: ip };
+    let hop = |ip| NextHop {
+        ifindex: 1,
+        source_mac: [2; 6],
+        destination_mac: [4; 6],
+        source: ip,
+        tags: Tags::default(),
+    };
     let hops: HashMap<_, _> = planner.addresses().into_iter().map(|ip| (ip, Ok(hop(ip)))).collect();
     planner.set_next_hops(&hops);
     planner

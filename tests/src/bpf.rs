@@ -3,8 +3,13 @@
 //! clearing a map of any kind.
 
 use std::{
+    ffi::CString,
     io,
-    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+    os::{
+        fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
 };
 
 use aya::{
@@ -12,6 +17,10 @@ use aya::{
     util::nr_cpus,
 };
 
+/// `BPF_MAP_CREATE` (linux/bpf.h).
+const BPF_MAP_CREATE: libc::c_long = 0;
+/// `BPF_OBJ_PIN` (linux/bpf.h).
+const BPF_OBJ_PIN: libc::c_long = 6;
 /// `BPF_MAP_UPDATE_ELEM` (linux/bpf.h).
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 /// `BPF_MAP_DELETE_ELEM` (linux/bpf.h).
@@ -153,6 +162,41 @@ pub fn clear(map: &MapData) -> io::Result<()> {
         // SAFETY: `key` is a key of the map's and outlives the call.
         unsafe { bpf(BPF_MAP_DELETE_ELEM, &mut attr)? };
     }
+}
+
+/// Makes an array of values of `value_bytes` that can be mapped, and pins it at `path`.
+///
+/// # Errors
+/// When the kernel refuses it, or the path is taken or on no BPF file system.
+pub fn pin_array(path: &Path, value_bytes: u32, entries: u32) -> io::Result<()> {
+    /// The part of `union bpf_attr` that `BPF_MAP_CREATE` needs.
+    #[repr(C)]
+    struct CreateAttr {
+        kind: u32,
+        key_bytes: u32,
+        value_bytes: u32,
+        entries: u32,
+        flags: u32,
+    }
+    /// The part of `union bpf_attr` that `BPF_OBJ_PIN` needs.
+    #[repr(C)]
+    struct PinAttr {
+        path: u64,
+        fd: u32,
+        flags: u32,
+    }
+    const MMAPABLE: u32 = 1 << 10;
+    let kind = MapType::Array as u32;
+    let mut attr = CreateAttr { kind, key_bytes: 4, value_bytes, entries, flags: MMAPABLE };
+    // SAFETY: no pointer is in it.
+    let fd = unsafe { bpf(BPF_MAP_CREATE, &mut attr)? };
+    // SAFETY: the kernel has just made this descriptor for us.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr = PinAttr { path: path.as_ptr() as u64, fd: fd.as_raw_fd() as u32, flags: 0 };
+    // SAFETY: the path lives through the call.
+    unsafe { bpf(BPF_OBJ_PIN, &mut attr)? };
+    Ok(())
 }
 
 /// Loads `return XDP_PASS`, the program that others are measured against.

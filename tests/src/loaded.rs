@@ -25,11 +25,11 @@ use canary_ebpf_common::{
     entry::BackendIndex,
 };
 
-use crate::{bpf, workdir::Workdir};
+use crate::{bpf, workdir::Workdir, world::macs};
 
 /// The maps that hold what a plan says, and those of which nothing is read that was not written
 /// before: the keys in the rings of flows to spare.
-const POLICY: [&str; 11] = [
+const POLICY: [&str; 14] = [
     "META",
     "SERVICE_INFO",
     "LEDGER",
@@ -41,6 +41,9 @@ const POLICY: [&str; 11] = [
     "NAT_SOURCES",
     "SPARE_V4",
     "SPARE_V6",
+    "MACS",
+    "FIRST_MACS",
+    "TAGGED",
 ];
 
 /// The interface that packets arrive on in a test run.
@@ -259,6 +262,7 @@ impl Loaded {
             rebuild: false,
         };
         let (mut datapath, _) = Datapath::open(options.clone())?;
+        datapath.set_macs(&macs([ARRIVAL_IFINDEX]))?;
         datapath.apply(plane)?;
         let program = datapath.program()?.fd()?.as_fd().try_clone_to_owned()?;
         Ok(Self {

@@ -150,6 +150,9 @@ impl<K: TupleKey + Eq + Hash> Model<K> {
         let record = &service.record;
         let hash = tuple.hash(record);
         let bucket = bucket(record, hash);
+        if tuple.src == tuple.dst || !segment.possible() {
+            return (bucket, Verdict::Drop);
+        }
         let entry = service.entries[bucket as usize];
         let key: K = tuple.key();
         let sent = |backend: BackendIndex, port| match self.usable(backend) {
@@ -185,7 +188,7 @@ impl<K: TupleKey + Eq + Hash> Model<K> {
                     port_be: tuple.src_port.to_be(),
                     vip_port_be: tuple.dst_port.to_be(),
                     eth: [0; 3],
-                    ifindex: 0,
+                    way: 0,
                 };
                 let opened = ports::open(
                     &self.flows,

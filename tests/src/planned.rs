@@ -16,7 +16,7 @@ use canary_agent::{
     config::{Config, load_str, render},
     plan::{
         Adopted, AdoptedService, DataPlane, Family, NextHop, Ownership, Planner, QUARANTINE_MS,
-        ServicePlan, ServiceState, Start,
+        ServicePlan, ServiceState, Start, Tags,
     },
     store::{Admin, ServiceRecord, Split},
 };
@@ -546,6 +546,7 @@ fn next_hop(ip: IpAddr) -> NextHop {
         source_mac: Host::Us.mac(),
         destination_mac: host.mac(),
         source: addr(Host::Nat, family(ip)),
+        tags: Tags::default(),
     }
 }
 

@@ -14,13 +14,17 @@
 //! on `eth1`; the balancer routes. *One-armed*: all on one switch. In both, backends
 //! reach the client addresses: through the balancer, or straight through the client's
 //! own. The balancer's peers carry a program, so that native XDP works.
+//!
+//! *Tagged*: the same addresses in VLANs, the client's link in 7 and that to the backends in 10
+//! inside 100, on devices of their own (`eth0.7`, `eth1.100.10`). One-armed there is such a link
+//! too: the balancer is `::2` on it, and the client, which backends answer straight, `::3`.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::{
     netns::Namespace,
     wait,
-    xdp_pass::{XdpPass, offloads_off},
+    xdp_pass::{Offload, XdpPass, offload, offloads_off},
 };
 
 /// The service's IPv4 address.
@@ -102,6 +106,8 @@ pub struct Options {
     pub versions: Vec<(String, u8)>,
     /// Whether backends hold the VIP on their loopback, for `dsr`.
     pub vip_on_backends: bool,
+    /// Whether the links are in VLANs.
+    pub tagged: bool,
 }
 
 impl Options {
@@ -128,7 +134,23 @@ impl Options {
                 .map(|(name, backends)| ((*name).to_owned(), *backends))
                 .collect(),
             vip_on_backends,
+            tagged: false,
         }
+    }
+
+    /// The same in VLANs.
+    pub fn tagged(self) -> Self {
+        Self { tagged: true, ..self }
+    }
+
+    /// What has the client's link's addresses.
+    fn towards_client(&self) -> &'static str {
+        if self.tagged { "eth0.7" } else { "eth0" }
+    }
+
+    /// What has the addresses of the link to the backends on `end`.
+    fn towards_backends(&self, end: &str) -> String {
+        if self.tagged { format!("{end}.100.10") } else { end.to_owned() }
     }
 }
 
@@ -213,9 +235,27 @@ link set br0 up");
             (&balancer, "eth0".into()),
             (&switch, "balancer".into()),
         ]);
+        if options.tagged {
+            tag(&client, "eth0", &[7]);
+            tag(&balancer, "eth0", &[7]);
+            if two_armed {
+                tag(&balancer, "eth1", &[100, 10]);
+            } else {
+                tag(&client, "eth0", &[100, 10]);
+                tag(&balancer, "eth0", &[100, 10]);
+            }
+        }
+        if options.tagged && !two_armed {
+            let link = options.towards_backends("eth0");
+            client.ip(&format!(
+                "address add 10.2.0.3/16 dev {link}
+address add fd00:2::3/64 dev {link} nodad"
+            ));
+        }
+        let link = options.towards_client();
         client.ip(&format!(
-            "address add {CLIENT_V4}/16 dev eth0
-address add {CLIENT_V6}/64 dev eth0 nodad
+            "address add {CLIENT_V4}/16 dev {link}
+address add {CLIENT_V6}/64 dev {link} nodad
 route add local {CLIENTS_V4} dev lo
 route add local {CLIENTS_V6} dev lo
 route add default via {BALANCER_V4}
@@ -223,21 +263,25 @@ route add ::/0 via {BALANCER_V6}"
         ));
         // `bind` to an address of a local IPv6 route.
         client.sysctl("net/ipv6/ip_nonlocal_bind", "1");
-        set_up_balancer(&balancer, two_armed);
+        set_up_balancer(&balancer, options);
 
         let backends: Vec<Host> = make_backends(options);
         for host in &backends {
             wire(&host.namespace, "eth0", &switch, &port(&host.name));
+            if options.tagged {
+                tag(&host.namespace, "eth0", &[100, 10]);
+            }
             set_up_backend(host, options);
         }
         for host in &backends {
             ends.push((&host.namespace, "eth0".into()));
             ends.push((&switch, port(&host.name)));
         }
+        let mtu = if options.tagged { MTU + 4 * 2 } else { MTU };
         let ports: Vec<String> = ends
             .iter()
             .filter(|(namespace, _)| std::ptr::eq(*namespace, &raw const switch))
-            .map(|(_, interface)| format!("link set {interface} master br0"))
+            .map(|(_, interface)| format!("link set {interface} mtu {mtu} master br0"))
             .collect();
         switch.ip(&ports.join("\n"));
         for (namespace, interface) in &ends {
@@ -330,27 +374,60 @@ link set {a_end} up",
     b.ip(&format!("link set {b_end} up"));
 }
 
-fn set_up_balancer(balancer: &Namespace, two_armed: bool) {
+/// Bytes of the longest packet.
+const MTU: u32 = 1500;
+
+/// Makes devices for VLANs on `end`, one on the other, that write tags into frames themselves.
+#[track_caller]
+fn tag(namespace: &Namespace, end: &str, vlans: &[u16]) {
+    offload(namespace, end, Offload::TxVlan, false);
+    // Room for the tags, so that packets may have 1,500 bytes as elsewhere.
+    namespace.ip(&format!("link set {end} mtu {}", MTU + 4 * 2));
+    let mut below = end.to_owned();
+    for (nth, vlan) in vlans.iter().enumerate() {
+        let mtu = if nth + 1 == vlans.len() { MTU } else { MTU + 4 };
+        let name = format!("{below}.{vlan}");
+        namespace.ip(&format!(
+            "link add link {below} name {name} type vlan id {vlan}
+link set {name} mtu {mtu} up"
+        ));
+        below = name;
+    }
+}
+
+fn set_up_balancer(balancer: &Namespace, options: &Options) {
     balancer.sysctl("net/ipv4/ip_forward", "1");
     balancer.sysctl("net/ipv6/conf/all/forwarding", "1");
+    let link = options.towards_client();
     // Nobody is told of a shorter way: there is none.
     balancer.sysctl("net/ipv4/conf/all/send_redirects", "0");
     balancer.ip(&format!(
-        "address add {BALANCER_V4}/16 dev eth0
-address add {BALANCER_V6}/64 dev eth0 nodad
+        "address add {BALANCER_V4}/16 dev {link}
+address add {BALANCER_V6}/64 dev {link} nodad
 route add {CLIENTS_V4} via {CLIENT_V4}
 route add {CLIENTS_V6} via {CLIENT_V6}"
     ));
-    if two_armed {
-        balancer.ip("address add 10.2.0.2/16 dev eth1
-address add fd00:2::2/64 dev eth1 nodad");
+    if options.shape == Shape::TwoArmed || options.tagged {
+        let two_armed = options.shape == Shape::TwoArmed;
+        let link = options.towards_backends(if two_armed { "eth1" } else { "eth0" });
+        balancer.ip(&format!(
+            "address add 10.2.0.2/16 dev {link}
+address add fd00:2::2/64 dev {link} nodad"
+        ));
+    }
+    if options.tagged {
+        // The agent puts addresses on the interfaces that its program is on.
+        balancer.ip(&format!(
+            "address add {VIP_V4}/32 dev {link}
+address add {VIP_V6}/128 dev {link} nodad"
+        ));
     }
 }
 
 fn make_backends(options: &Options) -> Vec<Host> {
     let link: u16 = match options.shape {
-        Shape::TwoArmed => 2,
-        Shape::OneArmed => 1,
+        Shape::OneArmed if !options.tagged => 1,
+        Shape::TwoArmed | Shape::OneArmed => 2,
     };
     let mut hosts = Vec::new();
     for ((version, count), i) in options.versions.iter().zip(1_u8..) {
@@ -375,13 +452,15 @@ fn make_backends(options: &Options) -> Vec<Host> {
 
 fn set_up_backend(host: &Host, options: &Options) {
     let namespace = &host.namespace;
+    let link = options.towards_backends("eth0");
     let (router_v4, router_v6) = match options.shape {
         Shape::TwoArmed => ("10.2.0.2".to_owned(), "fd00:2::2".to_owned()),
+        Shape::OneArmed if options.tagged => ("10.2.0.3".to_owned(), "fd00:2::3".to_owned()),
         Shape::OneArmed => (CLIENT_V4.to_string(), CLIENT_V6.to_string()),
     };
     namespace.ip(&format!(
-        "address add {}/16 dev eth0
-address add {}/64 dev eth0 nodad
+        "address add {}/16 dev {link}
+address add {}/64 dev {link} nodad
 route add default via {router_v4}
 route add ::/0 via {router_v6}",
         host.v4, host.v6

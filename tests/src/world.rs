@@ -1,12 +1,16 @@
 //! Worlds: which services, backends and tables the program meets in a test,
 //! in a form that stands in TOML, and the data plane made from it.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+};
 
 use anyhow::{Context as _, Result, bail};
 use canary_agent::{
     config::model::{Port, Protocol},
-    plan::{BackendPlan, DataPlane, Family, NextHop, ServicePlan},
+    plan::{BackendPlan, DataPlane, Family, InterfaceMacs, NextHop, ServicePlan, Tags},
 };
 use canary_ebpf_common::{
     abi::{self, ForwardMode, LedgerEntry, PAGE_BUCKETS},
@@ -71,6 +75,9 @@ pub struct Service {
     pub quic: bool,
     /// Interface that the backends are behind; that of arrival if it is empty.
     pub interface: String,
+    /// VLAN tags towards the backends: `10`, `10.20` for one inside the other, `ad10.20` where the
+    /// outer one is of 802.1ad.
+    pub vlan: String,
     /// Names of backends that fail their checks.
     pub down: Vec<String>,
     /// Names of backends in maintenance.
@@ -93,6 +100,7 @@ impl Default for Service {
             udp_idle_s: 30,
             quic: false,
             interface: String::new(),
+            vlan: String::new(),
             down: Vec::new(),
             maint: Vec::new(),
             unreachable: Vec::new(),
@@ -147,7 +155,12 @@ impl World {
                     addr: (Host::Us.v4(), 9).into(),
                     service: 0,
                     version: 0,
-                    next_hop: Some(next_hop(ARRIVAL_IFINDEX, Host::Us, Family::V4)),
+                    next_hop: Some(next_hop(
+                        ARRIVAL_IFINDEX,
+                        Host::Us,
+                        Family::V4,
+                        Tags::default(),
+                    )),
                     nat_first: 0,
                     nat_count: 1,
                     down: false,
@@ -162,12 +175,26 @@ impl World {
     }
 }
 
-fn next_hop(ifindex: u32, host: Host, family: Family) -> NextHop {
+/// A MAC address of this host's besides that of `us` and `vip9`.
+pub const OTHER_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x77];
+
+/// On which interfaces frames have this host's MAC address: those that packets come in by, unless
+/// it is not known there.
+pub fn macs(interfaces: impl IntoIterator<Item = u32>) -> BTreeMap<u32, InterfaceMacs> {
+    let own = InterfaceMacs {
+        own: Host::Us.mac(),
+        others: BTreeSet::from([Host::Vip(9).mac(), OTHER_MAC]),
+    };
+    interfaces.into_iter().map(|ifindex| (ifindex, own.clone())).collect()
+}
+
+fn next_hop(ifindex: u32, host: Host, family: Family, tags: Tags) -> NextHop {
     NextHop {
         ifindex,
         source_mac: Host::Us.mac(),
         destination_mac: host.mac(),
         source: addr(Host::Nat, family),
+        tags,
     }
 }
 
@@ -183,6 +210,7 @@ impl Service {
     fn add(&self, made: &mut Plane, family: Family, ifindex: u32, first_page: u32) -> Result<()> {
         let id = made.plane.services.len() as u16;
         let mut indices = Vec::new();
+        let tags = self.tags()?;
         for n in &self.backends {
             let host = Host::Backend(*n);
             let name = host.name();
@@ -194,7 +222,7 @@ impl Service {
                     addr: (addr(host, family), self.backend_port).into(),
                     service: id,
                     version: u8::from(*n > 100),
-                    next_hop: known.then(|| next_hop(ifindex, host, family)),
+                    next_hop: known.then(|| next_hop(ifindex, host, family, tags)),
                     nat_first: if family == Family::V4 { 0 } else { 1 },
                     nat_count: 1,
                     down: self.down.contains(&name),
@@ -230,6 +258,17 @@ impl Service {
             ledger: Arc::new(vec![LedgerEntry::default(); self.buckets as usize].into()),
         }));
         Ok(())
+    }
+
+    /// `10`, `10.20`, `ad10.20`.
+    fn tags(&self) -> Result<Tags> {
+        let (service, ids) = match self.vlan.strip_prefix("ad") {
+            Some(ids) => (true, ids),
+            None => (false, self.vlan.as_str()),
+        };
+        let id = |text: &str| if text.is_empty() { Ok(0) } else { text.parse::<u16>() };
+        let (outer, inner) = ids.split_once('.').unwrap_or((ids, ""));
+        Ok(Tags { outer: id(outer)?, inner: id(inner)?, service })
     }
 
     fn record(&self) -> Result<abi::Service> {

@@ -16,6 +16,10 @@ use crate::netns::Namespace;
 const ETHTOOL_SGRO: u32 = 0x2c;
 /// Checksums when sending (linux/ethtool.h).
 const ETHTOOL_STXCSUM: u32 = 0x17;
+/// Several at once, as flags (linux/ethtool.h).
+const ETHTOOL_SFLAGS: u32 = 0x26;
+/// VLAN tags when sending (linux/ethtool.h).
+const ETH_FLAG_TXVLAN: u32 = 1 << 7;
 
 /// `r0 = XDP_PASS; exit`.
 const PROGRAM: [u64; 2] = [0x0000_0002_0000_00b7, 0x0000_0000_0000_0095];
@@ -129,18 +133,20 @@ pub fn offloads_off(namespace: &Namespace, interface: &str) {
         .unwrap_or_else(|error| panic!("offloads of {interface}: {error}"));
 }
 
-/// Turns merging when receiving, or leaving checksums out when sending, on or off.
+/// Turns merging when receiving, or what sending leaves to the device, on or off.
 ///
 /// # Panics
 /// There is no such interface, or the kernel refuses.
 #[track_caller]
 pub fn offload(namespace: &Namespace, interface: &str, which: Offload, on: bool) {
-    let command = match which {
-        Offload::Gro => ETHTOOL_SGRO,
-        Offload::TxChecksum => ETHTOOL_STXCSUM,
+    let (command, value) = match which {
+        Offload::Gro => (ETHTOOL_SGRO, on.into()),
+        Offload::TxChecksum => (ETHTOOL_STXCSUM, on.into()),
+        // The others of these flags are off in a veth.
+        Offload::TxVlan => (ETHTOOL_SFLAGS, if on { ETH_FLAG_TXVLAN } else { 0 }),
     };
     namespace
-        .run(|| ethtool_set(interface, command, on.into()))
+        .run(|| ethtool_set(interface, command, value))
         .unwrap_or_else(|error| panic!("{which:?} of {interface}: {error}"));
 }
 
@@ -151,6 +157,8 @@ pub enum Offload {
     Gro,
     /// Leaving checksums to the device.
     TxChecksum,
+    /// Leaving VLAN tags to the device; off, the device puts those of received frames back too.
+    TxVlan,
 }
 
 fn ethtool_set(interface: &str, command: u32, value: u32) -> io::Result<()> {

@@ -9,12 +9,12 @@ use canary_agent::{
     plan::{Adopted, DataPlane},
 };
 use canary_ebpf_common::{
-    abi::{ABI_VERSION, LedgerEntry, PAGE_BUCKETS},
+    abi::{ABI_VERSION, Backend, Flow, FlowKeyV4, LedgerEntry, PAGE_BUCKETS},
     entry::{BackendIndex, Entry},
 };
 use canary_tests::{
-    lacking,
-    loaded::BpfFs,
+    bpf, lacking,
+    loaded::{BpfFs, Flows},
     workdir::Workdir,
     world::{Service, World},
 };
@@ -157,6 +157,60 @@ fn maps_of_other_sizes_take_over_what_the_pinned_ones_hold() {
         datapath.finish().unwrap();
         assert_one_set(&bpffs);
     }
+}
+
+/// Gives the pinned maps the form of layout 2: records of backends of one cache line, whose last word
+/// is on the second line now, and none of the maps that came with layout 3.
+fn as_layout_2(bpffs: &BpfFs) {
+    const RECORD: usize = size_of::<Backend>();
+    const SLOW_SINCE: usize = std::mem::offset_of!(Backend, slow_since_ms);
+    let maps = bpffs.pins().join("maps");
+    let array = |name: &str| Map::Array(MapData::from_pin(maps.join(name)).unwrap());
+    let records: Array<_, [u8; RECORD]> = array("BACKENDS").try_into().unwrap();
+    let records: Vec<_> = records.iter().map(Result::unwrap).collect();
+    fs::remove_file(maps.join("BACKENDS")).unwrap();
+    bpf::pin_array(&maps.join("BACKENDS"), 64, records.len() as u32).unwrap();
+    let mut short: Array<_, [u8; 64]> = array("BACKENDS").try_into().unwrap();
+    for (index, record) in records.iter().enumerate() {
+        let mut old = [0; 64];
+        old[..60].copy_from_slice(&record[..60]);
+        old[60..].copy_from_slice(&record[SLOW_SINCE..SLOW_SINCE + 4]);
+        short.set(index as u32, old, 0).unwrap();
+    }
+    for name in ["TAGGED", "FIRST_MACS", "MACS", "FRAGMENTS"] {
+        fs::remove_file(maps.join(name)).unwrap();
+    }
+    say_layout(bpffs, 2);
+}
+
+#[test]
+fn maps_of_layout_2_are_carried_over_with_their_flows() {
+    let bpffs = BpfFs::mount();
+    let (mut datapath, _) = Datapath::open(options(&bpffs)).unwrap();
+    let mut wanted = two_services();
+    for (number, (_, backend)) in wanted.backends.iter_mut().enumerate() {
+        (backend.weight, backend.down) = (number as u16 + 1, number == 1);
+        backend.slow_since_ms = (number == 0).then_some(123_456_789);
+    }
+    datapath.apply(&wanted).unwrap();
+    drop(datapath);
+    let (_, before) = Datapath::open(options(&bpffs)).unwrap();
+    let key = FlowKeyV4 { src_be: 1, dst_be: 2, src_port_be: 3, dst_port_be: 4, protocol: 6 };
+    let flow = Flow { backend: 1, way: 7, eth: [1, 2, 3], ..Flow::default() };
+    let flows = || Flows::<FlowKeyV4>::open(&bpffs.pins(), "FLOWS_V4").unwrap();
+    flows().insert(&key, flow).unwrap();
+    as_layout_2(&bpffs);
+
+    let (mut datapath, adopted) = Datapath::open(options(&bpffs)).unwrap();
+    let handover = datapath.handover().expect("other maps").clone();
+    assert!(handover.why.contains("layout 2 were carried over to 3"), "{handover}");
+    assert_eq!(handover.lost, "");
+    assert_eq!(adopted, before);
+    let applied = datapath.apply(&wanted).unwrap();
+    assert_eq!((applied.entries, applied.backends), (0, 0), "all of it is there");
+    datapath.finish().unwrap();
+    assert_one_set(&bpffs);
+    assert_eq!(flows().get(&key).unwrap(), Some(flow));
 }
 
 #[test]

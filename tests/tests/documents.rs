@@ -3,10 +3,7 @@
 use std::{fmt::Write as _, fs, path::Path};
 
 use canary_agent::doctor;
-use canary_ebpf_common::{
-    abi::{Reason, ReasonVerdict},
-    decap::Outcome,
-};
+use canary_ebpf_common::{abi::Reason, decap::Outcome};
 
 fn document(name: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs").join(name);
@@ -17,10 +14,7 @@ fn document(name: &str) -> String {
 fn every_reason_is_in_the_packet_document_with_its_verdict_and_meaning() {
     let mut rows = String::new();
     for reason in Reason::ALL {
-        let verdict = match reason.verdict() {
-            ReasonVerdict::Pass => "pass",
-            ReasonVerdict::Drop => "drop",
-        };
+        let verdict = reason.verdict().name();
         let meaning = reason.explanation().trim();
         writeln!(rows, "| `{}` | {verdict} | {meaning} |", reason.name()).unwrap();
     }

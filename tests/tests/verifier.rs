@@ -46,8 +46,8 @@ fn every_program_is_within_its_budget() {
     let plane = world.plane(|name| anyhow::bail!("no interface {name}")).unwrap().plane;
     let workdir = Workdir::new("verifier");
     let mut decap = unwrapping(&workdir.bpffs().join("decap"));
-    let infos =
-        [Loaded::new(&plane, &world.sizes()).unwrap().info().unwrap(), decap.info().unwrap()];
+    let mut infos = Loaded::new(&plane, &world.sizes()).unwrap().datapath.programs().unwrap();
+    infos.push(decap.info().unwrap());
     let mut wrong = Vec::new();
     for info in infos {
         let name = info.name_as_str().expect("a name");

@@ -5,7 +5,7 @@
 //! clients do not delay the loop.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     convert::Infallible,
     net::IpAddr,
     path::PathBuf,
@@ -45,7 +45,7 @@ use crate::{
     doctor::{self, Check},
     health::{self, Prober},
     hooks,
-    plan::{Adopted, BootMs, DataPlane, Hops, PanicMark, QUARANTINE_MS, Sweep},
+    plan::{Adopted, BootMs, DataPlane, Hops, InterfaceMacs, PanicMark, QUARANTINE_MS, Sweep},
     resolve::{self, Resolver, Unresolved, VipManager},
     store::{SqliteStore, StateStore},
     telemetry::{self, Metrics},
@@ -302,6 +302,7 @@ async fn serve(
     state.handle(Event::Alerts("start", alerts), moment()?);
     state.handle(Event::NextHops(next_hops(&update)), moment()?);
     state.handle(Event::Links(links(&update)), moment()?);
+    state.handle(Event::Macs(Arc::clone(&update.macs)), moment()?);
     let wakeup = state.go(moment()?)?;
     let finished = state.kernel().datapath.finish();
     if let Err(error) = finished {
@@ -454,7 +455,8 @@ async fn watch_host(
                 return;
             }
         }
-        for event in [Event::NextHops(next_hops(&update)), Event::Links(links(&update))] {
+        let macs = Event::Macs(Arc::clone(&update.macs));
+        for event in [Event::NextHops(next_hops(&update)), Event::Links(links(&update)), macs] {
             if events.send(event).await.is_err() {
                 return;
             }
@@ -553,6 +555,10 @@ impl Kernel for Live {
             Err(datapath::Error::NoInterface { .. }) => Err(AttachError::Missing),
             Err(error) => Err(AttachError::Refused(error.to_string())),
         }
+    }
+
+    fn set_macs(&mut self, macs: &BTreeMap<u32, InterfaceMacs>) -> Result<(), String> {
+        self.datapath.set_macs(macs).map_err(|error| error.to_string())
     }
 
     fn detach(&mut self, interface: &str) -> Result<(), String> {

@@ -38,8 +38,8 @@ use crate::{
     health,
     hooks::Said,
     plan::{
-        Adopted, BootMs, BucketSet, DataPlane, News, NextHop, PanicMark, PlanError, Planner,
-        ServicePlan, ServiceState, Start, Sweep,
+        Adopted, BootMs, BucketSet, DataPlane, InterfaceMacs, News, NextHop, PanicMark, PlanError,
+        Planner, ServicePlan, ServiceState, Start, Sweep,
     },
     rollout::watch::Counted,
     store::{Change, Commit, ServiceRecord, StateStore, StoreError},
@@ -85,6 +85,8 @@ pub enum Event {
     Health(Vec<health::Change>),
     /// Interfaces have come or gone.
     Links(LinkStates),
+    /// MAC addresses that frames for this host have, by the interface that they come in by.
+    Macs(Arc<BTreeMap<u32, InterfaceMacs>>),
     /// What an operator should know from one part of the agent, in place of what it
     /// said before.
     Alerts(&'static str, Vec<String>),
@@ -134,6 +136,11 @@ pub trait Kernel {
     /// # Errors
     /// [`AttachError`].
     fn attach(&mut self, interface: &str) -> Result<Attachment, AttachError>;
+    /// Says which MAC addresses frames for this host have, by the interface that they come in by.
+    ///
+    /// # Errors
+    /// What the kernel refused.
+    fn set_macs(&mut self, macs: &BTreeMap<u32, InterfaceMacs>) -> Result<(), String>;
     /// Takes the program off an interface, if it is there.
     ///
     /// # Errors
@@ -225,6 +232,8 @@ pub struct State<S, K> {
     pub(super) last_packets: LastPackets,
     pub(super) interfaces: Vec<InterfaceStatus>,
     links: LinkStates,
+    /// What was written of the interfaces' MAC addresses last.
+    macs: Option<Arc<BTreeMap<u32, InterfaceMacs>>>,
     pub(super) alerts: BTreeMap<&'static str, Vec<String>>,
     pub(super) samples: status::Samples,
     /// Splits that are being prepared.
@@ -309,6 +318,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             last_packets: LastPackets::default(),
             interfaces,
             links: LinkStates::new(),
+            macs: None,
             alerts,
             samples: status::Samples::default(),
             learning: Vec::new(),
@@ -417,6 +427,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             Event::NextHops(hops) => self.planner.set_next_hops(&hops),
             Event::Health(changes) => self.health(changes, now),
             Event::Links(links) => self.links(links, now),
+            Event::Macs(macs) => self.macs(macs),
             Event::Alerts(from, alerts) => {
                 for alert in alerts
                     .iter()
@@ -584,6 +595,17 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             if interface.mode.is_none() && there {
                 self.attach(at, now);
             }
+        }
+    }
+
+    fn macs(&mut self, macs: Arc<BTreeMap<u32, InterfaceMacs>>) {
+        if self.macs.as_ref() == Some(&macs) {
+            return;
+        }
+        match self.kernel.set_macs(&macs) {
+            Ok(()) => self.macs = Some(macs),
+            // Tried again when anything changes on the host.
+            Err(error) => tracing::error!(error, "the interfaces' MAC addresses can't be written"),
         }
     }
 

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 
 use canary_ebpf_common::{
-    abi::{ABI_VERSION, BackendCounters, FlowCounters, Reason, ReasonVerdict},
+    abi::{ABI_VERSION, BackendCounters, FlowCounters, Reason},
     entry::BackendIndex,
 };
 
@@ -136,11 +136,7 @@ pub(super) fn status(planner: &Planner, sources: Sources<'_>) -> Status {
             .zip(reasons)
             .map(|(reason, packets)| ReasonCount {
                 reason: reason.name().to_owned(),
-                verdict: match reason.verdict() {
-                    ReasonVerdict::Pass => "pass",
-                    ReasonVerdict::Drop => "drop",
-                }
-                .to_owned(),
+                verdict: reason.verdict().name().to_owned(),
                 packets,
             })
             .collect(),

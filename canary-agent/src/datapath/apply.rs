@@ -2,17 +2,17 @@
 //! half a change.
 
 use std::{
-    collections::{HashMap as StdMap, HashSet},
+    collections::{BTreeMap, HashMap as StdMap, HashSet},
     io,
     sync::{Arc, atomic::Ordering},
 };
 
 use aya::{
-    maps::{Array, MapData, PerCpuArray, PerCpuValues, xdp::DevMapHash},
+    maps::{Array, HashMap, MapData, PerCpuArray, PerCpuValues, xdp::DevMapHash},
     util::nr_cpus,
 };
 use canary_ebpf_common::{
-    abi::{self, PAGE_BUCKETS},
+    abi::{self, PAGE_BUCKETS, way},
     entry::{BackendIndex, Entry},
 };
 
@@ -26,7 +26,7 @@ use super::{
 use crate::{
     failpoint::Failpoint,
     parallel,
-    plan::{BackendPlan, DataPlane, Family, ServicePlan},
+    plan::{BackendPlan, DataPlane, Family, InterfaceMacs, ServicePlan},
 };
 
 /// What an `apply` changed.
@@ -49,6 +49,9 @@ pub(super) struct Maps {
     pub(super) ledger: Pages,
     pub(super) backends: Mapping,
     pub(super) nat_sources: Array<MapData, abi::Address>,
+    pub(super) macs: HashMap<MapData, pod::MacKey, u32>,
+    pub(super) first_macs: Array<MapData, u64>,
+    pub(super) tagged: Array<MapData, u32>,
     pub(super) counters: PerCpuArray<MapData, pod::BackendCounters>,
     pub(super) tx_ports: DevMapHash<MapData>,
     pub(super) marks: Marks,
@@ -238,6 +241,64 @@ impl Maps {
         Ok(self.counters.set(index.get().into(), values, 0)?)
     }
 
+    /// Says which MAC addresses frames for this host have. New ones first, so that at no moment
+    /// an address is unknown that was known before and is after.
+    pub(super) fn set_macs(&mut self, macs: &BTreeMap<u32, InterfaceMacs>) -> Result<(), Error> {
+        let mut wanted = HashSet::new();
+        for (ifindex, InterfaceMacs { own, others }) in macs {
+            for mac in others.iter().chain([own]) {
+                wanted.insert(mac_key(*ifindex, *mac));
+            }
+            // Last: from here on the interface has no other addresses than those.
+            for key in wanted.iter().filter(|key| key.ifindex == *ifindex) {
+                self.macs.insert(pod::MacKey(*key), 1, 0)?;
+            }
+            let known = mac_key(*ifindex, [0; 6]);
+            wanted.insert(known);
+            let way = self.place(*ifindex, macs)?.map_or(0, |place| way::tagged(place, 0));
+            self.macs.insert(pod::MacKey(known), way, 0)?;
+        }
+        let mut first = vec![0_u64; abi::FIRST_MACS as usize];
+        for (ifindex, InterfaceMacs { own, .. }) in macs {
+            let [a, b, c, d, e, f] = *own;
+            let start = u64::from_le_bytes([0, 0, a, b, c, d, e, f]);
+            first[(ifindex % abi::FIRST_MACS) as usize] = start;
+        }
+        for (place, mac) in first.into_iter().enumerate() {
+            if self.first_macs.get(&(place as u32), 0)? != mac {
+                self.first_macs.set(place as u32, mac, 0)?;
+            }
+        }
+        let there: Vec<_> = self.macs.keys().collect::<Result<_, _>>()?;
+        for key in there.into_iter().filter(|pod::MacKey(key)| !wanted.contains(key)) {
+            self.macs.remove(&key)?;
+        }
+        Ok(())
+    }
+
+    /// An interface's place in `TAGGED`, which it keeps as long as it is among those of `macs`:
+    /// flows name it. `None` if all are taken.
+    fn place(
+        &mut self,
+        ifindex: u32,
+        macs: &BTreeMap<u32, InterfaceMacs>,
+    ) -> Result<Option<u32>, Error> {
+        let mut places = Vec::new();
+        for place in 0..way::PLACES {
+            places.push(self.tagged.get(&place, 0)?);
+        }
+        let at = |found: &dyn Fn(u32) -> bool| places.iter().position(|there| found(*there));
+        // Flows may still name the place of one that is gone: it goes last.
+        let place = at(&|there| there == ifindex)
+            .or_else(|| at(&|there| there == 0))
+            .or_else(|| at(&|there| !macs.contains_key(&there)));
+        let Some(place) = place else { return Ok(None) };
+        if places[place] != ifindex {
+            self.tagged.set(place as u32, ifindex, 0)?;
+        }
+        Ok(Some(place as u32))
+    }
+
     /// Lets frames leave by an interface.
     pub(super) fn allow_out(&mut self, ifindex: u32) -> Result<(), Error> {
         if self.tx_ports.get(ifindex, 0).is_err() {
@@ -317,6 +378,11 @@ impl Tables<'_> {
         }
         Ok(applied)
     }
+}
+
+fn mac_key(ifindex: u32, [a, b, c, d, e, f]: [u8; 6]) -> abi::MacKey {
+    let (first, last) = ([a, b, c, d], [e, f]);
+    abi::MacKey { ifindex, first: u32::from_ne_bytes(first), last: u16::from_ne_bytes(last).into() }
 }
 
 /// The record at `index` of `BACKENDS`, if it holds so many.

@@ -23,7 +23,9 @@ use canary_ebpf_common::{
 use ipnet::IpNet;
 use nix::net::if_::if_nametoindex;
 
-use super::{Attached, AttachedMode, Error, attach, kernel::Release, links, pins::Pins, take, xdp};
+use super::{
+    Attached, AttachedMode, Error, attach, kernel::Release, links, pins::Pins, programs::xdp, take,
+};
 use crate::config::model::XdpMode;
 
 /// The program, as the build made it.

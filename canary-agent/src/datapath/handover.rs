@@ -30,16 +30,16 @@ use aya::{
 use canary_ebpf_common::abi::{self, PAGE_BUCKETS};
 
 use super::{
-    Error, INGRESS_PROGRAM, Options,
+    Error, Options,
     flows::FlowTable,
     mapping::Mapping,
     older::{Carry, Older},
     panic,
     pins::{self, After, Layout, Pins, Readable},
-    pod, programs,
+    pod,
+    programs::{self, INGRESS_PROGRAM, xdp},
     raw::RawMap,
     vips::{VipTable, Vips},
-    xdp,
 };
 use crate::failpoint::Failpoint;
 
@@ -160,8 +160,8 @@ pub(super) fn with_flows(
 ) -> Result<Copied, Error> {
     let beside = pins.beside();
     let flow = |name: &str| FLOWS.contains(&name);
-    let mut second = programs(options, layouts, |name| beside.map(name), Some(both(pins)))?;
-    let mut first = programs(
+    let mut second = programs::load(options, layouts, |name| beside.map(name), Some(both(pins)))?;
+    let mut first = programs::load(
         options,
         layouts,
         |name| if flow(name) { pins.map(name) } else { beside.map(name) },
@@ -213,7 +213,8 @@ pub(super) fn resume(options: &Options, pins: &Pins) -> Result<Option<Copied>, E
         }
         // In the sizes that they have: the configuration may have changed again meanwhile.
         let layouts = pinned(pins, &pins::layouts(options))?;
-        let mut second = programs(options, &layouts, |name| pins.map(name), Some(both(&earlier)))?;
+        let mut second =
+            programs::load(options, &layouts, |name| pins.map(name), Some(both(&earlier)))?;
         relink(&mut second, pins, Failpoint::FirstLinkMoved)?;
         Failpoint::LinksMoved.pass();
         copied = copy_flows(&earlier, pins)?;
@@ -231,6 +232,7 @@ pub(super) fn pinned(pins: &Pins, layouts: &[Layout]) -> Result<Vec<Layout>, Err
 
 /// Puts the program on every interface that a pinned link holds, in the place of the one there.
 pub(super) fn relink(ebpf: &mut Ebpf, pins: &Pins, first: Failpoint) -> Result<(), Error> {
+    programs::keep(ebpf, pins)?;
     let program = xdp(ebpf, INGRESS_PROGRAM)?;
     for name in pins::names(&pins.links())? {
         let link = PinnedLink::from_pin(pins.link(&name)).map(FdLink::from);

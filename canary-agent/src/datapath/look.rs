@@ -17,10 +17,11 @@ use aya::{
 use nix::unistd::{AccessFlags, eaccess};
 
 use super::{
-    INGRESS, Options, causes, handover,
+    Options, causes, handover,
     kernel::{self, Release},
     panic,
     pins::{self, Found, Pins},
+    programs::INGRESS,
 };
 use crate::plan::PanicMark;
 
@@ -167,16 +168,20 @@ fn open_to_others(root: &Path) -> Option<PathBuf> {
 /// # Errors
 /// It can't be tried: the rights are missing, for instance.
 pub fn lacks() -> Result<Vec<String>, String> {
-    const MAPS: [(MapType, &str); 4] = [
+    const MAPS: [(MapType, &str); 6] = [
         (MapType::Array, "array"),
         (MapType::PerCpuArray, "per-CPU array"),
         (MapType::Hash, "hash"),
+        (MapType::LruHash, "LRU hash"),
+        (MapType::ProgramArray, "program array"),
         (MapType::DevMapHash, "device hash"),
     ];
-    const HELPERS: [(BpfHelper, &str); 6] = [
+    const HELPERS: [(BpfHelper, &str); 8] = [
         (BpfHelper::BPF_FUNC_map_lookup_elem, "bpf_map_lookup_elem"),
         (BpfHelper::BPF_FUNC_map_update_elem, "bpf_map_update_elem"),
         (BpfHelper::BPF_FUNC_map_delete_elem, "bpf_map_delete_elem"),
+        (BpfHelper::BPF_FUNC_tail_call, "bpf_tail_call"),
+        (BpfHelper::BPF_FUNC_xdp_adjust_head, "bpf_xdp_adjust_head"),
         (BpfHelper::BPF_FUNC_redirect_map, "bpf_redirect_map"),
         (BpfHelper::BPF_FUNC_ktime_get_coarse_ns, "bpf_ktime_get_coarse_ns"),
         (BpfHelper::BPF_FUNC_loop, "bpf_loop"),

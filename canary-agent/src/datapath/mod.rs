@@ -18,12 +18,14 @@ mod older;
 mod panic;
 mod pins;
 mod pod;
+mod programs;
 mod raw;
 mod reader;
 mod sweep;
 mod vips;
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     ops::RangeInclusive,
     os::fd::{AsFd as _, OwnedFd},
@@ -33,9 +35,9 @@ use std::{
 };
 
 use aya::{
-    Ebpf, EbpfError, EbpfLoader,
-    maps::{Array, Map, MapError},
-    programs::{ProgramError, Xdp},
+    Ebpf, EbpfError,
+    maps::{Array, Map, MapData, MapError},
+    programs::{ProgramError, ProgramInfo, Xdp},
 };
 use canary_ebpf_common::{
     abi::{self, ABI_VERSION, Backend, LedgerEntry, PAGE_BUCKETS},
@@ -62,26 +64,18 @@ use self::{
     mapping::{Mapping, Pages},
     panic::Marks,
     pins::{After, Found, Layout, Pins, Readable},
+    programs::{FORGET_V4, FORGET_V6, INGRESS_PROGRAM, RARE_PROGRAMS, xdp},
     sweep::{Rules, SharedRules},
     vips::VipTable,
 };
 use crate::{
     config::model::{Capacity, XdpMode},
     failpoint::Failpoint,
-    plan::{Adopted, AdoptedService, DataPlane, Family, PanicMark},
+    plan::{Adopted, AdoptedService, DataPlane, Family, InterfaceMacs, PanicMark},
 };
-
-/// The programs, as the build made them.
-static INGRESS: &[u8] = aya::include_bytes_aligned!(env!("CANARY_EBPF_INGRESS"));
 
 /// So long somebody is waited for who writes tables behind our back.
 const PANIC_PATIENCE: Duration = Duration::from_millis(500);
-/// The program that is attached.
-const INGRESS_PROGRAM: &str = "ingress";
-/// The programs that take flow entries away.
-const FORGET_V4: &str = "forget_v4";
-const FORGET_V6: &str = "forget_v6";
-
 /// What the data plane is made for.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -445,7 +439,7 @@ impl Datapath {
     /// Loads the programs over the pinned maps, making those that are missing.
     fn load(options: Options, pins: &Pins) -> Result<Self, Error> {
         let layouts = pins::layouts(&options);
-        let mut ebpf = programs(&options, &layouts, |name| pins.map(name), None)?;
+        let mut ebpf = programs::load(&options, &layouts, |name| pins.map(name), None)?;
         let maps = take_maps(&mut ebpf, &options)?;
         let mut meta: Array<_, pod::Meta> = take(&mut ebpf, "META")?.try_into()?;
         meta.set(0, pod::Meta(abi::Meta { abi_version: ABI_VERSION, pad: 0 }), 0)?;
@@ -480,7 +474,7 @@ impl Datapath {
             self.take_links()?;
             self.pins.finish()?;
         }
-        Ok(())
+        programs::tidy(&self.pins)
     }
 
     /// Attaches the program to an interface, or takes the place of an earlier
@@ -489,9 +483,11 @@ impl Datapath {
     /// # Errors
     /// When the interface is missing, another program is on it, or the driver refuses.
     pub fn attach(&mut self, interface: &str) -> Result<Attached, Error> {
+        programs::keep(&mut self.ebpf, &self.pins)?;
         let program = xdp(&mut self.ebpf, INGRESS_PROGRAM)?;
         let Options { xdp_mode, replace, .. } = self.options;
-        let attached = attach::attach(program, &self.pins, interface, xdp_mode, replace)?;
+        let attached = attach::attach(program, &self.pins, interface, xdp_mode, replace);
+        let attached = attached.or_else(|error| programs::tidy(&self.pins).and(Err(error)))?;
         if self.handover.is_some() {
             Failpoint::FirstLinkSwitched.pass();
         }
@@ -526,7 +522,7 @@ impl Datapath {
         let path = self.pins.program();
         let program = xdp(&mut self.ebpf, INGRESS_PROGRAM)?;
         if path.exists() {
-            let pinned = aya::programs::ProgramInfo::from_pin(&path).map(|p| p.id()).ok();
+            let pinned = ProgramInfo::from_pin(&path).map(|p| p.id()).ok();
             if pinned == Some(program.info()?.id()) {
                 return Ok(());
             }
@@ -635,7 +631,7 @@ impl Datapath {
     /// When the pinned tables can't be opened.
     pub fn sweeper(&mut self) -> Result<Sweeper, Error> {
         let pins = if self.staged { &self.pins.beside() } else { &self.pins };
-        let map = |name| aya::maps::MapData::from_pin(pins.map(name));
+        let map = |name| MapData::from_pin(pins.map(name));
         let tables = (FlowTable::new(map("FLOWS_V4")?)?, FlowTable::new(map("FLOWS_V6")?)?);
         let mut program = |name| -> Result<_, Error> {
             Ok(xdp(&mut self.ebpf, name)?.fd()?.as_fd().try_clone_to_owned()?)
@@ -651,9 +647,30 @@ impl Datapath {
         ))
     }
 
+    /// Says which MAC addresses frames for this host have, by the interface that they come in by.
+    /// On an interface that is not named, all do.
+    ///
+    /// # Errors
+    /// When the kernel refuses a write.
+    pub fn set_macs(&mut self, macs: &BTreeMap<u32, InterfaceMacs>) -> Result<(), Error> {
+        self.maps.set_macs(macs)
+    }
+
     /// A way to read counters from any thread.
     pub fn reader(&self) -> Reader {
         self.reader.clone()
+    }
+
+    /// What the kernel says of each program that handles packets.
+    ///
+    /// # Errors
+    /// When the kernel refuses to say.
+    pub fn programs(&mut self) -> Result<Vec<ProgramInfo>, Error> {
+        let mut infos = Vec::new();
+        for name in [INGRESS_PROGRAM].into_iter().chain(RARE_PROGRAMS) {
+            infos.push(xdp(&mut self.ebpf, name)?.info()?);
+        }
+        Ok(infos)
     }
 
     /// The loaded program, to run it on packets of one's own.
@@ -714,7 +731,7 @@ fn monotonic_ns() -> Result<u64, Error> {
 fn memory_bytes(pin: &Path) -> u64 {
     use std::os::fd::{AsFd as _, AsRawFd as _};
     let read = || -> Option<u64> {
-        let map = aya::maps::MapData::from_pin(pin).ok()?;
+        let map = MapData::from_pin(pin).ok()?;
         let fd = map.fd().as_fd().as_raw_fd();
         let text = fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?;
         text.lines().find_map(|l| l.strip_prefix("memlock:"))?.trim().parse().ok()
@@ -729,52 +746,6 @@ fn same_records(a: &DataPlane, b: &DataPlane) -> bool {
 
 fn pages(plane: &DataPlane) -> u64 {
     plane.services.iter().map(|s| u64::from((s.record.bucket_mask + 1) / PAGE_BUCKETS)).sum()
-}
-
-/// Loads the programs over the maps that are pinned at the paths of `map`, making those that are
-/// missing in the sizes of `layouts`; with `other`, programs that look for flows there too.
-fn programs(
-    options: &Options,
-    layouts: &[Layout],
-    map: impl Fn(&str) -> PathBuf,
-    other: Option<[PathBuf; 2]>,
-) -> Result<Ebpf, Error> {
-    let entries = |name: &str| layouts.iter().find(|l| l.name == name).map_or(1, |l| l.entries);
-    let (first, count) = options.nat_ports.as_ref().map_or((0_u16, 0_u16), |r| {
-        (*r.start(), r.end().saturating_sub(*r.start()).saturating_add(1))
-    });
-    let vip_mask = entries("VIPS_V4") - 1;
-    let cpus = pins::cpus();
-    let spare_mask = (entries("SPARE_V4") / cpus).max(1) - 1;
-    let handing_over = u32::from(other.is_some());
-    let mut loader = EbpfLoader::new();
-    for layout in layouts {
-        loader
-            .map_max_entries(layout.name, layout.entries)
-            .map_pin_path(layout.name, map(layout.name));
-    }
-    if let Some([v4, v6]) = other {
-        loader.map_pin_path("OTHER_FLOWS_V4", v4).map_pin_path("OTHER_FLOWS_V6", v6);
-    }
-    loader
-        .override_global("VIP_MASK", &vip_mask, true)
-        .override_global("SPARE_MASK", &spare_mask, true)
-        .override_global("CPUS", &cpus, true)
-        .override_global("HANDING_OVER", &handing_over, true)
-        .override_global("NAT_PORT_FIRST", &first, true)
-        .override_global("NAT_PORT_COUNT", &count, true);
-    let mut ebpf = loader.load(INGRESS)?;
-    for program in [INGRESS_PROGRAM, FORGET_V4, FORGET_V6] {
-        xdp(&mut ebpf, program)?.load()?;
-    }
-    Ok(ebpf)
-}
-
-fn xdp<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp, Error> {
-    let program = ebpf.program_mut(name).ok_or_else(|| {
-        io::Error::new(io::ErrorKind::NotFound, format!("the object holds no program `{name}`"))
-    })?;
-    Ok(program.try_into()?)
 }
 
 fn take(ebpf: &mut Ebpf, name: &str) -> Result<Map, Error> {
@@ -815,6 +786,9 @@ fn take_maps(ebpf: &mut Ebpf, options: &Options) -> Result<Maps, Error> {
         vips_v6: VipTable::v6(mapped("VIPS_V6", size_of::<abi::VipSlotV6>())?),
         info: take(ebpf, "SERVICE_INFO")?.try_into()?,
         nat_sources: take(ebpf, "NAT_SOURCES")?.try_into()?,
+        macs: take(ebpf, "MACS")?.try_into()?,
+        first_macs: take(ebpf, "FIRST_MACS")?.try_into()?,
+        tagged: take(ebpf, "TAGGED")?.try_into()?,
         counters: take(ebpf, "BACKEND_COUNTERS")?.try_into()?,
         tx_ports: take(ebpf, "TX_PORTS")?.try_into()?,
         marks,
@@ -841,7 +815,7 @@ fn read(maps: &Maps) -> Result<Adopted, Error> {
 
 /// The tables that there are, by their index.
 fn directory(
-    info: &Array<aya::maps::MapData, pod::ServiceInfo>,
+    info: &Array<MapData, pod::ServiceInfo>,
 ) -> Result<Vec<(u16, abi::ServiceInfo)>, Error> {
     let mut found = Vec::new();
     for id in 0..info.len() {

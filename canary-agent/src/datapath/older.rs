@@ -5,6 +5,8 @@
 //! [`ABI_VERSION`](canary_ebpf_common::abi::ABI_VERSION) adds the layout that it was until then,
 //! if its maps can be carried over, and a test with that release's objects.
 
+use canary_ebpf_common::abi;
+
 use super::pins::Layout;
 
 /// Makes a present value of an older one, both as bytes.
@@ -69,10 +71,32 @@ impl Older {
     }
 }
 
-/// The layouts that are read. The first had no `PANICS`, and no weights and memories in flags: those
-/// are written with the first plan.
+/// The layouts that are read. Until the third, ways had no VLAN tags, and nothing stood under an
+/// address without a port. The first had no `PANICS` either, and no weights and memories in flags.
+/// All of that is written with the first plan.
 #[cfg(not(feature = "next-abi"))]
-const KNOWN: &[Older] = &[Older { version: 1, maps: &[] }];
+const KNOWN: &[Older] =
+    &[Older { version: 1, maps: SHORT_RECORDS }, Older { version: 2, maps: SHORT_RECORDS }];
+
+/// Records of backends were one cache line long.
+#[cfg_attr(
+    feature = "next-abi",
+    expect(dead_code, reason = "only the real layout was preceded by it")
+)]
+const SHORT_RECORDS: &[OlderMap] =
+    &[OlderMap { name: "BACKENDS", value_bytes: SHORT_BYTES, convert: Some(lengthened) }];
+
+const SHORT_BYTES: usize = 64;
+
+/// The same record without tags. What was its last word is on the second line now.
+fn lengthened(old: &[u8], new: &mut [u8]) {
+    const VLAN: usize = core::mem::offset_of!(abi::Backend, vlan);
+    const SLOW_SINCE: usize = core::mem::offset_of!(abi::Backend, slow_since_ms);
+    const WORD: usize = size_of::<u32>();
+    new.fill(0);
+    new[..VLAN].copy_from_slice(&old[..VLAN]);
+    new[SLOW_SINCE..SLOW_SINCE + WORD].copy_from_slice(&old[VLAN..VLAN + WORD]);
+}
 
 /// The layout that tests upgrade from reads the one of this release.
 #[cfg(feature = "next-abi")]

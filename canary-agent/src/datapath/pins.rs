@@ -105,7 +105,7 @@ impl Layout {
         let Self { kind, key_bytes, value_bytes, entries, name: _, flags: _ } = self;
         let value = (*value_bytes as u64).next_multiple_of(8);
         let each = match kind {
-            MapType::Hash | MapType::DevMapHash => {
+            MapType::Hash | MapType::LruHash | MapType::DevMapHash => {
                 value + (*key_bytes as u64).next_multiple_of(8) + HASH_ELEMENT_BYTES
             }
             MapType::PerCpuArray => value * u64::from(cpus()),
@@ -188,6 +188,17 @@ fn layouts_of(c: &Capacity) -> Vec<Layout> {
             0,
             backends,
         ),
+        layout("TAGGED", MapType::Array, 4, 4, 0, abi::way::PLACES),
+        layout("FIRST_MACS", MapType::Array, 4, 8, 0, abi::FIRST_MACS),
+        layout("MACS", MapType::Hash, size_of::<abi::MacKey>(), 4, 0, MACS),
+        layout(
+            "FRAGMENTS",
+            MapType::LruHash,
+            size_of::<abi::FragmentKey>(),
+            size_of::<abi::FragmentRoute>(),
+            0,
+            abi::FRAGMENTS,
+        ),
         layout("REASONS", MapType::PerCpuArray, 4, 8, 0, abi::REASON_SLOTS),
         // The kernel sets BPF_F_RDONLY_PROG on device maps by itself.
         layout("TX_PORTS", MapType::DevMapHash, 4, 8, RDONLY_PROG, TX_PORTS),
@@ -210,15 +221,17 @@ pub(super) fn cpus() -> u32 {
 const MIN_SPARE: u32 = 16;
 
 /// Slots of `VIPS_V4` and of `VIPS_V6`: a quarter full at most, so that every
-/// address finds one of its two slots.
+/// address finds one of its two slots. Each address may take one more than it has ports.
 pub(super) const fn vip_slots(vips: u32) -> u32 {
-    let slots = vips.saturating_mul(4).next_power_of_two();
+    let slots = vips.saturating_mul(8).next_power_of_two();
     if slots < MAX_VIP_SLOTS { slots } else { MAX_VIP_SLOTS }
 }
 
 /// As many as [`canary_ebpf_common::vips::slots`] can tell apart.
 const MAX_VIP_SLOTS: u32 = 1 << 20;
 
+/// Elements of `MACS`.
+const MACS: u32 = 4096;
 /// Elements of `TX_PORTS`.
 const TX_PORTS: u32 = 1024;
 const RDONLY_PROG: u32 = 1 << 7;
@@ -235,6 +248,11 @@ impl Pins {
 
     pub(super) fn program(&self) -> PathBuf {
         self.root.join("ingress")
+    }
+
+    /// Directory of what that program goes on with, and others that are attached, by their ids.
+    pub(super) fn programs(&self) -> PathBuf {
+        self.root.join("programs")
     }
 
     pub(super) fn links(&self) -> PathBuf {
@@ -570,7 +588,9 @@ impl Made {
 pub(super) fn remove_all(root: &Path) -> io::Result<usize> {
     let pins = Pins::new(root);
     let mut removed = 0;
-    for directory in [pins.links(), pins.maps(), pins.beside().maps(), root.to_owned()] {
+    for directory in
+        [pins.links(), pins.programs(), pins.maps(), pins.beside().maps(), root.to_owned()]
+    {
         let entries = match fs::read_dir(&directory) {
             Ok(entries) => entries,
             Err(e) if e.kind() == io::ErrorKind::NotFound => continue,

@@ -25,4 +25,5 @@ pod! {
     FlowKeyV4(abi::FlowKeyV4);
     FlowKeyV6(abi::FlowKeyV6);
     Flow(abi::Flow);
+    MacKey(abi::MacKey);
 }

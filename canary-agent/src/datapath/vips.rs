@@ -1,7 +1,7 @@
 //! The tables of virtual addresses, in map memory.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     net::IpAddr,
     sync::atomic::{AtomicU64, Ordering},
 };
@@ -12,7 +12,10 @@ use canary_ebpf_common::{
 };
 
 use super::{Error, mapping::Mapping};
-use crate::plan::{ServicePlan, protocol_number};
+use crate::{
+    config::model::Protocol,
+    plan::{ServicePlan, protocol_number},
+};
 
 /// Words of a service's record.
 const SERVICE_WORDS: usize = size_of::<abi::Service>() / 8;
@@ -94,10 +97,11 @@ impl VipTable {
         &self.mapping.words64()[start..start + self.slot_words]
     }
 
-    /// Every record that stands under an address, by its id.
+    /// Every record that stands under an address and port, by its id.
     pub(super) fn records(&self) -> HashMap<u32, abi::Service> {
         let slots = self.mapping.words64().chunks_exact(self.slot_words);
-        let used = slots.filter(|words| words[0].load(Ordering::Relaxed) != 0);
+        let key = |words: &&[AtomicU64]| VipKey(words[0].load(Ordering::Relaxed));
+        let used = slots.filter(|words| !matches!(key(words), VipKey(0)) && !key(words).any_port());
         used.map(service_in).map(|record| (record.id, record)).collect()
     }
 
@@ -160,21 +164,37 @@ fn slot_address(words: &[AtomicU64]) -> Address {
     }
 }
 
+/// Notes in what stands under an address without a port that a service has a protocol there.
+fn also(any: Entry<'_, (Address, VipKey), abi::Service>, record: abi::Service, served: u32) {
+    let any = any.or_insert(record);
+    if any.id != record.id {
+        any.flags |= abi::SERVICE_SEVERAL;
+    }
+    any.flags |= served;
+}
+
 /// Addresses and ports of `services` by family, IPv4 first, as the tables hold them.
 pub(super) fn vips<'a>(services: impl Iterator<Item = &'a ServicePlan>) -> [Vips; 2] {
     let [mut v4, mut v6] = [Vips::new(), Vips::new()];
     for service in services {
         for vip in &service.vips {
+            let addr = abi::address(*vip);
             for port in &service.ports {
                 let (protocol, port_be) = (protocol_number(port.protocol), port.port.to_be());
-                let addr = abi::address(*vip);
+                let served = match port.protocol {
+                    Protocol::Tcp => abi::SERVICE_TCP,
+                    Protocol::Udp => abi::SERVICE_UDP,
+                };
                 match vip {
                     IpAddr::V4(_) => {
                         let key = VipKey::v4(addr[0] as u32, port_be, protocol);
                         v4.insert(([0; 2], key), service.record);
+                        let any = VipKey::any_v4(addr[0] as u32);
+                        also(v4.entry(([0; 2], any)), service.record, served);
                     }
                     IpAddr::V6(_) => {
                         v6.insert((addr, VipKey::v6(port_be, protocol)), service.record);
+                        also(v6.entry((addr, VipKey::any_v6())), service.record, served);
                     }
                 }
             }

@@ -62,6 +62,7 @@ fn next_hop(hop: &crate::resolve::Hop, probed: bool) -> Check {
         Unresolved::InterfaceGone { .. } => failed("ip route shows routes by interfaces that are gone"),
         Unresolved::InterfaceDown { interface } => failed(&format!("ip link set {interface} up")),
         Unresolved::NotEthernet { .. } => failed("give it a route by an Ethernet interface"),
+        Unresolved::TooManyTags { .. } => failed("give it a route by another interface"),
         Unresolved::TableFull { .. } => failed(
             "sysctl -w net.ipv4.neigh.default.gc_thresh3=16384 net.ipv6.neigh.default.gc_thresh3=16384",
         ),

@@ -19,7 +19,7 @@ use canary_ebpf_common::{
 };
 
 use super::{
-    BootMs, Family, NextHop, PanicMark,
+    BootMs, Family, NextHop, PanicMark, Tags,
     ownership::{Ownership, ProposeError, share_of},
 };
 use crate::{
@@ -128,6 +128,7 @@ pub(super) fn record_hop(record: &abi::Backend) -> Option<NextHop> {
         destination_mac: [a, b, c, d, e, f],
         source_mac: [g, h, i, j, k, l],
         source: abi::ip(record.source, record.flags & abi::BACKEND_V6 != 0),
+        tags: Tags::of(record.vlan),
     })
 }
 

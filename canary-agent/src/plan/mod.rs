@@ -180,8 +180,43 @@ impl BackendPlan {
             nat_first,
             service,
             flags,
+            vlan: next_hop.map_or(0, |hop| hop.tags.word()),
             slow_since_ms: slow_since_ms.map_or(0, slow_start::mark),
+            ..abi::Backend::default()
         }
+    }
+}
+
+/// MAC addresses that frames for this host have when they come in by an interface.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct InterfaceMacs {
+    /// The interface's own.
+    pub own: [u8; 6],
+    /// Those of devices on top of it.
+    pub others: std::collections::BTreeSet<[u8; 6]>,
+}
+
+/// VLAN tags on the way to a next hop.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Tags {
+    /// VLAN of the outer tag; 0 for none.
+    pub outer: u16,
+    /// VLAN of the inner tag; 0 for none.
+    pub inner: u16,
+    /// Whether the outer tag is of 802.1ad.
+    pub service: bool,
+}
+
+impl Tags {
+    /// The tags that a word in map form stands for.
+    pub const fn of(word: u32) -> Self {
+        let service = word & abi::vlan::SERVICE_TAG != 0;
+        Self { outer: abi::vlan::outer(word), inner: abi::vlan::inner(word), service }
+    }
+
+    /// The word in map form.
+    pub const fn word(self) -> u32 {
+        abi::vlan::word(self.outer, self.inner, self.service)
     }
 }
 
@@ -196,6 +231,8 @@ pub struct NextHop {
     pub destination_mac: [u8; 6],
     /// The source address that the host would use.
     pub source: IpAddr,
+    /// VLAN tags on the way, where the host's route leaves by a VLAN's device.
+    pub tags: Tags,
 }
 
 /// The IP protocol number of a transport.

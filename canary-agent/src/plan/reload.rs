@@ -23,7 +23,7 @@ use canary_ebpf_common::{
 
 use super::{
     Adopted, AdoptedService, BootMs, BucketSet, Family, NextHop, PlanError, Planner, Preview,
-    SlowStart,
+    SlowStart, Tags,
     adopt::{self, slot},
     alloc::{Ids, Indices, Pages},
     begin::Claims,
@@ -49,6 +49,7 @@ const ASSUMED: NextHop = NextHop {
     source_mac: [0; 6],
     destination_mac: [0; 6],
     source: IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED),
+    tags: Tags { outer: 0, inner: 0, service: false },
 };
 
 /// Why connections of a service that stays do not.

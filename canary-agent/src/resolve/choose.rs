@@ -102,7 +102,11 @@ pub(super) fn next_hop(route: &Route, tables: &Tables) -> Result<NextHop, Unreso
         return Err(Unresolved::InterfaceDown { interface: interface() });
     }
     match (tables.mac(key), tables.trouble(key)) {
-        (Some(destination_mac), _) => Ok(NextHop { ifindex, source_mac, destination_mac, source }),
+        (Some(destination_mac), _) => {
+            let too_many = || Unresolved::TooManyTags { interface: interface() };
+            let (ifindex, tags) = tables.way_down(link).ok_or_else(too_many)?;
+            Ok(NextHop { ifindex, source_mac, destination_mac, source, tags })
+        }
         (None, None) => Err(Unresolved::Resolving { neighbour, interface: interface() }),
         (None, Some(Trouble::Silent)) => {
             Err(Unresolved::Silent { neighbour, interface: interface() })
@@ -134,7 +138,10 @@ mod tests {
     };
 
     use super::*;
-    use crate::resolve::wire::{LinkRecord, Neighbour};
+    use crate::{
+        plan::Tags,
+        resolve::wire::{LinkRecord, Neighbour},
+    };
 
     const DESTINATION: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 1, 0, 9));
     const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
@@ -163,6 +170,9 @@ mod tests {
             running,
             mac,
             mtu: 1500,
+            below: None,
+            master: None,
+            vlan: None,
         })
     }
 
@@ -245,6 +255,7 @@ mod tests {
                 source_mac: [2; 6],
                 destination_mac: [4; 6],
                 source: SOURCE.into(),
+                tags: Tags::default(),
             })
         );
     }

@@ -38,7 +38,7 @@ pub use self::{
     survey::{Seen, Standing, Survey, survey},
     vip::{ADDRESS_PROTOCOL, Placed, VipError, VipManager, VipReport},
 };
-use crate::plan::NextHop;
+use crate::plan::{InterfaceMacs, NextHop};
 
 /// The kernel could not be asked.
 #[derive(Debug, thiserror::Error)]
@@ -98,6 +98,15 @@ pub enum Unresolved {
         /// Name of the interface.
         interface: String,
     },
+    /// The interface that its route names is a VLAN within a VLAN within a VLAN, or of a kind
+    /// (802.1ad inside 802.1Q) that the program does not make.
+    #[error(
+        "{interface} needs VLAN tags that the program does not make: two at most, 802.1ad outside only"
+    )]
+    TooManyTags {
+        /// Name of the interface.
+        interface: String,
+    },
     /// The neighbour's MAC address has been asked for and may come any moment.
     #[error("the MAC address of {neighbour} on {interface} is being asked for")]
     Resolving {
@@ -154,6 +163,9 @@ pub struct Update {
     pub hops: Arc<HashMap<IpAddr, Hop>>,
     /// Each interface of interest by name; `None` for one that is missing.
     pub links: Arc<BTreeMap<String, Option<Link>>>,
+    /// MAC addresses that frames for this host have, by the interface of interest that they come in
+    /// by.
+    pub macs: Arc<BTreeMap<u32, InterfaceMacs>>,
     /// The host's own addresses, each with the index of the interface that has it. VIPs go
     /// with their interface, and IPv6 ones whenever it is set down: apply them again then.
     pub addresses: Arc<BTreeSet<(IpAddr, u32)>>,

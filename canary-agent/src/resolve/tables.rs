@@ -17,6 +17,7 @@ use super::{
         meaningful_flags, settled,
     },
 };
+use crate::plan::{InterfaceMacs, Tags};
 
 /// More changed prefixes than this are looked up as if all had changed.
 const PREFIXES_MAX: usize = 64;
@@ -235,7 +236,7 @@ impl Tables {
     pub(super) fn links_named(&self, names: &BTreeSet<String>) -> BTreeMap<String, Option<Link>> {
         let mut links: BTreeMap<_, _> = names.iter().map(|name| (name.clone(), None)).collect();
         for record in self.links.values() {
-            let LinkRecord { ifindex, name, up, running, mac, mtu } = record;
+            let LinkRecord { ifindex, name, up, running, mac, mtu, .. } = record;
             if let Some(link) = links.get_mut(name) {
                 *link = Some(Link {
                     ifindex: *ifindex,
@@ -247,6 +248,49 @@ impl Tables {
             }
         }
         links
+    }
+
+    /// The MAC addresses that frames for this host have, by the link of those named that they come
+    /// in by: its own, those of devices that stand on it, and that of a bridge or bond above it.
+    pub(super) fn macs(&self, names: &BTreeSet<String>) -> BTreeMap<u32, InterfaceMacs> {
+        let mut macs = BTreeMap::new();
+        for record in self.links.values().filter(|record| names.contains(&record.name)) {
+            let Some(own) = record.mac else { continue };
+            let (mut above, mut others) = (vec![record.ifindex], BTreeSet::new());
+            let mut n = 0;
+            while let Some(link) = above.get(n).and_then(|ifindex| self.links.get(ifindex)) {
+                others.extend(link.mac);
+                let master = |other: &LinkRecord| link.master == Some(other.ifindex);
+                let on_it = |other: &LinkRecord| other.below == Some(link.ifindex);
+                for other in self.links.values().filter(|other| master(other) || on_it(other)) {
+                    if !above.contains(&other.ifindex) {
+                        above.push(other.ifindex);
+                    }
+                }
+                n += 1;
+            }
+            others.remove(&own);
+            macs.insert(record.ifindex, InterfaceMacs { own, others });
+        }
+        macs
+    }
+
+    /// The device that frames leave by that are routed to a link, and the tags that they get: that
+    /// below a VLAN's, or below two. `None` where more tags would be needed.
+    pub(super) fn way_down(&self, link: &LinkRecord) -> Option<(u32, Tags)> {
+        let mut tags = Tags::default();
+        let mut ifindex = link.ifindex;
+        let mut link = Some(link);
+        while let Some((below, (id, service))) = link.and_then(|l| l.below.zip(l.vlan)) {
+            // From the inside out: what was the outer tag is behind the next one.
+            if tags.inner != 0 || tags.service || id == 0 {
+                return None;
+            }
+            tags = Tags { outer: id, inner: tags.outer, service };
+            ifindex = below;
+            link = self.links.get(&below);
+        }
+        Some((ifindex, tags))
     }
 
     /// Whether a link has an IPv6 link-local address that can be used.
@@ -284,6 +328,9 @@ mod tests {
             running: up,
             mac: Some([2; 6]),
             mtu: 1500,
+            below: None,
+            master: None,
+            vlan: None,
         })
     }
 

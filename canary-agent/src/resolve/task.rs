@@ -449,11 +449,13 @@ impl Task {
             })
             .collect();
         let links = self.tables.links_named(&self.wanted.interfaces);
+        let macs = self.tables.macs(&self.wanted.interfaces);
         let addresses = self.tables.host_addresses();
         self.publish.send_if_modified(|update| {
             let mut changed = false;
             replace(&mut update.hops, hops, &mut changed);
             replace(&mut update.links, links, &mut changed);
+            replace(&mut update.macs, macs, &mut changed);
             replace(&mut update.addresses, addresses, &mut changed);
             changed
         });

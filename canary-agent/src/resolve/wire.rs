@@ -46,6 +46,12 @@ pub(super) struct LinkRecord {
     /// Absent where the link does not carry Ethernet.
     pub(super) mac: Option<[u8; 6]>,
     pub(super) mtu: u32,
+    /// The device that it stands on, in this network namespace.
+    pub(super) below: Option<u32>,
+    /// The bridge or bond that it is a port of.
+    pub(super) master: Option<u32>,
+    /// Its VLAN, and whether its tags are of 802.1ad.
+    pub(super) vlan: Option<(u16, bool)>,
 }
 
 /// An address of this host.
@@ -102,6 +108,43 @@ pub(super) fn decode(kind: u16, payload: &[u8]) -> Result<Message, DecodeError> 
     }
 }
 
+/// linux/if_link.h: what is inside `IFLA_LINKINFO`, and for a VLAN inside its data.
+const IFLA_VLAN_ID: u16 = 1;
+const IFLA_VLAN_PROTOCOL: u16 = 5;
+/// linux/if_ether.h.
+const ETH_P_8021AD: u16 = 0x88a8;
+
+/// Reads what kind of link it is. Returns whether it stands on another one.
+fn link_info(info: &[u8], record: &mut LinkRecord) -> Result<bool, DecodeError> {
+    let (mut kind, mut data) = (&[][..], None);
+    let attributes: Vec<_> = NlasIterator::new(info).collect::<Result<_, _>>()?;
+    for attribute in &attributes {
+        match attribute.kind() {
+            libc::IFLA_INFO_KIND => {
+                kind = attribute.value().split(|byte| *byte == 0).next().unwrap_or_default();
+            }
+            libc::IFLA_INFO_DATA => data = Some(attribute.value()),
+            _ => {}
+        }
+    }
+    if kind != b"vlan" {
+        return Ok(matches!(kind, b"macvlan" | b"ipvlan" | b"macvtap" | b"ipvtap"));
+    }
+    let (mut id, mut service_tag) = (None, false);
+    for attribute in NlasIterator::new(data.unwrap_or_default()) {
+        let attribute = attribute?;
+        match (attribute.kind(), attribute.value().try_into()) {
+            (IFLA_VLAN_ID, Ok(value)) => id = Some(u16::from_ne_bytes(value)),
+            (IFLA_VLAN_PROTOCOL, Ok(value)) => {
+                service_tag = u16::from_be_bytes(value) == ETH_P_8021AD;
+            }
+            _ => {}
+        }
+    }
+    record.vlan = id.map(|id| (id, service_tag));
+    Ok(true)
+}
+
 /// Reads only the attributes that are needed: a link message carries dozens that
 /// grow with each kernel, and one that can't be read must not hide the link.
 fn link(gone: bool, payload: &[u8]) -> Result<Message, DecodeError> {
@@ -121,7 +164,11 @@ fn link(gone: bool, payload: &[u8]) -> Result<Message, DecodeError> {
         running: header.flags.contains(LinkFlags::Running),
         mac: None,
         mtu: 0,
+        below: None,
+        master: None,
+        vlan: None,
     };
+    let (mut elsewhere, mut stacked) = (false, false);
     for attribute in NlasIterator::new(payload.get(IFINFOMSG_LEN..).unwrap_or_default()) {
         let attribute = attribute?;
         let value = attribute.value();
@@ -132,8 +179,16 @@ fn link(gone: bool, payload: &[u8]) -> Result<Message, DecodeError> {
             }
             libc::IFLA_ADDRESS if ethernet => record.mac = value.try_into().ok(),
             libc::IFLA_MTU => record.mtu = value.try_into().map_or(0, u32::from_ne_bytes),
+            libc::IFLA_LINK => record.below = value.try_into().ok().map(u32::from_ne_bytes),
+            libc::IFLA_LINK_NETNSID => elsewhere = true,
+            libc::IFLA_MASTER => record.master = value.try_into().ok().map(u32::from_ne_bytes),
+            libc::IFLA_LINKINFO => stacked = link_info(value, &mut record)?,
             _ => {}
         }
+    }
+    // The other end of a veth pair is named there too.
+    if elsewhere || !stacked {
+        record.below = None;
     }
     Ok(Message::Link(record))
 }

@@ -18,7 +18,7 @@ use canary_agent::{
         Request, State,
     },
     datapath::{Census, Counted, PanicOrder, Swept},
-    plan::{Adopted, DataPlane, PanicMark, Sweep},
+    plan::{Adopted, DataPlane, InterfaceMacs, PanicMark, Sweep},
     store::{
         Change, Commit, Event as Stored, EventQuery, EvidenceLine, Notice, Snapshot, SqliteStore,
         StateStore, StoreError, StoredRollout,
@@ -123,6 +123,10 @@ impl Kernel for Shared {
             assert!(host.sweep.is_none(), "a second sweep at once");
             host.sweep = Some(sweep);
         });
+    }
+
+    fn set_macs(&mut self, _: &BTreeMap<u32, InterfaceMacs>) -> Result<(), String> {
+        Ok(())
     }
 
     fn expire(&mut self) {

@@ -7,7 +7,7 @@ use canary_agent::{
         Agent, Backend, Capacity, Config, Existing, Fallback, Forward, Health, Operators, Port,
         Protocol, Service, Stickiness, Version, XdpMode,
     },
-    plan::{Adopted, AdoptedService, DataPlane, NextHop},
+    plan::{Adopted, AdoptedService, DataPlane, NextHop, Tags},
 };
 use canary_ebpf_common::abi;
 
@@ -89,6 +89,7 @@ pub(crate) fn hop(addr: SocketAddr) -> NextHop {
             SocketAddr::V4(_) => "10.0.0.1".parse().unwrap(),
             SocketAddr::V6(_) => "2001:db8::1".parse().unwrap(),
         },
+        tags: Tags::default(),
     }
 }
 

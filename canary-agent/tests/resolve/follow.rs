@@ -4,7 +4,7 @@ use std::{collections::HashMap, net::IpAddr, time::Duration};
 
 use crate::netns::{Peer, ip, ip_addr, ip_batch, ip_output, isolated, until};
 use canary_agent::{
-    plan::NextHop,
+    plan::{NextHop, Tags},
     resolve::{Hop, Resolver, Unresolved, Update},
 };
 
@@ -61,6 +61,7 @@ fn next_hops_on_the_link_have_both_macs_and_the_source() {
                     source_mac: OUR_MAC,
                     destination_mac: PEER_MAC,
                     source: ip_addr(source),
+                    tags: Tags::default(),
                 })
             );
         }

@@ -60,6 +60,35 @@ fn kind(layer: &str) -> &str {
     if layer.starts_with('"') { "text" } else { layer.split_whitespace().next().unwrap_or("") }
 }
 
+/// What announces a layer behind an Ethernet header or a tag.
+fn ethertype(next: &str) -> u32 {
+    match next {
+        "ip" => 0x0800,
+        "ip6" => 0x86dd,
+        "vlan" => 0x8100,
+        "svlan" => 0x88a8,
+        // For local experiments (IEEE 802).
+        _ => 0x88b5,
+    }
+}
+
+/// What announces a layer behind an IPv6 header or an extension header.
+fn next_header(next: &str) -> u32 {
+    match next {
+        "tcp" => 6,
+        "udp" => 17,
+        "icmp6" => 58,
+        "ip" => 4,
+        "ip6" => 41,
+        "hbh" => 0,
+        "route" => 43,
+        "frag" => 44,
+        "auth" => 51,
+        "dst" => 60,
+        _ => 59,
+    }
+}
+
 /// A number, decimal or hexadecimal.
 pub(super) fn number(text: &str) -> Result<u32> {
     match text.strip_prefix("0x") {
@@ -213,6 +242,10 @@ impl Builder<'_, '_> {
                 return Ok(());
             }
             "eth" => self.eth(&mut fields, next)?,
+            "vlan" | "svlan" => self.tag(&mut fields, next)?,
+            "hbh" | "dst" | "route" | "auth" | "frag" => {
+                self.extension(kind(layer), &mut fields, next)?;
+            }
             "ip" => self.ip(&mut fields, next)?,
             "ip6" => self.ip6(&mut fields, next)?,
             "tcp" => self.tcp(&mut fields)?,
@@ -294,19 +327,13 @@ impl Builder<'_, '_> {
     fn eth(&mut self, fields: &mut Fields<'_>, next: &str) -> Result<()> {
         let [from, to] = self.sides(fields)?;
         let (to, from) = (self.mac(to, 0)?, self.mac(from, 6)?);
-        let ethertype = match next {
-            "ip" => 0x0800,
-            "ip6" => 0x86dd,
-            // For local experiments (IEEE 802).
-            _ => 0x88b5,
-        };
         // After `same` the type is the input's.
         if next == "same" {
             self.bytes.extend(to);
             self.bytes.extend(from);
             return Ok(());
         }
-        let ethertype = fields.number("type", ethertype)? as u16;
+        let ethertype = fields.number("type", ethertype(next))? as u16;
         self.bytes.extend(to);
         self.bytes.extend(from);
         self.bytes.extend(ethertype.to_be_bytes());
@@ -348,20 +375,12 @@ impl Builder<'_, '_> {
     fn ip6(&mut self, fields: &mut Fields<'_>, next: &str) -> Result<()> {
         let [from, to] = self.sides(fields)?;
         let (src, dst) = (self.v6(from, 8)?, self.v6(to, 24)?);
-        let next_header = match next {
-            "tcp" => 6,
-            "udp" => 17,
-            "icmp6" => 58,
-            "ip" => 4,
-            "ip6" => 41,
-            _ => 59,
-        };
         let start = self.bytes.len();
         let first = fields.number("version", 6)? << 28
             | fields.number("class", 0)? << 20
             | fields.number("flow", 0)?;
         self.bytes.extend(first.to_be_bytes());
-        self.bytes.extend([0, 0, fields.number("next", next_header)? as u8]);
+        self.bytes.extend([0, 0, fields.number("next", next_header(next))? as u8]);
         self.bytes.push(match fields.take("ttl") {
             Some(ttl) => number(ttl),
             None => fields.number("hop", 64),
@@ -369,6 +388,36 @@ impl Builder<'_, '_> {
         self.bytes.extend(src.octets());
         self.bytes.extend(dst.octets());
         self.place("ip6", start, 40, fields)
+    }
+
+    /// A VLAN tag behind the EtherType that announces it.
+    fn tag(&mut self, fields: &mut Fields<'_>, next: &str) -> Result<()> {
+        ensure!(!fields.words.is_empty(), "the VLAN is missing");
+        let id = number(fields.words.remove(0))?;
+        let tci = fields.number("pcp", 0)? << 13 | u32::from(fields.flag("dei")) << 12 | id;
+        self.bytes.extend((tci as u16).to_be_bytes());
+        self.bytes.extend((fields.number("type", ethertype(next))? as u16).to_be_bytes());
+        Ok(())
+    }
+
+    /// An IPv6 extension header of so many bytes.
+    fn extension(&mut self, kind: &str, fields: &mut Fields<'_>, next: &str) -> Result<()> {
+        self.bytes.push(fields.number("next", next_header(next))? as u8);
+        if kind == "frag" {
+            let offset = fields.number("at", 0)?;
+            ensure!(offset % 8 == 0, "a fragment starts at a multiple of 8 bytes");
+            self.bytes.push(0);
+            self.bytes.extend((offset as u16 | u16::from(fields.flag("mf"))).to_be_bytes());
+            self.bytes.extend(fields.number("id", 0)?.to_be_bytes());
+            return Ok(());
+        }
+        let bytes = fields.number("bytes", 8)? as usize;
+        let units = if kind == "auth" { bytes / 4 - 2 } else { bytes / 8 - 1 };
+        self.bytes.push(fields.number("len", units as u32)? as u8);
+        let end = self.bytes.len() + bytes - 2;
+        self.bytes.extend([0, fields.number("left", 0)? as u8]);
+        self.bytes.resize(end, 0);
+        Ok(())
     }
 
     fn tcp(&mut self, fields: &mut Fields<'_>) -> Result<()> {

@@ -4,8 +4,8 @@
 //! eth client > us / ip client > vip ttl=64 / tcp 40000 > 80 S seq=1000 / "hello"
 //! ```
 //!
-//! Layers from the outside in, between ` / `: `eth`, `ip`, `ip6`, `tcp`, `udp`,
-//! `icmp`, `icmp6`, `quic`, `"text"`, `hex 0a0b`, `zeros 100`; at the end `pad 6` (bytes
+//! Layers from the outside in, between ` / `: `eth`, `vlan`, `svlan` (802.1ad), `ip`, `ip6`, the
+//! extension headers `hbh`, `route`, `frag`, `auth` and `dst`, `tcp`, `udp`, `icmp`, `icmp6`, `quic`, `"text"`, `hex 0a0b`, `zeros 100`; at the end `pad 6` (bytes
 //! behind the IP packet) and `cut 20` (the frame's first bytes only). `same`
 //! stands for the rest of the packet that came in. Hosts go by the names of
 //! [`crate::names`] or by plain addresses. Lengths, checksums, header lengths and
@@ -15,8 +15,11 @@
 //! | layer | fields |
 //! | --- | --- |
 //! | `eth A > B` | `type` |
+//! | `vlan N`, `svlan N` | `pcp type`, word `dei` |
 //! | `ip A > B` | `ttl id tos frag ihl len proto version csum options`, words `df mf` |
 //! | `ip6 A > B` | `hop class flow len next version` |
+//! | `hbh`, `route`, `auth`, `dst` | `next len bytes left` (segments left) |
+//! | `frag` | `next at id`, word `mf` |
 //! | `tcp P > Q FLAGS` | `seq ack win urg offset csum options`; flags of `FSRPAUEC`, `-` for none |
 //! | `udp P > Q` | `len csum` |
 //! | `icmp`, `icmp6` | `type code rest csum` |

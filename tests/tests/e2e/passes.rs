@@ -237,7 +237,7 @@ fn unsteered(from: [u8; 6], to: [u8; 6]) -> Vec<(&'static str, Vec<u8>)> {
     // A later fragment, which has no ports; a first one of which there are more.
     for (name, offset) in [("a later fragment", 0x20b9_u16), ("a first fragment", 0x2000)] {
         let mut frame = Vec::new();
-        let builder = link().ipv4(client, vip, 17).udp(1_000, HTTP_PORT);
+        let builder = link().ipv4(client, BALANCER_V4.octets(), 17).udp(1_000, HTTP_PORT);
         builder.write(&mut frame, name.as_bytes()).expect("a frame");
         frame[20..22].copy_from_slice(&offset.to_be_bytes());
         let sum = etherparse::Ipv4HeaderSlice::from_slice(&frame[14..]).expect("a header");

@@ -81,7 +81,13 @@ impl Bench {
             Way::NatOneArmed => Options::one_armed_nat(versions),
             Way::Dsr => Options::one_armed_dsr(versions),
         };
-        let topology = Topology::new(&options);
+        Self::of(way, &options, start)
+    }
+
+    /// The same in a topology of one's own.
+    #[track_caller]
+    pub(crate) fn of(way: Way, options: &Options, start: impl FnMut(&Host) -> Server) -> Self {
+        let topology = Topology::new(options);
         let servers = topology.backends.iter().map(start).collect();
         Self { way, servers, topology }
     }

@@ -6,8 +6,9 @@ use canary_ebpf_common::{
     entry::Entry,
 };
 use canary_tests::{
-    loaded::{Sizes, XDP_PASS},
+    loaded::{Sizes, XDP_PASS, XDP_TX},
     model::Tuple,
+    names::Host,
     notation::parse,
     planned::{Planned, Shop, Version, Went},
 };
@@ -440,35 +441,58 @@ fn rule_15_icmp_errors_and_fragments_make_and_refresh_no_entry() {
         let before: Flow = planned.flow(&tuple).unwrap();
         let (flows, port) = (planned.flows(), tuple.src_port);
         let other = port + 1;
-        let packets = match family {
-            Family::V4 => [
-                format!(
-                    "ip client > vip / icmp type=3 code=4 rest=0x000005dc / ip vip > client / tcp 80 > {port} A seq=1"
-                ),
-                format!(
-                    "ip client > vip / icmp type=3 code=1 / ip vip > client / tcp 80 > {other} A seq=1"
-                ),
-                format!("ip client > vip frag=0 mf / tcp {port} > 80 A seq=1001"),
-                "ip client > vip frag=104 / zeros 64".to_owned(),
-            ],
-            Family::V6 => [
-                format!(
-                    "ip6 client > vip / icmp6 type=2 code=0 rest=0x000005dc / ip6 vip > client / tcp 80 > {port} A seq=1"
-                ),
-                format!(
-                    "ip6 client > vip / icmp6 type=1 code=0 / ip6 vip > client / tcp 80 > {other} A seq=1"
-                ),
-                // Fragment headers (RFC 8200, 4.5): the first with a TCP header, and a later one.
-                format!(
-                    "ip6 client > vip next=44 / hex 0600000100000001 {port:04x}0050000003e9000000005010ffff00000000"
-                ),
-                "ip6 client > vip next=44 / hex 0600006800000001 / zeros 64".to_owned(),
-            ],
+        let (errors, fragments) = match family {
+            Family::V4 => (
+                [
+                    format!(
+                        "ip client > vip / icmp type=3 code=4 rest=0x000005dc / ip vip > client / tcp 80 > {port} A seq=1"
+                    ),
+                    format!(
+                        "ip client > vip / icmp type=3 code=1 / ip vip > client / tcp 80 > {other} A seq=1"
+                    ),
+                ],
+                [
+                    format!("ip client > vip id=7 mf / tcp {port} > 80 A seq=1001 / zeros 84"),
+                    "ip client > vip id=7 frag=104 proto=6 / zeros 64".to_owned(),
+                ],
+            ),
+            Family::V6 => (
+                [
+                    format!(
+                        "ip6 client > vip / icmp6 type=2 code=0 rest=0x000005dc / ip6 vip > client / tcp 80 > {port} A seq=1"
+                    ),
+                    format!(
+                        "ip6 client > vip / icmp6 type=1 code=0 / ip6 vip > client / tcp 80 > {other} A seq=1"
+                    ),
+                ],
+                [
+                    format!(
+                        "ip6 client > vip / frag mf id=7 / tcp {port} > 80 A seq=1001 / zeros 84"
+                    ),
+                    "ip6 client > vip / frag at=104 id=7 next=6 / zeros 64".to_owned(),
+                ],
+            ),
         };
-        for packet in packets.map(|packet| format!("eth client > us / {packet}")) {
-            let seen = planned.loaded.run(&parse(&packet).unwrap()).unwrap();
-            assert_eq!(seen.action, XDP_PASS, "{packet}");
+        let run = |planned: &mut Planned, packet: &str| {
+            planned.loaded.run(&parse(&format!("eth client > us / {packet}")).unwrap()).unwrap()
+        };
+        for packet in errors {
+            assert_eq!(run(&mut planned, &packet).action, XDP_PASS, "{packet}");
             assert_eq!(planned.flow(&tuple), Some(before), "{packet}");
+            assert_eq!(planned.flows(), flows, "{packet}");
+        }
+        // The first fragment is the connection's packet, and the others know no more than its way.
+        let Went::To(backend) = at else { panic!("{at:?}") };
+        let [first, later] = fragments;
+        for packet in [&first, &later] {
+            let kept = planned.flow(&tuple);
+            planned.loaded.silence(5 * S).unwrap();
+            let silent = planned.flow(&tuple);
+            assert_ne!(silent, kept);
+            let seen = run(&mut planned, packet);
+            assert_eq!(seen.action, XDP_TX, "{packet}");
+            assert_eq!(seen.frame[..6], Host::Backend(backend).mac(), "{packet}");
+            assert_eq!(planned.flow(&tuple) == silent, packet == &later, "{packet}");
             assert_eq!(planned.flows(), flows, "{packet}");
         }
         assert_eq!(planned.send(&tuple, ack(1001)), at);

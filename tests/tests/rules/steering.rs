@@ -31,11 +31,11 @@ fn rule_01_an_untracked_bucket_steers_to_current_and_neither_reads_nor_writes_st
             let index = planned.index(other, family).unwrap();
             let left = Flow { last_ns: 7, backend: index.get(), ..Flow::default() };
             planned.store(&tuple, left);
-            for segment in
-                [syn(1000), ack(1001), fin(1001), rst(1002), tcp(0, 5), tcp(TCP_SYN | TCP_ACK, 9)]
-            {
+            for segment in [syn(1000), ack(1001), fin(1001), rst(1002), tcp(TCP_SYN | TCP_ACK, 9)] {
                 assert_eq!(planned.send(&tuple, segment), current, "{segment:?}");
             }
+            // No TCP sends that.
+            assert_eq!(planned.send(&tuple, tcp(0, 5)), Went::Dropped);
             assert_eq!(planned.flow(&tuple), Some(left), "it is not touched");
         }
         for tuple in tuples(family, IPPROTO_UDP).take(50) {
@@ -53,17 +53,20 @@ fn rule_02_a_syn_goes_to_current_and_is_remembered_and_what_is_unknown_goes_to_p
         let tuple = one_moved(&planned, family);
         let (new, old) = (current(&planned, &tuple), previous(&planned, &tuple));
         // A SYN with ACK, FIN or RST opens nothing.
-        for flags in [
-            0,
-            TCP_ACK,
-            TCP_FIN,
-            TCP_RST,
-            TCP_FIN | TCP_ACK,
-            TCP_SYN | TCP_ACK,
-            TCP_SYN | TCP_FIN,
-            TCP_SYN | TCP_RST,
+        for (flags, there) in [
+            (TCP_ACK, old),
+            (TCP_RST, old),
+            (TCP_FIN | TCP_ACK, old),
+            (TCP_SYN | TCP_ACK, old),
+            // What no TCP sends goes nowhere.
+            (0, Went::Dropped),
+            (TCP_FIN, Went::Dropped),
+            (TCP_SYN | TCP_FIN, Went::Dropped),
+            (TCP_SYN | TCP_RST, Went::Dropped),
         ] {
-            assert_eq!(planned.send(&tuple, tcp(flags, 5000)), old, "flags {flags:#x}");
+            let segment = tcp(flags, 5000);
+            assert!(!segment.opens(), "flags {flags:#x}");
+            assert_eq!(planned.send(&tuple, segment), there, "flags {flags:#x}");
             assert_eq!(planned.flow(&tuple), None, "flags {flags:#x}");
         }
         assert_eq!(establish(&mut planned, &tuple, 1000), new);

@@ -39,7 +39,15 @@ const TESTS: [(&str, &[&str]); 5] = [
     ("decap", &[]),
     ("packet_cases", &[]),
     ("datapath", &[]),
-    ("e2e", &["--test-threads", "1", "lifecycle::small_tables"]),
+    (
+        "e2e",
+        &[
+            "--test-threads",
+            "1",
+            "lifecycle::small_tables",
+            "networks::clients_and_backends_in_vlans",
+        ],
+    ),
 ];
 
 /// How large a machine for the tests is. Emulated on an idle host of two processors it
