@@ -8,7 +8,7 @@ use crate::{
         Config,
         model::{Forward, Service},
     },
-    resolve::{Survey, Unresolved},
+    resolve::{Seen, Survey, Unresolved, Way},
 };
 
 pub(super) fn checks(config: &Config, facts: &Facts) -> Vec<Check> {
@@ -76,42 +76,72 @@ const fn added_bytes(forward: Forward) -> u32 {
     }
 }
 
+/// Bytes of a VLAN tag.
+const TAG_BYTES: u32 = 4;
+
 /// Interfaces towards backends that take less than those that clients' packets come in by.
 fn sizes(service: &Service, config: &Config, survey: &Survey) -> Vec<Check> {
     let named = |name: &String| survey.links.iter().find(|link| link.name == *name);
-    let towards: BTreeSet<u32> = service
+    let towards: BTreeSet<Way> = service
         .versions
         .iter()
         .flat_map(|version| &version.backends)
         .filter_map(|backend| survey.ways.get(&backend.addr.ip()).copied())
         .collect();
+    let leads = |link: &&Seen| towards.iter().any(|way| way.ifindex == link.ifindex);
     // Those that lead to backends bring answers; clients may come by any other, or by all.
     let mut clients: Vec<_> = config.agent.interfaces.iter().filter_map(named).collect();
-    if clients.iter().any(|link| !towards.contains(&link.ifindex)) {
-        clients.retain(|link| !towards.contains(&link.ifindex));
+    if !clients.iter().all(&leads) {
+        clients.retain(|link| !leads(link));
     }
-    let Some(largest) = clients.iter().max_by_key(|link| link.mtu) else { return Vec::new() };
-    let needs = largest.mtu.saturating_add(added_bytes(service.forward));
-    let out = survey.links.iter().filter(|link| towards.contains(&link.ifindex));
-    out.map(|link| {
-        let about = format!("{} by {}", service.name, link.name);
+    let clients = clients.into_iter().map(|link| greeted(service, link, survey));
+    let Some(largest) = clients.max_by_key(|link| link.mtu) else { return Vec::new() };
+    let added = added_bytes(service.forward);
+    let needs = largest.mtu.saturating_add(added);
+    let mut checks = Vec::new();
+    for way in towards {
+        let (Some(named), Some(out)) = (survey.link(way.named), survey.link(way.ifindex)) else {
+            continue;
+        };
+        let about = format!("{} by {}", service.name, named.name);
         let evidence = "netlink (ip link)";
-        if link.mtu >= needs {
-            let found = format!("{} bytes, and packets have up to {needs}", link.mtu);
-            return Check::ok(Name::BackendMtu, found, evidence).about(about);
-        }
+        // Room for one tag is beside the MTU, for the kernel (net/core/dev.c, xdp_ok_fwd_dev) and
+        // for drivers.
+        let tags = way.tags.saturating_sub(1) * TAG_BYTES;
+        let below = needs.saturating_add(tags);
+        let (link, takes, wants, why) = if named.mtu < needs {
+            (named, named.mtu, needs, String::new())
+        } else if out.mtu < below {
+            let why = format!(", and {} tags on the way by {}", way.tags, named.name);
+            (out, out.mtu.saturating_sub(tags), below, why)
+        } else {
+            let found = format!("{} bytes, and packets have up to {needs}", named.mtu);
+            checks.push(Check::ok(Name::BackendMtu, found, evidence).about(about));
+            continue;
+        };
         let found = format!(
-            "{} takes {} bytes, and packets that come by {} have up to {needs}: larger ones are lost",
+            "{} takes {} bytes, and packets that come by {} have up to {needs}{why}: larger ones are lost",
             link.name, link.mtu, largest.name
         );
-        Check::warning(Name::BackendMtu, found, evidence).about(about).remedy(format!(
-            "ip link set {} mtu {needs} (and that of the network behind it), or ip link set {} mtu {}",
+        checks.push(Check::warning(Name::BackendMtu, found, evidence).about(about).remedy(format!(
+            "ip link set {} mtu {wants} (and that of the network behind it), or ip link set {} mtu {}",
             link.name,
             largest.name,
-            link.mtu.saturating_sub(added_bytes(service.forward))
-        ))
-    })
-    .collect()
+            takes.saturating_sub(added)
+        )));
+    }
+    checks
+}
+
+/// The device that says how large packets are which come in by `link`: a VLAN's on top of it, if
+/// that has the service's address.
+fn greeted<'a>(service: &Service, link: &'a Seen, survey: &'a Survey) -> &'a Seen {
+    let has = |one: &&Seen| {
+        let here = survey.addresses.iter().filter(|standing| standing.ifindex == one.ifindex);
+        here.into_iter().any(|standing| service.vips.contains(&standing.address))
+    };
+    let above = survey.links.iter().filter(|one| survey.stands_on(one, link.ifindex));
+    above.filter(has).max_by_key(|one| one.mtu).unwrap_or(link)
 }
 
 #[cfg(test)]
@@ -119,7 +149,10 @@ mod tests {
     use std::net::IpAddr;
 
     use super::*;
-    use crate::doctor::{Verdict, sample};
+    use crate::{
+        doctor::{Verdict, sample},
+        resolve::Standing,
+    };
 
     fn verdict(name: Name, change: impl FnOnce(&mut Config, &mut Facts)) -> Verdict {
         let (mut config, mut facts) = (sample::config(), sample::facts());
@@ -156,6 +189,7 @@ mod tests {
             (Unresolved::InterfaceGone { ifindex: 3 }, Verdict::Failed),
             (Unresolved::InterfaceDown { interface: interface() }, Verdict::Failed),
             (Unresolved::NotEthernet { interface: interface() }, Verdict::Failed),
+            (Unresolved::TooManyTags { interface: interface() }, Verdict::Failed),
             (Unresolved::TableFull { neighbour, interface: interface() }, Verdict::Failed),
             (resolving.clone(), Verdict::Warning),
             (Unresolved::Silent { neighbour, interface: interface() }, Verdict::Warning),
@@ -190,5 +224,64 @@ mod tests {
         assert_eq!(with(1500, 1500), Verdict::Ok);
         assert_eq!(with(1500, 9000), Verdict::Ok);
         assert_eq!(with(9000, 1500), Verdict::Warning);
+    }
+
+    /// What becomes of a way by a VLAN's device of 1,500 bytes on eth1, or by one on that.
+    fn tagged(tags: u32, eth0: u32, eth1: u32) -> Check {
+        let (config, mut facts) = (sample::config(), sample::facts());
+        let survey = facts.network.as_mut().expect("a survey");
+        for link in &mut survey.links {
+            match link.name.as_str() {
+                "eth0" => link.mtu = eth0,
+                "eth1" => link.mtu = eth1,
+                _ => {}
+            }
+        }
+        survey.links.push(Seen { ifindex: 9, name: "v".into(), mtu: 1500, ..Seen::default() });
+        for way in survey.ways.values_mut() {
+            *way = Way { named: 9, ifindex: 3, tags };
+        }
+        let check = checks(&config, &facts).into_iter().find(|one| one.name == Name::BackendMtu);
+        check.expect("looked at")
+    }
+
+    #[test]
+    fn tags_beyond_the_first_must_fit_too() {
+        assert_eq!(tagged(1, 1500, 1500).verdict, Verdict::Ok);
+        assert_eq!(tagged(2, 1500, 1504).verdict, Verdict::Ok);
+        assert_eq!(tagged(2, 1496, 1500).verdict, Verdict::Ok);
+        let check = tagged(2, 1500, 1500);
+        assert_eq!(check.verdict, Verdict::Warning);
+        assert!(check.found.contains("eth1 takes 1500 bytes") && check.found.contains("2 tags"));
+        let remedy = check.remedy.expect("what to do");
+        assert!(remedy.contains("set eth1 mtu 1504") && remedy.contains("set eth0 mtu 1496"));
+        // The VLAN's own device has a limit as well.
+        let check = tagged(1, 1504, 1504);
+        assert!(check.found.contains("v takes 1500 bytes"), "{check:?}");
+    }
+
+    #[test]
+    fn clients_in_a_vlan_send_what_its_device_takes() {
+        let with = |address: &str| {
+            verdict(Name::BackendMtu, |_, facts| {
+                let survey = facts.network.as_mut().expect("a survey");
+                survey.links.iter_mut().filter(|link| link.name == "eth0").for_each(|link| {
+                    link.mtu = 1508;
+                });
+                survey.links.push(Seen {
+                    ifindex: 9,
+                    name: "eth0.7".into(),
+                    kind: Some("vlan".into()),
+                    lower: Some(2),
+                    mtu: 1500,
+                    ..Seen::default()
+                });
+                let address = address.parse().expect("an address");
+                let standing = Standing { address, prefix_len: 32, ifindex: 9, ours: false };
+                survey.addresses.push(standing);
+            })
+        };
+        assert_eq!(with("203.0.113.10"), Verdict::Ok);
+        assert_eq!(with("203.0.113.11"), Verdict::Warning);
     }
 }

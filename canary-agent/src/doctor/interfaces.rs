@@ -353,10 +353,10 @@ fn towards_backends(config: &Config, facts: &Facts, survey: &Survey) -> Vec<Chec
     let mut translated = BTreeSet::new();
     for service in &config.services {
         for backend in service.versions.iter().flat_map(|version| &version.backends) {
-            let Some(ifindex) = survey.ways.get(&backend.addr.ip()) else { continue };
-            all.insert(*ifindex);
+            let Some(way) = survey.ways.get(&backend.addr.ip()) else { continue };
+            all.insert(way.ifindex);
             if service.forward == Forward::Nat {
-                translated.insert(*ifindex);
+                translated.insert(way.ifindex);
             }
         }
     }

@@ -9,7 +9,7 @@ use crate::{
     config::{self, Config},
     datapath::{Adoptable, PinsSeen, PlaceSeen},
     plan::NextHop,
-    resolve::{Seen, Survey},
+    resolve::{Seen, Survey, Way},
 };
 
 /// A configuration with one service of `nat`.
@@ -131,7 +131,7 @@ pub(super) fn facts() -> Facts {
             links: vec![link(1, "lo"), link(2, "eth0"), link(3, "eth1")],
             addresses: Vec::new(),
             hops: BTreeMap::from([(backend, Ok(hop))]),
-            ways: BTreeMap::from([(backend, 3)]),
+            ways: BTreeMap::from([(backend, Way { named: 3, ifindex: 3, tags: 0 })]),
         }),
         devices: BTreeMap::from([("eth0".to_owned(), device.clone()), ("eth1".to_owned(), device)]),
         programs: BTreeMap::new(),

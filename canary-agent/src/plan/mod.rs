@@ -214,6 +214,11 @@ impl Tags {
         Self { outer: abi::vlan::outer(word), inner: abi::vlan::inner(word), service }
     }
 
+    /// How many there are.
+    pub const fn count(self) -> u32 {
+        (self.outer != 0) as u32 + (self.inner != 0) as u32
+    }
+
     /// The word in map form.
     pub const fn word(self) -> u32 {
         abi::vlan::word(self.outer, self.inner, self.service)

@@ -35,7 +35,7 @@ use tokio::sync::{mpsc, watch};
 
 pub use self::{
     ports::{ParsePortsError, PortSet, PortsError, release_ports, reserve_ports, reserved_ports},
-    survey::{Seen, Standing, Survey, survey},
+    survey::{Seen, Standing, Survey, Way, survey},
     vip::{ADDRESS_PROTOCOL, Placed, VipError, VipManager, VipReport},
 };
 use crate::plan::{InterfaceMacs, NextHop};

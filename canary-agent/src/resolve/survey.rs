@@ -90,8 +90,41 @@ pub struct Survey {
     pub addresses: Vec<Standing>,
     /// The next hop of each destination, as far as the kernel knows it at this moment.
     pub hops: BTreeMap<IpAddr, Hop>,
-    /// The interface that each destination's route names, whether or not its neighbour is known.
-    pub ways: BTreeMap<IpAddr, u32>,
+    /// Where frames to each destination leave, whether or not its neighbour is known.
+    pub ways: BTreeMap<IpAddr, Way>,
+}
+
+/// Where frames to a destination leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Way {
+    /// The interface that its route names.
+    pub named: u32,
+    /// The one that they leave by: that below, where the other is a VLAN's.
+    pub ifindex: u32,
+    /// VLAN tags that they get on the way from one to the other.
+    pub tags: u32,
+}
+
+impl Survey {
+    /// A link by its index.
+    pub fn link(&self, ifindex: u32) -> Option<&Seen> {
+        self.links.iter().find(|link| link.ifindex == ifindex)
+    }
+
+    /// Whether a link is another one, or a VLAN's device on top of it.
+    pub fn stands_on(&self, link: &Seen, below: u32) -> bool {
+        let mut link = Some(link);
+        // A device on itself is none that the kernel makes: the bound is for what can't be.
+        for _ in 0..=self.links.len() {
+            let Some(one) = link else { return false };
+            if one.ifindex == below {
+                return true;
+            }
+            let vlan = one.kind.as_deref() == Some("vlan") && !one.lower_elsewhere;
+            link = one.lower.filter(|_| vlan).and_then(|lower| self.link(lower));
+        }
+        false
+    }
 }
 
 /// Looks at the network namespace of the calling thread.
@@ -130,12 +163,19 @@ pub fn survey(destinations: impl IntoIterator<Item = IpAddr>) -> io::Result<Surv
             Err(error) => Err(Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))),
         };
         let hop = choose::route(destination, answer).and_then(|route| {
-            ways.insert(destination, route.neighbour.ifindex);
+            ways.insert(destination, way(route.neighbour.ifindex, &tables));
             choose::next_hop(&route, &tables)
         });
         hops.insert(destination, hop);
     }
     Ok(Survey { links, addresses, hops, ways })
+}
+
+fn way(named: u32, tables: &Tables) -> Way {
+    match tables.link(named).and_then(|link| tables.way_down(link)) {
+        Some((ifindex, tags)) => Way { named, ifindex, tags: tags.count() },
+        None => Way { named, ifindex: named, tags: 0 },
+    }
 }
 
 fn emitted(message: &RouteNetlinkMessage) -> Vec<u8> {

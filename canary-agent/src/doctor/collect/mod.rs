@@ -164,7 +164,7 @@ fn places(config: &Config, options: &datapath::Options, listen: bool) -> Places 
 /// What drivers say of the configured interfaces, of those towards backends, and of peers.
 fn devices(config: &Config, survey: Option<&Survey>) -> BTreeMap<String, super::facts::Device> {
     let Some(survey) = survey else { return BTreeMap::new() };
-    let towards: BTreeSet<u32> = survey.ways.values().copied().collect();
+    let towards: BTreeSet<u32> = survey.ways.values().map(|way| way.ifindex).collect();
     let mut wanted: BTreeSet<u32> = survey
         .links
         .iter()
