@@ -62,6 +62,8 @@ struct Counts {
     /// Both, at the second with the most entries, and at the end of the hour.
     most: (usize, usize),
     at_end: (usize, usize),
+    /// Open connections that have an entry at the end of the hour, and all open ones.
+    open_at_end: (usize, usize),
     /// Entries that were made where packets without one go to the same backend.
     needless: u64,
     /// Connections whose packets went to two backends, but for those that outlived the drain.
@@ -211,6 +213,10 @@ fn ramp(drain: Duration, seed: u64) {
             counts.full_sum += full as u64;
             counts.at_end = (entries, full);
         }
+        if second == BEFORE_S + hour_s - 1 {
+            let held = open.keys().filter(|n| model.flows.get(&tuple(**n).key()).is_some());
+            counts.open_at_end = (held.count(), open.len());
+        }
         counts.most = counts.most.max((entries, full));
         let marked = second + 1 >= BEFORE_S && (second + 1 - BEFORE_S).is_multiple_of(300);
         if marked || second == end_s {
@@ -238,6 +244,7 @@ fn ramp(drain: Duration, seed: u64) {
         counts.most.1,
     );
     let (entries, full) = (counts.at_end.0 as u64, counts.at_end.1 as u64);
+    let (held, open) = (counts.open_at_end.0 as u64, counts.open_at_end.1 as u64);
     println!(
         "at the end of the hour: {entries} entries, {:.1} % of the {full} of full tracking with our \
          expiry, {:.1} % of the {} of one that keeps them until they are evicted; {} of those made \
@@ -246,6 +253,14 @@ fn ramp(drain: Duration, seed: u64) {
         percent(entries, counts.began),
         counts.began,
         counts.needless,
+    );
+    println!(
+        "{held} of these entries are of connections that are open, {:.1} % of the {open} open ones; \
+         {} of closed ones, {:.1} % of full tracking's {}",
+        percent(held, open),
+        entries - held,
+        percent(entries - held, full - open),
+        full - open,
     );
     println!(
         "{} connections changed their backend, and {} that outlived the drain",
