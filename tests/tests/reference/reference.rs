@@ -398,12 +398,7 @@ impl Reference {
                 allowed.extend(been());
                 allowed
             }
-            // Half-open and closing ones are over when another SYN comes.
-            (Sent::Open { .. }, Some(c))
-                if c.state == State::Closing || c.state == State::HalfOpen && c.sure =>
-            {
-                vec![bucket.current]
-            }
+            (Sent::Open { .. }, Some(c)) if self.over(c) => vec![bucket.current],
             (Sent::Open { .. }, Some(_)) => {
                 let mut allowed = vec![bucket.current];
                 allowed.extend(been());
@@ -427,6 +422,18 @@ impl Reference {
             allowed.push(bucket.current);
         }
         allowed
+    }
+
+    /// Whether a connection is over when another SYN comes: a half-open or closing one is. But
+    /// where the entry may be of a connection that was never closed before it, what it sends has
+    /// other numbers than that one's, and its end is taken for a forged one; with `nat` the server
+    /// has told both by then.
+    fn over(&self, c: &Connection) -> bool {
+        match c.state {
+            State::Open => false,
+            State::HalfOpen => c.sure,
+            State::Closing => c.sure || self.rules.nat,
+        }
     }
 
     /// Takes over what a packet has changed.
@@ -466,10 +473,7 @@ impl Reference {
             _ => port,
         };
         let epoch = bucket.origin.is_some().then_some(bucket.epoch);
-        let sure = fresh
-            || known
-                .as_ref()
-                .is_some_and(|c| c.state == State::Closing || c.state == State::HalfOpen && c.sure);
+        let sure = fresh || known.as_ref().is_some_and(|c| self.over(c));
         let new = |isn| Connection {
             sure,
             backend,
@@ -505,6 +509,16 @@ impl Reference {
     }
 }
 
+/// The connection of these cases.
+fn one_tuple() -> Tuple {
+    canary_tests::planned::tuple(
+        1,
+        canary_agent::plan::Family::V4,
+        10_000,
+        canary_ebpf_common::abi::IPPROTO_TCP,
+    )
+}
+
 /// A bucket of backend 1 that has moved there from 6, with neither to be reached, and a SYN that
 /// went nowhere; then 1 can be reached again.
 fn after_a_syn_that_went_nowhere(small: bool) -> (Reference, Tuple) {
@@ -515,12 +529,7 @@ fn after_a_syn_that_went_nowhere(small: bool) -> (Reference, Tuple) {
     reference.observe(0, &seen(6), |_| 0);
     reference.observe(0, &seen(1), |_| 0);
     reference.unreachable = BTreeSet::from([1, 6]);
-    let tuple = canary_tests::planned::tuple(
-        1,
-        canary_agent::plan::Family::V4,
-        10_000,
-        canary_ebpf_common::abi::IPPROTO_TCP,
-    );
+    let tuple = one_tuple();
     reference.judge(&tuple, 0, Sent::Open { isn: 7 }, (Went::Dropped, 0)).expect("nowhere to go");
     reference.unreachable.remove(&1);
     (reference, tuple)
@@ -539,4 +548,42 @@ fn a_syn_with_room_that_went_nowhere_is_held_to_the_only_backend_that_was_meant(
     let difference = reference.judge(&tuple, 0, Sent::Data, (Went::Dropped, 0)).unwrap_err();
     assert!(difference.contains("instead of To(1)"), "{difference}");
     reference.judge(&tuple, 0, Sent::Data, (Went::To(1), 0)).expect("its backend");
+}
+
+/// A connection at backend 1 has ended, with its bucket remembered, whose port was used for
+/// another that was never closed if `over_another`; then the bucket goes to 7.
+fn after_an_end(over_another: bool) -> (Reference, Tuple) {
+    let rules = Rules { nat: false, moves: false, small: false, drain_ms: None, idle_ms: 30_000 };
+    let mut reference = Reference::new(rules, 1_000_000);
+    let seen = |n| [Seen { current: Some(n), owner: 0, tracked: true }];
+    reference.observe(0, &seen(6), |_| 0);
+    reference.observe(0, &seen(1), |_| 0);
+    let tuple = one_tuple();
+    let again = over_another.then_some(Sent::Open { isn: 1 << 30 });
+    let sent = [Sent::Open { isn: 7 }, Sent::Data].into_iter().chain(again).chain([Sent::Reset]);
+    for sent in sent {
+        reference.judge(&tuple, 0, sent, (Went::To(1), 0)).expect("its backend");
+    }
+    reference.observe(0, &seen(7), |_| 0);
+    (reference, tuple)
+}
+
+#[test]
+fn a_port_is_new_again_after_an_end() {
+    let (mut reference, tuple) = after_an_end(false);
+    let open = Sent::Open { isn: 1 << 31 };
+    let difference = reference.judge(&tuple, 0, open, (Went::To(1), 0)).unwrap_err();
+    assert!(difference.contains("instead of To(7)"), "{difference}");
+    reference.judge(&tuple, 0, open, (Went::To(7), 0)).expect("where new connections go");
+}
+
+#[test]
+fn a_port_may_be_that_of_a_connection_that_was_never_closed_after_the_end_of_another() {
+    // The entry goes by the first one's numbers, and takes the other's RST for a forged one.
+    let (mut reference, tuple) = after_an_end(true);
+    let open = |isn| Sent::Open { isn };
+    reference.judge(&tuple, 0, open(2 << 30), (Went::To(1), 0)).expect("still in use");
+    reference.judge(&tuple, 0, Sent::Reset, (Went::To(1), 0)).expect("its backend");
+    reference.judge(&tuple, 0, open(3 << 30), (Went::To(1), 0)).expect("in use as before");
+    reference.judge(&tuple, 0, open(1), (Went::To(7), 0)).expect("where new connections go");
 }
