@@ -19,6 +19,7 @@ mod killed;
 mod lacking;
 mod latency;
 mod lifecycle;
+mod movement;
 mod networks;
 mod open_connections;
 mod packaged;
