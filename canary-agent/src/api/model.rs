@@ -489,7 +489,7 @@ pub struct UndoReport {
     pub undone: Vec<Event>,
     /// What becomes of services.
     pub services: Vec<ServiceUndo>,
-    /// Buckets whose owner changes, of all services.
+    /// Buckets that move, of all services.
     pub buckets_moved: u32,
     /// Backends that gain or lose buckets.
     pub backends_touched: Vec<String>,
@@ -511,7 +511,8 @@ pub struct ServiceUndo {
     pub service: String,
     /// Versions with their shares after it, control first.
     pub versions: Vec<ShareChange>,
-    /// Buckets whose owner changes.
+    /// Buckets whose owner changes; where a backend is told what it was before, those that steer
+    /// new connections elsewhere, as for `backend`.
     pub buckets_moved: u32,
     /// Backends that are told to be something else.
     pub backends: Vec<BackendTold>,

@@ -128,14 +128,13 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             state: admin.name().to_owned(),
             buckets_moved: preview.moved.iter().map(BucketSet::len).sum(),
             backends_touched: preview.touched.iter().map(ToString::to_string).collect(),
-            connections_per_second: self.connections_per_second(
-                &tables,
-                &preview.moved,
-                now.boot_ms,
-            ),
             notes: notes(state, addr, before, admin, &preview),
             ..BackendReport::default()
         };
+        if report.buckets_moved > 0 {
+            report.connections_per_second =
+                self.connections_per_second(&tables, &preview.moved, now.boot_ms);
+        }
         if !dry_run && before != admin {
             let change = BackendChange { addr, before, after: admin };
             self.store_backend(at, change, &terms, within, now)?;

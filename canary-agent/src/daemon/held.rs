@@ -87,7 +87,9 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let rate = |((index, part), counter): (&(BackendIndex, f64), BackendCounters)| {
             Some(self.samples.per_second(*index, counter.connections, now_ms)? * part)
         };
-        parts.iter().zip(counters).map(rate).sum()
+        let sum: Option<f64> = parts.iter().zip(counters).map(rate).sum();
+        // The sum of nothing is -0.0.
+        sum.map(|rate| rate + 0.0)
     }
 }
 

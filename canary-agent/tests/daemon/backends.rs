@@ -279,6 +279,10 @@ fn with_dsr_the_answer_says_how_many_begin_in_a_second() {
     assert!((rate - 50.0).abs() < 3.0, "{rate}");
     assert_eq!(report.connections_held, None);
     assert!(report.notes.iter().any(|note| note.contains("is not known")), "{:?}", report.notes);
+    // Where nothing moves there is nothing to say.
+    let none = agent.tell("10.0.1.1:443", "ready").unwrap();
+    assert_eq!((none.buckets_moved, none.connections_per_second), (0, None));
+    assert!(agent.tell("10.0.1.1:443", "drain").unwrap().connections_per_second.is_some());
 }
 
 #[test]

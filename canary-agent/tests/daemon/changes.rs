@@ -217,6 +217,25 @@ fn a_sequence_of_changes_is_taken_back_from_anywhere_to_anywhere() {
 }
 
 #[test]
+fn undo_says_how_many_buckets_a_backend_gets_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut agent = agent(&dir);
+    agent.split(&[("v2", "5%")]).unwrap();
+    let drained = agent.tell("10.0.1.1:443", "drain").unwrap();
+    assert!(drained.buckets_moved > 1_000, "{drained:?}");
+    let dry = undo(&mut agent, UndoRequest { dry_run: true, ..last() }).unwrap();
+    let report = undo(&mut agent, last()).unwrap();
+    for report in [dry, report] {
+        assert_eq!(report.buckets_moved, drained.buckets_moved, "{report:?}");
+        assert_eq!(report.services[0].buckets_moved, drained.buckets_moved, "{report:?}");
+        assert_eq!(report.backends_touched, drained.backends_touched, "{report:?}");
+    }
+    // Of a split those that change their owner count, there and back.
+    let split = agent.split(&[("v2", "25%")]).unwrap();
+    assert_eq!(undo(&mut agent, last()).unwrap().buckets_moved, split.buckets_moved);
+}
+
+#[test]
 fn undo_takes_back_what_a_backend_was_told_and_only_what_it_is_asked_for() {
     let dir = tempfile::tempdir().unwrap();
     let mut agent = agent(&dir);

@@ -117,7 +117,6 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let mut report = UndoReport {
             undone: changes.iter().map(|(number, one)| describe::change(0, *number, one)).collect(),
             services: backs.iter().map(|back| self.service_undo(back)).collect(),
-            buckets_moved: backs.iter().map(|back| back.proposal.moved).sum(),
             notes,
             ..UndoReport::default()
         };
@@ -163,13 +162,18 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         others.next().map_or(Ok(()), |pending| Err(self.still_waits(pending, now)))
     }
 
-    /// Says what moves, backends included. Returns by service which buckets.
+    /// Says what moves, backends included. Returns by service which buckets. Where backends are
+    /// told something those count, as they do for who told them so; else those with another owner.
     fn previews(&mut self, backs: &[Back], report: &mut UndoReport) -> Moved {
         let mut touched = std::collections::BTreeSet::new();
         let mut all = Vec::new();
-        for Back { at, proposal, told, .. } in backs {
+        for (Back { at, proposal, told, .. }, service) in backs.iter().zip(&mut report.services) {
             let told: Vec<_> = told.iter().map(|one| (one.addr, one.after)).collect();
             let preview = self.planner.preview(*at, Some(&proposal.ownership), &told);
+            if !told.is_empty() {
+                service.buckets_moved = preview.moved.iter().map(BucketSet::len).sum();
+            }
+            report.buckets_moved += service.buckets_moved;
             touched.extend(preview.touched);
             all.push((*at, preview.moved));
         }
