@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use canary_agent::api::model::ErrorBody;
+use canary_agent::api::model::{ErrorBody, Events};
 use canary_tests::{
     agent::{Agent, AgentOptions, Output},
     binary,
@@ -108,10 +108,15 @@ impl Public {
 
 /// Makes a command run as another user, after everything that needs root.
 fn as_user(command: &mut Command, uid: u32, gid: u32) {
+    as_member(command, uid, gid, []);
+}
+
+/// The same of one with more groups.
+fn as_member<const N: usize>(command: &mut Command, uid: u32, gid: u32, groups: [u32; N]) {
     // SAFETY: plain system calls; nothing is allocated.
     unsafe {
         command.pre_exec(move || {
-            nix::unistd::setgroups(&[])?;
+            nix::unistd::setgroups(&groups.map(Into::into))?;
             nix::unistd::setgid(gid.into())?;
             nix::unistd::setuid(uid.into())?;
             Ok(())
@@ -141,7 +146,8 @@ fn who_may_not_is_told_so() {
     }
     let bench = Bench::new(Way::Dsr, &VERSIONS);
     let mut options = AgentOptions::native(&bench.topology);
-    options.extra = format!("operators = {{ users = [{}] }}", NOBODY - 1);
+    options.extra =
+        format!("operators = {{ users = [{}], groups = [{}] }}", NOBODY - 1, NOBODY - 2);
     let agent = Agent::start(&bench.topology, &options, &bench.services(""));
     let program = Public::new(&agent).0;
     let run = |args: &[&str], change: &dyn Fn(&mut Command)| {
@@ -165,6 +171,19 @@ fn who_may_not_is_told_so() {
     let operator = |command: &mut Command| as_user(command, NOBODY - 1, 0);
     let output = run(&["split", SHOP, "v2=5%"], &operator);
     assert_eq!(output.code, 0, "{output:?}");
+    // So may whoever is in their group, as the kernel says, and nobody whose user has its number.
+    let group =
+        |gid: u32, more: u32| move |command: &mut Command| as_member(command, NOBODY, gid, [more]);
+    for (share, change) in [("v2=6%", group(NOBODY - 2, 0)), ("v2=8%", group(0, NOBODY - 2))] {
+        let output = run(&["split", SHOP, share], &change);
+        assert_eq!(output.code, 0, "{share}: {output:?}");
+    }
+    let of_another = |command: &mut Command| as_user(command, NOBODY - 2, 0);
+    let refused = run(&["split", SHOP, "v2=7%"], &of_another);
+    assert_refused(&refused, "a user with the group's number", 77, &["operators"]);
+    let events: Events = agent.json(&["events"]);
+    let whose = events.events.iter().rev().find(|event| event.after.contains_key("v2"));
+    assert_eq!(whose.and_then(|event| event.uid), Some(NOBODY), "{events:?}");
     agent.split(SHOP, "v2", "0");
 
     // The daemon itself, with places of its own.
