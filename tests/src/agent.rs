@@ -124,6 +124,11 @@ impl<'a> Agent<'a> {
         self.binary = binary::locate(name);
     }
 
+    /// The same with the program at a path.
+    pub fn upgrade_to(&mut self, binary: &Path) {
+        binary.clone_into(&mut self.binary);
+    }
+
     /// Writes the configuration anew.
     ///
     /// # Panics

@@ -34,6 +34,41 @@ pub fn locate(name: &str) -> PathBuf {
     path
 }
 
+/// Another build of `canary-agent` than the one of [`locate`]: the one that `CANARY_OTHER_AGENT`
+/// names, or that of the other profile beside this one's; `None` if there is none, or if it is
+/// older than its sources.
+///
+/// # Panics
+/// The one that the variable names is missing, or is this one.
+#[track_caller]
+pub fn other_agent() -> Option<PathBuf> {
+    let this = locate("canary-agent");
+    let (path, named) = match std::env::var_os("CANARY_OTHER_AGENT") {
+        Some(path) => (PathBuf::from(path), true),
+        None => {
+            let other = if cfg!(debug_assertions) { "release" } else { "debug" };
+            let profiles = this.ancestors().nth(2).expect("a folder of profiles");
+            (profiles.join(other).join("canary-agent"), false)
+        }
+    };
+    if !named
+        && modified(&path).is_some_and(|t| newer_source(&path.with_extension("d"), t).is_some())
+    {
+        return None;
+    }
+    match fs::read(&path) {
+        Ok(bytes) => {
+            let same = fs::read(&this).is_ok_and(|this| this == bytes);
+            assert!(!same, "{} is the build that runs already", path.display());
+            Some(path)
+        }
+        Err(error) => {
+            assert!(!named, "{}: {error}", path.display());
+            None
+        }
+    }
+}
+
 /// What builds a program.
 fn how(name: &str) -> &'static str {
     match name {

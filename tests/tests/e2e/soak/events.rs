@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -12,6 +13,7 @@ use canary_agent::api::{
 };
 use canary_tests::{
     agent::{Agent, AgentOptions},
+    binary,
     control::Control,
     lacking::Mounts,
     model::Random,
@@ -37,6 +39,7 @@ type Event = (usize, usize, &'static str, fn(&mut Soak<'_>));
 /// Whoever adds one finds everything checked after it.
 const EVENTS: &[Event] = &[
     (2, 100, "kills", |soak| soak.kill()),
+    (2, 20, "upgrades", |soak| soak.upgrade()),
     (2, 100, "reloads", |soak| soak.reload()),
     (1, 1, "stops", |soak| soak.stop()),
     (1, 5, "full disks", |soak| soak.fill_disk()),
@@ -62,6 +65,8 @@ type Counts = [u64; 3];
 pub(super) struct Soak<'a> {
     bench: &'a Bench,
     agent: Agent<'a>,
+    /// The builds that it is upgraded between: the one that runs first.
+    builds: [PathBuf; 2],
     disk: &'a SmallDisk,
     random: Random,
     pub(super) splits: Splits,
@@ -90,6 +95,23 @@ pub(super) fn services(bench: &Bench, random: &mut Random) -> String {
         + &bench.weighted_service(all, ECHO, ECHO_PORT, &["tcp", "udp"], &keys, weight)
 }
 
+/// The build that is tested, and another one. Where no other was built, the short run goes between
+/// two copies of this one.
+#[track_caller]
+fn builds(agent: &Agent<'_>) -> [PathBuf; 2] {
+    let other = binary::other_agent().unwrap_or_else(|| {
+        assert!(
+            !super::long(),
+            "upgrades need another build: `cargo build -p canary-agent` with and without `--release`, or name \
+             one in CANARY_OTHER_AGENT"
+        );
+        let copy = agent.folder().join("canary-agent");
+        fs::copy(agent.binary(), &copy).expect("a copy of the program");
+        copy
+    });
+    [agent.binary().to_owned(), other]
+}
+
 /// With room for every connection of the whole run: none may be forgotten for want of it.
 pub(super) fn options(bench: &Bench) -> AgentOptions {
     let extra = "capacity = { flows = 400000 }".to_owned();
@@ -110,9 +132,11 @@ impl<'a> Soak<'a> {
         agent.split(SHOP, "v2", "40%");
         agent.split(ECHO, "v2", "60%");
         let splits = Splits::begin(&agent, FIRST_CLIENT..FIRST_CLIENT + CLIENTS);
+        let builds = builds(&agent);
         let mut soak = Self {
             bench,
             agent,
+            builds,
             disk,
             random,
             splits,
@@ -232,6 +256,24 @@ impl<'a> Soak<'a> {
             self.asked = share;
         }
         self.splits.settled(&self.agent, from);
+    }
+
+    /// Ended as a service manager does it, and started as another build: there and back.
+    fn upgrade(&mut self) {
+        let before = self.running();
+        self.agent.stop(Signal::SIGTERM);
+        self.builds.reverse();
+        self.agent.upgrade_to(&self.builds[0]);
+        self.begin_again();
+        let after = self.running();
+        assert_eq!(after, fs::canonicalize(&self.builds[0]).expect("the program"));
+        assert_ne!(before, after, "it is the same build");
+    }
+
+    /// The program that runs.
+    fn running(&self) -> PathBuf {
+        let pid = self.agent.pid().expect("it runs");
+        fs::read_link(format!("/proc/{pid}/exe")).expect("a program")
     }
 
     /// Another configuration, by the command or by a signal.

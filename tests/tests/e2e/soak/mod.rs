@@ -1,5 +1,5 @@
-//! All that may happen to an agent, over and over, under traffic: it is killed, reloaded and
-//! stopped, its state is deleted, damaged, full and read-only, while connections are held open
+//! All that may happen to an agent, over and over, under traffic: it is killed, upgraded, reloaded
+//! and stopped, its state is deleted, damaged, full and read-only, while connections are held open
 //! and new ones come.
 //!
 //! None of either may break, none may go to a version that the split in force does not send it
