@@ -16,14 +16,27 @@ pub(crate) fn map<I: Send, T: Send>(
     buckets: usize,
     work: impl Fn(I) -> T + Sync,
 ) -> Vec<T> {
+    map_with(items, buckets, || (), |(), item| work(item))
+}
+
+/// The same where each thread has something of its own, which `begin` makes: memory that is used
+/// again.
+pub(crate) fn map_with<I: Send, T: Send, S>(
+    items: Vec<I>,
+    buckets: usize,
+    begin: impl Fn() -> S + Sync,
+    work: impl Fn(&mut S, I) -> T + Sync,
+) -> Vec<T> {
     let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get).min(items.len());
     if threads < 2 || buckets < WORTH_IT {
-        return items.into_iter().map(work).collect();
+        let mut own = begin();
+        return items.into_iter().map(|item| work(&mut own, item)).collect();
     }
     let queue = Mutex::new(items.into_iter().enumerate());
     let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
     let some = || -> Vec<(usize, T)> {
-        std::iter::from_fn(next).map(|(at, item)| (at, work(item))).collect()
+        let mut own = begin();
+        std::iter::from_fn(next).map(|(at, item)| (at, work(&mut own, item))).collect()
     };
     let mut made = thread::scope(|scope| {
         let others: Vec<_> = (1..threads).map(|_| scope.spawn(some)).collect();

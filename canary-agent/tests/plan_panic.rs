@@ -102,6 +102,7 @@ proptest! {
         forgets in prop::bool::weighted(0.2),
         learns in any::<bool>(),
         moves in prop::bool::weighted(0.3),
+        split in 0..BUCKETS as usize,
     ) {
         let mode = if nat { ForwardMode::Nat } else { ForwardMode::Dsr };
         let mut flags = mode as u32;
@@ -111,14 +112,32 @@ proptest! {
         let of = |index: BackendIndex| ones.get(usize::from(index.get()).wrapping_sub(1));
         let is_control = |index: BackendIndex| of(index).is_some_and(|one| one.0 == 0);
         let takers = takers(&ones);
-        let panicking = Panicking { table: &table, backends: &backends, moves, now_ms: NOW_MS };
-        let Ok(diverted) = panicking.divert() else {
+        let (control, record) = (table.control, table.record.as_ref());
+        let panicking =
+            Panicking { control, record, backends: &backends, moves, now_ms: NOW_MS };
+        // What was another table's before leaves nothing behind.
+        let mut diverted = Diverted::default();
+        let _ = panicking.divert(&table.entries[1..], &mut diverted);
+        let Ok(()) = panicking.divert(&table.entries, &mut diverted) else {
             prop_assert!(takers.is_empty());
             return Ok(());
         };
         prop_assert!(!takers.is_empty());
-        let Diverted { entries, ledger, owned, moved, touched: _, others } = diverted;
-        prop_assert_eq!(others.len(), ones.iter().filter(|one| one.0 != 0).count());
+        let foreign = panicking.others().count();
+        prop_assert_eq!(foreign, ones.iter().filter(|one| one.0 != 0).count());
+        let mut ledger = table.ledger.clone();
+        let mut foreign = 0;
+        let (first, second) = table.ledger.split_at(split);
+        for (at, recorded) in [(0, first), (split, second)] {
+            panicking.records(&diverted, at, recorded, |bucket, old, new| {
+                assert_eq!(old, ledger[bucket]);
+                foreign += u32::from(old.owner() != 0);
+                ledger[bucket] = new;
+            });
+        }
+        let of_others = table.ledger.iter().filter(|one| one.owner() != 0).count() as u32;
+        prop_assert_eq!(foreign, of_others);
+        let (entries, moved) = (&diverted.entries, diverted.moved);
         let mut given: BTreeMap<BackendIndex, u32> = BTreeMap::new();
         for bucket in 0..BUCKETS as usize {
             let (old, new) = (table.entries[bucket], entries[bucket]);
@@ -145,8 +164,6 @@ proptest! {
             }
         }
         prop_assert_eq!(given.values().sum::<u32>(), moved);
-        let foreign = table.ledger.iter().filter(|one| one.owner() != 0).count() as u32;
-        prop_assert_eq!(owned.values().sum::<u32>(), foreign);
         // Weights hold to one bucket among what was given out.
         let total: u32 = takers.values().sum();
         for (index, count) in &given {

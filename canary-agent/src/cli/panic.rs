@@ -8,11 +8,13 @@
 use std::{
     collections::BTreeSet,
     hash::{BuildHasher, Hasher, RandomState},
+    os::unix::net::UnixStream,
     path::Path,
     process::ExitCode,
     time::{Duration, Instant},
 };
 
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use tokio::time::timeout;
 
 use super::{
@@ -30,7 +32,7 @@ use crate::{
         panic::{PanicReport, PanicRequest, PanicService},
     },
     daemon,
-    datapath::{self, Done, PanicOrder, Panicked, Pinned},
+    datapath::{self, Done, NotMoved, PanicOrder, Panicked, Pinned},
 };
 
 const TARGET: &str = "/v1/panic";
@@ -43,11 +45,15 @@ pub(super) fn run(global: &Global, panic: args::Panic, json: bool) -> Result<Exi
     let id = RandomState::new().build_hasher().finish() >> 11;
     let request = PanicRequest { service, moves, reason, dry_run, id: Some(id) };
     let client = client(global);
-    let (answer, report) = wait_for(async {
+    let (answer, report, whole) = wait_for(async {
+        if let Some(why) = stopped(client.socket()) {
+            let (report, whole) = through_maps(&global.config, &request, begun, &why)?;
+            return Ok((None, report, whole));
+        }
         let asking = client.post_long(TARGET, &request);
         tokio::pin!(asking);
         let why = match timeout(agent_timeout, &mut asking).await {
-            Ok(Ok(answer)) => return Ok((Some(answer.text()), answer.read()?)),
+            Ok(Ok(answer)) => return Ok((Some(answer.text()), answer.read()?, true)),
             Ok(Err(failure)) if !failure.is_silence() => return Err(failure),
             Ok(Err(failure)) => failure,
             Err(_) => {
@@ -61,12 +67,12 @@ pub(super) fn run(global: &Global, panic: args::Panic, json: bool) -> Result<Exi
             // It may only be slow, and is all that is left.
             Err(denied) if denied.exit_code() == exit::NOT_PERMITTED && why.is_late() => {
                 match asking.await {
-                    Ok(answer) => Ok((Some(answer.text()), answer.read()?)),
+                    Ok(answer) => Ok((Some(answer.text()), answer.read()?, true)),
                     Err(failure) if failure.is_silence() => Err(denied),
                     Err(failure) => Err(failure),
                 }
             }
-            done => Ok((None, done?)),
+            done => done.map(|(report, whole)| (None, report, whole)),
         }
     })?;
     let report: PanicReport = report;
@@ -81,16 +87,36 @@ pub(super) fn run(global: &Global, panic: args::Panic, json: bool) -> Result<Exi
         (false, _) => print(&shown(&report))?,
     }
     let refused = report.services.iter().any(|service| service.refused.is_some());
-    Ok(ExitCode::from(if refused { exit::FAILED } else { exit::DONE }))
+    Ok(ExitCode::from(if refused || !whole { exit::FAILED } else { exit::DONE }))
 }
 
-/// Does it without an agent, which is silent for the reason `why`.
+/// Why an agent is not worth waiting for: its process is stopped. It adopts what is done when it
+/// goes on.
+fn stopped(socket: &Path) -> Option<Failure> {
+    let stream = UnixStream::connect(socket).ok()?;
+    let pid = getsockopt(&stream, PeerCredentials).ok()?.pid();
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    is_stopped(&stat).then(|| {
+        let message = format!("the agent at {}, process {pid}, is stopped", socket.display());
+        Failure::new("timeout", exit::UNREACHABLE, message)
+    })
+}
+
+/// Whether a process's `stat` says that a signal or a debugger has stopped it (proc_pid_stat(5)).
+fn is_stopped(stat: &str) -> bool {
+    // The name before may hold anything.
+    let state = stat.rsplit_once(") ").map(|(_, after)| after.split(' ').next());
+    matches!(state, Some(Some("T" | "t")))
+}
+
+/// Does it without an agent, which is silent for the reason `why`. Returns whether all maps that an
+/// interface may be steered by were understood, too.
 fn through_maps(
     config: &Path,
     request: &PanicRequest,
     begun: Instant,
     why: &Failure,
-) -> Result<PanicReport, Failure> {
+) -> Result<(PanicReport, bool), Failure> {
     let bpffs = detach::bpffs(config)?;
     let failed = |error: datapath::Error| {
         if error.not_permitted() {
@@ -140,7 +166,7 @@ fn through_maps(
         done = pinned.panic(&order).map_err(failed)?;
     }
     if let ([one], Some(_)) = (&done.services[..], &request.service)
-        && one.refused.is_some()
+        && matches!(one.refused, Some(NotMoved::NobodyLeft(_)))
     {
         let service = refused(one);
         return Err(Failure::new(
@@ -150,7 +176,8 @@ fn through_maps(
         )
         .help("start an agent, bring a backend of control back with `canary-agent backend ready`, and ask again"));
     }
-    Ok(report(done, request, begun, why))
+    let whole = done.unread.is_none();
+    Ok((report(done, request, begun, why), whole))
 }
 
 /// What was done to the maps, as an agent would say it.
@@ -167,7 +194,8 @@ fn report(done: Done, request: &PanicRequest, begun: Instant, why: &Failure) -> 
     if let Some(unread) = unread {
         notes.push(format!(
             "an agent was ended while it put these in the place of the maps at {}, which this release does \
-             not read: an interface may be steered by those until an agent is started",
+             not read: an interface may be steered by those until an agent is started, and their services \
+             were not moved there",
             unread.display()
         ));
     }
@@ -210,8 +238,20 @@ fn report(done: Done, request: &PanicRequest, begun: Instant, why: &Failure) -> 
 }
 
 fn became(one: &Panicked) -> PanicService {
-    if one.refused.is_some() {
-        return refused(one);
+    match &one.refused {
+        Some(NotMoved::NobodyLeft(_)) => return refused(one),
+        Some(why @ (NotMoved::Unusable(_) | NotMoved::Contended)) => {
+            return PanicService {
+                service: one.service.clone(),
+                buckets_moved: one.moved,
+                refused: Some(format!(
+                    "service `{}`: {why}; some of its buckets may not be control's: start an agent, or ask again",
+                    one.service
+                )),
+                ..PanicService::default()
+            };
+        }
+        None => {}
     }
     let Panicked { service, control, had, buckets, moved, .. } = one;
     let share = |count: u32| f64::from(count) / f64::from((*buckets).max(1));
@@ -237,7 +277,7 @@ fn became(one: &Panicked) -> PanicService {
 
 fn refused(one: &Panicked) -> PanicService {
     let Panicked { service, control, refused, .. } = one;
-    let why = refused.map_or_else(String::new, |why| why.to_string());
+    let why = refused.as_ref().map_or_else(String::new, ToString::to_string);
     PanicService {
         service: service.clone(),
         refused: Some(format!(
@@ -320,4 +360,24 @@ fn shown(report: &PanicReport) -> String {
         out.push_str("nothing was changed (--dry-run)\n");
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stopped_process_is_told_from_others() {
+        for (stat, expected) in [
+            ("17 (canary-agent) T 1 17 17 0", true),
+            ("17 (canary-agent) t 1 17 17 0", true),
+            ("17 (canary-agent) S 1 17 17 0", false),
+            ("17 (a) T (b) R 1 17 17 0", false),
+            ("17 (a) R (b) T 1 17 17 0", true),
+            ("17", false),
+            ("", false),
+        ] {
+            assert_eq!(is_stopped(stat), expected, "{stat}");
+        }
+    }
 }

@@ -289,7 +289,8 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             }
         };
         let mut adopted = adopted;
-        let marks = std::mem::take(&mut adopted.panics);
+        let mut marks = std::mem::take(&mut adopted.panics);
+        let from_the_store = adopted.services.is_empty();
         let (planner, unsaved) = Planner::begin(Start {
             config,
             adopted,
@@ -347,6 +348,10 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let readable = !state.alerts.contains_key("store");
         if readable {
             state.find_panicked();
+        }
+        if from_the_store {
+            // The maps say it of tables that are set up anew, so that what is open stays.
+            marks.retain(|mark| state.parked.contains_key(&mark.service));
         }
         // Before anything of it is in force.
         state.adopt_marks(marks);

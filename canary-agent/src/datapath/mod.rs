@@ -8,6 +8,7 @@ mod apply;
 mod attach;
 mod census;
 mod decap;
+mod directory;
 pub mod flows;
 mod handover;
 mod kernel;
@@ -30,7 +31,7 @@ use std::{
     ops::RangeInclusive,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
-    sync::{Arc, PoisonError, atomic::Ordering},
+    sync::{Arc, PoisonError},
     time::Duration,
 };
 
@@ -39,10 +40,7 @@ use aya::{
     maps::{Array, Map, MapData, MapError},
     programs::{ProgramError, ProgramInfo, Xdp},
 };
-use canary_ebpf_common::{
-    abi::{self, ABI_VERSION, Backend, LedgerEntry, PAGE_BUCKETS},
-    entry::Entry,
-};
+use canary_ebpf_common::abi::{self, ABI_VERSION, Backend, PAGE_BUCKETS};
 
 pub use self::{
     apply::Applied,
@@ -52,13 +50,14 @@ pub use self::{
     handover::Handover,
     look::{Adoptable, OLDEST, PinsSeen, PlaceSeen},
     look::{lacks, maps_bytes, pinned, place, program_names, release, takes_parts},
-    panic::{Done, PanicOrder, Panicked, Pinned},
+    panic::{Done, NotMoved, PanicOrder, Panicked, Pinned},
     pins::Made,
     reader::Reader,
     sweep::{Sweeper, Swept},
 };
 use self::{
     apply::Maps,
+    directory::{directory, table_of, unpadded},
     flows::FlowTable,
     kernel::{Refused, Release},
     mapping::{Mapping, Pages},
@@ -71,7 +70,7 @@ use self::{
 use crate::{
     config::model::{Capacity, XdpMode},
     failpoint::Failpoint,
-    plan::{Adopted, AdoptedService, DataPlane, Family, InterfaceMacs, PanicMark},
+    plan::{Adopted, DataPlane, InterfaceMacs, PanicMark},
 };
 
 /// So long somebody is waited for who writes tables behind our back.
@@ -376,7 +375,9 @@ impl Datapath {
                 datapath.staged = true;
                 datapath.handover = Some(Handover::from_the_store(&why));
                 Failpoint::BesideMade.pass();
-                Ok((datapath, Adopted::default()))
+                // Tables may be unreadable or too large, and what sent them to control be known.
+                let panics = panic::waiting(pins);
+                Ok((datapath, Adopted { panics, ..Adopted::default() }))
             }
         }
     }
@@ -542,9 +543,14 @@ impl Datapath {
         let applied = self.maps.apply(before.as_ref(), desired)?;
         if self.staged {
             Failpoint::BesideFilled.pass();
+            // The store knows nothing yet of what was sent to control while no agent answered.
+            let (held, mut seen) = (panic::lock(&self.pins, PANIC_PATIENCE)?, 0);
+            panic::catch_up(&self.pins, &self.pins.beside(), &mut seen)?;
             self.pins.switch(After::Forget)?;
             self.staged = false;
             Failpoint::SetsSwitched.pass();
+            panic::catch_up(&self.pins.beside(), &self.pins, &mut seen)?;
+            drop(held);
         }
         self.applied = Some(desired.clone());
         self.reader.set_used(vec![
@@ -811,59 +817,4 @@ fn read(maps: &Maps) -> Result<Adopted, Error> {
     let tables = adopted.services.iter().map(|table| (table.id, table.name.as_str()));
     adopted.panics = maps.marks.all_waiting(tables);
     Ok(adopted)
-}
-
-/// The tables that there are, by their index.
-fn directory(
-    info: &Array<MapData, pod::ServiceInfo>,
-) -> Result<Vec<(u16, abi::ServiceInfo)>, Error> {
-    let mut found = Vec::new();
-    for id in 0..info.len() {
-        let pod::ServiceInfo(info) = info.get(&id, 0)?;
-        if info.name[0] != 0 {
-            found.push((id as u16, info));
-        }
-    }
-    Ok(found)
-}
-
-/// The pages of a table, which are there.
-fn pages_of(info: &abi::ServiceInfo, table: &Pages) -> Result<std::ops::Range<u32>, Error> {
-    let end = info.first_page.saturating_add(info.buckets.div_ceil(PAGE_BUCKETS));
-    match end <= table.count() {
-        true => Ok(info.first_page..end),
-        false => Err(Error::OutOfRange { what: "table page", index: info.first_page }),
-    }
-}
-
-/// A table as it lies in the maps. Its packets are not counted.
-fn table_of(
-    id: u16,
-    info: &abi::ServiceInfo,
-    table: &Pages,
-    ledger: &Pages,
-    record: Option<abi::Service>,
-) -> Result<AdoptedService, Error> {
-    let pages = pages_of(info, table)?;
-    let (table, ledger) = (table.map(pages.clone())?, ledger.map(pages)?);
-    let buckets = info.buckets as usize;
-    let (entries, ledger) = (&table.words32()[..buckets], &ledger.words64()[..buckets]);
-    Ok(AdoptedService {
-        id,
-        name: unpadded(&info.name),
-        family: if info.family == 6 { Family::V6 } else { Family::V4 },
-        versions: info.versions.iter().map(|v| unpadded(v)).collect(),
-        control: info.control as u8,
-        first_page: info.first_page,
-        buckets: info.buckets,
-        entries: entries.iter().map(|w| Entry(w.load(Ordering::Relaxed))).collect(),
-        ledger: ledger.iter().map(|w| LedgerEntry(w.load(Ordering::Relaxed))).collect(),
-        record,
-        packets: 0,
-    })
-}
-
-fn unpadded(name: &[u8]) -> String {
-    let end = name.iter().position(|b| *b == 0).unwrap_or(name.len());
-    String::from_utf8_lossy(&name[..end]).into_owned()
 }

@@ -25,23 +25,25 @@ use std::{
 use aya::maps::{Array, Map, MapData};
 use canary_ebpf_common::{
     abi::{self, LedgerEntry, PAGE_BUCKETS, PANIC_MOVE, PANIC_REASON_BYTES},
+    differing,
     entry::{BackendIndex, Entry},
+    ones,
 };
 use nix::fcntl::{Flock, FlockArg};
 
 use super::{
     Error, apply,
+    directory::{directory, pages_of, unpadded},
     flows::FlowTable,
     mapping::{Mapping, Pages},
-    pages_of,
     pins::Pins,
-    pod, table_of, unpadded,
+    pod,
     vips::VipTable,
 };
 use crate::{
     failpoint::Failpoint,
     parallel,
-    plan::{AdoptedService, BootMs, Diverted, NobodyLeft, PanicMark, Panicking},
+    plan::{BootMs, Diverted, NobodyLeft, PanicMark, Panicking},
 };
 
 /// 64-bit words of a mark.
@@ -122,10 +124,13 @@ impl Marks {
         tables.filter_map(|(table, service)| self.waiting(table, service)).collect()
     }
 
-    /// An agent has made `marks` its own. One that was written over meanwhile still waits.
+    /// An agent has made `marks` its own. One that was written over meanwhile still waits; and these
+    /// may be of other maps than these.
     pub(super) fn adopted(&self, marks: &[PanicMark]) {
         for mark in marks {
-            if let Some(words) = self.words(mark.table) {
+            if let Some(words) = self.words(mark.table)
+                && words[0].load(Ordering::Acquire) == mark.number
+            {
                 words[1].store(mark.number, Ordering::Release);
             }
         }
@@ -205,6 +210,20 @@ impl PanicOrder {
     }
 }
 
+/// Why a service is not control's.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotMoved {
+    /// It was left as it is.
+    #[error(transparent)]
+    NobodyLeft(#[from] NobodyLeft),
+    /// A table of it can't be read or written.
+    #[error("a table of it can't be used: {0}")]
+    Unusable(String),
+    /// Some buckets may not have moved.
+    #[error("somebody else goes on writing a table of it")]
+    Contended,
+}
+
 /// What became of a service.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Panicked {
@@ -220,8 +239,8 @@ pub struct Panicked {
     pub moved: u32,
     /// Backends that have lost or gained some.
     pub touched: BTreeSet<SocketAddr>,
-    /// Why it was left as it is.
-    pub refused: Option<NobodyLeft>,
+    /// Why it was left as it is, or is not wholly control's.
+    pub refused: Option<NotMoved>,
     /// An earlier one waits for an agent.
     pub earlier: Option<PanicMark>,
 }
@@ -230,34 +249,35 @@ impl Panicked {
     /// A service of one table.
     fn of(
         found: &Found<'_>,
-        diverted: &Diverted,
-        refused: Option<NobodyLeft>,
+        became: Became,
+        refused: Option<NotMoved>,
         earlier: Option<PanicMark>,
     ) -> Self {
         let Found { info, name, .. } = found;
         let version =
             |slot: u8| info.versions.get(usize::from(slot)).map_or(String::new(), |v| unpadded(v));
         let mut had: Vec<(String, u32)> =
-            diverted.owned.iter().map(|(slot, count)| (version(*slot), *count)).collect();
+            became.owned.iter().map(|(slot, count)| (version(*slot), *count)).collect();
         had.sort();
         Self {
             service: name.clone(),
             control: version(u8::try_from(info.control).unwrap_or(u8::MAX)),
             had,
             buckets: info.buckets,
-            moved: diverted.owned.values().sum(),
-            touched: diverted.touched.clone(),
-            refused,
+            moved: became.owned.values().sum(),
+            touched: became.touched,
+            refused: refused.or(became.unfinished),
             earlier,
         }
     }
 
     /// The same service's table of the other family.
-    fn has_another(&mut self, diverted: &Diverted, earlier: Option<PanicMark>) {
-        self.touched.extend(&diverted.touched);
+    fn has_another(&mut self, became: Became, earlier: Option<PanicMark>) {
+        self.touched.extend(became.touched);
+        self.refused = self.refused.take().or(became.unfinished);
         self.earlier = self.earlier.take().or(earlier);
         // Both families have the same owners, unless an agent was stopped between them.
-        self.moved = self.moved.max(diverted.owned.values().sum());
+        self.moved = self.moved.max(became.owned.values().sum());
     }
 }
 
@@ -273,6 +293,28 @@ pub struct Done {
     /// Maps of another layout that an interface may be steered by as well: an agent was ended while
     /// others took their place. They were left as they are.
     pub unread: Option<PathBuf>,
+}
+
+/// What became of a table.
+#[derive(Debug, Default)]
+struct Became {
+    /// Buckets whose owner has changed, by version slot before.
+    owned: HashMap<u8, u32>,
+    /// Backends that have lost or gained some.
+    touched: BTreeSet<SocketAddr>,
+    /// Backends of other versions than control.
+    others: Vec<BackendIndex>,
+    /// Why some of it may not be control's.
+    unfinished: Option<NotMoved>,
+}
+
+/// What a thread works on one table after the other with.
+#[derive(Default)]
+struct Bench {
+    /// As they were found.
+    entries: Vec<Entry>,
+    /// As they are to be.
+    diverted: Diverted,
 }
 
 /// A table that the directory names.
@@ -480,7 +522,7 @@ impl Set {
     }
 
     fn directory(&self) -> Result<Vec<(u16, abi::ServiceInfo)>, Error> {
-        super::directory(&self.info)
+        directory(&self.info)
     }
 
     fn panic(&self, order: &PanicOrder) -> Result<Done, Error> {
@@ -507,14 +549,18 @@ impl Set {
             self.marks.leave(order, &ids)?;
             Failpoint::PanicMarked.pass();
         }
-        let became = self.each(&tables, |found| match goes(&found) {
-            true if order.dry_run => {
-                let table = self.read(found)?;
-                Ok(self.panicking(&table, order).divert().unwrap_or_default())
-            }
-            true => self.send(found, order),
-            false => Ok(Diverted::default()),
-        })?;
+        let buckets = tables.iter().map(|found| found.info.buckets as usize).sum();
+        let became =
+            parallel::map_with(tables.iter().collect(), buckets, Bench::default, |bench, found| {
+                match goes(&found) {
+                    // Others go on where one can't.
+                    true => self.send(found, order, bench).unwrap_or_else(|error| Became {
+                        unfinished: Some(NotMoved::Unusable(error.to_string())),
+                        ..Became::default()
+                    }),
+                    false => Became::default(),
+                }
+            });
         if !order.dry_run {
             // For an agent that has begun to read meanwhile: it reads again.
             self.marks.counted();
@@ -524,14 +570,14 @@ impl Set {
         let mut services: Vec<Panicked> = Vec::new();
         let mut listed: HashMap<&str, usize> = HashMap::new();
         let mut others: BTreeSet<BackendIndex> = BTreeSet::new();
-        for ((found, diverted), earlier) in tables.iter().zip(became).zip(earlier) {
-            others.extend(&diverted.others);
-            let refused = refused.get(&*found.name).copied();
+        for ((found, became), earlier) in tables.iter().zip(became).zip(earlier) {
+            others.extend(&became.others);
+            let refused = refused.get(&*found.name).map(|nobody| NotMoved::from(*nobody));
             match listed.get(&*found.name) {
-                Some(at) => services[*at].has_another(&diverted, earlier),
+                Some(at) => services[*at].has_another(became, earlier),
                 None => {
                     listed.insert(&found.name, services.len());
-                    services.push(Panicked::of(found, &diverted, refused, earlier));
+                    services.push(Panicked::of(found, became, refused, earlier));
                 }
             }
         }
@@ -542,11 +588,6 @@ impl Set {
         Ok(Done { services, cut, took, unread: None })
     }
 
-    fn read(&self, found: &Found<'_>) -> Result<AdoptedService, Error> {
-        let record = self.records.get(&u32::from(found.id)).copied();
-        table_of(found.id, found.info, &self.table, &self.ledger, record)
-    }
-
     /// The records of a table's backends.
     fn backends_of(&self, table: u16) -> &[(BackendIndex, abi::Backend)] {
         let first = self.backends.partition_point(|(_, b)| b.service < table);
@@ -554,47 +595,50 @@ impl Set {
         &its[..its.partition_point(|(_, b)| b.service == table)]
     }
 
-    fn panicking<'a>(&'a self, table: &'a AdoptedService, order: &PanicOrder) -> Panicking<'a> {
-        let backends = self.backends_of(table.id);
-        Panicking { table, backends, moves: order.moves, now_ms: order.now_ms }
-    }
-
-    /// Writes a table until all of it is control's, whoever writes beside. Returns what became
-    /// of it at first.
-    fn send(&self, found: &Found<'_>, order: &PanicOrder) -> Result<Diverted, Error> {
+    /// Writes a table until all of it is control's, whoever writes beside, or only finds out what
+    /// would become of it. Returns what became of it at first.
+    fn send(
+        &self,
+        found: &Found<'_>,
+        order: &PanicOrder,
+        bench: &mut Bench,
+    ) -> Result<Became, Error> {
+        let panicking = Panicking {
+            control: found.info.control as u8,
+            record: self.records.get(&u32::from(found.id)),
+            backends: self.backends_of(found.id),
+            moves: order.moves,
+            now_ms: order.now_ms,
+        };
         let pages = pages_of(found.info, &self.table)?;
         let (table, ledger) = (self.table.map(pages.clone())?, self.ledger.map(pages)?);
         let buckets = found.info.buckets as usize;
         let (words, ledger) = (&table.words32()[..buckets], &ledger.words64()[..buckets]);
-        let mut became = None;
+        let Bench { entries, diverted } = bench;
+        let mut became: Option<Became> = None;
         for _ in 0..ATTEMPTS {
-            let table = self.read(found)?;
+            entries.clear();
+            entries.extend(words.iter().map(|word| Entry(word.load(Ordering::Relaxed))));
             // Looked at a moment ago; operators ask an agent to take backends out.
-            let Ok(diverted) = self.panicking(&table, order).divert() else { break };
+            let Ok(()) = panicking.divert(entries, diverted) else { break };
             // As an agent does: a ledger first, so that no bucket has moved without a time.
-            let mut lost = exchange64(ledger, &table.ledger, &diverted.ledger);
-            Failpoint::PanicLedgerWritten.pass();
-            lost += exchange32(words, &table.entries, &diverted.entries);
-            let became = became.get_or_insert(diverted);
+            let (owned, mut lost) = exchange64(ledger, &panicking, diverted, !order.dry_run);
+            let became = became.get_or_insert_with(|| Became {
+                owned,
+                touched: std::mem::take(&mut diverted.touched),
+                others: panicking.others().collect(),
+                unfinished: None,
+            });
+            if !order.dry_run {
+                Failpoint::PanicLedgerWritten.pass();
+                lost += exchange32(words, entries, &diverted.entries);
+            }
             if lost == 0 {
-                // They are not looked at any more, and there may be many tables.
-                (became.entries, became.ledger) = (Vec::new(), Vec::new());
                 return Ok(std::mem::take(became));
             }
         }
-        let table = found.id;
-        tracing::warn!(table, "somebody else writes the table: look at it again");
-        Ok(became.unwrap_or_default())
-    }
-
-    /// Calls `work` with each of `tables`.
-    fn each<T: Send>(
-        &self,
-        tables: &[Found<'_>],
-        work: impl Fn(&Found<'_>) -> Result<T, Error> + Sync,
-    ) -> Result<Vec<T>, Error> {
-        let buckets = tables.iter().map(|found| found.info.buckets as usize).sum();
-        parallel::map(tables.iter().collect(), buckets, work).into_iter().collect()
+        let became = became.unwrap_or_default();
+        Ok(Became { unfinished: Some(NotMoved::Contended), ..became })
     }
 
     /// Takes away the flow entries of these backends.
@@ -617,23 +661,48 @@ fn by_table(mut records: Vec<(BackendIndex, abi::Backend)>) -> Vec<(BackendIndex
 fn exchange32(words: &[AtomicU32], old: &[Entry], new: &[Entry]) -> usize {
     let mut first = true;
     let mut lost = 0;
-    for ((word, old), new) in words.iter().zip(old).zip(new).filter(|((_, old), new)| old != new) {
-        let stored = word.compare_exchange(old.0, new.0, Ordering::SeqCst, Ordering::Relaxed);
+    for at in ones(differing(old, new, |old, new| old != new)) {
+        let (word, old, new) = (&words[at], old[at].0, new[at].0);
+        let stored = word.compare_exchange(old, new, Ordering::SeqCst, Ordering::Relaxed);
         lost += usize::from(stored.is_err());
         if std::mem::take(&mut first) {
             Failpoint::PanicHalfWritten.pass();
         }
     }
     // A store that was under way when the count was raised has landed by now.
-    lost + words.iter().zip(new).filter(|(word, new)| word.load(Ordering::SeqCst) != new.0).count()
+    let another =
+        |(word, new): (&AtomicU32, &Entry)| usize::from(word.load(Ordering::SeqCst) != new.0);
+    lost + words.iter().zip(new).map(another).sum::<usize>()
 }
 
-fn exchange64(words: &[AtomicU64], old: &[LedgerEntry], new: &[LedgerEntry]) -> usize {
-    let differ = words.iter().zip(old).zip(new).filter(|((_, old), new)| old != new);
-    let stored = differ.map(|((word, old), new)| {
-        word.compare_exchange(old.0, new.0, Ordering::SeqCst, Ordering::Relaxed)
-    });
-    stored.filter(Result::is_err).count()
+/// So many records are looked at at a time.
+const LOOKED_AT: usize = 512;
+
+/// Makes a ledger say that every bucket is control's, if it is to `store` that. Returns how many
+/// buckets were whose, by slot, and how many words somebody else has changed meanwhile.
+fn exchange64(
+    words: &[AtomicU64],
+    panicking: &Panicking<'_>,
+    diverted: &Diverted,
+    store: bool,
+) -> (HashMap<u8, u32>, usize) {
+    let (mut owned, mut lost) = ([0_u32; 1 << u8::BITS], 0);
+    let mut recorded = [LedgerEntry(0); LOOKED_AT];
+    for (first, some) in (0..).step_by(LOOKED_AT).zip(words.chunks(LOOKED_AT)) {
+        for (to, from) in recorded.iter_mut().zip(some) {
+            *to = LedgerEntry(from.load(Ordering::Relaxed));
+        }
+        panicking.records(diverted, first, &recorded[..some.len()], |at, old, new| {
+            owned[usize::from(old.owner())] += 1;
+            let stored = |word: &AtomicU64| {
+                word.compare_exchange(old.0, new.0, Ordering::SeqCst, Ordering::Relaxed)
+            };
+            lost += usize::from(store && stored(&words[at]).is_err());
+        });
+    }
+    let others = (0..=u8::MAX).zip(owned);
+    let others = others.filter(|(slot, count)| *slot != panicking.control && *count > 0);
+    (others.collect(), lost)
 }
 
 fn denied(path: PathBuf, error: std::io::Error) -> Error {

@@ -6,11 +6,7 @@
 //! the maps do not hold are the exceptions of the placements and how far a slow start is: the
 //! agent that adopts the tables places some buckets anew for them, inside control.
 
-use std::{
-    collections::{BTreeSet, HashMap},
-    net::SocketAddr,
-    sync::Arc,
-};
+use std::{collections::BTreeSet, net::SocketAddr, sync::Arc};
 
 use canary_ebpf_common::{
     Packed,
@@ -61,8 +57,10 @@ pub struct NobodyLeft;
 /// A table on its way to control.
 #[derive(Clone, Copy, Debug)]
 pub struct Panicking<'a> {
-    /// As the maps hold it.
-    pub table: &'a AdoptedService,
+    /// Slot of the control version.
+    pub control: u8,
+    /// What the program knows of the service.
+    pub record: Option<&'a abi::Service>,
     /// The records of its backends.
     pub backends: &'a [(BackendIndex, abi::Backend)],
     /// Open connections go, too.
@@ -71,21 +69,33 @@ pub struct Panicking<'a> {
     pub now_ms: BootMs,
 }
 
-/// What becomes of a table.
+/// What becomes of a table. May be used again for the next one: then its memory is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Diverted {
     /// One entry a bucket.
     pub entries: Vec<Entry>,
-    /// One entry a bucket.
-    pub ledger: Vec<LedgerEntry>,
-    /// Buckets whose owner changes, by version slot before.
-    pub owned: HashMap<u8, u32>,
     /// Buckets whose new connections go elsewhere.
     pub moved: u32,
     /// Backends that lose or gain some.
     pub touched: BTreeSet<SocketAddr>,
-    /// Backends of other versions: whose connections go where open ones do.
-    pub others: Vec<BackendIndex>,
+    /// For each bucket the version that the compiler is to give it to: [`moving`] or none.
+    owners: Vec<u8>,
+}
+
+/// The slot by which the compiler knows the buckets that move: any but that of the others.
+const fn moving(control: u8) -> u8 {
+    control
+}
+
+impl Diverted {
+    /// Nothing yet.
+    fn begin(&mut self, entries: &[Entry]) {
+        self.entries.clear();
+        self.entries.extend_from_slice(entries);
+        self.owners.clear();
+        self.moved = 0;
+        self.touched.clear();
+    }
 }
 
 impl Panicking<'_> {
@@ -100,46 +110,37 @@ impl Panicking<'_> {
         candidates(control, backends).map(drop)
     }
 
-    /// The table with all of its buckets control's.
+    /// The table of these `entries` with all of its buckets control's.
     ///
     /// # Errors
     /// [`NobodyLeft`] if that would leave new connections nothing.
-    pub fn divert(&self) -> Result<Diverted, NobodyLeft> {
-        let Self { table, backends, moves, now_ms } = *self;
-        let control = table.control;
+    pub fn divert(&self, entries: &[Entry], diverted: &mut Diverted) -> Result<(), NobodyLeft> {
+        let Self { control, record, backends, moves, now_ms: _ } = *self;
         let (indices, candidates) = candidates(control, backends)?;
         let mut of_control = Marked::none();
-        backends
-            .iter()
-            .filter(|(_, b)| b.version == control)
-            .for_each(|(i, _)| of_control.mark(*i));
-        let others = backends.iter().filter(|(_, b)| b.version != control);
-        let mut diverted = Diverted {
-            entries: table.entries.clone(),
-            others: others.map(|(index, _)| *index).collect(),
-            ..Diverted::default()
-        };
+        let its = backends.iter().filter(|(_, b)| b.version == control);
+        its.for_each(|(index, _)| of_control.mark(*index));
+        diverted.begin(entries);
 
         // Only what moves is given out, by itself: what control has stays where it is.
-        let (moving, resting) = (control, u8::from(control == 0));
+        let (moving, resting) = (moving(control), u8::from(control == 0));
         let owner = |entry: &Entry| if of_control.has(entry.current()) { resting } else { moving };
-        let owners: Vec<u8> = table.entries.iter().map(owner).collect();
-        let moves_at = || ones(differing(&owners, &owners, move |owner, _| owner == moving));
+        diverted.owners.extend(entries.iter().map(owner));
+        let owners = &diverted.owners;
         let mut named = Marked::none();
         if owners.contains(&moving) {
             let versions = [
                 Version { slot: moving, backends: &candidates, placement: None },
                 Version { slot: resting, backends: &[], placement: None },
             ];
-            let input =
-                Input { owners: &owners, versions: &versions, control, fallback: Fallback::None };
+            let input = Input { owners, versions: &versions, control, fallback: Fallback::None };
             let name = |target: compile::Target| indices[usize::from(target.backend)];
             let compiled = Compiler::new().compile_into(&input, BackendIndex::NONE, name);
             // Distinct addresses of one version, each above weight 0: always a table.
             let compiled = compiled.map_err(|_| NobodyLeft)?.targets;
-            let policy = policy(table.record.as_ref());
-            for bucket in moves_at() {
-                let (old, wanted) = (table.entries[bucket], compiled[bucket]);
+            let policy = policy(record);
+            for bucket in ones(differing(owners, owners, |owner, _| owner == moving)) {
+                let (old, wanted) = (entries[bucket], compiled[bucket]);
                 named.mark(old.current());
                 named.mark(wanted);
                 diverted.entries[bucket] = advance::follow(old, wanted, true, &policy);
@@ -151,19 +152,34 @@ impl Panicking<'_> {
             let going = diverted.entries.iter_mut().filter(goes);
             going.for_each(|entry| *entry = Entry::steady(entry.current()));
         }
-
-        let mut owned = [0_u32; 1 << u8::BITS];
-        let record = |(recorded, owner): (&LedgerEntry, &u8)| {
-            owned[usize::from(recorded.owner())] += 1;
-            let moved_ms = if *owner == moving { now_ms } else { recorded.moved_ms() };
-            LedgerEntry::new(control, moved_ms)
-        };
-        diverted.ledger = table.ledger.iter().zip(&owners).map(record).collect();
-        let owned = (0..=u8::MAX).zip(owned).filter(|(slot, count)| *slot != control && *count > 0);
-        diverted.owned = owned.collect();
         let touched = backends.iter().filter(|(index, _)| named.has(*index));
-        diverted.touched = touched.map(|(_, record)| record_addr(record)).collect();
-        Ok(diverted)
+        diverted.touched.extend(touched.map(|(_, record)| record_addr(record)));
+        Ok(())
+    }
+
+    /// Calls `with` for those buckets, from `first` on, of which the ledger is to say another
+    /// thing than what it says, `recorded`: with the bucket and both.
+    pub fn records(
+        &self,
+        diverted: &Diverted,
+        first: usize,
+        recorded: &[LedgerEntry],
+        mut with: impl FnMut(usize, LedgerEntry, LedgerEntry),
+    ) {
+        let (control, moving) = (self.control, moving(self.control));
+        let owners = diverted.owners.get(first..).unwrap_or_default();
+        let another =
+            |recorded: LedgerEntry, owner| (recorded.owner() != control) | (owner == moving);
+        for at in ones(differing(recorded, owners, another)) {
+            let moved_ms = if owners[at] == moving { self.now_ms } else { recorded[at].moved_ms() };
+            with(first + at, recorded[at], LedgerEntry::new(control, moved_ms));
+        }
+    }
+
+    /// Backends of other versions: whose connections go where open ones do.
+    pub fn others(&self) -> impl Iterator<Item = BackendIndex> {
+        let others = self.backends.iter().filter(|(_, b)| b.version != self.control);
+        others.map(|(index, _)| *index)
     }
 }
 

@@ -7,7 +7,7 @@ use canary_agent::{
     },
     config::model::Config,
     daemon::{Event, Peer, Refusal, Request},
-    plan::{Adopted, PanicMark, Panicking},
+    plan::{Adopted, Diverted, PanicMark, Panicking},
     store::{Change, SqliteStore, StateStore},
 };
 use canary_ebpf_common::entry::{BackendIndex, Entry};
@@ -89,9 +89,13 @@ pub(crate) fn behind(
     for table in adopted.services.iter_mut().filter(|table| table.name == service) {
         let its = adopted.backends.iter().filter(|(_, b)| b.service == table.id);
         let backends: Vec<_> = its.copied().collect();
-        let diverted =
-            Panicking { table, backends: &backends, moves, now_ms }.divert().expect("control");
-        (table.entries, table.ledger) = (diverted.entries, diverted.ledger);
+        let (control, record) = (table.control, table.record.as_ref());
+        let panicking = Panicking { control, record, backends: &backends, moves, now_ms };
+        let mut diverted = Diverted::default();
+        panicking.divert(&table.entries, &mut diverted).expect("control");
+        let recorded = table.ledger.clone();
+        panicking.records(&diverted, 0, &recorded, |at, _, new| table.ledger[at] = new);
+        table.entries = diverted.entries;
         adopted.panics.push(PanicMark {
             table: table.id,
             service: service.to_owned(),
