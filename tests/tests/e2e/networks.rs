@@ -111,7 +111,9 @@ fn vlans(test: &str, way: Way) {
     agent.wait_ready();
     pool.assert_where_they_were("with another agent");
     let status = agent.status();
-    assert!(sent(&status) > 1_000, "the program steers: {status:#?}");
+    // Four packets at least of each connection, one of each datagram; how many acknowledgements there
+    // are of a download is the receiver's affair.
+    assert!(sent(&status) >= 2 * 40 * (4 + 1), "the program steers: {status:#?}");
     assert_nothing_dropped(&status);
     for (watch, backend) in watches.into_iter().zip(&bench.topology.backends) {
         let report = watch.finish();
