@@ -8,6 +8,8 @@ use crate::sweep;
 
 /// A file that xtask names; each skipped test adds a line.
 const SKIP_LOG: &str = "CANARY_SKIP_LOG";
+/// Set in the virtual machine of `cargo xtask vm`.
+const VM: &str = "CANARY_VM";
 
 /// Why the bench can't run here, if so; sweeps stale leftovers the first time.
 pub fn obstacle() -> Option<&'static str> {
@@ -40,8 +42,23 @@ pub fn ready(test: &str) -> bool {
 /// `CI` is set: there, a skipped test is a failure.
 #[track_caller]
 pub fn skip(test: &str, reason: &str) {
+    assert!(std::env::var_os("CI").is_none(), "skipped: {test}: {reason}");
+    note(test, reason);
+}
+
+/// Says that a test can't run on this kernel, and is left to that of the virtual machine, where
+/// `cargo xtask test` runs it.
+///
+/// # Panics
+/// This is that machine.
+#[track_caller]
+pub fn leave_to_vm(test: &str, reason: &str) {
+    assert!(std::env::var_os(VM).is_none(), "skipped: {test}: {reason}");
+    note(test, reason);
+}
+
+fn note(test: &str, reason: &str) {
     let line = format!("skipped: {test}: {reason}");
-    assert!(std::env::var_os("CI").is_none(), "{line}");
     eprintln!("{line}");
     if let Some(path) = std::env::var_os(SKIP_LOG) {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(path);

@@ -258,6 +258,7 @@ fn tests(workspace: &Path, profile: &[String]) -> Result<Job> {
     }
     // What can't be run there has failed: the machine is made for it.
     job.env.insert("CI".to_owned(), "true".to_owned());
+    job.env.insert("CANARY_VM".to_owned(), "1".to_owned());
     job.env.insert("RUST_BACKTRACE".to_owned(), "1".to_owned());
     if !machine::kvm() {
         job.env.insert("CANARY_SLOWNESS".to_owned(), "10".to_owned());
