@@ -12,14 +12,17 @@ use std::{
 };
 
 use canary_agent::api::model::{BackendStatus, ServiceStatus, Status, VersionStatus};
+use canary_ebpf_common::abi::{Flow, FlowKeyV4, flow_state};
 use canary_tests::{
     agent::{Agent, AgentOptions, Output},
     client::{self, Connection, UdpFlow},
+    loaded::Flows,
     netns::Namespace,
     server::{ECHO_PORT, HTTP_PORT, Server},
     spawn,
     topology::{Family, Host, Options, Topology},
 };
+use nix::time::{ClockId, clock_gettime};
 
 /// The HTTP service: TCP on [`HTTP_PORT`].
 pub(crate) const SHOP: &str = "shop";
@@ -349,4 +352,19 @@ pub(crate) fn finish(mut command: Command) -> Output {
 fn unnamed_file() -> std::fs::File {
     use nix::sys::memfd::{MFdFlags, memfd_create};
     memfd_create("output", MFdFlags::MFD_CLOEXEC).expect("a file in memory").into()
+}
+
+/// Stores translated flows of nobody's in the pinned table, as of connections that are open.
+#[track_caller]
+pub(crate) fn fill_flows(agent: &Agent<'_>, flows: u32) {
+    let pins = agent.folder().join("bpffs/canary");
+    let mut table: Flows<FlowKeyV4> = Flows::open(&pins, "FLOWS_V4").expect("the table");
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("a clock");
+    let last_ns = now.tv_sec() as u64 * 1_000_000_000;
+    let state = flow_state::NAT | flow_state::ANSWERED | flow_state::SERVER_OPEN;
+    for n in 0..flows {
+        let key = FlowKeyV4 { src_be: n, dst_be: 1, src_port_be: 1, dst_port_be: 1, protocol: 6 };
+        let flow = Flow { last_ns, state, syn_seq: n, backend: 1, ..Flow::default() };
+        table.insert(&key, flow).expect("room for a flow");
+    }
 }

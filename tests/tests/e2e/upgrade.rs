@@ -13,7 +13,7 @@ use canary_agent::{
     datapath,
     failpoint::{self, Failpoint},
 };
-use canary_ebpf_common::abi::{Flow, FlowKeyV4, flow_state};
+use canary_ebpf_common::abi::FlowKeyV4;
 use canary_tests::{
     agent::{Agent, AgentOptions},
     hold::Hold,
@@ -22,16 +22,13 @@ use canary_tests::{
     topology::Family,
     wait,
 };
-use nix::{
-    sys::signal::Signal,
-    time::{ClockId, clock_gettime},
-};
+use nix::sys::signal::Signal;
 
 use crate::{
     fresh::{self, Fresh},
     panic::{assert_all_on_control, assert_shown, panic},
     reload::{HELD, UNMEASURED_MAX},
-    support::{Bench, Pool, SHOP, Way, alone, backends, service, settled, version},
+    support::{Bench, Pool, SHOP, Way, alone, backends, fill_flows, service, settled, version},
 };
 
 /// The agent of another layout.
@@ -453,20 +450,6 @@ fn other_capacities_are_not_noticed_in_dsr() {
     capacities("other_capacities_are_not_noticed_in_dsr", Way::Dsr);
 }
 
-/// Stores translated flows of nobody's in the pinned table.
-fn fill(agent: &Agent<'_>, flows: u32) {
-    let pins = agent.folder().join("bpffs/canary");
-    let mut table: Flows<FlowKeyV4> = Flows::open(&pins, "FLOWS_V4").expect("the table");
-    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("a clock");
-    let last_ns = now.tv_sec() as u64 * 1_000_000_000;
-    let state = flow_state::NAT | flow_state::ANSWERED;
-    for n in 0..flows {
-        let key = FlowKeyV4 { src_be: n, dst_be: 1, src_port_be: 1, dst_port_be: 1, protocol: 6 };
-        let flow = Flow { last_ns, state, syn_seq: n, backend: 1, ..Flow::default() };
-        table.insert(&key, flow).expect("room for a flow");
-    }
-}
-
 /// With `CANARY_LONG`, a million flows; the time is what a release build takes.
 #[test]
 fn a_table_full_of_flows_is_carried_over_and_nobody_notices() {
@@ -481,7 +464,7 @@ fn a_table_full_of_flows_is_carried_over_and_nobody_notices() {
     let all = sizes.map(|flows| sized(&bench, &format!("flows = {flows}")));
     under_load(test, bench.way, 3, &all[0], &bench, |agent, services, number| {
         if number == 0 {
-            fill(agent, flows);
+            fill_flows(agent, flows);
         } else {
             let log = agent.log();
             let copied = log.lines().rfind(|line| line.contains("flow entries copied"));
