@@ -44,8 +44,9 @@ impl Workdir {
 
 impl Drop for Workdir {
     fn drop(&mut self) {
-        // Pins go with the mount, and programs with their pins. The folder is
-        // emptied only when nothing is mounted in it any more.
+        // Pins go with the mount, and programs with their pins. A state may have a file system of
+        // its own. The folder is emptied only when nothing is mounted in it any more.
+        let _ = umount2(&self.path.join("state"), MntFlags::MNT_DETACH);
         if umount2(&self.bpffs(), MntFlags::MNT_DETACH).is_ok() || !self.bpffs().exists() {
             let _ = fs::remove_dir_all(&self.path);
         }
