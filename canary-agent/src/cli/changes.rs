@@ -7,8 +7,8 @@ use super::{
     client::Client,
     failure::Failure,
     print,
-    split::{held, noted, waits},
-    text::{self, Align, Table, counted, percent},
+    split::{held, noted, shares, touched, waits},
+    text::{self, counted},
 };
 use crate::api::model::{
     BackendTold, ConfirmReport, ConfirmRequest, Event, FreezeReport, FreezeRequest, ServiceUndo,
@@ -119,30 +119,13 @@ fn undone(report: &UndoReport) -> String {
         false => format!("{buckets} would move\n"),
     });
     for ServiceUndo { service, versions, buckets_moved: _, backends } in services {
-        let mut table = Table::new([
-            ("VERSION", Align::Left),
-            ("ASKED", Align::Right),
-            ("FROM", Align::Right),
-            ("TO", Align::Right),
-        ]);
-        for version in versions {
-            table.row([
-                version.name.clone(),
-                version.asked.clone(),
-                percent(version.before),
-                percent(version.in_force),
-            ]);
-        }
-        out.push_str(&format!("\n{}\n{}", text::plain(service), table.render("  ")));
+        out.push_str(&format!("\n{}\n{}", text::plain(service), shares(versions)));
         for BackendTold { backend, before, state } in backends {
             let line = format!("  {backend}: `{before}`, then `{state}`");
             out.push_str(&format!("{}\n", text::plain(&line)));
         }
     }
-    if !backends_touched.is_empty() {
-        let backends = text::plain(&backends_touched.join(", "));
-        out.push_str(&format!("\nbackends touched: {backends}\n"));
-    }
+    out.push_str(&touched(backends_touched));
     out.push_str(&held(*connections_held, None, "in these buckets"));
     out.push_str(&noted(notes));
     out.push_str(&waits(*confirm_within_ms));

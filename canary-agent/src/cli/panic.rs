@@ -22,8 +22,8 @@ use super::{
     client, detach,
     failure::{Failure, exit},
     print,
-    split::{held, noted},
-    text::{self, Align, Table, counted, percent},
+    split::{held, noted, shares, touched},
+    text::{self, counted},
     wait_for,
 };
 use crate::{
@@ -333,27 +333,10 @@ fn shown(report: &PanicReport) -> String {
                 ));
             }
         } else {
-            let mut table = Table::new([
-                ("VERSION", Align::Left),
-                ("ASKED", Align::Right),
-                ("FROM", Align::Right),
-                ("TO", Align::Right),
-            ]);
-            for version in versions {
-                table.row([
-                    version.name.clone(),
-                    version.asked.clone(),
-                    percent(version.before),
-                    percent(version.in_force),
-                ]);
-            }
-            out.push_str(&format!("\n{name}\n{}", table.render("  ")));
+            out.push_str(&format!("\n{name}\n{}", shares(versions)));
         }
     }
-    if !backends_touched.is_empty() {
-        let backends = text::plain(&backends_touched.join(", "));
-        out.push_str(&format!("\nbackends touched: {backends}\n"));
-    }
+    out.push_str(&touched(backends_touched));
     out.push_str(&held(*connections_held, None, "in these buckets"));
     out.push_str(&noted(notes));
     if !applied {

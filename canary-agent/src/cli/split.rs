@@ -9,7 +9,7 @@ use super::{
     print,
     text::{self, Align, Table, counted, maybe_percent, percent},
 };
-use crate::api::model::{ChangeReport, Split, SplitRequest};
+use crate::api::model::{ChangeReport, ShareChange, Split, SplitRequest};
 
 /// Shows the split, or sets it and says what has moved.
 pub(super) async fn run(client: &Client, split: args::Split, json: bool) -> Result<(), Failure> {
@@ -93,25 +93,8 @@ fn reported(report: &ChangeReport) -> String {
     }
     out = text::plain(&out);
     out.push_str("\n\n");
-    let mut table = Table::new([
-        ("VERSION", Align::Left),
-        ("ASKED", Align::Right),
-        ("FROM", Align::Right),
-        ("TO", Align::Right),
-    ]);
-    for version in versions {
-        table.row([
-            version.name.clone(),
-            version.asked.clone(),
-            percent(version.before),
-            percent(version.in_force),
-        ]);
-    }
-    out.push_str(&table.render("  "));
-    if !backends_touched.is_empty() {
-        let backends = text::plain(&backends_touched.join(", "));
-        out.push_str(&format!("\nbackends touched: {backends}\n"));
-    }
+    out.push_str(&shares(versions));
+    out.push_str(&touched(backends_touched));
     if let (Some(ms), false) = (learned_ms, *applied) {
         let time = Duration::from_millis(*ms);
         out.push_str(&format!("they would be watched for {time:?} before\n"));
@@ -125,6 +108,28 @@ fn reported(report: &ChangeReport) -> String {
         out.push_str("nothing was changed (--dry-run)\n");
     }
     out
+}
+
+/// What becomes of a service's shares.
+pub(super) fn shares(versions: &[ShareChange]) -> String {
+    let mut table = Table::new([
+        ("VERSION", Align::Left),
+        ("ASKED", Align::Right),
+        ("FROM", Align::Right),
+        ("TO", Align::Right),
+    ]);
+    for ShareChange { name, asked, before, in_force } in versions {
+        table.row([name.clone(), asked.clone(), percent(*before), percent(*in_force)]);
+    }
+    table.render("  ")
+}
+
+/// Backends that gain or lose buckets, if there are any.
+pub(super) fn touched(backends: &[String]) -> String {
+    match backends {
+        [] => String::new(),
+        some => format!("\nbackends touched: {}\n", text::plain(&some.join(", "))),
+    }
 }
 
 /// That a change waits for its confirmation.
