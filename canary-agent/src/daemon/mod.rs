@@ -5,6 +5,7 @@ mod changes;
 mod explain;
 mod health;
 mod held;
+mod interfaces;
 mod learn;
 mod listing;
 pub mod lock;

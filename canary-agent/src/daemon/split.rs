@@ -1,18 +1,132 @@
-//! The split command: from what was typed to a proposal, or why not.
+//! The split command: from what was typed to a proposal, or why not; and putting it in force.
 
-use std::net::SocketAddr;
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
 use canary_ebpf_common::share::Share;
 
-use super::Refusal;
+use super::{
+    Kernel, Moment, Peer, Refusal, State,
+    changes::{Terms, Thing},
+    saving::refused,
+    state::{changed, micros, tables_of},
+};
 use crate::{
     api::model::{ChangeReport, ShareChange, SplitRequest},
-    plan::{Ownership, Planner, Proposal, ServiceState},
-    store::Split,
+    plan::{BucketSet, Ownership, Planner, Proposal, ServiceState},
+    store::{Change, Commit, Split, StateStore},
 };
 
 /// A name is suggested when it is at least this like what was typed (Jaro–Winkler).
 const ALIKE: f64 = 0.75;
+
+impl<S: StateStore, K: Kernel> State<S, K> {
+    /// Makes a split or says what it would do; also which buckets go elsewhere, by table.
+    pub(super) fn split(
+        &mut self,
+        service: &str,
+        request: &SplitRequest,
+        peer: Peer,
+        arrived: Instant,
+        now: Moment,
+    ) -> Result<(ChangeReport, Vec<BucketSet>), Refusal> {
+        let (at, proposal) = propose(&self.planner, service, request)?;
+        let within = self.split_terms(service, request, peer, now)?;
+        let state = &self.planner.services()[at];
+        self.thaw(state, &proposal)?;
+        let before = state.ownership().clone();
+        let mut report = report(state, &before, &proposal, &[]);
+        let nothing = proposal.moved == 0 && proposal.ownership.split == before.split;
+        let tables = tables_of(&self.planner, at);
+        let counts = self.bucket_counts(at);
+        let mut moved = vec![BucketSet::default(); tables.len()];
+        if request.dry_run {
+            let preview = self.planner.preview(at, Some(&proposal.ownership), &[]);
+            report.backends_touched = preview.touched.iter().map(ToString::to_string).collect();
+            moved = preview.moved;
+        } else if nothing {
+            report.applied = true;
+        } else {
+            let deadline = self.deadline(within, now);
+            report.confirm_within_ms = deadline.as_ref().map(|deadline| deadline.within_ms);
+            let commit = Commit {
+                change: Change {
+                    unix_ms: now.unix_ms,
+                    uid: Some(peer.uid),
+                    service: service.to_owned(),
+                    action: "split".to_owned(),
+                    reason: request.reason.clone(),
+                    before: before.split,
+                    after: proposal.ownership.split.clone(),
+                    moved: proposal.change_list,
+                    buckets_moved: proposal.moved,
+                    slots: state.slots().to_vec(),
+                    salt: Some(before.salt),
+                    confirm_ms: report.confirm_within_ms,
+                    ..Change::default()
+                },
+                record: Some(state.stored(&proposal.ownership)),
+                deadline,
+                settles: Vec::new(),
+            };
+            self.save(vec![commit], now)
+                .map_err(|error| refused(&format!("the split of service `{service}`"), &error))?;
+            self.planner.set_ownership(at, proposal.ownership);
+            let started = Instant::now();
+            self.settle_or_refuse(now)?;
+            let settled = Instant::now();
+            let touched;
+            (touched, moved) = changed(&self.planner.services()[at], &tables);
+            report.backends_touched = touched;
+            report.applied = true;
+            report.took_us = micros(settled.saturating_duration_since(arrived));
+            // What was prepared was in force as quickly as any other when its time had come.
+            let since = if request.learn { started } else { arrived };
+            self.metrics.split_applied(settled.saturating_duration_since(since));
+            let asked: Vec<String> =
+                report.versions.iter().map(|v| format!("{}={}", v.name, v.asked)).collect();
+            tracing::info!(
+                service,
+                revision = self.revision,
+                uid = peer.uid,
+                reason = request.reason.as_deref(),
+                buckets_moved = report.buckets_moved,
+                split = asked.join(" "),
+                "the split has changed"
+            );
+        }
+        report.revision = self.revision;
+        if report.took_us == 0 {
+            report.took_us = micros(arrived.elapsed());
+        }
+        if report.buckets_moved > 0 {
+            let entries: Vec<_> = tables
+                .iter()
+                .zip(&counts)
+                .map(|(table, counts)| (&*table.entries, &counts[..]))
+                .collect();
+            report.connections_per_second =
+                self.connections_per_second(&entries, &moved, now.boot_ms);
+        }
+        Ok((report, moved))
+    }
+
+    /// Refuses a split on terms that don't hold, prepared or not.
+    pub(super) fn split_terms(
+        &mut self,
+        service: &str,
+        request: &SplitRequest,
+        peer: Peer,
+        now: Moment,
+    ) -> Result<Option<Duration>, Refusal> {
+        let SplitRequest { reason, if_revision, confirm, .. } = request;
+        let (reason, confirm) = (reason.as_deref(), confirm.as_deref());
+        let terms = Terms { peer, reason, if_revision: *if_revision, confirm };
+        self.terms(Some(service), &[Thing::Split(service)], &terms, now)
+    }
+}
 
 /// What `request` asks of `service`, merged into its split and carried through.
 pub(super) fn propose(
@@ -138,7 +252,29 @@ pub(super) fn report(
     touched: &[SocketAddr],
 ) -> ChangeReport {
     let config = state.config();
-    let after = &proposal.ownership;
+    ChangeReport {
+        applied: false,
+        revision: 0,
+        service: config.name.clone(),
+        versions: shares(state, before, &proposal.ownership),
+        buckets_moved: proposal.moved,
+        backends_touched: touched.iter().map(ToString::to_string).collect(),
+        connections_held: None,
+        connections_per_second: None,
+        notes: Vec::new(),
+        learned_ms: None,
+        confirm_within_ms: None,
+        took_us: 0,
+    }
+}
+
+/// The shares of a service's versions before a change and after it, control's first.
+pub(super) fn shares(
+    state: &ServiceState,
+    before: &Ownership,
+    after: &Ownership,
+) -> Vec<ShareChange> {
+    let config = state.config();
     let (had, has) = (before.counts(), after.counts());
     let total = f64::from(config.buckets);
     let control = &config.versions[config.control];
@@ -153,20 +289,7 @@ pub(super) fn report(
             in_force: fraction(&has),
         }
     };
-    ChangeReport {
-        applied: false,
-        revision: 0,
-        service: config.name.clone(),
-        versions: std::iter::once(control).chain(others).map(|v| change(&v.name)).collect(),
-        buckets_moved: proposal.moved,
-        backends_touched: touched.iter().map(ToString::to_string).collect(),
-        connections_held: None,
-        connections_per_second: None,
-        notes: Vec::new(),
-        learned_ms: None,
-        confirm_within_ms: None,
-        took_us: 0,
-    }
+    std::iter::once(control).chain(others).map(|v| change(&v.name)).collect()
 }
 
 /// The asked share of a version as it was written; control's is what the others leave.

@@ -19,19 +19,20 @@ use canary_ebpf_common::{
 use tokio::sync::mpsc;
 
 use super::{
-    Counter, Peer, Pulse, Refusal, Request,
-    changes::{Control, Notices, Terms, Thing, reckoned},
+    Counter, Pulse, Refusal, Request,
+    changes::{Control, Notices, reckoned},
     explain,
+    interfaces::NO_SUCH_INTERFACE,
     learn::{Asked, Learning},
     panic::Panics,
     pressure::{Pressure, Reading},
     reload::{LastPackets, TakeBack},
     rollout::Rollouts,
-    saving::{not_stored, refused},
-    split, status,
+    saving::not_stored,
+    status,
 };
 use crate::{
-    api::model::{ChangeReport, InterfaceStatus, MapStatus, SplitRequest, Status},
+    api::model::{InterfaceStatus, MapStatus, Status},
     config::model::{Config, Forward},
     datapath::{PanicOrder, Swept},
     failpoint::Failpoint,
@@ -42,7 +43,7 @@ use crate::{
         Planner, ServicePlan, ServiceState, Start, Sweep,
     },
     rollout::watch::Counted,
-    store::{Change, Commit, ServiceRecord, StateStore, StoreError},
+    store::{ServiceRecord, StateStore, StoreError},
     telemetry::Metrics,
 };
 
@@ -52,10 +53,6 @@ const RETRY_MS: u64 = 1_000;
 const APPLIES: usize = 8;
 /// So often what is not attached is tried again.
 const ATTACH_MS: u64 = 5_000;
-/// Said of an interface that is not there.
-pub(super) const NO_SUCH_INTERFACE: &str =
-    "the interface does not exist; it is attached when it appears";
-
 /// When something happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Moment {
@@ -231,9 +228,9 @@ pub struct State<S, K> {
     pub(super) parked: HashMap<String, ServiceRecord>,
     pub(super) last_packets: LastPackets,
     pub(super) interfaces: Vec<InterfaceStatus>,
-    links: LinkStates,
+    pub(super) links: LinkStates,
     /// What was written of the interfaces' MAC addresses last.
-    macs: Option<Arc<BTreeMap<u32, InterfaceMacs>>>,
+    pub(super) macs: Option<Arc<BTreeMap<u32, InterfaceMacs>>>,
     pub(super) alerts: BTreeMap<&'static str, Vec<String>>,
     pub(super) samples: status::Samples,
     /// Splits that are being prepared.
@@ -256,7 +253,7 @@ pub struct State<S, K> {
     /// What the kernel side is sweeping, and what it could not: that is tried again.
     sweep_under_way: Option<Sweep>,
     sweep_failed: Option<Sweep>,
-    in_force: bool,
+    pub(super) in_force: bool,
     /// Memory has been let go since the last tick.
     pub(super) lets_go: bool,
 }
@@ -603,64 +600,6 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         }
     }
 
-    fn macs(&mut self, macs: Arc<BTreeMap<u32, InterfaceMacs>>) {
-        if self.macs.as_ref() == Some(&macs) {
-            return;
-        }
-        match self.kernel.set_macs(&macs) {
-            Ok(()) => self.macs = Some(macs),
-            // Tried again when anything changes on the host.
-            Err(error) => tracing::error!(error, "the interfaces' MAC addresses can't be written"),
-        }
-    }
-
-    fn links(&mut self, links: LinkStates, now: Moment) {
-        self.links = links;
-        for at in 0..self.interfaces.len() {
-            let interface = &mut self.interfaces[at];
-            match self.links.get(&interface.name).copied().flatten() {
-                None if interface.mode.is_some() => {
-                    tracing::warn!(interface = interface.name, "the interface is gone");
-                    let text = format!("interface {} is gone", interface.name);
-                    self.notices.add(now, "interface", "", text);
-                    (interface.ifindex, interface.mode) = (None, None);
-                    interface.message = Some(NO_SUCH_INTERFACE.to_owned());
-                }
-                Some(ifindex) if self.in_force && interface.ifindex != Some(ifindex) => {
-                    self.attach(at, now)
-                }
-                _ => {}
-            }
-        }
-    }
-
-    fn attach(&mut self, at: usize, now: Moment) {
-        let interface = &mut self.interfaces[at];
-        match self.kernel.attach(&interface.name) {
-            Ok(Attachment { ifindex, mode, warning }) => {
-                tracing::info!(interface = interface.name, mode, "attached");
-                let text = format!("attached to {}, {mode}", interface.name);
-                self.notices.add(now, "interface", "", text);
-                if let Some(warning) = &warning {
-                    tracing::warn!(interface = interface.name, "{warning}");
-                }
-                interface.ifindex = Some(ifindex);
-                interface.mode = Some(mode.to_owned());
-                interface.message = warning;
-            }
-            Err(error) => {
-                let message = error.to_string();
-                if interface.message.as_ref() != Some(&message) {
-                    tracing::error!(interface = interface.name, "not attached: {message}");
-                    let text = format!("not attached to {}: {message}", interface.name);
-                    self.notices.add(now, "interface", "", text);
-                }
-                (interface.ifindex, interface.mode) = (None, None);
-                interface.message = Some(message);
-            }
-        }
-    }
-
     fn request(&mut self, request: Request, arrived: Instant, now: Moment) {
         // Whoever has stopped waiting for the answer has lost nothing but the answer.
         match request {
@@ -735,110 +674,6 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let indices: Vec<_> = self.planner.plane().backends.iter().map(|(i, _)| *i).collect();
         let counters = self.kernel.counters(&indices);
         indices.into_iter().zip(counters).collect()
-    }
-
-    /// Makes a split or says what it would do; also which buckets go elsewhere, by table.
-    pub(super) fn split(
-        &mut self,
-        service: &str,
-        request: &SplitRequest,
-        peer: Peer,
-        arrived: Instant,
-        now: Moment,
-    ) -> Result<(ChangeReport, Vec<BucketSet>), Refusal> {
-        let (at, proposal) = split::propose(&self.planner, service, request)?;
-        let within = self.split_terms(service, request, peer, now)?;
-        let state = &self.planner.services()[at];
-        self.thaw(state, &proposal)?;
-        let before = state.ownership().clone();
-        let mut report = split::report(state, &before, &proposal, &[]);
-        let nothing = proposal.moved == 0 && proposal.ownership.split == before.split;
-        let tables = tables_of(&self.planner, at);
-        let counts = self.bucket_counts(at);
-        let mut moved = vec![BucketSet::default(); tables.len()];
-        if request.dry_run {
-            let preview = self.planner.preview(at, Some(&proposal.ownership), &[]);
-            report.backends_touched = preview.touched.iter().map(ToString::to_string).collect();
-            moved = preview.moved;
-        } else if nothing {
-            report.applied = true;
-        } else {
-            let deadline = self.deadline(within, now);
-            report.confirm_within_ms = deadline.as_ref().map(|deadline| deadline.within_ms);
-            let commit = Commit {
-                change: Change {
-                    unix_ms: now.unix_ms,
-                    uid: Some(peer.uid),
-                    service: service.to_owned(),
-                    action: "split".to_owned(),
-                    reason: request.reason.clone(),
-                    before: before.split,
-                    after: proposal.ownership.split.clone(),
-                    moved: proposal.change_list,
-                    buckets_moved: proposal.moved,
-                    slots: state.slots().to_vec(),
-                    salt: Some(before.salt),
-                    confirm_ms: report.confirm_within_ms,
-                    ..Change::default()
-                },
-                record: Some(state.stored(&proposal.ownership)),
-                deadline,
-                settles: Vec::new(),
-            };
-            self.save(vec![commit], now)
-                .map_err(|error| refused(&format!("the split of service `{service}`"), &error))?;
-            self.planner.set_ownership(at, proposal.ownership);
-            let started = Instant::now();
-            self.settle_or_refuse(now)?;
-            let settled = Instant::now();
-            let touched;
-            (touched, moved) = changed(&self.planner.services()[at], &tables);
-            report.backends_touched = touched;
-            report.applied = true;
-            report.took_us = micros(settled.saturating_duration_since(arrived));
-            // What was prepared was in force as quickly as any other when its time had come.
-            let since = if request.learn { started } else { arrived };
-            self.metrics.split_applied(settled.saturating_duration_since(since));
-            let asked: Vec<String> =
-                report.versions.iter().map(|v| format!("{}={}", v.name, v.asked)).collect();
-            tracing::info!(
-                service,
-                revision = self.revision,
-                uid = peer.uid,
-                reason = request.reason.as_deref(),
-                buckets_moved = report.buckets_moved,
-                split = asked.join(" "),
-                "the split has changed"
-            );
-        }
-        report.revision = self.revision;
-        if report.took_us == 0 {
-            report.took_us = micros(arrived.elapsed());
-        }
-        if report.buckets_moved > 0 {
-            let entries: Vec<_> = tables
-                .iter()
-                .zip(&counts)
-                .map(|(table, counts)| (&*table.entries, &counts[..]))
-                .collect();
-            report.connections_per_second =
-                self.connections_per_second(&entries, &moved, now.boot_ms);
-        }
-        Ok((report, moved))
-    }
-
-    /// Refuses a split on terms that don't hold, prepared or not.
-    pub(super) fn split_terms(
-        &mut self,
-        service: &str,
-        request: &SplitRequest,
-        peer: Peer,
-        now: Moment,
-    ) -> Result<Option<Duration>, Refusal> {
-        let SplitRequest { reason, if_revision, confirm, .. } = request;
-        let (reason, confirm) = (reason.as_deref(), confirm.as_deref());
-        let terms = Terms { peer, reason, if_revision: *if_revision, confirm };
-        self.terms(Some(service), &[Thing::Split(service)], &terms, now)
     }
 
     /// Brings about what was stored.

@@ -19,8 +19,8 @@ use crate::{
     daemon::{
         AttachError, Attachment, Counter, Kernel, Moment, Peer, Refusal, State,
         changes::{Terms, Thing},
+        interfaces::NO_SUCH_INTERFACE,
         saving::refused,
-        state::NO_SUCH_INTERFACE,
     },
     health::Target,
     plan::{Baseline, BootMs, Family, Made, PlanError, Prepared, Removal},
