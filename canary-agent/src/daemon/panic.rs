@@ -7,13 +7,16 @@
 //! the mark is done with only then.
 //!
 //! A panic does not wait for a disk. It is marked in the maps, put in force, and stored after that,
-//! if it must be as soon as that can be: an agent that ends before finds the mark.
+//! if it must be as soon as that can be: an agent that ends before finds the mark. What the store
+//! and the answer need is computed then, too.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    sync::Arc,
     time::Instant,
 };
 
+use canary_ebpf_common::{Packed, compile};
 use tokio::sync::oneshot;
 
 use super::{
@@ -29,8 +32,8 @@ use crate::{
     api::panic::{PanicReport, PanicRequest, PanicService},
     datapath::PanicOrder,
     parallel,
-    plan::{Adopted, BucketSet, PanicMark, Proposal, panic_of_parked},
-    store::{Change, Commit, ServiceRecord, StateStore},
+    plan::{Adopted, BucketSet, Diversion, PanicMark, panic_of_parked},
+    store::{Change, Commit, StateStore},
 };
 
 /// So many requests are known again by their name.
@@ -51,6 +54,21 @@ pub(super) struct Panics {
 struct Owed {
     commit: Commit,
     marks: Vec<PanicMark>,
+    /// Owners before and after it, which the commit does not have yet: a panic is not to wait until
+    /// they are written down.
+    unwritten: Option<[Arc<Packed<u8>>; 2]>,
+}
+
+impl Owed {
+    /// Writes down what is missing.
+    fn complete(&mut self) {
+        let Some([before, after]) = self.unwritten.take() else { return };
+        let (before, after) = (before.plain(), after.plain());
+        self.commit.change.moved = compile::encode_changes(&compile::difference(&before, &after));
+        if let Some(record) = &mut self.commit.record {
+            record.owners = compile::encode_owners(&after);
+        }
+    }
 }
 
 impl Panics {
@@ -63,7 +81,10 @@ impl Panics {
     }
 
     /// What is to be stored before anything else.
-    pub(super) fn commits(&self) -> Vec<Commit> {
+    pub(super) fn commits(&mut self) -> Vec<Commit> {
+        let unwritten = self.owed.iter().filter_map(|owed| owed.unwritten.as_ref());
+        let buckets = unwritten.map(|[owners, _]| owners.len()).sum();
+        parallel::map(self.owed.iter_mut().collect(), buckets, Owed::complete);
         self.owed.iter().map(|owed| owed.commit.clone()).collect()
     }
 
@@ -95,7 +116,7 @@ impl Panics {
 
     /// A change is in force, or about to be, and to be stored; `marks` in the maps say so.
     pub(super) fn owe(&mut self, commit: Commit, marks: Vec<PanicMark>) {
-        self.owed.push(Owed { commit, marks });
+        self.owed.push(Owed { commit, marks, unwritten: None });
     }
 
     /// Whether something waits to be stored.
@@ -188,32 +209,28 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         }
         let planner = &self.planner;
         let proposed = parallel::map(sent, buckets, |(at, listed)| {
-            let state = &planner.services()[at];
-            let proposal = state.propose_panic();
-            let versions = split::report(state, state.ownership(), &proposal, &[]).versions;
-            let split_stays = proposal.ownership.split == state.ownership().split;
-            let goes = *moves || proposal.moved > 0 || !split_stays;
-            let record = (goes && !dry_run).then(|| state.stored(&proposal.ownership));
-            (listed, versions, goes, Sent { at, proposal, record })
+            (at, listed, planner.services()[at].propose_panic())
         });
-        let mut proposals: Vec<Sent> = Vec::new();
-        for (listed, versions, goes, one) in proposed {
-            let service = &mut report.services[listed];
-            (service.versions, service.buckets_moved) = (versions, one.proposal.moved);
-            report.buckets_moved += one.proposal.moved;
-            proposals.extend(goes.then_some(one));
+        let mut proposals: Vec<(usize, &Diversion)> = Vec::new();
+        for (at, listed, diversion) in &proposed {
+            let Diversion { moved, before, ownership } = diversion;
+            report.services[*listed].buckets_moved = *moved;
+            report.buckets_moved += moved;
+            if *moves || *moved > 0 || ownership.split != before.split {
+                proposals.push((*at, diversion));
+            }
         }
         let mut moved = Moved::new();
         let mut touched = BTreeSet::new();
         if *dry_run {
-            for Sent { at, proposal, .. } in &proposals {
-                let preview = self.planner.preview(*at, Some(&proposal.ownership), &[]);
+            for (at, diversion) in &proposals {
+                let preview = self.planner.preview(*at, Some(&diversion.ownership), &[]);
                 touched.extend(preview.touched.iter().map(ToString::to_string));
                 moved.push((*at, preview.moved));
             }
         } else {
             let tables: Vec<_> =
-                proposals.iter().map(|one| (one.at, tables_of(&self.planner, one.at))).collect();
+                proposals.iter().map(|(at, _)| (*at, tables_of(&self.planner, *at))).collect();
             self.panics.know(*id);
             let asked = Asked { request, peer, id: id.unwrap_or_default() };
             let marked = self.carry_out(proposals, &asked, now, &mut report.notes);
@@ -244,6 +261,13 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 "panic: everything goes to control"
             );
         }
+        let planner = &self.planner;
+        for (listed, versions) in parallel::map(proposed, buckets, |(at, listed, diversion)| {
+            let Diversion { before, ownership, .. } = &diversion;
+            (listed, split::shares(&planner.services()[at], before, ownership))
+        }) {
+            report.services[listed].versions = versions;
+        }
         if *moves {
             report.notes.push(MOVES.to_owned());
         }
@@ -258,7 +282,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
     /// Marks a panic in the maps, to be stored, and plans it. Returns whether it is marked.
     fn carry_out(
         &mut self,
-        proposals: Vec<Sent>,
+        proposals: Vec<(usize, &Diversion)>,
         asked: &Asked<'_>,
         now: Moment,
         notes: &mut Vec<String>,
@@ -267,7 +291,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             return true;
         }
         let PanicRequest { reason, moves, .. } = asked.request;
-        let name = |one: &Sent| self.planner.services()[one.at].config().name.clone();
+        let name = |(at, _): &(usize, _)| self.planner.services()[*at].config().name.clone();
         let order = PanicOrder {
             services: Some(proposals.iter().map(name).collect()),
             moves: *moves,
@@ -289,11 +313,11 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             by_service.entry(mark.service.clone()).or_default().push(mark);
         }
         let cause = Cause { uid: asked.peer.uid, unix_ms: now.unix_ms, reason: reason.as_deref() };
-        for Sent { at, proposal, record } in proposals {
-            let commit = self.panic_commit(at, &proposal, record, &cause, notes);
-            let marks = by_service.remove(&commit.change.service).unwrap_or_default();
-            self.panics.owed.push(Owed { commit, marks });
-            self.planner.panic(at, proposal.ownership, *moves);
+        for (at, diversion) in proposals {
+            let mut owed = self.panic_owed(at, diversion, &cause, notes);
+            owed.marks = by_service.remove(&owed.commit.change.service).unwrap_or_default();
+            self.panics.owed.push(owed);
+            self.planner.panic(at, diversion.ownership.clone(), *moves);
             self.supersede(at);
         }
         marked
@@ -310,16 +334,16 @@ impl<S: StateStore, K: Kernel> State<S, K> {
 
     /// A panic's line in the audit trail. What waited for a confirmation does not any more: it
     /// must not be taken back to something else than control.
-    fn panic_commit(
+    fn panic_owed(
         &self,
         at: usize,
-        proposal: &Proposal,
-        record: Option<ServiceRecord>,
+        diversion: &Diversion,
         cause: &Cause<'_>,
         notes: &mut Vec<String>,
-    ) -> Commit {
+    ) -> Owed {
+        let Diversion { moved, before, ownership } = diversion;
         let state = &self.planner.services()[at];
-        let (name, ownership) = (&state.config().name, state.ownership());
+        let name = &state.config().name;
         let waits = self.control.pending.iter();
         let waits = waits.filter(|one| Thing::Split(name).is_of(&one.change));
         let settles: Vec<u64> = waits.map(|one| one.revision).collect();
@@ -329,26 +353,27 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                  not taken back by itself, and counts again if this is undone"
             ));
         }
-        Commit {
+        let commit = Commit {
             change: Change {
                 unix_ms: cause.unix_ms,
                 uid: Some(cause.uid),
                 service: name.clone(),
                 action: "panic".to_owned(),
                 reason: cause.reason.map(str::to_owned),
-                before: ownership.split.clone(),
-                after: proposal.ownership.split.clone(),
-                moved: proposal.change_list.clone(),
-                buckets_moved: proposal.moved,
+                before: before.split.clone(),
+                after: ownership.split.clone(),
+                buckets_moved: *moved,
                 slots: state.slots().to_vec(),
-                salt: Some(ownership.salt),
+                salt: Some(before.salt),
                 about: settles.iter().rev().copied().collect(),
                 ..Change::default()
             },
-            record,
+            record: Some(state.stored_without_owners(ownership)),
             deadline: None,
             settles,
-        }
+        };
+        let unwritten = Some([Arc::clone(&before.owners), Arc::clone(&ownership.owners)]);
+        Owed { commit, marks: Vec::new(), unwritten }
     }
 
     /// Makes what was done to the maps behind our back our own. Returns whether there was
@@ -396,18 +421,16 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 self.panics.know(Some(id));
             }
             let cause = Cause { uid, unix_ms, reason: first.reason.as_deref() };
-            let owed = |commit| Owed { commit, marks: marks.clone() };
             if waits {
                 // Our own, and not stored yet.
             } else if known {
                 self.kernel.panics_adopted(&marks);
             } else if let Some((at, state)) = self.planner.service(&name) {
-                let proposal = state.propose_panic();
-                let record = Some(state.stored(&proposal.ownership));
-                let commit = self.panic_commit(at, &proposal, record, &cause, &mut Vec::new());
-                let buckets_moved = proposal.moved;
-                self.panics.owed.push(owed(commit));
-                self.planner.panic(at, proposal.ownership, moves);
+                let diversion = state.propose_panic();
+                let owed = self.panic_owed(at, &diversion, &cause, &mut Vec::new());
+                let buckets_moved = diversion.moved;
+                self.panics.owed.push(Owed { marks, ..owed });
+                self.planner.panic(at, diversion.ownership, moves);
                 self.supersede(at);
                 tracing::warn!(
                     service = name,
@@ -439,7 +462,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 *parked = kept;
                 let commit =
                     Commit { change, record: Some(record), deadline: None, settles: Vec::new() };
-                self.panics.owed.push(owed(commit));
+                self.panics.owe(commit, marks);
                 continue;
             } else {
                 // Nobody knows the service any more, and nothing of it is kept.
@@ -499,14 +522,6 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             }
         }
     }
-}
-
-/// A service that goes to control.
-struct Sent {
-    at: usize,
-    proposal: Proposal,
-    /// What the store is to hold of it.
-    record: Option<ServiceRecord>,
 }
 
 /// What somebody asks for.

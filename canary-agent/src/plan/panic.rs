@@ -19,7 +19,7 @@ use canary_ebpf_common::{
 };
 
 use super::{
-    AdoptedService, BootMs, Ownership, Planner, Policy, Proposal, ServiceState,
+    AdoptedService, BootMs, Ownership, Planner, Policy, ServiceState,
     adopt::{self, record_addr},
     advance,
 };
@@ -244,22 +244,31 @@ fn candidates(
     if chosen.is_empty() { Err(NobodyLeft) } else { Ok(chosen.into_iter().unzip()) }
 }
 
+/// What sending everything to control would make of a service's owners. Which buckets those are
+/// is written down when there is time for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Diversion {
+    /// How many buckets get another owner.
+    pub moved: u32,
+    /// What it is until then.
+    pub before: Ownership,
+    /// What it would be.
+    pub ownership: Ownership,
+}
+
 impl ServiceState {
     /// Everything to control. No share but that of others changes, and of those none is left.
-    pub fn propose_panic(&self) -> Proposal {
+    pub fn propose_panic(&self) -> Diversion {
         let Ownership { split, salt, owners } = &self.ownership;
         let none = split.keys().map(|name| (name.clone(), Share::ZERO)).collect::<Split>();
-        let after = Packed::of_one(self.control, owners.len());
-        let changes = compile::difference(&owners.plain(), &after.plain());
-        Proposal {
-            moved: changes.len() as u32,
-            change_list: compile::encode_changes(&changes),
-            ownership: Ownership {
-                split: none,
-                salt: *salt,
-                owners: if changes.is_empty() { Arc::clone(owners) } else { Arc::new(after) },
-            },
-        }
+        let control = self.control;
+        let moved = owners.plain().iter().map(|owner| u32::from(*owner != control)).sum();
+        let after = match moved {
+            0 => Arc::clone(owners),
+            _ => Arc::new(Packed::of_one(control, owners.len())),
+        };
+        let ownership = Ownership { split: none, salt: *salt, owners: after };
+        Diversion { moved, before: self.ownership.clone(), ownership }
     }
 
     /// Whether new connections would get nothing if control had everything, in one table at

@@ -270,12 +270,18 @@ impl ServiceState {
 
     /// What the store should hold of it with other owners, everything else being stored.
     pub fn stored(&self, ownership: &Ownership) -> ServiceRecord {
+        let owners = compile::encode_owners(&ownership.owners.plain());
+        ServiceRecord { owners, ..self.stored_without_owners(ownership) }
+    }
+
+    /// The same, but for the owners, which take their time to be written down.
+    pub fn stored_without_owners(&self, ownership: &Ownership) -> ServiceRecord {
         ServiceRecord {
             name: self.config.name.clone(),
             control: self.slots[usize::from(self.control)].clone(),
             split: ownership.split.clone(),
             slots: self.slots.clone(),
-            owners: compile::encode_owners(&ownership.owners.plain()),
+            owners: Vec::new(),
             salt: ownership.salt,
             placements: None,
             admins: self.admins.clone(),
