@@ -26,6 +26,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
     plan_support::{config, service},
+    rollout::{step, with},
     support::{Agent, Shared},
 };
 
@@ -112,6 +113,26 @@ fn calls() -> impl Strategy<Value = Call> {
     let confirm = which.prop_map(|which| {
         ("POST", "/v1/confirm".to_owned(), format!(r#"{{{which}"reason": "REASON"}}"#))
     });
+    let rest = prop_oneof![
+        6 => Just(""), 1 => Just(r#""move": true, "#), 1 => Just(r#""dry_run": true, "#),
+        1 => Just(r#""id": 7, "#), 1 => Just(r#""confirm": "1s", "#),
+    ];
+    let panic = (scope.clone(), rest).prop_map(|(scope, rest)| {
+        ("POST", "/v1/panic".to_owned(), format!(r#"{{{scope}{rest}"reason": "REASON"}}"#))
+    });
+    let name = prop_oneof![6 => Just("shop-v2"), 1 => Just("shop-v9")];
+    let action = prop_oneof![
+        4 => Just("start"), 1 => Just("pause"), 2 => Just("resume"), 4 => Just("promote"),
+        1 => Just("abort"), 1 => Just("hurry"),
+    ];
+    let rest = prop_oneof![
+        6 => Just(""), 1 => Just(r#""full": true, "#), 1 => Just(r#""dry_run": true, "#),
+        1 => Just(r#""if_revision": REVISION, "#),
+    ];
+    let rollout = (name, action, rest).prop_map(|(name, action, rest)| {
+        let target = format!("/v1/rollouts/{name}/{action}");
+        ("POST", target, format!(r#"{{{rest}"reason": "REASON"}}"#))
+    });
     let freeze = (scope, any::<bool>(), terms()).prop_map(|(scope, freezes, terms)| {
         let route = if freezes { "/v1/freeze" } else { "/v1/unfreeze" };
         ("POST", route.to_owned(), format!("{{{scope}{terms}}}"))
@@ -140,6 +161,7 @@ fn calls() -> impl Strategy<Value = Call> {
         Just("/v1/undo"),
         Just("/v1/confirm"),
         Just("/v1/freeze"),
+        Just("/v1/panic"),
         Just("/v1/services/shop/split"),
         Just("/v1/events"),
     ];
@@ -156,8 +178,8 @@ fn calls() -> impl Strategy<Value = Call> {
     let garbage = (method, route, body)
         .prop_map(|(method, route, body)| (method, route.to_owned(), body.to_owned()));
     prop_oneof![
-        8 => split, 4 => backend, 3 => undo, 2 => confirm, 2 => freeze, 1 => events, 1 => read,
-        1 => garbage,
+        8 => split, 4 => backend, 3 => undo, 2 => confirm, 2 => freeze, 1 => panic, 2 => rollout,
+        1 => events, 1 => read, 1 => garbage,
     ]
 }
 
@@ -270,8 +292,11 @@ fn check(
         .filter(|one| one.status == 200 && one.answer["applied"] == true)
         .map(|one| one.reason.as_str())
         .collect();
-    for (revision, change) in trail.iter().filter(|(_, change)| change.uid.is_some()) {
+    // A rollout was told to, and makes its own steps.
+    let asked = |change: &Change| change.uid.is_some() && change.action != "rollout";
+    for (revision, change) in trail.iter().filter(|(_, change)| asked(change)) {
         let reason = change.reason.as_deref().unwrap_or_default();
+        let reason = reason.strip_prefix("shop-v2: ").unwrap_or(reason);
         prop_assert!(done.contains(reason), "revision {}: {}", revision, reason);
     }
     for one in answers.iter().filter(|one| done.contains(one.reason.as_str())) {
@@ -310,7 +335,8 @@ proptest! {
             ("v2", &[("10.0.2.1:443", 1)]),
             ("v3", &[("10.0.3.1:443", 1)]),
         ];
-        let config = config(vec![service("shop", versions), service("api", versions)]);
+        let mut config = config(vec![service("shop", versions), service("api", versions)]);
+        config.rollouts = with(vec![step("10%", 1), step("50%", 0), step("100%", 0)]).rollouts;
         let agent = Agent::start(dir.path(), &config, Shared::default(), Adopted::default());
         let (handle, requests) = Handle::channel(64);
         let served = thread::spawn(move || serve(agent, requests));

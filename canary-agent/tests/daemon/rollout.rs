@@ -24,7 +24,7 @@ use crate::{
 
 const PEER: Peer = Peer { uid: 1000, gid: 1000, pid: None };
 
-fn step(share: &str, hold: u64) -> Step {
+pub(crate) fn step(share: &str, hold: u64) -> Step {
     Step {
         split: Some(share.parse().unwrap()),
         hold: Some(Duration::from_secs(hold)),
@@ -53,7 +53,7 @@ fn gated(share: &str) -> Step {
     Step { gate: Some(Arc::new(gate)), ..step(share, 0) }
 }
 
-fn with(steps: Vec<Step>) -> Config {
+pub(crate) fn with(steps: Vec<Step>) -> Config {
     let mut config = shop();
     let rollout = |name: &str, to: &str, steps: Vec<Step>| {
         Arc::new(Rollout {
