@@ -11,14 +11,15 @@ use std::{
 
 use canary_agent::{
     api::{
-        model::{Event, Events, Status},
+        model::{ErrorBody, Event, Events, Status},
         panic::PanicReport,
     },
     failpoint::{self, Failpoint},
 };
-use canary_ebpf_common::entry::Entry;
+use canary_ebpf_common::{abi::PAGE_BUCKETS, entry::Entry};
 use canary_tests::{
     agent::{Agent, AgentOptions},
+    bpf,
     control::Control,
     host,
     server::HTTP_PORT,
@@ -32,7 +33,7 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::support::{Bench, Pool, SHOP, Way, alone, service, version};
+use crate::support::{Bench, ECHO, Pool, SHOP, Way, alone, service, version};
 
 /// Clients that ask after it, of each family.
 const CLIENTS: std::ops::Range<u32> = 2_000..2_040;
@@ -417,6 +418,89 @@ fn a_panic_without_an_agent_says_what_it_lacks() {
     assert_eq!(done.by, "maps");
     agent.run();
     assert_shown(&agent.wait_ready(), 0);
+}
+
+/// What comes of a panic of all services that does not wholly succeed: by service why not.
+#[track_caller]
+fn in_part(agent: &Agent<'_>, service: Option<&str>) -> PanicReport {
+    let args = ["panic", "--json", "--reason", "v2 is bad"];
+    let output = agent.cli(&[&args, service.as_slice()].concat());
+    assert_eq!(output.code, 1, "{output:?}");
+    let report: PanicReport = output.json();
+    assert!(report.applied && report.by == "maps", "{report:?}");
+    report
+}
+
+/// Whoever can't be sent to control is named, and the others go.
+#[test]
+fn a_panic_names_what_it_could_not_move_and_moves_the_others() {
+    let test = "a_panic_names_what_it_could_not_move_and_moves_the_others";
+    if !host::ready(test) {
+        return;
+    }
+    let bench = Bench::new(Way::Dsr, &[("stable", 1), ("v2", 1)]);
+    let mut agent = bench.agent("buckets = 4096");
+    bench.wait_answered();
+    let refused = |report: &PanicReport, name: &str| {
+        let one = report.services.iter().find(|one| one.service == name);
+        one.unwrap_or_else(|| panic!("no {name} in {report:?}")).refused.clone()
+    };
+    let half = |agent: &Agent<'_>| {
+        agent.split(SHOP, "v2", "50%");
+        agent.split(ECHO, "v2", "50%");
+    };
+
+    // A ledger that ends before the tables of the second service.
+    half(&agent);
+    let mut pool = connections(&bench);
+    agent.stop(Signal::SIGKILL);
+    let [ledger, kept] =
+        ["bpffs/canary/maps/LEDGER", "bpffs/kept"].map(|pin| agent.folder().join(pin));
+    fs::hard_link(&ledger, &kept).expect("another pin");
+    fs::remove_file(&ledger).expect("a pin");
+    bpf::pin_array(&ledger, 8 * PAGE_BUCKETS, 2).expect("a smaller map");
+    for service in [None, Some(ECHO)] {
+        let report = in_part(&agent, service);
+        let why = refused(&report, ECHO).unwrap_or_else(|| panic!("{report:?}"));
+        assert!(why.contains(&format!("`{ECHO}`: a table of it can't be used")), "{why}");
+        assert!(why.contains("start an agent, or ask again"), "{why}");
+        if service.is_none() {
+            assert_eq!(refused(&report, SHOP), None, "{report:?}");
+        }
+    }
+    let text = agent.cli(&["panic", ECHO]);
+    assert!(text.code == 1 && text.stdout.contains(&format!("\nnot {ECHO}: ")), "{text:?}");
+    assert_all_on_control(&bench, &agent, test);
+    pool.assert_where_they_were(test);
+    // All that was marked is adopted, what could not be written, too.
+    fs::rename(&kept, &ledger).expect("the pin");
+    agent.run();
+    let status = wait_adopted(&agent);
+    assert_shown(&status, 0);
+    assert_eq!(version(&status, ECHO, "v2").buckets, 0);
+    assert_all_on_control(&bench, &agent, test);
+    pool.assert_where_they_were(test);
+
+    // Control has nobody left who may take new connections.
+    half(&agent);
+    let status = agent.status();
+    for backend in &version(&status, ECHO, "stable").backends {
+        let done = agent.cli(&["backend", "drain", ECHO, &backend.addr.to_string(), "--force"]);
+        assert_eq!(done.code, 0, "{done:?}");
+    }
+    agent.stop(Signal::SIGKILL);
+    let report = in_part(&agent, None);
+    let why = refused(&report, ECHO).unwrap_or_else(|| panic!("{report:?}"));
+    assert!(why.contains("operators have taken out every backend of control"), "{why}");
+    assert_eq!(refused(&report, SHOP), None, "{report:?}");
+    assert_all_on_control(&bench, &agent, test);
+    let alone = agent.cli(&["panic", ECHO, "--json"]);
+    assert_eq!(alone.json::<ErrorBody>().error.code, "nobody_left", "{alone:?}");
+    assert_eq!(alone.code, 1, "{alone:?}");
+    agent.run();
+    let status = wait_adopted(&agent);
+    assert_eq!(version(&status, ECHO, "v2").asked_text, "50%", "left as it was");
+    pool.assert_where_they_were(test);
 }
 
 /// Nothing but the earlier maps knows of it when new ones take their place.
