@@ -24,6 +24,8 @@ pub const SERVICE_NAME_BYTES: usize = 64;
 /// Longest name of a version, in bytes.
 pub const VERSION_NAME_BYTES: usize = 32;
 
+/// IP protocol number of ICMP (RFC 792).
+pub const IPPROTO_ICMP: u8 = 1;
 /// IP protocol number of TCP (RFC 9293).
 pub const IPPROTO_TCP: u8 = 6;
 /// IP protocol number of UDP (RFC 768).
@@ -684,7 +686,7 @@ impl LedgerEntry {
 
 macro_rules! reasons {
     ($($(#[doc = $doc:literal])+ $variant:ident = $value:literal, $name:literal, $verdict:ident;)+) => {
-        /// Why a packet was passed to the host or dropped: index into `REASONS`.
+        /// Why a packet was passed to the host, dropped or answered: index into `REASONS`.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[repr(u32)]
         pub enum Reason {
@@ -700,7 +702,7 @@ macro_rules! reasons {
                 match self { $(Reason::$variant => $name,)+ }
             }
 
-            /// Whether such a packet is dropped or passed.
+            /// What becomes of such a packet.
             pub const fn verdict(self) -> ReasonVerdict {
                 match self { $(Reason::$variant => ReasonVerdict::$verdict,)+ }
             }
@@ -720,6 +722,8 @@ pub enum ReasonVerdict {
     Pass,
     /// Goes nowhere.
     Drop,
+    /// Is answered by the balancer.
+    Answer,
 }
 
 impl ReasonVerdict {
@@ -728,12 +732,13 @@ impl ReasonVerdict {
         match self {
             Self::Pass => "pass",
             Self::Drop => "drop",
+            Self::Answer => "answer",
         }
     }
 }
 
 reasons! {
-    /// Not IPv4 or IPv6, or not TCP or UDP.
+    /// Not IPv4 or IPv6; not TCP or UDP, and no ICMP that is a service's business.
     PassOther = 0, "pass_other", Pass;
     /// TCP or UDP, but to no service's address and port.
     PassNoService = 1, "pass_no_service", Pass;
@@ -769,6 +774,8 @@ reasons! {
     DropFragmentOverlap = 16, "drop_fragment_overlap", Drop;
     /// A first fragment that does not hold the whole transport header, or a later one that lies over it.
     DropFragmentTiny = 17, "drop_fragment_tiny", Drop;
+    /// An echo request to an address with a service: the balancer sends the reply.
+    AnswerEcho = 18, "answer_echo", Answer;
 }
 
 /// Elements of `REASONS`: room for those to come, so that it need not be made anew for each.

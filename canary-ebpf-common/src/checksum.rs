@@ -33,6 +33,12 @@ impl Delta {
         Self(self.0 + !old as u64 + new as u64)
     }
 
+    /// With the changes of another part.
+    #[inline(always)]
+    pub const fn and(self, other: Self) -> Self {
+        Self(self.0 + other.0)
+    }
+
     /// `checksum`, a header's stored field, after the changes (RFC 1624, equation 3).
     #[inline(always)]
     pub const fn apply(self, checksum: u16) -> u16 {

@@ -14,6 +14,7 @@ pub mod extension;
 pub mod fragment;
 pub mod hash;
 pub mod headers;
+pub mod icmp;
 pub mod nat;
 pub mod ports;
 pub mod quic;

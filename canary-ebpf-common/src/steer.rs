@@ -9,8 +9,8 @@
 
 use crate::{
     abi::{
-        BACKEND_DOWN, BACKEND_MAINT, BACKEND_USABLE, Flow, IPPROTO_TCP, IPPROTO_UDP, Service,
-        flow_state as state,
+        BACKEND_DOWN, BACKEND_MAINT, BACKEND_USABLE, Flow, IPPROTO_TCP, IPPROTO_UDP, SERVICE_QUIC,
+        Service, flow_state as state,
     },
     entry::{BackendIndex, Entry},
     quic::Quic,
@@ -369,6 +369,51 @@ fn steer_quic<K, F: Flows<K>>(
     }
     flow.last_ns = now;
     Steering { backend, opens: false }
+}
+
+/// Where an ICMP error about a packet to a client goes: to the backend that its connection's
+/// packets go to. `acked` is the client's sequence number that the quoted TCP segment
+/// acknowledges, where it is quoted. Nothing is remembered, and no entry kept alive by it.
+#[inline(always)]
+pub fn related<K, F: Flows<K>>(
+    flows: &F,
+    service: &Service,
+    entry: Entry,
+    key: &K,
+    protocol: u8,
+    acked: Option<u32>,
+) -> BackendIndex {
+    if !entry.tracked() {
+        return entry.current();
+    }
+    let unknown = if protocol == IPPROTO_TCP
+        || service.flags & SERVICE_QUIC != 0
+        || entry.learning() && !entry.previous().is_none()
+    {
+        entry.previous()
+    } else {
+        entry.current()
+    };
+    let flow = flows.lookup(key);
+    let backend = if flow.is_null() {
+        unknown
+    } else {
+        // SAFETY: not null, so valid for this decision by the contract of `Flows`.
+        let flow = unsafe { &*flow };
+        let known = if flow.state & state::PROVISIONAL != 0 {
+            // What is quoted of QUIC does not say whether it is of the handshake.
+            flow.state & state::QUIC == 0
+                && acked.is_some_and(|seq| Segment::tcp(TCP_ACK, seq).follows(flow.syn_seq))
+        } else {
+            flow.state & state::UDP == 0
+                || flows.now_ns().saturating_sub(flow.last_ns) <= service.udp_idle_ns()
+        };
+        if known { BackendIndex::new(flow.backend) } else { unknown }
+    };
+    if flows.backend_flags(backend) & BACKEND_MAINT != 0 {
+        return entry.current();
+    }
+    backend
 }
 
 /// Whether an Initial packet opens a connection where `flow` is, after `silent_ns` of silence.

@@ -7,7 +7,10 @@
 
 use aya_ebpf::{bindings::xdp_action, macros::xdp, programs::XdpContext};
 use canary_ebpf_common::{
-    abi::{FragmentKey, FragmentRoute, IPPROTO_TCP, IPPROTO_UDP, Reason, ReasonVerdict},
+    abi::{
+        FragmentKey, FragmentRoute, IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_TCP, IPPROTO_UDP, Reason,
+        ReasonVerdict,
+    },
     extension::{self, Stray},
     headers::{
         ETH_BYTES, ETHERTYPE_IPV4_BE, ETHERTYPE_IPV6_BE, Eth, Frame as _, Ipv4, Ipv6, Tcp, Udp,
@@ -196,6 +199,8 @@ fn v4(packet: &Packet, arrival: &mut Arrival) -> Result<u32, Reason> {
     }
     match protocol {
         IPPROTO_TCP | IPPROTO_UDP => packet.go_on(Program::SteerV4),
+        // A part of a message says too little.
+        IPPROTO_ICMP if arrival.fragment == 0 => packet.go_on(Program::IcmpV4),
         _ => Err(Reason::PassOther),
     }
 }
@@ -274,6 +279,7 @@ fn v6(packet: &Packet, arrival: &mut Arrival) -> Result<u32, Reason> {
     }
     match found.protocol {
         IPPROTO_TCP | IPPROTO_UDP => packet.go_on(Program::SteerV6),
+        IPPROTO_ICMPV6 if arrival.fragment == 0 => packet.go_on(Program::IcmpV6),
         _ => Err(Reason::PassOther),
     }
 }

@@ -11,6 +11,7 @@ mod arrival;
 mod forget;
 mod forward;
 mod fragment;
+mod icmp;
 mod ipv4;
 mod ipv6;
 mod maps;

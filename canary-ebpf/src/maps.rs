@@ -43,10 +43,14 @@ pub(crate) enum Program {
     Fragment = 3,
     /// Gives frames tags and sends them.
     Tag = 4,
+    /// ICMP.
+    IcmpV4 = 5,
+    /// ICMPv6.
+    IcmpV6 = 6,
 }
 
 /// Elements of `PROGRAMS`.
-const PROGRAM_SLOTS: u32 = 8;
+const PROGRAM_SLOTS: u32 = 16;
 
 /// What the pinned maps are.
 #[map]
@@ -188,6 +192,7 @@ pub(crate) fn count(reason: Reason) -> u32 {
     match reason.verdict() {
         ReasonVerdict::Pass => xdp_action::XDP_PASS,
         ReasonVerdict::Drop => xdp_action::XDP_DROP,
+        ReasonVerdict::Answer => xdp_action::XDP_TX,
     }
 }
 

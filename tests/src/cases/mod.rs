@@ -25,7 +25,7 @@
 //!   `! table b2 was b1`: the world changes, through the real datapath.
 //! - `? $a == $b`, `? $a != $b`, `? $p in 10000..10003`: of placeholders.
 //!
-//! A case with `ip*` stands for one of IPv4 and one of IPv6.
+//! A case with `ip*` stands for one of IPv4 and one of IPv6; `icmp*` in it for ICMP and ICMPv6.
 
 mod run;
 mod trace;
@@ -125,11 +125,14 @@ fn families(case: Case) -> Vec<Case> {
     if !case.steps.contains(" ip* ") {
         return vec![case];
     }
-    ["ip", "ip6"]
+    [("ip", "icmp"), ("ip6", "icmp6")]
         .into_iter()
-        .map(|ip| Case {
+        .map(|(ip, icmp)| Case {
             name: format!("{} ({ip})", case.name),
-            steps: case.steps.replace(" ip* ", &format!(" {ip} ")),
+            steps: case
+                .steps
+                .replace(" ip* ", &format!(" {ip} "))
+                .replace(" icmp* ", &format!(" {icmp} ")),
             ..case.clone()
         })
         .collect()

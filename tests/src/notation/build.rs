@@ -437,6 +437,9 @@ impl Builder<'_, '_> {
         self.bytes.extend(from.to_be_bytes());
         self.bytes.extend(to.to_be_bytes());
         self.bytes.extend(fields.number("seq", 1000)?.to_be_bytes());
+        if fields.flag("short") {
+            return Ok(());
+        }
         self.bytes.extend(fields.number("ack", 0)?.to_be_bytes());
         self.bytes.push((fields.number("offset", header_bytes as u32 / 4)? << 4) as u8);
         self.bytes.push(flags);
@@ -505,9 +508,22 @@ impl Builder<'_, '_> {
 
     fn icmp(&mut self, v6: bool, fields: &mut Fields<'_>) -> Result<()> {
         let start = self.bytes.len();
-        let echo = if v6 { 128 } else { 8 };
+        let kind = match (fields.take("type").unwrap_or("echo"), v6) {
+            ("echo", false) => 8,
+            ("echo", true) => 128,
+            ("reply", false) => 0,
+            ("reply", true) => 129,
+            ("unreachable" | "toobig", false) => 3,
+            ("unreachable", true) => 1,
+            ("toobig", true) => 2,
+            ("exceeded", false) => 11,
+            ("exceeded", true) => 3,
+            ("parameter", false) => 12,
+            ("parameter", true) => 4,
+            (other, _) => number(other)? as u8,
+        };
         let code = fields.number("code", 0)? as u8;
-        self.bytes.extend([fields.number("type", echo)? as u8, code, 0, 0]);
+        self.bytes.extend([kind, code, 0, 0]);
         self.bytes.extend(fields.number("rest", 0)?.to_be_bytes());
         self.place(if v6 { "icmp6" } else { "icmp" }, start, 8, fields)
     }

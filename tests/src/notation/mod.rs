@@ -20,9 +20,9 @@
 //! | `ip6 A > B` | `hop class flow len next version` |
 //! | `hbh`, `route`, `auth`, `dst` | `next len bytes left` (segments left) |
 //! | `frag` | `next at id`, word `mf` |
-//! | `tcp P > Q FLAGS` | `seq ack win urg offset csum options`; flags of `FSRPAUEC`, `-` for none |
+//! | `tcp P > Q FLAGS` | `seq ack win urg offset csum options`, word `short` (its first eight bytes only, as errors may quote it); flags of `FSRPAUEC`, `-` for none |
 //! | `udp P > Q` | `len csum` |
-//! | `icmp`, `icmp6` | `type code rest csum` |
+//! | `icmp`, `icmp6` | `type code rest csum`; types also `echo reply unreachable toobig exceeded parameter` |
 //! | `quic TYPE` | `version dcid dcidlen scid scidlen token width to`, word `greased`; types `initial 0rtt handshake retry short` |
 //!
 //! A QUIC packet reaches to byte `to` of the datagram's payload: 1,200 for an

@@ -14,6 +14,7 @@ mod flood;
 mod fresh;
 mod held;
 mod hosts;
+mod icmp;
 mod interrupted;
 mod killed;
 mod lacking;

@@ -6,7 +6,7 @@ use canary_ebpf_common::{
     entry::Entry,
 };
 use canary_tests::{
-    loaded::{Sizes, XDP_PASS, XDP_TX},
+    loaded::{Sizes, XDP_TX},
     model::Tuple,
     names::Host,
     notation::parse,
@@ -432,7 +432,7 @@ fn rule_13_with_existing_move_a_split_takes_connections_along_and_sweeps() {
 }
 
 #[test]
-fn rule_15_icmp_errors_and_fragments_make_and_refresh_no_entry() {
+fn rule_15_icmp_errors_and_fragments_follow_a_connection_and_make_and_refresh_no_entry() {
     let mut planned = moved();
     for family in FAMILIES {
         let tuple = one_moved(&planned, family);
@@ -476,13 +476,18 @@ fn rule_15_icmp_errors_and_fragments_make_and_refresh_no_entry() {
         let run = |planned: &mut Planned, packet: &str| {
             planned.loaded.run(&parse(&format!("eth client > us / {packet}")).unwrap()).unwrap()
         };
-        for packet in errors {
-            assert_eq!(run(&mut planned, &packet).action, XDP_PASS, "{packet}");
+        let Went::To(backend) = at else { panic!("{at:?}") };
+        let older = Tuple { src_port: other, ..tuple };
+        let Went::To(unknown) = previous(&planned, &older) else { panic!("{older:?}") };
+        assert_ne!(backend, unknown);
+        for (packet, expected) in errors.iter().zip([backend, unknown]) {
+            let seen = run(&mut planned, packet);
+            assert_eq!(seen.action, XDP_TX, "{packet}");
+            assert_eq!(seen.frame[..6], Host::Backend(expected).mac(), "{packet}");
             assert_eq!(planned.flow(&tuple), Some(before), "{packet}");
             assert_eq!(planned.flows(), flows, "{packet}");
         }
         // The first fragment is the connection's packet, and the others know no more than its way.
-        let Went::To(backend) = at else { panic!("{at:?}") };
         let [first, later] = fragments;
         for packet in [&first, &later] {
             let kept = planned.flow(&tuple);

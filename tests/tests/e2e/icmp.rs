@@ -1,0 +1,245 @@
+//! ICMP end to end: what the hosts' own stacks make of the errors that reach them, and echo.
+
+use std::{
+    fs,
+    io::{self, ErrorKind},
+    mem::MaybeUninit,
+    net::{IpAddr, SocketAddr, UdpSocket},
+    time::Duration,
+};
+
+use canary_tests::{
+    agent::{Agent, AgentOptions},
+    client::Connection,
+    host,
+    netns::Namespace,
+    server::HTTP_PORT,
+    topology::{CLIENT_V4, CLIENT_V6, Family},
+    wait,
+};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::support::{Bench, Way};
+
+/// Bytes of a packet that the narrow link takes.
+const NARROW_MTU: u32 = 1300;
+/// A port that nobody listens on.
+const CLOSED_PORT: u16 = 7777;
+
+/// A client two routers away, with a link of [`NARROW_MTU`] between them: its own link is wide, so
+/// its SYN says nothing of that.
+struct Far {
+    far: Namespace,
+    _router: Namespace,
+}
+
+impl Far {
+    /// Builds it behind the client's host, which is the first router.
+    #[track_caller]
+    fn new(bench: &Bench) -> Self {
+        let near = bench.client();
+        let router = Namespace::new("router");
+        let far = Namespace::new("far");
+        let forwards = |namespace: &Namespace| {
+            namespace.sysctl("net/ipv4/ip_forward", "1");
+            namespace.sysctl("net/ipv6/conf/all/forwarding", "1");
+        };
+        forwards(near);
+        forwards(&router);
+        near.ip(&format!(
+            "link add narrow type veth peer name narrow netns {}
+link set narrow mtu {NARROW_MTU} up
+address add 10.200.0.1/24 dev narrow
+address add fd00:c8::1/64 dev narrow nodad
+route add 10.200.1.0/24 via 10.200.0.2
+",
+            router.name()
+        ));
+        router.ip(&format!(
+            "link set narrow mtu {NARROW_MTU} up
+address add 10.200.0.2/24 dev narrow
+address add fd00:c8::2/64 dev narrow nodad
+route add default via 10.200.0.1
+route add ::/0 via fd00:c8::1
+link add wide type veth peer name wide netns {}
+link set wide up
+address add 10.200.1.1/24 dev wide
+address add fd00:c8:1::1/64 dev wide nodad",
+            far.name()
+        ));
+        near.ip("route add fd00:c8:1::/64 via fd00:c8::2");
+        far.ip("link set wide up
+address add 10.200.1.2/24 dev wide
+address add fd00:c8:1::2/64 dev wide nodad
+route add default via 10.200.1.1
+route add ::/0 via fd00:c8:1::1");
+        bench.topology.balancer.ip(&format!(
+            "route add 10.200.0.0/16 via {CLIENT_V4}
+route add fd00:c8::/32 via {CLIENT_V6}"
+        ));
+        Self { far, _router: router }
+    }
+
+    fn addr(family: Family) -> IpAddr {
+        let addr = match family {
+            Family::V4 => "10.200.1.2",
+            Family::V6 => "fd00:c8:1::2",
+        };
+        addr.parse().expect("an address")
+    }
+}
+
+/// Errors that say that a packet is too big which a host has sent.
+#[track_caller]
+fn too_big_sent(namespace: &Namespace, family: Family) -> u64 {
+    let text = |path: &str| {
+        namespace.run(|| fs::read_to_string(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
+    };
+    match family {
+        Family::V4 => {
+            let text = text("/proc/thread-self/net/snmp");
+            let mut rows = text.lines().filter(|line| line.starts_with("IcmpMsg:"));
+            let (Some(names), Some(values)) = (rows.next(), rows.next()) else { return 0 };
+            let mut both = names.split_whitespace().zip(values.split_whitespace());
+            both.find(|(name, _)| *name == "OutType3")
+                .map_or(0, |(_, n)| n.parse().expect("a number"))
+        }
+        Family::V6 => {
+            let text = text("/proc/thread-self/net/snmp6");
+            let line = text.lines().find(|line| line.starts_with("Icmp6OutPktTooBigs"));
+            let value = line.and_then(|line| line.split_whitespace().nth(1));
+            value.expect("the kernel counts them").parse().expect("a number")
+        }
+    }
+}
+
+/// A server's packets are too big for a link far behind the balancer; the router there says so to
+/// the service's address, and the server whose connection it is hears of it.
+#[track_caller]
+fn a_narrow_link_is_found(way: Way, test: &str) {
+    const BYTES: u64 = 3_000_000;
+    if !host::ready(test) {
+        return;
+    }
+    let bench = Bench::new(way, &[("stable", 3)]);
+    let far = Far::new(&bench);
+    let _agent = bench.agent("");
+    bench.wait_answered();
+    for family in Family::ALL {
+        let before = too_big_sent(bench.client(), family);
+        let to = SocketAddr::new(family.vip(), HTTP_PORT);
+        for nth in 0..4 {
+            let came = far.far.run(|| {
+                let mut connection = Connection::open_here(Far::addr(family), to)?;
+                connection.download(BYTES, None, |_| true)
+            });
+            let came = came.unwrap_or_else(|error| panic!("{way:?} {family:?} {nth}: {error}"));
+            assert_eq!(came, BYTES);
+        }
+        let errors = too_big_sent(bench.client(), family) - before;
+        assert!(errors > 0, "{way:?} {family:?}: no packet was too big");
+    }
+}
+
+#[test]
+fn servers_learn_of_a_narrow_link_far_away_in_nat() {
+    a_narrow_link_is_found(Way::NatTwoArmed, "servers_learn_of_a_narrow_link_far_away_in_nat");
+}
+
+#[test]
+fn servers_learn_of_a_narrow_link_far_away_in_one_armed_nat() {
+    a_narrow_link_is_found(
+        Way::NatOneArmed,
+        "servers_learn_of_a_narrow_link_far_away_in_one_armed_nat",
+    );
+}
+
+#[test]
+fn servers_learn_of_a_narrow_link_far_away_in_dsr() {
+    a_narrow_link_is_found(Way::Dsr, "servers_learn_of_a_narrow_link_far_away_in_dsr");
+}
+
+/// A backend's host refuses a datagram to a port that nobody has; the client's socket hears of it.
+#[test]
+fn clients_hear_of_closed_ports_through_translation() {
+    if !host::ready("clients_hear_of_closed_ports_through_translation") {
+        return;
+    }
+    let bench = Bench::new(Way::NatTwoArmed, &[("stable", 2)]);
+    let closed = bench.service("closed", CLOSED_PORT, &["udp"], "");
+    let services = bench.services("") + &closed;
+    let _agent = Agent::start(&bench.topology, &AgentOptions::native(&bench.topology), &services);
+    bench.wait_answered();
+    for family in Family::ALL {
+        let to = SocketAddr::new(family.vip(), CLOSED_PORT);
+        bench.client().run(|| {
+            let socket = UdpSocket::bind(SocketAddr::new(family.client(7), 0)).expect("a socket");
+            socket.set_read_timeout(Some(Duration::from_millis(500))).expect("a time-out");
+            socket.connect(to).expect("a route");
+            // A host answers so many in a second, and a first one may wait for a neighbour.
+            wait::until("the refusal", || {
+                // The error may come with the next call, whichever that is.
+                let error = socket
+                    .send(b"anybody?")
+                    .and_then(|_| socket.recv(&mut [0; 16]))
+                    .err()
+                    .map(|error| error.kind());
+                match error {
+                    Some(ErrorKind::ConnectionRefused) => Ok(()),
+                    other => Err(format!("{family:?}: {other:?}")),
+                }
+            });
+        });
+    }
+}
+
+/// Sends an echo request to the service's address and reads the reply's payload.
+fn ping(from: IpAddr, to: IpAddr, payload: &[u8]) -> io::Result<Vec<u8>> {
+    let (domain, protocol, request, reply) = match to {
+        IpAddr::V4(_) => (Domain::IPV4, Protocol::ICMPV4, 8, 0),
+        IpAddr::V6(_) => (Domain::IPV6, Protocol::ICMPV6, 128, 129),
+    };
+    let socket = Socket::new(domain, Type::RAW, Some(protocol))?;
+    socket.bind(&SocketAddr::new(from, 0).into())?;
+    socket.connect(&SocketAddr::new(to, 0).into())?;
+    socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+    let mut message = vec![request, 0, 0, 0, 0x12, 0x34, 0, 1];
+    message.extend(payload);
+    if to.is_ipv4() {
+        let sum = canary_tests::notation::checksum(&[&message]);
+        message[2..4].copy_from_slice(&sum.to_be_bytes());
+    }
+    socket.send(&message)?;
+    loop {
+        let mut buffer = [MaybeUninit::uninit(); 2048];
+        let got = socket.recv(&mut buffer)?;
+        // SAFETY: the kernel has written so many bytes.
+        let got: Vec<u8> = buffer[..got].iter().map(|byte| unsafe { byte.assume_init() }).collect();
+        // An IPv4 socket of this kind shows the IP header.
+        let message = if to.is_ipv4() { &got[usize::from(got[0] & 0xf) * 4..] } else { &got[..] };
+        if message[0] == reply && message[4..8] == [0x12, 0x34, 0, 1] {
+            return Ok(message[8..].to_vec());
+        }
+    }
+}
+
+#[test]
+fn a_services_address_answers_to_echo_requests() {
+    if !host::ready("a_services_address_answers_to_echo_requests") {
+        return;
+    }
+    for way in [Way::NatTwoArmed, Way::Dsr] {
+        let bench = Bench::new(way, &[("stable", 1)]);
+        let agent = bench.agent("");
+        bench.wait_answered();
+        for family in Family::ALL {
+            let payload: Vec<u8> = (0..1200_u16).map(|n| n as u8).collect();
+            let answer = bench.client().run(|| ping(family.client(3), family.vip(), &payload));
+            assert_eq!(answer.unwrap_or_else(|e| panic!("{way:?} {family:?}: {e}")), payload);
+        }
+        let status = agent.status();
+        let answered = status.reasons.iter().find(|one| one.reason == "answer_echo");
+        assert!(answered.is_some_and(|one| one.packets >= 2), "{:?}", status.reasons);
+        drop(agent);
+    }
+}
