@@ -1,5 +1,5 @@
 //! Places at which a test lets the agent die: each write of the store, each between store
-//! and maps, and each while other maps take the place of those that are pinned.
+//! and maps and between the maps' own, and each while other maps take the place of those that are pinned.
 //!
 //! Only builds with debug assertions, which no release has, look for them: there, the file
 //! that [`FILE`] names holds the name of the place at which the agent ends as by SIGKILL.
@@ -11,18 +11,23 @@ pub const FILE: &str = "CANARY_FAILPOINT_FILE";
 macro_rules! failpoints {
     (
         change { $($(#[$doc:meta])* $point:ident = $name:literal,)* }
+        other { $($(#[$other_doc:meta])* $other:ident = $other_name:literal,)* }
         handover { $($(#[$handover_doc:meta])* $handover:ident = $handover_name:literal,)* }
     ) => {
         /// A place to die at.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub enum Failpoint {
             $($(#[$doc])* $point,)*
+            $($(#[$other_doc])* $other,)*
             $($(#[$handover_doc])* $handover,)*
         }
 
         impl Failpoint {
             /// Those of a change, in the order in which it passes them.
             pub const ALL: &[Self] = &[$(Self::$point,)*];
+
+            /// Those that no split passes and no panic: of reloads, and of what is stored besides.
+            pub const OTHER: &[Self] = &[$(Self::$other,)*];
 
             /// Those of a start that puts other maps in the place of those that are pinned, in
             /// the order in which it passes them.
@@ -32,6 +37,7 @@ macro_rules! failpoints {
             pub const fn name(self) -> &'static str {
                 match self {
                     $(Self::$point => $name,)*
+                    $(Self::$other => $other_name,)*
                     $(Self::$handover => $handover_name,)*
                 }
             }
@@ -83,6 +89,16 @@ change {
     PanicWritten = "panic-written",
     /// An agent has stored it, and its marks are still there.
     PanicAdopted = "panic-adopted",
+}
+other {
+    /// Services' addresses are in the maps, and so is still what nothing names any more.
+    AddressesWritten = "addresses-written",
+    /// The records of backends that are gone are cleared, and the directory names their table.
+    RecordsCleared = "records-cleared",
+    /// Events that are no changes are written and not committed.
+    NoticesWritten = "notices-written",
+    /// Where a rollout stands is written and not committed.
+    RolloutWritten = "rollout-written",
 }
 handover {
     /// Maps stand beside those in force, and hold nothing.
@@ -153,7 +169,7 @@ mod tests {
 
     #[test]
     fn names_tell_the_places_apart() {
-        let all = || Failpoint::ALL.iter().chain(Failpoint::HANDOVER);
+        let all = || [Failpoint::ALL, Failpoint::OTHER, Failpoint::HANDOVER].into_iter().flatten();
         let names: HashSet<&str> = all().map(|point| point.name()).collect();
         assert_eq!(names.len(), all().count());
     }

@@ -163,6 +163,7 @@ impl Maps {
             let [v4, v6] = vips(services.iter().map(|s| &**s));
             self.vips_v4.store(&v4)?;
             self.vips_v6.store(&v6)?;
+            Failpoint::AddressesWritten.pass();
         }
         // Records that nothing names any more.
         let named: HashSet<_> = backends.iter().map(|(index, _)| *index).collect();
@@ -173,8 +174,12 @@ impl Maps {
                 .filter(|i| !named.contains(i))
                 .collect(),
         };
+        let cleared = applied.backends;
         for index in gone {
             applied.backends += usize::from(self.store_backend(index, &abi::Backend::default())?);
+        }
+        if applied.backends > cleared {
+            Failpoint::RecordsCleared.pass();
         }
         // Whoever reads the directory next must not find pages there that others have by then.
         let ids: HashSet<_> = services.iter().map(|s| s.record.id).collect();

@@ -158,6 +158,7 @@ impl StateStore for SqliteStore {
         let last = self.with(|connection| {
             written(connection, false, |transaction| {
                 rows::insert_notices(transaction, notices)?;
+                Failpoint::NoticesWritten.pass();
                 rows::last_event(transaction)
             })
         })?;
@@ -173,7 +174,9 @@ impl StateStore for SqliteStore {
     ) -> Result<u64, StoreError> {
         self.with(|connection| {
             written(connection, durable, |transaction| {
-                rollouts::keep(transaction, rollout, evidence)
+                let kept = rollouts::keep(transaction, rollout, evidence)?;
+                Failpoint::RolloutWritten.pass();
+                Ok(kept)
             })
         })
     }

@@ -2,7 +2,9 @@
 //! while it starts: what is stored and what is in the maps fit together afterwards, nobody's
 //! connection notices, and what waits for a confirmation is still taken back.
 
-use std::{fs, os::unix::process::ExitStatusExt as _, thread, time::Duration};
+use std::{
+    collections::BTreeSet, fs, os::unix::process::ExitStatusExt as _, thread, time::Duration,
+};
 
 use canary_agent::{
     api::model::{Events, Status},
@@ -11,14 +13,15 @@ use canary_agent::{
 use canary_tests::{
     agent::{Agent, AgentOptions},
     host,
-    topology::Family,
+    server::{ECHO_PORT, HTTP_PORT},
+    topology::{Family, Host},
     wait,
 };
 use nix::sys::signal::Signal;
 
 use crate::{
     sound::assert_sound,
-    support::{Bench, SHOP, Way, version},
+    support::{Bench, ECHO, SHOP, Way, version},
 };
 
 /// The shares that follow on each other.
@@ -122,7 +125,8 @@ fn a_kill_at_each_write_of_a_first_start_is_repaired_by_the_next() {
     let services = bench.services("buckets = 4096\nsplit = { v2 = \"20%\" }");
     let options = AgentOptions::native(&bench.topology);
     let mut passed = 0;
-    for point in Failpoint::ALL.iter().filter(|point| !point.is_of_panic()) {
+    let all = || [Failpoint::ALL, Failpoint::OTHER].into_iter().flatten();
+    for point in all().filter(|point| !point.is_of_panic()) {
         let when = format!("{test}, {}", point.name());
         let mut agent = Agent::prepare(&bench.topology.balancer, &options, &services);
         let choice = agent.folder().join("failpoint");
@@ -130,8 +134,11 @@ fn a_kill_at_each_write_of_a_first_start_is_repaired_by_the_next() {
         agent.run_with(|command| {
             command.env(failpoint::FILE, &choice);
         });
+        // A start has events, which are stored within a second.
+        let late = *point == Failpoint::NoticesWritten;
         let started = wait::until("the agent or its end", || match agent.ended() {
             Some(_) => Ok(None),
+            None if late => Err("it runs".to_owned()),
             None => agent.ready_now().map(Some),
         });
         if started.is_none() {
@@ -145,8 +152,85 @@ fn a_kill_at_each_write_of_a_first_start_is_repaired_by_the_next() {
         assert_sound(&agent, &status, &when);
         drop(bench.connect(Family::V4, 0..5));
     }
-    println!("{test}: a start passes {passed} of {} places", Failpoint::ALL.len());
+    println!("{test}: a start passes {passed} of {} places", all().count());
     assert!(passed > 10, "{passed}");
+}
+
+/// A service comes and goes, and another one's weights change: the next start finds what the files
+/// say, whatever of it was done.
+#[test]
+fn a_kill_at_each_write_of_a_reload_is_repaired_by_the_next_start() {
+    let test = "a_kill_at_each_write_of_a_reload_is_repaired_by_the_next_start";
+    if !host::ready(test) {
+        return;
+    }
+    let bench = Bench::new(Way::Dsr, &[("stable", 2), ("v2", 2)]);
+    let keys = "buckets = 4096\nhealth = { type = \"none\" }";
+    let services = |round: usize| {
+        let first = &bench.topology.backends[0].name;
+        let weight = |host: &Host| Some(if host.name == *first { 1 + round as u32 } else { 1 });
+        let all = &Family::ALL;
+        let shop = bench.weighted_service(all, SHOP, HTTP_PORT, &["tcp"], keys, weight);
+        match round % 2 {
+            0 => shop,
+            _ => shop + &bench.service_with(all, ECHO, ECHO_PORT, &["tcp"], keys),
+        }
+    };
+    let options = AgentOptions::native(&bench.topology);
+    let mut agent = Agent::prepare(&bench.topology.balancer, &options, &services(0));
+    let choice = agent.folder().join("failpoint");
+    let run = |agent: &mut Agent<'_>| {
+        agent.run_with(|command| {
+            command.env(failpoint::FILE, &choice);
+        });
+    };
+    run(&mut agent);
+    agent.wait_ready();
+    agent.split(SHOP, "v2", "40%");
+    let mut pool = bench.connect(Family::V4, 0..10);
+    pool.open.extend(bench.connect(Family::V6, 0..10).open);
+    let points = [
+        Failpoint::BeforeCommit,
+        Failpoint::Committed,
+        Failpoint::BackendsWritten,
+        Failpoint::LedgerHalfWritten,
+        Failpoint::TableHalfWritten,
+        Failpoint::TablesWritten,
+        Failpoint::AddressesWritten,
+        Failpoint::RecordsCleared,
+        Failpoint::InForce,
+    ];
+    let mut passed = BTreeSet::new();
+    // Each with a service that comes, and with one that goes.
+    for round in 1..=2 * points.len() {
+        let point = points[(round - 1) / 2];
+        let when = format!("{test}, round {round}, {}", point.name());
+        agent.configure(&options, &services(round));
+        fs::write(&choice, point.name()).expect("a choice");
+        let output = agent.cli(&["reload", "--json"]);
+        if output.code == 5 {
+            passed.insert(point.name());
+            let ended = || agent.ended().ok_or("it runs".to_owned());
+            wait::until("the end of the agent", ended);
+            assert_eq!(agent.stop(Signal::SIGTERM).signal(), Some(9), "{when}");
+            pool.assert_where_they_were(&when);
+            drop(bench.connect(Family::V4, 500..505));
+            fs::remove_file(&choice).expect("a choice");
+            run(&mut agent);
+        } else {
+            assert_eq!(output.code, 0, "{when}: {output:?}");
+            fs::remove_file(&choice).expect("a choice");
+        }
+        let status = agent.wait_ready();
+        assert_eq!(status.services.len(), 1 + round % 2, "{when}");
+        let stable = &version(&status, SHOP, "stable").backends;
+        assert!(stable.iter().any(|one| one.weight as usize == 1 + round), "{when}: {stable:?}");
+        assert_eq!(version(&status, SHOP, "v2").asked_text, "40%", "{when}");
+        assert_sound(&agent, &status, &when);
+        pool.assert_where_they_were(&format!("{when}, started again"));
+    }
+    println!("{test}: killed at {passed:?}");
+    assert_eq!(passed.len(), points.len(), "{passed:?}");
 }
 
 /// Buckets whose connections may be let go are swept.

@@ -345,6 +345,7 @@ fn a_kill_in_the_middle_of_each_step_is_gone_on_from() {
         Failpoint::BeforeMaps,
         Failpoint::TableHalfWritten,
         Failpoint::InForce,
+        Failpoint::RolloutWritten,
     ];
     let bench = Bench::new(Way::NatTwoArmed, &[("stable", 2), ("v2", 2)]);
     let shares: Vec<String> = (1..=points.len()).map(|n| format!("{}%", n * 10)).collect();
