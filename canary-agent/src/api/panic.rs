@@ -31,8 +31,8 @@ pub struct PanicRequest {
 pub struct PanicReport {
     /// Whether it was carried out (not a dry run).
     pub applied: bool,
-    /// Who has done it: `agent`, or `maps` where no agent has answered. Then the next one that
-    /// does stores it.
+    /// Who has done it: `agent`, or `maps` where the command has written them, because no agent has
+    /// answered or because it was about all services. Then an agent adopts and stores it.
     pub by: String,
     /// Number of the last change that it made; absent where no agent has stored it yet.
     pub revision: Option<u64>,
@@ -48,7 +48,7 @@ pub struct PanicReport {
     pub notes: Vec<String>,
     /// Microseconds from the request's arrival until it was in force.
     pub took_us: u64,
-    /// Microseconds of those for the maps, where they were written without an agent.
+    /// Microseconds of those for the maps, where the command has written them.
     #[serde(default)]
     pub maps_us: Option<u64>,
 }

@@ -1,9 +1,12 @@
 //! `panic`: everything to control, whether or not an agent answers.
 //!
-//! The agent is asked first. If it has not answered within a moment, because it is stopped, hangs
-//! or is gone, this writes the pinned maps by itself, and leaves a mark there that the agent
-//! adopts when it goes on, or the next one when it starts. Both may happen where the agent was only
-//! slow: the request has a name, so that it is done once.
+//! For one service, the agent is asked first. If it has not answered within a moment, because it is
+//! stopped, hangs or is gone, this writes the pinned maps by itself, and leaves a mark there that the
+//! agent adopts when it goes on, or the next one when it starts. Both may happen where the agent was
+//! only slow: the request has a name, so that it is done once.
+//!
+//! For all services, the maps are written first by whoever may: an agent makes a plan for each, with
+//! tables of its own, which takes longer. It is told at once, and adopts what it finds.
 
 use std::{
     collections::BTreeSet,
@@ -14,6 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use canary_ebpf_common::abi::PANIC_REASON_BYTES;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use tokio::time::timeout;
 
@@ -37,6 +41,9 @@ use crate::{
 
 const TARGET: &str = "/v1/panic";
 
+/// So long an agent is waited for to make its own what is in force already.
+const ADOPTED_WITHIN: Duration = Duration::from_secs(1);
+
 /// Sends everything to control, and says what has become of it.
 pub(super) fn run(global: &Global, panic: args::Panic, json: bool) -> Result<ExitCode, Failure> {
     let begun = Instant::now();
@@ -45,9 +52,26 @@ pub(super) fn run(global: &Global, panic: args::Panic, json: bool) -> Result<Exi
     let id = RandomState::new().build_hasher().finish() >> 11;
     let request = PanicRequest { service, moves, reason, dry_run, id: Some(id) };
     let client = client(global);
+    let late = |time: Duration| {
+        let socket = client.socket().display();
+        let message = format!("the agent at {socket} has not answered within {time:?}");
+        Failure::new("timeout", exit::UNREACHABLE, message)
+    };
     let (answer, report, whole) = wait_for(async {
         if let Some(why) = stopped(client.socket()) {
-            let (report, whole) = through_maps(&global.config, &request, begun, &why)?;
+            let (report, whole) = through_maps(&global.config, &request, begun, Some(&why))?;
+            return Ok((None, report, whole));
+        }
+        if maps_first(&request)
+            && let Ok((mut report, whole)) = through_maps(&global.config, &request, begun, None)
+        {
+            let patience = agent_timeout.max(ADOPTED_WITHIN);
+            let told = timeout(patience, client.post_long(TARGET, &request)).await;
+            let told = told.unwrap_or_else(|_| Err(late(patience)));
+            match told.and_then(|answer| answer.read::<PanicReport>()) {
+                Ok(adopted) => report.revision = adopted.revision,
+                Err(why) => report.notes.insert(0, not_adopted(&why)),
+            }
             return Ok((None, report, whole));
         }
         let asking = client.post_long(TARGET, &request);
@@ -56,14 +80,9 @@ pub(super) fn run(global: &Global, panic: args::Panic, json: bool) -> Result<Exi
             Ok(Ok(answer)) => return Ok((Some(answer.text()), answer.read()?, true)),
             Ok(Err(failure)) if !failure.is_silence() => return Err(failure),
             Ok(Err(failure)) => failure,
-            Err(_) => {
-                let socket = client.socket().display();
-                let message =
-                    format!("the agent at {socket} has not answered within {agent_timeout:?}");
-                Failure::new("timeout", exit::UNREACHABLE, message)
-            }
+            Err(_) => late(agent_timeout),
         };
-        match through_maps(&global.config, &request, begun, &why) {
+        match through_maps(&global.config, &request, begun, Some(&why)) {
             // It may only be slow, and is all that is left.
             Err(denied) if denied.exit_code() == exit::NOT_PERMITTED && why.is_late() => {
                 match asking.await {
@@ -90,6 +109,14 @@ pub(super) fn run(global: &Global, panic: args::Panic, json: bool) -> Result<Exi
     Ok(ExitCode::from(if refused || !whole { exit::FAILED } else { exit::DONE }))
 }
 
+/// Whether the pinned maps are written before the agent is asked. Not where the mark has no room for
+/// the reason.
+fn maps_first(request: &PanicRequest) -> bool {
+    let PanicRequest { service, moves: _, reason, dry_run, id: _ } = request;
+    let fits = reason.as_ref().is_none_or(|reason| reason.len() <= PANIC_REASON_BYTES);
+    service.is_none() && !dry_run && fits
+}
+
 /// Why an agent is not worth waiting for: its process is stopped. It adopts what is done when it
 /// goes on.
 fn stopped(socket: &Path) -> Option<Failure> {
@@ -109,15 +136,24 @@ fn is_stopped(stat: &str) -> bool {
     matches!(state, Some(Some("T" | "t")))
 }
 
-/// Does it without an agent, which is silent for the reason `why`. Returns whether all maps that an
-/// interface may be steered by were understood, too.
+/// What is said of maps that were written and that no agent has made its own yet.
+fn not_adopted(why: &Failure) -> String {
+    format!(
+        "{why}: the pinned maps were changed. The agent adopts that when it goes on or is started, \
+         and puts it into the audit trail"
+    )
+}
+
+/// Does it without an agent, which is silent for the reason `why`, or not asked yet. Returns whether
+/// all maps that an interface may be steered by were understood, too.
 fn through_maps(
     config: &Path,
     request: &PanicRequest,
     begun: Instant,
-    why: &Failure,
+    silent: Option<&Failure>,
 ) -> Result<(PanicReport, bool), Failure> {
     let bpffs = detach::bpffs(config)?;
+    let why = silent.map_or_else(|| "the agent was not asked".to_owned(), ToString::to_string);
     let failed = |error: datapath::Error| {
         if error.not_permitted() {
             let message = format!("{why}; and without it the pinned maps are needed: {error}");
@@ -177,20 +213,23 @@ fn through_maps(
         .help("start an agent, bring a backend of control back with `canary-agent backend ready`, and ask again"));
     }
     let whole = done.unread.is_none();
-    Ok((report(done, request, begun, why), whole))
+    Ok((report(done, request, begun, silent), whole))
 }
 
 /// What was done to the maps, as an agent would say it.
-fn report(done: Done, request: &PanicRequest, begun: Instant, why: &Failure) -> PanicReport {
+fn report(
+    done: Done,
+    request: &PanicRequest,
+    begun: Instant,
+    silent: Option<&Failure>,
+) -> PanicReport {
     let Done { services, cut, took, unread } = done;
     let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-    let mut notes = vec![match request.dry_run {
+    let said = |why: &Failure| match request.dry_run {
         true => format!("{why}: this is what would be done to the pinned maps"),
-        false => format!(
-            "{why}: the pinned maps were changed. The agent adopts that when it goes on or is started, \
-             and puts it into the audit trail"
-        ),
-    }];
+        false => not_adopted(why),
+    };
+    let mut notes: Vec<String> = silent.map(said).into_iter().collect();
     if let Some(unread) = unread {
         notes.push(format!(
             "an agent was ended while it put these in the place of the maps at {}, which this release does \

@@ -213,10 +213,9 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         });
         let mut proposals: Vec<(usize, &Diversion)> = Vec::new();
         for (at, listed, diversion) in &proposed {
-            let Diversion { moved, before, ownership } = diversion;
-            report.services[*listed].buckets_moved = *moved;
-            report.buckets_moved += moved;
-            if *moves || *moved > 0 || ownership.split != before.split {
+            report.services[*listed].buckets_moved = diversion.moved;
+            report.buckets_moved += diversion.moved;
+            if *moves || !diversion.is_nothing() {
                 proposals.push((*at, diversion));
             }
         }
@@ -427,6 +426,11 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 self.kernel.panics_adopted(&marks);
             } else if let Some((at, state)) = self.planner.service(&name) {
                 let diversion = state.propose_panic();
+                if !moves && diversion.is_nothing() {
+                    // One of all services, which had nothing elsewhere.
+                    self.kernel.panics_adopted(&marks);
+                    continue;
+                }
                 let owed = self.panic_owed(at, &diversion, &cause, &mut Vec::new());
                 let buckets_moved = diversion.moved;
                 self.panics.owed.push(Owed { marks, ..owed });

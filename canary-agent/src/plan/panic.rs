@@ -256,6 +256,13 @@ pub struct Diversion {
     pub ownership: Ownership,
 }
 
+impl Diversion {
+    /// Whether everything is control's already, and nothing else is asked for.
+    pub fn is_nothing(&self) -> bool {
+        self.moved == 0 && self.before.split == self.ownership.split
+    }
+}
+
 impl ServiceState {
     /// Everything to control. No share but that of others changes, and of those none is left.
     pub fn propose_panic(&self) -> Diversion {

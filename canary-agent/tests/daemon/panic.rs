@@ -288,6 +288,25 @@ fn what_was_done_behind_the_agents_back_is_its_own_before_anything_else() {
 }
 
 #[test]
+fn of_all_services_those_with_nothing_elsewhere_have_no_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut agent = Agent::start(dir.path(), &two(), Shared::default(), Adopted::default());
+    agent.request("mail", &[("v2", "50%")], false).unwrap();
+    let mut found = maps(agent.state.plane());
+    for name in ["shop", "api", "mail"] {
+        found = behind(found, name, false, agent.boot_ms, 9);
+    }
+    agent.host.with(|host| host.panics = Some(found));
+    agent.event(Event::Tick);
+    let names: Vec<String> = panics(&dir).into_iter().map(|change| change.service).collect();
+    assert_eq!(names, ["mail"]);
+    assert_eq!(agent.host.with(|host| host.unmarked.len()), 3, "every mark is done with");
+    assert!(agent.status().services[0].panic.is_none());
+    undo(&mut agent, UndoRequest::default()).unwrap();
+    assert_eq!(agent.status().services[2].versions[1].asked_text, "50%");
+}
+
+#[test]
 fn an_agent_in_the_middle_of_a_change_does_not_take_a_panic_back() {
     let dir = tempfile::tempdir().unwrap();
     let mut agent = agent(&dir);
