@@ -3,6 +3,7 @@
 
 mod backends;
 mod bad_input;
+mod changes;
 mod commands;
 mod crashes;
 mod crowd;
