@@ -290,3 +290,107 @@ fn shortened(answer: Answer) -> Answer {
         Answer::None(text) => Answer::None(short(text)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
+    use super::*;
+
+    /// A server that answers with these, one after the other, the last again and again; with 0 it
+    /// answers nothing. And how often it was called.
+    async fn server(statuses: &'static [u16]) -> (String, Arc<AtomicUsize>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let url = format!("http://{}/", listener.local_addr().expect("an address"));
+        let calls = Arc::new(AtomicUsize::new(0));
+        let counter = Arc::clone(&calls);
+        tokio::spawn(async move {
+            let mut open = Vec::new();
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let mut request = [0; 4096];
+                let _ = stream.read(&mut request).await;
+                let call = counter.fetch_add(1, Ordering::SeqCst);
+                let status = statuses.get(call).or(statuses.last()).copied().unwrap_or(0);
+                if status != 0 {
+                    let answer = format!(
+                        "HTTP/1.1 {status} x\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+                    );
+                    let _ = stream.write_all(answer.as_bytes()).await;
+                }
+                open.push(stream);
+            }
+        });
+        (url, calls)
+    }
+
+    fn probe(ask: ProbeAsk, timeout_ms: u64, retries: u32) -> Probe {
+        Probe {
+            ask,
+            interval: Duration::from_secs(1),
+            timeout: Duration::from_millis(timeout_ms),
+            retries,
+            rise: 1,
+            fall: 1,
+            observe: false,
+        }
+    }
+
+    #[tokio::test]
+    async fn an_event_is_told_again_until_it_is_taken_or_refused() {
+        let hooks = Hooks { timeout: Duration::from_secs(20), ..Hooks::default() };
+        for (statuses, taken, calls) in
+            [(&[500, 429, 204][..], true, 3), (&[404], false, 1), (&[200], true, 1)]
+        {
+            let (url, called) = server(statuses).await;
+            let call = Call::new(&url, &hooks, &serde_json::json!({"event": "step"}));
+            let told = tell_hook(&Client::default(), &call).await;
+            assert_eq!(told.is_ok(), taken, "{statuses:?}: {told:?}");
+            assert_eq!(called.load(Ordering::SeqCst), calls, "{statuses:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn who_does_not_answer_is_asked_again_and_who_says_no_is_not() {
+        for (statuses, retries, word, calls) in [
+            (&[500, 408, 204][..], 2, "good", 3),
+            (&[503], 1, "no answer", 2),
+            (&[417], 2, "bad", 1),
+            (&[429, 404], 2, "bad", 2),
+        ] {
+            let (url, called) = server(statuses).await;
+            let probe = probe(ProbeAsk::Webhook(url), 20_000, retries);
+            let answer = measure(&Client::default(), &probe, &[]).await;
+            assert_eq!(answer.word(), word, "{statuses:?}: {answer:?}");
+            assert_eq!(called.load(Ordering::SeqCst), calls, "{statuses:?}");
+        }
+        let (url, called) = server(&[0]).await;
+        let answer = measure(&Client::default(), &probe(ProbeAsk::Webhook(url), 200, 1), &[]).await;
+        assert_eq!(answer, Answer::None("no answer within 200ms".to_owned()));
+        assert_eq!(called.load(Ordering::SeqCst), 2);
+    }
+
+    #[tokio::test]
+    async fn a_command_says_it_by_its_exit_code() {
+        let words = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        for (command, word) in [
+            ("/bin/true", "good"),
+            ("/bin/false", "bad"),
+            ("/usr/bin/env sh -c exit\u{a0}75", "no answer"),
+            ("/nowhere/judge", "no answer"),
+        ] {
+            let words: Vec<String> =
+                words(command).into_iter().map(|word| word.replace('\u{a0}', " ")).collect();
+            let answer =
+                measure(&Client::default(), &probe(ProbeAsk::Command(words), 20_000, 0), &[]).await;
+            assert_eq!(answer.word(), word, "{command}: {answer:?}");
+        }
+        let slow = probe(ProbeAsk::Command(words("/bin/sleep 60")), 200, 0);
+        let answer = measure(&Client::default(), &slow, &[]).await;
+        assert_eq!(answer, Answer::None("no answer within 200ms".to_owned()));
+    }
+}
