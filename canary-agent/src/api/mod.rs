@@ -17,6 +17,7 @@ pub mod model;
 mod openapi;
 pub mod panic;
 mod peer;
+mod plan;
 mod public;
 mod rate;
 pub mod reload;
@@ -79,6 +80,7 @@ pub struct Api {
     metrics: Metrics,
     limits: Limits,
     snapshots: Arc<Snapshots>,
+    plans: plan::Plans,
     users: Arc<Users>,
     agent_uid: u32,
     host_name: Arc<str>,
@@ -96,6 +98,7 @@ impl Api {
             metrics,
             limits: Limits::default(),
             snapshots: Arc::default(),
+            plans: plan::Plans::default(),
             users: Arc::default(),
             agent_uid: nix::unistd::geteuid().as_raw(),
             host_name: host_name.into(),

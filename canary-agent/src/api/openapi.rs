@@ -19,7 +19,7 @@ use super::{events, model, routes};
     info(
         title = "canary-agent",
         description = "The control socket of an agent of canary-xdp. The TCP listener \
-                       (`agent.listen`) has the same routes for reading, but for `/v1/events` and the histories of rollouts, and \
+                       (`agent.listen`) has the same routes for reading, but for `/v1/events` and the histories and plans of rollouts, and \
                        leaves out users and their reasons. Shares are fractions of 1. \
                        Every error is an `ErrorBody`."
     ),
@@ -38,6 +38,7 @@ use super::{events, model, routes};
         routes::explain,
         routes::rollouts,
         routes::rollout_history,
+        routes::rollout_plan,
         routes::rollout,
         events::events,
         routes::undo,

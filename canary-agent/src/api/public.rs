@@ -2,13 +2,18 @@
 //!
 //! Whoever can reach it may read, and nobody knows who that is. So what is said there of people
 //! who operate this agent (user ids, names, the reasons that they wrote) is for the control
-//! socket alone, where the kernel says who reads.
+//! socket alone, where the kernel says who reads; and so is what costs much to answer.
 
 use super::model::{Event, FreezeStatus, PendingStatus, Status};
 
-/// Whether a route is for the control socket alone: the audit trail is about people.
-pub(super) fn is_socket_only(path: &str) -> bool {
-    path == "/v1/events" || path.starts_with("/v1/rollouts/") && path.ends_with("/history")
+/// Why a route is for the control socket alone, if it is.
+pub(super) fn socket_only(path: &str) -> Option<&'static str> {
+    let of_rollout = path.strip_prefix("/v1/rollouts/").and_then(|rest| rest.split_once('/'));
+    match (path, of_rollout) {
+        ("/v1/events", _) | (_, Some((_, "history"))) => Some("says who has done what"),
+        (_, Some((_, "plan"))) => Some("keeps a processor busy"),
+        _ => None,
+    }
 }
 
 /// A status without what it says of people.

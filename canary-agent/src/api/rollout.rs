@@ -32,6 +32,9 @@ pub struct RolloutReport {
     pub text: String,
     /// How the rollout stands.
     pub rollout: RolloutStatus,
+    /// Begun: what its gates can't do at the present rate of connections, in sentences.
+    #[serde(default)]
+    pub warnings: Vec<String>,
     /// Microseconds from the request's arrival until it was in force.
     pub took_us: u64,
 }

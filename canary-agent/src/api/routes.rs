@@ -29,12 +29,14 @@ use super::{
     },
     openapi::{self, ChangeErrors, ReadErrors, ServiceErrors},
     panic::{PanicReport, PanicRequest},
+    plan::{self, Instead},
     public,
     reload::{ReloadReport, ReloadRequest},
     rollout::{RolloutHistory, RolloutReport, RolloutRequest, Rollouts},
 };
 use crate::{
-    daemon::{ExplainQuery, Refusal},
+    daemon::{Action, ExplainQuery, Refusal},
+    rollout::outlook::Outlook,
     telemetry::Exposition,
 };
 
@@ -42,7 +44,7 @@ use crate::{
 pub(super) const RELOAD: &str = "/v1/reload";
 
 /// Everything that can be asked: paths, parameters in braces, and their methods.
-pub(super) fn routes() -> [(&'static str, MethodRouter<Api>); 19] {
+pub(super) fn routes() -> [(&'static str, MethodRouter<Api>); 20] {
     [
         ("/v1/status", get(status)),
         ("/v1/health", get(health)),
@@ -53,6 +55,7 @@ pub(super) fn routes() -> [(&'static str, MethodRouter<Api>); 19] {
         ("/v1/services/{name}/explain", get(explain)),
         ("/v1/rollouts", get(rollouts)),
         ("/v1/rollouts/{name}/history", get(rollout_history)),
+        ("/v1/rollouts/{name}/plan", get(rollout_plan)),
         ("/v1/rollouts/{name}/{action}", post(rollout)),
         ("/v1/events", get(events)),
         ("/v1/undo", post(undo)),
@@ -102,17 +105,15 @@ async fn guard(State(api): State<Api>, request: Request, next: Next) -> Response
     if request.method() != Method::GET && request.method() != Method::HEAD {
         return read_only().into_response();
     }
-    if public::is_socket_only(request.uri().path()) {
+    let path = request.uri().path();
+    if let Some(why) = public::socket_only(path) {
         return ApiError::new(
             StatusCode::FORBIDDEN,
             "socket_only",
             exit::NOT_PERMITTED,
-            format!(
-                "{} says who has done what, and is not answered over TCP",
-                request.uri().path()
-            ),
+            format!("{path} {why}, and is not answered over TCP"),
         )
-        .help("ask on the control socket, for instance with `canary-agent events`")
+        .help("ask on the control socket, as `canary-agent` does")
         .into_response();
     }
     next.run(request).await
@@ -332,6 +333,26 @@ async fn rollout_history(
     Ok(Json(api.handle.rollout_history(name, evidence).await?))
 }
 
+/// How small a fault each gate of a rollout would find, with what chance and in what time, at
+/// the present rate of connections or another one.
+///
+/// It takes up to seconds, and one is made at a time. Not answered over TCP.
+#[utoipa::path(get, path = "/v1/rollouts/{name}/plan", tag = "reading",
+    params(
+        ("name" = String, Path, description = "The rollout."),
+        ("rate" = Option<f64>, Query,
+            description = "New connections of the service a second; as counted when left out."),
+        ("usual" = Option<String>, Query,
+            description = "How often signals are usual, as `connect_failed=0.2%,short_flow=1%`; as known when left out.")),
+    responses((status = 200, description = "What is to be expected.", body = Outlook), ServiceErrors))]
+async fn rollout_plan(
+    State(api): State<Api>,
+    RolloutName(name): RolloutName,
+    query: Query,
+) -> Result<Json<Outlook>, ApiError> {
+    Ok(Json(plan::plan(&api, name, Instead::read(query)?).await?))
+}
+
 /// Tells a rollout to `start`, `pause`, `resume`, `promote`, `abort` or `retry`, or says what
 /// that would do.
 ///
@@ -353,7 +374,12 @@ async fn rollout(
     Operator(peer): Operator,
     Body(request): Body<RolloutRequest>,
 ) -> Result<Json<RolloutReport>, ApiError> {
-    Ok(Json(api.handle.rollout(name, action, request, peer).await?))
+    let mut report = api.handle.rollout(name.clone(), action, request, peer).await?;
+    // It has begun already, or would: what follows delays nothing but the answer.
+    if matches!(action, Action::Start | Action::Retry) {
+        report.warnings = plan::warnings(&api, &name).await;
+    }
+    Ok(Json(report))
 }
 
 /// Sends everything of a service, or of all, to control at once; or says what that would do.

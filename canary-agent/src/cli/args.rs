@@ -99,6 +99,11 @@ pub(super) enum Command {
     /// A rollout moves a version's share in steps, and goes by gates. One at a time for a service.
     #[command(subcommand)]
     Rollout(Rollout),
+    /// Say how small a fault a rollout's gates would find, with what chance and in what time
+    ///
+    /// At the present rate of connections, or another. Begins nothing. `rollout plan` does the
+    /// same.
+    Plan(Plan),
     /// Keep a change that was made with --confirm
     Confirm(Confirm),
     /// Let a service, or all of them, be changed towards control only
@@ -227,6 +232,8 @@ pub(super) enum Rollout {
     Abort(RolloutTold),
     /// Begin again: the step that was held, or the whole that was aborted
     Retry(RolloutBegun),
+    /// Say how small a fault its gates would find, with what chance and in what time
+    Plan(Plan),
     /// Show the runs of a rollout
     History {
         /// The rollout
@@ -235,6 +242,20 @@ pub(super) enum Rollout {
         #[arg(long)]
         evidence: bool,
     },
+}
+
+/// `plan`.
+#[derive(Args, Debug)]
+pub(super) struct Plan {
+    /// The rollout
+    pub(super) rollout: String,
+    /// New connections a second of the service [default: as counted over the last ten seconds]
+    #[arg(long, value_name = "NUMBER")]
+    pub(super) rate: Option<String>,
+    /// How often a signal is usual, as connect_failed=0.2% [default: as counted]; may be
+    /// repeated
+    #[arg(long, value_name = "SIGNAL=SHARE")]
+    pub(super) usual: Vec<String>,
 }
 
 /// What a rollout is told.

@@ -22,6 +22,7 @@ mod explain;
 mod failure;
 mod generate;
 mod panic;
+mod plan;
 mod reload;
 mod replay;
 mod rollout;
@@ -108,7 +109,11 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
             let client = client(&global);
             if let (Some(limit), Some(service)) = (status.wait, &status.service) {
                 let of = rollout::Of::Service(service);
-                return wait_for(rollout::wait(&client, of, limit, json));
+                let show = async || status::block(&client, Some(service), json).await;
+                return match status.watch {
+                    true => wait_for(rollout::watch_until(&client, of, limit, json, show)),
+                    false => wait_for(rollout::wait(&client, of, limit, json)),
+                };
             }
             wait_for(async {
                 if status.watch {
@@ -121,6 +126,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Split(split) => wait_for(split::run(&client(&global), split, json))?,
         Command::Backend(backend) => wait_for(backend::run(&client(&global), backend, json))?,
         Command::Rollout(told) => return wait_for(rollout::run(&client(&global), told, json)),
+        Command::Plan(asked) => wait_for(plan::run(&client(&global), asked, json))?,
         Command::Undo(undo) => wait_for(changes::undo(&client(&global), undo, json))?,
         Command::Panic(panic) => return panic::run(&global, panic, json),
         Command::Confirm(confirm) => wait_for(changes::confirm(&client(&global), confirm, json))?,

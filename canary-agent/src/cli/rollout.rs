@@ -1,6 +1,7 @@
 //! `rollout`: begins, shows and steers rollouts.
 
 use std::{
+    io::{self, Write},
     process::ExitCode,
     time::{Duration, Instant, UNIX_EPOCH},
 };
@@ -11,7 +12,7 @@ use super::{
     args::{self, RolloutBegun, RolloutTold},
     client::{Client, encoded},
     failure::{Failure, exit},
-    print,
+    plan, print,
     text::{self, Align, Table, age, maybe_percent, percent},
     watch,
 };
@@ -42,13 +43,25 @@ pub(super) async fn run(
     let (action, told, full, waits) = match asked {
         args::Rollout::Status { rollout, watch, wait: limit } => {
             let name = rollout.as_deref();
-            if let (Some(limit), Some(name)) = (limit, name) {
-                return wait(client, Of::Name(name), limit, json).await;
-            }
-            match watch {
-                true => watch::again(json, async || block(client, name, json).await).await?,
-                false => print(&block(client, name, json).await?)?,
-            }
+            let show = async || block(client, name, json).await;
+            return match (limit, name) {
+                (Some(limit), Some(name)) if !watch => {
+                    wait(client, Of::Name(name), limit, json).await
+                }
+                (Some(limit), Some(name)) => {
+                    watch_until(client, Of::Name(name), limit, json, show).await
+                }
+                _ => {
+                    match watch {
+                        true => drop(watch::again(json, async || Ok((show().await?, None))).await?),
+                        false => print(&show().await?)?,
+                    }
+                    Ok(ExitCode::from(exit::DONE))
+                }
+            };
+        }
+        args::Rollout::Plan(asked) => {
+            plan::run(client, asked, json).await?;
             return Ok(ExitCode::from(exit::DONE));
         }
         args::Rollout::History { rollout, evidence } => {
@@ -67,6 +80,11 @@ pub(super) async fn run(
     let target = format!("/v1/rollouts/{}/{action}", encoded(&rollout));
     let answer = client.post(&target, &request).await?;
     if let (Some(limit), false) = (waits, dry_run) {
+        // What is printed is how it ends.
+        if !json {
+            let report: RolloutReport = answer.read()?;
+            let _ = io::stderr().write_all(plan::warned(&report.warnings).trim_start().as_bytes());
+        }
         return wait(client, Of::Name(&rollout), limit, json).await;
     }
     match json {
@@ -77,7 +95,7 @@ pub(super) async fn run(
 }
 
 fn reported(report: &RolloutReport) -> String {
-    let RolloutReport { applied, revision, text: what, rollout, took_us } = report;
+    let RolloutReport { applied, revision, text: what, rollout, took_us, warnings } = report;
     let mut out = format!("{}\n", text::plain(what));
     match applied {
         true => {
@@ -87,7 +105,7 @@ fn reported(report: &RolloutReport) -> String {
         }
         false => out.push_str("nothing was changed (--dry-run)\n"),
     }
-    out
+    out + &plan::warned(warnings)
 }
 
 /// What there is to print now: one line of JSON, or drawings.
@@ -118,6 +136,66 @@ fn unknown(name: &str) -> Failure {
         .help("`canary-agent rollout status` lists them")
 }
 
+/// How the rollout that is meant stands.
+async fn standing(client: &Client, of: Of<'_>) -> Result<RolloutStatus, Failure> {
+    let Rollouts { rollouts } = client.get("/v1/rollouts").await?.read()?;
+    let mut its = rollouts.into_iter().filter(|one| match of {
+        Of::Name(name) => one.name == name,
+        Of::Service(service) => one.service == service && one.run.is_some(),
+    });
+    // Of several of a service, the one that was begun last.
+    let first = its.next();
+    let last = its.fold(first, |last, one| match &last {
+        Some(known) if known.begun_unix_ms >= one.begun_unix_ms => last,
+        _ => Some(one),
+    });
+    last.ok_or_else(|| match of {
+        Of::Name(name) => unknown(name),
+        Of::Service(service) => Failure::new(
+            "no_rollout",
+            exit::FAILED,
+            format!("no rollout of service `{service}` was ever begun"),
+        ),
+    })
+}
+
+/// What whoever waits for it ends with; `None` as long as it goes on.
+fn ending(status: &RolloutStatus) -> Option<u8> {
+    match status.state.as_str() {
+        "completed" => Some(exit::DONE),
+        "aborted" => Some(exit::ABORTED),
+        "idle" => Some(exit::FAILED),
+        _ if status.needs_operator => Some(exit::HELD),
+        _ => None,
+    }
+}
+
+/// Shows it every second until it ends, or needs an operator, or the time is over.
+pub(super) async fn watch_until(
+    client: &Client,
+    of: Of<'_>,
+    limit: Duration,
+    json: bool,
+    show: impl AsyncFn() -> Result<String, Failure>,
+) -> Result<ExitCode, Failure> {
+    let begun = Instant::now();
+    let now = async || {
+        // In this order: what is shown last is how it has ended.
+        let code = ending(&standing(client, of).await?);
+        Ok::<_, Failure>((show().await?, code))
+    };
+    let ask = async || {
+        let late = begun.elapsed() >= limit;
+        match now().await {
+            Ok((block, code)) => Ok((block, code.or(late.then_some(exit::FAILED)))),
+            Err(failure) if late => Ok((watch::told(&failure, json), Some(failure.exit_code()))),
+            Err(failure) => Err(failure),
+        }
+    };
+    let code = watch::again(json, ask).await?;
+    Ok(ExitCode::from(code.unwrap_or(exit::DONE)))
+}
+
 /// Waits for a rollout to end, or to need an operator.
 pub(super) async fn wait(
     client: &Client,
@@ -127,39 +205,13 @@ pub(super) async fn wait(
 ) -> Result<ExitCode, Failure> {
     let begun = Instant::now();
     loop {
-        let found = match client.get("/v1/rollouts").await {
-            Ok(answer) => {
-                let Rollouts { rollouts } = answer.read()?;
-                let mut its = rollouts.into_iter().filter(|one| match of {
-                    Of::Name(name) => one.name == name,
-                    Of::Service(service) => one.service == service && one.run.is_some(),
-                });
-                // Of several of a service, the one that was begun last.
-                let first = its.next();
-                let last = its.fold(first, |last, one| match &last {
-                    Some(known) if known.begun_unix_ms >= one.begun_unix_ms => last,
-                    _ => Some(one),
-                });
-                Some(last.ok_or_else(|| match of {
-                    Of::Name(name) => unknown(name),
-                    Of::Service(service) => Failure::new(
-                        "no_rollout",
-                        exit::FAILED,
-                        format!("no rollout of service `{service}` was ever begun"),
-                    ),
-                })?)
-            }
+        let found = match standing(client, of).await {
+            Ok(found) => Some(found),
             // An agent that is started anew goes on with it.
             Err(failure) if failure.is_silence() && begun.elapsed() < limit => None,
             Err(failure) => return Err(failure),
         };
-        let code = found.as_ref().and_then(|status| match status.state.as_str() {
-            "completed" => Some(exit::DONE),
-            "aborted" => Some(exit::ABORTED),
-            "idle" => Some(exit::FAILED),
-            _ if status.needs_operator => Some(exit::HELD),
-            _ => None,
-        });
+        let code = found.as_ref().and_then(ending);
         let over = begun.elapsed() >= limit;
         if let (Some(status), true) = (&found, code.is_some() || over) {
             match json {

@@ -1,4 +1,4 @@
-//! `status --watch`: the status again and again, until interrupted.
+//! `--watch`: the same again and again, until it is over or interrupted.
 //!
 //! On a terminal it is redrawn on the alternate screen; elsewhere the blocks
 //! follow one another. An agent that is restarted meanwhile is waited for.
@@ -25,14 +25,15 @@ const EVERY: Duration = Duration::from_secs(1);
 
 /// Shows the status every second until SIGINT, SIGTERM or SIGHUP.
 pub(super) async fn run(client: &Client, service: Option<&str>, json: bool) -> Result<(), Failure> {
-    again(json, async || status::block(client, service, json).await).await
+    again(json, async || Ok((status::block(client, service, json).await?, None))).await.map(drop)
 }
 
-/// Shows what `ask` gives, every second until SIGINT, SIGTERM or SIGHUP.
+/// Shows what `ask` gives, every second until SIGINT, SIGTERM or SIGHUP, or until it gives an exit
+/// code with it. That last block stays where it can be read.
 pub(super) async fn again(
     json: bool,
-    ask: impl AsyncFn() -> Result<String, Failure>,
-) -> Result<(), Failure> {
+    ask: impl AsyncFn() -> Result<(String, Option<u8>), Failure>,
+) -> Result<Option<u8>, Failure> {
     let listen = |kind| {
         signal(kind).map_err(|error| {
             Failure::new("failed", exit::FAILED, format!("can't listen for signals: {error}"))
@@ -42,35 +43,46 @@ pub(super) async fn again(
     let mut terminate = listen(SignalKind::terminate())?;
     let mut hangup = listen(SignalKind::hangup())?;
     // What is wrong from the start is told like any other command's failure.
-    let mut block = ask().await?;
-    let screen = (on_terminal() && !json).then(Screen::enter).transpose()?;
+    let (mut block, mut over) = ask().await?;
+    let mut screen = (on_terminal() && !json).then(Screen::enter).transpose()?;
     let mut ticks = interval(EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     ticks.reset();
     let mut first = true;
     loop {
+        if over.is_some() {
+            drop(screen.take());
+        }
         match &screen {
             Some(screen) => screen.draw(&block)?,
             None if json || first => print(&block)?,
             None => print(&format!("\n{block}"))?,
         }
         first = false;
+        if over.is_some() {
+            return Ok(over);
+        }
         let next = async {
             ticks.tick().await;
             ask().await
         };
         let asked = tokio::select! {
-            _ = interrupt.recv() => return Ok(()),
-            _ = terminate.recv() => return Ok(()),
-            _ = hangup.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(None),
+            _ = terminate.recv() => return Ok(None),
+            _ = hangup.recv() => return Ok(None),
             asked = next => asked,
         };
-        block = match asked {
-            Ok(block) => block,
-            Err(failure) if json => failure.json().map_or_else(String::new, |line| line + "\n"),
-            Err(failure) => failure.text().map_or_else(String::new, |text| text + "\n"),
+        (block, over) = match asked {
+            Ok(asked) => asked,
+            Err(failure) => (told(&failure, json), None),
         };
     }
+}
+
+/// A failure in the place of what was asked for.
+pub(super) fn told(failure: &Failure, json: bool) -> String {
+    let line = if json { failure.json() } else { failure.text() };
+    line.map_or_else(String::new, |line| line + "\n")
 }
 
 /// The terminal's alternate screen; leaving it brings back what was there.

@@ -13,6 +13,7 @@ use super::{
     source::Span,
     walk::{Fields, List, Node},
 };
+use crate::rollout::outlook::undecided;
 
 const DEFAULT_ALPHA: f64 = 0.01;
 const DEFAULT_BETA: f64 = 0.05;
@@ -99,10 +100,13 @@ pub(super) fn read(node: &Node<'_>, sink: &mut Sink) -> Option<Placed> {
         }
     };
     fields.finish(sink);
-    Some(Placed {
-        name: name.is_some().then_some(name_node).flatten().map(|node| node.span),
-        gate: Gate { name: name.unwrap_or_default(), alpha, beta, min_duration, deadline, signals },
-    })
+    let gate =
+        Gate { name: name.unwrap_or_default(), alpha, beta, min_duration, deadline, signals };
+    for why in undecided(&gate) {
+        sink.warning(span, format!("{label} {why}"))
+            .help("ask more often, for fewer answers in a row, or set a later `deadline`");
+    }
+    Some(Placed { name: name_node.filter(|_| !gate.name.is_empty()).map(|node| node.span), gate })
 }
 
 fn risk(fields: &mut Fields<'_>, key: &'static str, sink: &mut Sink) -> Option<f64> {

@@ -332,6 +332,13 @@ pub struct KernelSignal {
     pub observe: bool,
 }
 
+impl Signal {
+    /// Whether it decides by what connections do, compared with control.
+    pub const fn decides_by_counts(&self) -> bool {
+        matches!(self, Self::Kernel(KernelSignal { observe: false, .. }))
+    }
+}
+
 /// A question to somebody else, again and again.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Probe {

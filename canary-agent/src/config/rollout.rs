@@ -280,6 +280,7 @@ pub(super) fn resolve(
         }
         if complete {
             rising(&splits, span, sink);
+            compared(&rollout, &gates, sink);
         }
         rollouts.push(rollout);
     }
@@ -350,6 +351,25 @@ fn find_gate(name: &At<String>, gates: &[Arc<Gate>], sink: &mut Sink) -> Option<
         }
     }
     Some(Arc::clone(gate))
+}
+
+/// Warns of a gate that has nothing to compare with, because control gets nothing.
+fn compared(rollout: &Rollout, names: &[Option<At<String>>], sink: &mut Sink) {
+    let mut share = Share::ZERO;
+    for (step, name) in rollout.steps.iter().zip(names) {
+        share = step.split.unwrap_or(share);
+        let (Some(gate), Some(name)) = (&step.gate, name) else { continue };
+        if share == Share::ALL && gate.signals.iter().any(Signal::decides_by_counts) {
+            sink.warning(
+                name.span,
+                format!(
+                    "gate `{}` compares with control, which gets nothing at {share}: it can't decide",
+                    gate.name
+                ),
+            )
+            .help("put it at the step before, or `hold` here instead");
+        }
+    }
 }
 
 /// Warns of a share that is no larger than the one before.

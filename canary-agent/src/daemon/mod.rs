@@ -30,7 +30,7 @@ pub use self::{
     changes::{EventsAsked, EventsFound},
     held::Counter,
     reload::{Order, Planned, ReloadError, Reloaded, Survey},
-    rollout::Action,
+    rollout::{Action, Prospect},
     run::run,
     state::{AttachError, Attachment, BeginError, Event, Kernel, LinkStates, Moment, State},
 };
@@ -170,6 +170,13 @@ pub enum Request {
         evidence: bool,
         /// Where the answer goes.
         reply: oneshot::Sender<Result<RolloutHistory, Refusal>>,
+    },
+    /// What is known of a rollout before it begins.
+    Prospect {
+        /// The rollout's name.
+        name: String,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<Prospect, Refusal>>,
     },
     /// What has happened.
     Events {
@@ -412,6 +419,14 @@ impl Handle {
         evidence: bool,
     ) -> Result<RolloutHistory, Refusal> {
         self.ask(|reply| Request::RolloutHistory { name, evidence, reply }).await?
+    }
+
+    /// What is known of a rollout before it begins.
+    ///
+    /// # Errors
+    /// An unknown rollout.
+    pub async fn prospect(&self, name: String) -> Result<Prospect, Refusal> {
+        self.ask(|reply| Request::Prospect { name, reply }).await?
     }
 
     /// What has happened.

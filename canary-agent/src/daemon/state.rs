@@ -637,6 +637,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             Request::RolloutHistory { name, evidence, reply } => {
                 drop(reply.send(self.rollout_history(&name, evidence)));
             }
+            Request::Prospect { name, reply } => drop(reply.send(self.prospect(&name, now))),
             Request::Events { asked, reply } => drop(reply.send(self.events(&asked, now))),
         }
     }

@@ -110,10 +110,69 @@ impl Evidence {
         {
             *term = surplus as f64 * (ratio / self.null_ratio).ln() + sum.value();
         }
-        let largest = terms.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let scaled: f64 = terms.iter().map(|term| (term - largest).exp()).sum();
-        largest + (scaled / ALTERNATIVES as f64).ln()
+        ln_mean(terms)
     }
+}
+
+/// The statistic of counts that have all come at one share, without the windows: what
+/// [`Evidence`] says of them, for whoever asks of very many.
+///
+/// ```
+/// use canary_agent::rollout::evidence::{AtOneShare, Evidence, WORSE};
+/// let mut evidence = Evidence::new(1.2, WORSE);
+/// evidence.add(0.05, 12, 3);
+/// evidence.add(0.05, 8, 17);
+/// let at_once = AtOneShare::new(1.2, WORSE, 0.05);
+/// assert!((at_once.ln(20, 20) - evidence.ln()).abs() < 1e-9);
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct AtOneShare {
+    /// What an event says for each alternative, whosever it is.
+    together: [f64; ALTERNATIVES],
+    /// What it says besides if it is the canary's.
+    canary: [f64; ALTERNATIVES],
+}
+
+impl AtOneShare {
+    /// As [`Evidence::new`], for the canary's part `share` of the traffic, which is above 0 and
+    /// below 1.
+    pub fn new(null_ratio: f64, multiples: [f64; ALTERNATIVES], share: f64) -> Self {
+        let excess = multiples.map(|multiple| {
+            share * null_ratio * (multiple - 1.0) / (1.0 + share * (null_ratio - 1.0))
+        });
+        Self { together: excess.map(|excess| -excess.ln_1p()), canary: multiples.map(f64::ln) }
+    }
+
+    /// The statistic's natural logarithm.
+    pub fn ln(&self, control_events: u64, canary_events: u64) -> f64 {
+        ln_mean(self.terms(control_events, canary_events))
+    }
+
+    /// Whether that is `ln` or more. Mostly without a logarithm: the mean is at most the largest,
+    /// and at least its part of that.
+    pub fn reaches(&self, ln: f64, control_events: u64, canary_events: u64) -> bool {
+        let terms = self.terms(control_events, canary_events);
+        let largest = terms.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        largest >= ln && (largest - (ALTERNATIVES as f64).ln() >= ln || ln_mean(terms) >= ln)
+    }
+
+    fn terms(&self, control_events: u64, canary_events: u64) -> [f64; ALTERNATIVES] {
+        let (all, own) = (control_events as f64 + canary_events as f64, canary_events as f64);
+        let mut terms = [0.0; ALTERNATIVES];
+        for (term, (together, canary)) in
+            terms.iter_mut().zip(self.together.iter().zip(&self.canary))
+        {
+            *term = all * together + own * canary;
+        }
+        terms
+    }
+}
+
+/// The logarithm of the mean of what these are the logarithms of.
+fn ln_mean(terms: [f64; ALTERNATIVES]) -> f64 {
+    let largest = terms.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let scaled: f64 = terms.iter().map(|term| (term - largest).exp()).sum();
+    largest + (scaled / ALTERNATIVES as f64).ln()
 }
 
 /// The logarithm of what a statistic must reach for a risk of being wrong of `risk`.

@@ -3,7 +3,8 @@
 //! [`evidence`] weighs counts against a ratio, [`gate`] makes a verdict of several
 //! signals' evidence, [`watch`] one of that and of what others were asked, [`sample_ratio`]
 //! holds the measured share against the asked one, and [`record`] reads windows that were
-//! written down. [`drive`] goes through the steps.
+//! written down. [`drive`] goes through the steps. [`sensitivity`] says what a gate would find
+//! before there is anything to find, and [`outlook`] that of all gates of a rollout.
 //!
 //! What happens comes in, with its time; what is wished for goes out. Must not know where counts
 //! and answers are from, nor how a wish is carried out.
@@ -11,6 +12,8 @@
 pub mod drive;
 pub mod evidence;
 pub mod gate;
+pub mod outlook;
 pub mod record;
 pub mod sample_ratio;
+pub mod sensitivity;
 pub mod watch;

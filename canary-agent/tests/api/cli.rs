@@ -429,7 +429,7 @@ fn every_shell_gets_its_completions() {
     assert_eq!(code(&run(&["completions", "tcsh"])), 2);
 }
 
-const COMMANDS: [&str; 21] = [
+const COMMANDS: [&str; 22] = [
     "run",
     "check",
     "doctor",
@@ -441,6 +441,7 @@ const COMMANDS: [&str; 21] = [
     "backend",
     "undo",
     "panic",
+    "plan",
     "rollout",
     "confirm",
     "freeze",
@@ -454,7 +455,7 @@ const COMMANDS: [&str; 21] = [
 ];
 
 /// Commands of commands, which have pages of their own too.
-const BELOW: [&str; 12] = [
+const BELOW: [&str; 13] = [
     "backend-list",
     "backend-ready",
     "backend-drain",
@@ -467,6 +468,7 @@ const BELOW: [&str; 12] = [
     "rollout-abort",
     "rollout-retry",
     "rollout-history",
+    "rollout-plan",
 ];
 
 #[test]

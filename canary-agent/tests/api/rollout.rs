@@ -66,6 +66,10 @@ async fn a_rollout_is_told_and_waited_for() {
         (&["rollout", "status", "shop-v3", "--wait", "1m"], 3),
         (&["status", "other", "--wait", "1m"], 3),
         (&["status", "none", "--wait", "1m"], 1),
+        // The same, shown as it goes.
+        (&["rollout", "status", "shop-v2", "--watch", "--wait", "10ms"], 1),
+        (&["rollout", "status", "shop-v3", "--watch", "--wait", "1m"], 3),
+        (&["status", "shop", "--watch", "--wait", "10ms", "--json"], 1),
     ] {
         let waited = ask(&agent, arguments);
         assert_eq!(code(&waited), ends, "{arguments:?}: {waited:?}");
@@ -88,4 +92,102 @@ async fn what_became_of_a_rollout_is_told() {
     let value: Value = serde_json::from_slice(&json.stdout).expect("JSON");
     assert_eq!(value["runs"][0]["state"], "aborted");
     assert_eq!(value["runs"][0]["evidence"].as_array().expect("a list").len(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_gates_would_find_is_drawn_or_json() {
+    let agent = Agent::start(Limits::default()).await;
+    let shown = ask(&agent, &["plan", "shop-v2"]);
+    assert_eq!(code(&shown), 0, "{shown:?}");
+    let text = stdout(&shown);
+    for line in [
+        "rollout shop-v2: shop to v2, at 2000 new connections a second (counted)",
+        "step 2: 5%, gate l4; passes after 5m 0s at the earliest, decides until 1h 0m",
+        "  100 connections a second of the canary, 1900 of control",
+        "  a canary as good as control passes in time with a chance of",
+        "  connect_failed, of 0.2% of control's connections (counted): finds ×2",
+        "    SIGNAL          FAULT",
+        "warning: step 1: gate `l4` lets a canary that is as good as control pass by its deadline of 1h in",
+    ] {
+        assert!(text.lines().any(|shown| shown.starts_with(line)), "{line}\n{text}");
+    }
+    // `rollout plan` is the same, and so is the same question.
+    assert_eq!(stdout(&ask(&agent, &["rollout", "plan", "shop-v2"])), text);
+    let json = ask(
+        &agent,
+        &["plan", "shop-v2", "--json", "--rate", "0.5", "--usual", "connect_failed=1%"],
+    );
+    let value: Value = serde_json::from_slice(&json.stdout).expect("JSON");
+    assert_eq!(value["connections_per_second"], 0.5);
+    assert_eq!(value["rate_source"], "asked");
+    let signal = &value["steps"][1]["signals"][0];
+    assert_eq!((&signal["usual_rate"], &signal["usual_source"]), (&0.01.into(), &"asked".into()));
+    // Who is asked needs no connections.
+    let probes = ask(&agent, &["plan", "asked"]);
+    let probes = stdout(&probes);
+    assert!(probes.contains("command /bin/true           10s          20s"), "{probes}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_can_not_be_reckoned_says_what_to_do() {
+    let agent = Agent::start(Limits::default()).await;
+    for (arguments, ends, word, help) in [
+        (&["plan", "shop-v9", "--json"][..], 1, "unknown_rollout", "there are `shop-v2`"),
+        (&["plan", "shop-v3", "--json"], 1, "no_traffic", "plan shop-v3 --rate 200"),
+        (&["plan", "shop-v2", "--rate", "0", "--json"], 2, "bad_query", "for instance `200`"),
+        (&["plan", "shop-v2", "--rate", "nan", "--json"], 2, "bad_query", "for instance `200`"),
+        (&["plan", "shop-v2", "--rate", "1e99", "--json"], 2, "bad_query", "for instance `200`"),
+        (
+            &["plan", "shop-v2", "--usual", "connect_failed", "--json"],
+            2,
+            "bad_query",
+            "connect_failed=0.2%",
+        ),
+        (
+            &["plan", "shop-v2", "--usual", "connects=1%", "--json"],
+            2,
+            "bad_query",
+            "there are connect_failed, ",
+        ),
+        (
+            &["plan", "shop-v2", "--usual", "short_flow=0%", "--json"],
+            2,
+            "bad_query",
+            "a share above 0",
+        ),
+        (
+            &["plan", "shop-v2", "--usual", "short_flow=2", "--json"],
+            2,
+            "bad_query",
+            "of the connections",
+        ),
+        (
+            &["plan", "shop-v2", "--usual", "short_flow=1%", "--usual", "short_flow=2%", "--json"],
+            2,
+            "bad_query",
+            "once",
+        ),
+    ] {
+        let refused = ask(&agent, arguments);
+        assert_eq!(code(&refused), ends, "{arguments:?}: {refused:?}");
+        let error = json_error(&refused).error;
+        assert_eq!(error.code, word, "{arguments:?}: {refused:?}");
+        assert!(
+            error.help.as_ref().is_some_and(|text| text.contains(help)),
+            "{arguments:?}: {error:?}"
+        );
+    }
+    let of_tcp = agent.ask_tcp("GET", "/v1/rollouts/shop-v2/plan", "localhost").await;
+    assert_eq!(of_tcp.status, 403, "{of_tcp:?}");
+    let unknown = agent.ask("GET", "/v1/rollouts/shop-v2/plan?speed=3", None).await;
+    assert_eq!(unknown.status, 400, "{unknown:?}");
+    // What is begun says the same.
+    let begun = ask(&agent, &["rollout", "start", "shop-v2"]);
+    let text = stdout(&begun);
+    assert!(text.contains("\nwarning: step 1: gate `l4` lets a canary"), "{text}");
+    let json = ask(&agent, &["rollout", "start", "shop-v2", "--dry-run", "--json"]);
+    let value: Value = serde_json::from_slice(&json.stdout).expect("JSON");
+    assert_eq!(value["warnings"].as_array().expect("a list").len(), 1, "{value}");
+    let paused = ask(&agent, &["rollout", "pause", "shop-v2"]);
+    assert!(!stdout(&paused).contains("warning"), "{paused:?}");
 }

@@ -29,8 +29,12 @@ use canary_agent::{
             RolloutRun, RolloutStatus, RolloutStep, SignalStatus,
         },
     },
-    config::model::Operators,
-    daemon::{Action, EventsAsked, EventsFound, Handle, Peer, Pulse, Refusal, Request},
+    config::model::{
+        Gate, Hooks, KernelSignal, Operators, Probe, ProbeAsk, Reaction, Rollout, Signal,
+        SignalKind, Step,
+    },
+    daemon::{Action, EventsAsked, EventsFound, Handle, Peer, Prospect, Pulse, Refusal, Request},
+    rollout::outlook::{Source, Usual},
     telemetry::Metrics,
 };
 use serde_json::Value;
@@ -258,6 +262,7 @@ async fn scripted_loop(
             Request::RolloutHistory { name, evidence, reply } => {
                 drop(reply.send(Ok(history(&name, evidence))));
             }
+            Request::Prospect { name, reply } => drop(reply.send(prospect(&name))),
             Request::Events { asked, reply } => {
                 drop(reply.send(events(&asked, happened.subscribe())));
             }
@@ -659,21 +664,84 @@ fn under_way() -> RolloutStatus {
     }
 }
 
+fn unknown_rollout(name: &str) -> Refusal {
+    Refusal {
+        code: "unknown_rollout",
+        message: format!("there is no rollout `{name}`"),
+        help: Some("there are `shop-v2`".to_owned()),
+        exit_code: 1,
+    }
+}
+
 fn rollout(name: &str, action: Action, request: &RolloutRequest) -> Result<RolloutReport, Refusal> {
     if name != "shop-v2" {
-        return Err(Refusal {
-            code: "unknown_rollout",
-            message: format!("there is no rollout `{name}`"),
-            help: Some("there are `shop-v2`".to_owned()),
-            exit_code: 1,
-        });
+        return Err(unknown_rollout(name));
     }
     Ok(RolloutReport {
         applied: !request.dry_run,
         revision: 8,
         text: format!("rollout `{name}` at step 2: {}", action.name()),
         rollout: under_way(),
+        warnings: Vec::new(),
         took_us: 1_500,
+    })
+}
+
+/// `shop-v2` has 2,000 connections a second, `shop-v3` none, and `asked` needs none.
+fn prospect(name: &str) -> Result<Prospect, Refusal> {
+    let per_second = match name {
+        "shop-v2" => Some(2_000.0),
+        "shop-v3" => Some(0.0),
+        "asked" => None,
+        _ => return Err(unknown_rollout(name)),
+    };
+    let counted = Signal::Kernel(KernelSignal {
+        kind: SignalKind::ConnectFailed,
+        quantile_permille: None,
+        tolerate: 1.2,
+        pass_below: 3.0,
+        observe: false,
+    });
+    let asked = Signal::Probe(Probe {
+        ask: ProbeAsk::Command(vec!["/bin/true".to_owned()]),
+        interval: Duration::from_secs(10),
+        timeout: Duration::from_secs(5),
+        retries: 0,
+        rise: 2,
+        fall: 3,
+        observe: false,
+    });
+    let signals = if name == "asked" { vec![asked] } else { vec![counted] };
+    let gate = Gate {
+        name: "l4".to_owned(),
+        alpha: 0.01,
+        beta: 0.05,
+        min_duration: Duration::from_secs(300),
+        deadline: Duration::from_secs(3600),
+        signals,
+    };
+    let step = |share: &str, gate: Option<Gate>| Step {
+        split: Some(share.parse().expect("a share")),
+        gate: gate.map(Arc::new),
+        ..Step::default()
+    };
+    let rollout = Rollout {
+        name: name.to_owned(),
+        service: "shop".to_owned(),
+        to: "v2".to_owned(),
+        steps: vec![step("0.001%", Some(gate.clone())), step("5%", Some(gate)), step("100%", None)],
+        on_fail: Reaction::Abort,
+        on_inconclusive: Reaction::Hold,
+        on_no_data: Reaction::Hold,
+        windows: Vec::new(),
+        hooks: Hooks::default(),
+    };
+    let usual = Usual { rate: 0.002, source: Source::Counted };
+    Ok(Prospect {
+        rollout: Arc::new(rollout),
+        per_second,
+        others: 0.0,
+        usual: [(SignalKind::ConnectFailed, usual)].into(),
     })
 }
 

@@ -348,3 +348,37 @@ fn what_could_not_go_on_does_not_begin() {
     assert_eq!(status(&mut agent, "shop-v2").state, "idle");
     assert_eq!(trail(&dir).iter().filter(|(_, one)| one.action.contains("rollout")).count(), 0);
 }
+
+#[test]
+fn what_is_known_of_a_rollout_before_it_begins() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut agent = start(&dir, &with(vec![gated("5%"), step("100%", 0)]));
+    agent.split(&[("v3", "10%")]).unwrap();
+    let prospect = |agent: &mut Agent, name: &str| {
+        let name = name.to_owned();
+        agent.ask(|reply| Request::Prospect { name, reply })
+    };
+    assert_eq!(prospect(&mut agent, "shop-v2").unwrap().per_second, None, "not known yet");
+    seconds(&mut agent, 3);
+    let known = prospect(&mut agent, "shop-v2").unwrap();
+    assert_eq!((known.rollout.name.as_str(), known.per_second), ("shop-v2", Some(0.0)));
+    // 60 a second of each of its backends, whichever version they are of.
+    let indices: Vec<_> =
+        agent.host.with(|host| host.plane.backends.iter().map(|(index, _)| *index).collect());
+    for _ in 0..15 {
+        agent.host.with(|host| {
+            for index in &indices {
+                *host.connections.entry(*index).or_default() += 60;
+            }
+        });
+        seconds(&mut agent, 1);
+    }
+    let per_second = prospect(&mut agent, "shop-v2").unwrap().per_second.unwrap();
+    let of_shop: usize =
+        agent.status().services[0].versions.iter().map(|version| version.backends.len()).sum();
+    let expected = 60.0 * of_shop as f64;
+    assert!((per_second / expected - 1.0).abs() < 0.15, "{per_second} of {expected}");
+    assert!((known.others - 0.1).abs() < 1e-12, "{known:?}");
+    assert_eq!(prospect(&mut agent, "shop-v3").unwrap().others, 0.0);
+    assert_eq!(prospect(&mut agent, "shop-v9").unwrap_err().code, "unknown_rollout");
+}

@@ -3,8 +3,10 @@
 
 mod evidence;
 mod exact;
+mod outlook;
 mod replay;
 mod rivals;
 mod sample_ratio;
+mod sensitivity;
 mod simulation;
 mod verdict;

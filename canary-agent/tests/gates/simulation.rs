@@ -23,10 +23,10 @@ const RUNS: usize = 20;
 const SEED: u64 = 0x0ca1_7a91;
 const SECONDS: u64 = 3600;
 /// New connections a second, of both versions.
-const RATE: f64 = 2000.0;
+pub(crate) const RATE: f64 = 2000.0;
 const ALPHA: f64 = 0.01;
 
-fn runs() -> usize {
+pub(crate) fn runs() -> usize {
     let runs = env::var("CANARY_SIMULATIONS").ok();
     runs.map_or(RUNS, |runs| runs.parse().expect("CANARY_SIMULATIONS is a number"))
 }
@@ -37,6 +37,8 @@ pub(crate) fn seed() -> u64 {
 }
 
 pub(crate) fn random(stream: u64) -> Pcg64Mcg {
+    // First of all: what fails is to be seen again.
+    println!("seed {}, stream {stream}", seed());
     Pcg64Mcg::seed_from_u64(seed() ^ stream.wrapping_mul(0x9e37_79b9_7f4a_7c15))
 }
 
@@ -52,7 +54,7 @@ fn poisson(rng: &mut Pcg64Mcg, mean: f64) -> u64 {
 }
 
 /// What the world does in a second.
-struct Second {
+pub(crate) struct Second {
     /// The canary's part of the connections.
     share: f64,
     /// Chance that a connection fails, on control.
@@ -67,7 +69,7 @@ struct Second {
 }
 
 impl Second {
-    fn quiet(share: f64, base: f64, ratio: f64) -> Self {
+    pub(crate) fn quiet(share: f64, base: f64, ratio: f64) -> Self {
         Self { share, base, ratio, traffic: 1.0, bursts: 0.0, failures_in_burst: 1 }
     }
 
@@ -86,10 +88,10 @@ impl Second {
 
 /// How one run ended.
 #[derive(Clone, Copy, Default)]
-struct Ended {
+pub(crate) struct Ended {
     /// Second of the abort, and the canary's connections by then.
-    aborted: Option<(u64, f64)>,
-    passed: bool,
+    pub(crate) aborted: Option<(u64, f64)>,
+    pub(crate) passed: bool,
     /// Aborts of [`Rivals::NAMES`].
     rivals: [Option<(u64, f64)>; 3],
 }
@@ -142,7 +144,7 @@ fn simulate(
     ended
 }
 
-fn many(
+pub(crate) fn many(
     stream: u64,
     terms: &model::Gate,
     world: &dyn Fn(u64) -> Second,
@@ -159,7 +161,7 @@ fn only_failing() -> model::Gate {
     model::Gate { min_duration, alpha: ALPHA, ..config(vec![signal(ConnectFailed, false)]) }
 }
 
-fn usual() -> model::Gate {
+pub(crate) fn usual() -> model::Gate {
     model::Gate { alpha: ALPHA, ..config(vec![signal(ConnectFailed, false)]) }
 }
 
@@ -193,7 +195,7 @@ fn rate(hits: usize, of: usize) -> String {
     format!("{} ({} to {})", percent(hits as f64 / of as f64), percent(low), percent(high))
 }
 
-fn median(mut values: Vec<f64>) -> Option<f64> {
+pub(crate) fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied()
 }

@@ -13,6 +13,7 @@ use std::{
 use canary_agent::{
     api::rollout::{RolloutHistory, RolloutReport, RolloutStatus, Rollouts},
     failpoint::{self, Failpoint},
+    rollout::outlook::Outlook,
 };
 use canary_tests::{
     agent::{Agent, AgentOptions, Output},
@@ -416,6 +417,9 @@ fn an_operator_is_waited_for_and_may_send_it_on() {
     let steps = "{ split = \"5%\", hold = \"1h\" }, { split = \"50%\", pause = true }, { split = \"100%\" }";
     let services = bench.services("") + &rollout("{ command = [\"/bin/true\"] }", steps, "");
     let agent = Agent::start(&bench.topology, &AgentOptions::native(&bench.topology), &services);
+    let outlook: Outlook = agent.json(&["plan", NAME]);
+    assert_eq!(outlook.steps, []);
+    assert!(outlook.warnings[0].starts_with("no step has a gate"), "{outlook:?}");
     start(&agent);
     wait_for(&agent, "the first step", |status| status.share.as_deref() == Some("5%"));
     // A script that waits is told that somebody is needed.

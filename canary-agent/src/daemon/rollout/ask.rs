@@ -109,11 +109,12 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             revision: self.revision,
             text,
             rollout: self.rollout_status(name).unwrap_or_default(),
+            warnings: Vec::new(),
             took_us: crate::daemon::state::micros(arrived.elapsed()),
         })
     }
 
-    fn unknown_rollout(&self, name: &str) -> Refusal {
+    pub(super) fn unknown_rollout(&self, name: &str) -> Refusal {
         let names: Vec<&str> = self.rollouts.configured.iter().map(|r| r.name.as_str()).collect();
         Refusal {
             code: "unknown_rollout",

@@ -8,9 +8,10 @@
 //! ends before finds the mark.
 
 mod ask;
+mod prospect;
 mod status;
 
-pub use self::ask::Action;
+pub use self::{ask::Action, prospect::Prospect};
 
 use std::{collections::BTreeMap, sync::Arc, time::Instant};
 

@@ -1,0 +1,52 @@
+//! What is known of a rollout before it begins, for whoever reckons how its gates will do.
+
+use std::{collections::HashMap, sync::Arc};
+
+use canary_ebpf_common::share::Share;
+
+use crate::{
+    config::model::{Rollout, SignalKind},
+    daemon::{Kernel, Moment, Refusal, State},
+    rollout::outlook::Usual,
+    store::StateStore,
+};
+
+/// A rollout and its service's traffic.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prospect {
+    /// The rollout, as it is configured.
+    pub rollout: Arc<Rollout>,
+    /// New connections of its service a second, over the last seconds; `None` before there is a
+    /// second to go by.
+    pub per_second: Option<f64>,
+    /// The part of them that goes to versions other than control and the canary.
+    pub others: f64,
+    /// How often what is counted happens to control's connections.
+    pub usual: HashMap<SignalKind, Usual>,
+}
+
+impl<S: StateStore, K: Kernel> State<S, K> {
+    /// What is known of a rollout.
+    pub(in crate::daemon) fn prospect(&self, name: &str, now: Moment) -> Result<Prospect, Refusal> {
+        let rollout = self.rollouts.config(name).ok_or_else(|| self.unknown_rollout(name))?;
+        let state = self.planner.service(&rollout.service).map(|(_, state)| state);
+        let split = state.map(|state| &state.ownership().split);
+        let others = split.into_iter().flatten().filter(|(version, _)| **version != rollout.to);
+        let others: Vec<Share> = others.map(|(_, share)| *share).collect();
+        let places = state.into_iter().flat_map(|state| {
+            let slots = (0_u8..).zip(state.slots()).map(|(slot, _)| slot);
+            slots.flat_map(|slot| state.tables().iter().map(move |table| (table, slot)))
+        });
+        let indices: Vec<_> = places.flat_map(|(table, slot)| table.indices_of(slot)).collect();
+        let counters = self.kernel.counters(&indices);
+        let rates = indices.iter().zip(counters).map(|(index, counter)| {
+            self.samples.per_second(*index, counter.connections, now.boot_ms)
+        });
+        Ok(Prospect {
+            rollout: Arc::clone(rollout),
+            per_second: rates.sum(),
+            others: others.iter().map(|share| share.fraction()).sum(),
+            usual: HashMap::new(),
+        })
+    }
+}
