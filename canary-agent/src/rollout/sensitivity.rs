@@ -15,13 +15,14 @@ use rand_pcg::{Pcg64Mcg, rand_core::SeedableRng};
 use super::{
     evidence::{AtOneShare, BETTER, WORSE},
     gate::Gate,
+    pool::ENOUGH,
 };
 
 /// Runs of each case: a chance of a half is told to 3.5 %, one of 90 % to 2 %.
 const RUNS: usize = 200;
 const SEED: u64 = 0x0ca1_7a91;
-/// The first look: windows are that long.
-const FIRST_SECONDS: f64 = 1.0;
+/// The length of a window where both have connections enough.
+const WINDOW_SECONDS: f64 = 1.0;
 /// From one look to the next.
 const LATER: f64 = 1.05;
 
@@ -161,11 +162,13 @@ impl Sensitivity {
     }
 
     fn looks(&self, until: f64) -> Vec<f64> {
+        let Traffic { control, canary } = self.traffic;
+        let window = (ENOUGH as f64 / control.min(canary)).max(WINDOW_SECONDS);
         let mut looks = vec![self.min_seconds, self.deadline_seconds.min(until), until];
-        let mut at = FIRST_SECONDS;
+        let mut at = window;
         while at < until {
             looks.push(at);
-            at = (at * LATER).round().max(at + FIRST_SECONDS);
+            at = (at * LATER).round().max(at + window);
         }
         looks.retain(|at| *at > 0.0 && *at <= until);
         looks.sort_by(f64::total_cmp);

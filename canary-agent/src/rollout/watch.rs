@@ -10,7 +10,10 @@ use std::{sync::Arc, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use super::gate::{self, Changed, Counts, Gate, Progress, Verdict, Window};
+use super::{
+    gate::{self, Changed, Counts, Gate, Progress, Verdict, Window},
+    pool::Pool,
+};
 use crate::config::model::{self, Probe, Signal, SignalKind};
 
 /// What was counted of two versions in a window: where counts enter a rollout.
@@ -94,6 +97,9 @@ pub struct Kept {
     pub elapsed_ms: u64,
     /// Of what is counted.
     pub counted: Progress,
+    /// The window that is not over yet.
+    #[serde(default, skip_serializing_if = "Pool::is_empty")]
+    pub pool: Pool,
     /// Of those who are asked, in the order of the configuration.
     pub heard: Vec<Heard>,
     /// The verdict, once there is one.
@@ -117,6 +123,7 @@ impl Watch {
         let kept = Kept {
             elapsed_ms: 0,
             counted: gate.progress().clone(),
+            pool: Pool::default(),
             heard: probes(config)
                 .map(|probe| Heard { asked: probe.ask.text(), ..Heard::default() })
                 .collect(),
@@ -168,6 +175,11 @@ impl Watch {
     pub fn pass_time(&mut self, passed_ms: u64) -> Option<Verdict> {
         self.kept.elapsed_ms = self.kept.elapsed_ms.saturating_add(passed_ms);
         self.judge()
+    }
+
+    /// Puts windows together: what is to be [counted](Self::count) now, if anything is.
+    pub fn gather(&mut self, counted: &Counted) -> Option<Counted> {
+        self.kept.pool.add(counted)
     }
 
     /// Takes a window's counts into account.
@@ -273,7 +285,7 @@ impl Watch {
 
     fn no_events(&self) -> bool {
         let silent = |seen: &gate::SignalProgress| seen.control_events + seen.canary_events == 0;
-        self.gate.progress().signals.iter().all(silent)
+        self.gate.progress().signals.iter().all(silent) && !self.kept.pool.has_events()
     }
 
     fn counted_because(&self) -> String {

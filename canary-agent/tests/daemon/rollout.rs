@@ -8,11 +8,14 @@ use canary_agent::{
         panic::PanicRequest,
         rollout::{RolloutReport, RolloutRequest, RolloutStatus},
     },
-    config::model::{Config, Gate, Hooks, Probe, ProbeAsk, Reaction, Rollout, Signal, Step},
+    config::model::{
+        Config, Gate, Hooks, KernelSignal, Probe, ProbeAsk, Reaction, Rollout, Signal, SignalKind,
+        Step,
+    },
     daemon::{Action, Event, Peer, Refusal, Request},
     hooks::{Errand, Said},
     plan::Adopted,
-    rollout::watch::Answer,
+    rollout::watch::{Answer, Counted},
     store::{Change, SqliteStore, StateStore},
 };
 
@@ -381,4 +384,49 @@ fn what_is_known_of_a_rollout_before_it_begins() {
     assert!((known.others - 0.1).abs() < 1e-12, "{known:?}");
     assert_eq!(prospect(&mut agent, "shop-v3").unwrap().others, 0.0);
     assert_eq!(prospect(&mut agent, "shop-v9").unwrap_err().code, "unknown_rollout");
+}
+
+#[test]
+fn windows_with_few_connections_are_weighed_and_told_together() {
+    let dir = tempfile::tempdir().unwrap();
+    let signal = Signal::Kernel(KernelSignal {
+        kind: SignalKind::ClientReset,
+        quantile_permille: None,
+        tolerate: 1.2,
+        pass_below: 3.0,
+        observe: false,
+    });
+    let asked = gated("5%");
+    let gate = Gate { signals: vec![signal], ..Gate::clone(asked.gate.as_ref().unwrap()) };
+    let config = with(vec![Step { gate: Some(Arc::new(gate)), ..asked }, step("100%", 0)]);
+    let mut agent = start(&dir, &config);
+    tell(&mut agent, "shop-v2", Action::Start).unwrap();
+    seconds(&mut agent, 9);
+    let window = |agent: &mut Agent, connections: [u64; 2], events: [u64; 2]| {
+        agent.event(Event::Counted(Counted {
+            service: "shop".to_owned(),
+            canary: "v2".to_owned(),
+            watched: Duration::from_secs(1),
+            complete: true,
+            connections,
+            events: vec![(SignalKind::ClientReset, events)],
+        }));
+        seconds(agent, 1);
+    };
+    let seen = |agent: &mut Agent| {
+        let signal = status(agent, "shop-v2").gate.unwrap().signals.remove(0);
+        [signal.control_events, signal.canary_events]
+    };
+    // A reset comes in a second in which the canary has no connection.
+    window(&mut agent, [60, 9], [1, 0]);
+    window(&mut agent, [60, 0], [1, 1]);
+    assert_eq!(seen(&mut agent), [0, 0], "not over yet");
+    window(&mut agent, [60, 1], [0, 0]);
+    assert_eq!(seen(&mut agent), [2, 1]);
+    let history = agent
+        .ask(|reply| Request::RolloutHistory { name: "shop-v2".to_owned(), evidence: true, reply })
+        .unwrap();
+    let [row] = &history.runs[0].evidence[..] else { panic!("{history:?}") };
+    assert_eq!((row.control, row.canary), (Some(2), Some(1)));
+    assert!((row.share.unwrap() - 10.0 / 190.0).abs() < 1e-12, "{row:?}");
 }

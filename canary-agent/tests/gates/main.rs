@@ -9,4 +9,5 @@ mod rivals;
 mod sample_ratio;
 mod sensitivity;
 mod simulation;
+mod sparse;
 mod verdict;

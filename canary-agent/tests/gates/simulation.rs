@@ -46,7 +46,7 @@ pub(crate) fn binomial(rng: &mut Pcg64Mcg, of: u64, chance: f64) -> u64 {
     Binomial::new(of, chance).expect("a chance").sample(rng)
 }
 
-fn poisson(rng: &mut Pcg64Mcg, mean: f64) -> u64 {
+pub(crate) fn poisson(rng: &mut Pcg64Mcg, mean: f64) -> u64 {
     match mean > 0.0 {
         true => Poisson::new(mean).expect("a mean").sample(rng) as u64,
         false => 0,
@@ -173,7 +173,7 @@ fn interval(hits: usize, of: usize) -> (f64, f64) {
     (((middle - width) / (of + z * z)).max(0.0), (middle + width) / (of + z * z))
 }
 
-fn percent(fraction: f64) -> String {
+pub(crate) fn percent(fraction: f64) -> String {
     match fraction {
         0.0 => "0 %".to_owned(),
         1.0 => "100 %".to_owned(),
@@ -190,7 +190,7 @@ fn fault(ratio: f64) -> String {
 }
 
 /// How often of all, with its interval where there is anything to say.
-fn rate(hits: usize, of: usize) -> String {
+pub(crate) fn rate(hits: usize, of: usize) -> String {
     let (low, high) = interval(hits, of);
     format!("{} ({} to {})", percent(hits as f64 / of as f64), percent(low), percent(high))
 }
@@ -200,7 +200,7 @@ pub(crate) fn median(mut values: Vec<f64>) -> Option<f64> {
     values.get(values.len() / 2).copied()
 }
 
-fn table(title: &str, head: &str, rows: &str) {
+pub(crate) fn table(title: &str, head: &str, rows: &str) {
     let columns = head.matches('|').count() - 1;
     println!(
         "\n{title}: {} runs a case, seed {}\n\n{head}\n|{}\n{rows}",
@@ -210,17 +210,21 @@ fn table(title: &str, head: &str, rows: &str) {
     );
 }
 
-/// A healthy canary, whatever its share, its traffic and its luck: no more aborts than α,
-/// unless by a chance of one in a million.
+/// A healthy canary, whatever its share, its traffic and its luck: no more aborts than α.
 fn assert_few_aborts(name: &str, aborts: usize, of: usize) {
-    // The chance of so many or more, if α is what it is.
-    let below: f64 = (0..aborts)
+    assert_rare(&format!("{name}: healthy canaries that failed"), aborts, of, ALPHA);
+}
+
+/// No more than a risk allows, unless by a chance of one in a million.
+pub(crate) fn assert_rare(what: &str, times: usize, of: usize, risk: f64) {
+    // The chance of fewer, if the risk is what it is.
+    let fewer: f64 = (0..times)
         .map(|k| {
             let choose: f64 = (0..k).map(|i| ((of - i) as f64 / (i + 1) as f64).ln()).sum();
-            (choose + k as f64 * ALPHA.ln() + (of - k) as f64 * (1.0 - ALPHA).ln()).exp()
+            (choose + k as f64 * risk.ln() + (of - k) as f64 * (1.0 - risk).ln()).exp()
         })
         .sum();
-    assert!(1.0 - below > 1e-6, "{name}: {aborts} of {of} healthy canaries failed");
+    assert!(1.0 - fewer > 1e-6, "{what}: {times} of {of}");
 }
 
 #[test]

@@ -444,6 +444,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 continue;
             };
             let step = u32::try_from(record.step).unwrap_or(u32::MAX);
+            let Some(counted) = active.run.gather(counted) else { continue };
             if let Some(watch) = active.run.watch() {
                 let [control, canary] = counted.connections;
                 let all = control.saturating_add(canary);
@@ -464,7 +465,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 });
                 active.evidence.extend(lines);
             }
-            let wishes = active.run.counted(&rollout, counted, self::at(now));
+            let wishes = active.run.counted(&rollout, &counted, self::at(now));
             self.fulfil(at, wishes, now);
         }
     }

@@ -337,7 +337,12 @@ impl Run {
         }
     }
 
-    /// Counts of a window have come.
+    /// What is to be weighed by now, and told: windows put together, where somebody weighs them.
+    pub fn gather(&mut self, counted: &Counted) -> Option<Counted> {
+        self.watch.as_mut().filter(|_| self.record.stage == Stage::Watching)?.gather(counted)
+    }
+
+    /// Counts of a window have come, as [`Self::gather`] has left them.
     pub fn counted(&mut self, rollout: &Rollout, counted: &Counted, now: At) -> Vec<Wish> {
         let Some(watch) = self.watch.as_mut().filter(|_| self.record.stage == Stage::Watching)
         else {
