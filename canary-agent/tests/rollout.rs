@@ -3,10 +3,12 @@
 use std::{sync::Arc, time::Duration};
 
 use canary_agent::{
-    config::model::{Gate, Hooks, Probe, ProbeAsk, Reaction, Rollout, Signal, Step},
+    config::model::{
+        Gate, Hooks, KernelSignal, Probe, ProbeAsk, Reaction, Rollout, Signal, SignalKind, Step,
+    },
     rollout::{
         drive::{At, Run, Stage, View, Wish},
-        watch::Answer,
+        watch::{Answer, Counted},
     },
 };
 use canary_ebpf_common::share::Share;
@@ -342,6 +344,79 @@ fn an_answer_now_good_now_bad_is_inconclusive() {
     }
     assert_eq!((world.share, world.run.stage()), (Share::ZERO, Stage::Aborted));
     assert!(world.run.position().reason.as_ref().unwrap().contains("could not decide in time"));
+}
+
+/// A gate that goes by what connections do.
+fn counting(text: &str) -> Step {
+    let signal = Signal::Kernel(KernelSignal {
+        kind: SignalKind::ConnectFailed,
+        quantile_permille: None,
+        tolerate: 1.2,
+        pass_below: 3.0,
+        observe: false,
+    });
+    let gate = Gate { signals: vec![signal], ..Gate::clone(&gate(2, 3)) };
+    Step { gate: Some(Arc::new(gate)), ..step(text, 0) }
+}
+
+#[test]
+fn a_gate_that_has_seen_nothing_bad_has_no_data_and_is_reacted_to() {
+    for (reaction, stage, left) in [
+        (Reaction::Abort, Stage::Aborted, "0%"),
+        (Reaction::Hold, Stage::Held, "50%"),
+        (Reaction::StepBack, Stage::Held, "5%"),
+    ] {
+        let mut one = rollout(vec![step("5%", 0), counting("50%"), step("100%", 0)]);
+        one.on_no_data = reaction;
+        one.on_fail = Reaction::Abort;
+        let mut world = World::new(one);
+        world.look();
+        let counted = Counted {
+            service: "shop".to_owned(),
+            canary: "v2".to_owned(),
+            watched: Duration::from_secs(1),
+            complete: true,
+            connections: [100, 100],
+            events: Vec::new(),
+        };
+        for _ in 0..61 {
+            assert_ne!(world.run.stage(), Stage::Aborted, "nothing was wrong so far");
+            world.wait(1);
+            if let Some(counted) = world.run.gather(&counted) {
+                let (rollout, at) = (world.rollout.clone(), world.at());
+                let wishes = world.run.counted(&rollout, &counted, at);
+                world.fulfil(wishes);
+            }
+            if world.run.stage() != Stage::Watching {
+                break;
+            }
+        }
+        assert_eq!((world.run.stage(), world.share), (stage, share(left)), "{reaction:?}");
+        let why = world.run.position().reason.clone().unwrap();
+        assert!(why.contains("has had nothing to decide by"), "{why}");
+    }
+}
+
+#[test]
+fn a_share_that_is_not_the_one_that_was_asked_holds_it() {
+    let mut world = World::new(rollout(vec![step("5%", 1_000), step("100%", 0)]));
+    world.look();
+    // As it should be: nobody stops it.
+    for _ in 0..500 {
+        let wishes = world.run.split_measured(0.05, 950, 50);
+        assert_eq!(wishes, []);
+    }
+    let mut wishes = Vec::new();
+    for _ in 0..500 {
+        wishes = world.run.split_measured(0.05, 900, 100);
+        if !wishes.is_empty() {
+            break;
+        }
+    }
+    world.fulfil(wishes);
+    assert_eq!((world.run.stage(), world.share), (Stage::Held, share("5%")));
+    let why = world.run.position().reason.clone().unwrap();
+    assert!(why.starts_with("`v2` gets more connections than its share"), "{why}");
 }
 
 #[test]

@@ -333,6 +333,55 @@ fn nothing_is_in_the_way_of_an_abort() {
 }
 
 #[test]
+fn an_agent_that_has_just_begun_goes_on_and_aborts_with_everybody_silent() {
+    let test = "an_agent_that_has_just_begun_goes_on_and_aborts_with_everybody_silent";
+    if !host::ready(test) {
+        return;
+    }
+    let bench = Bench::new(Way::NatTwoArmed, &[("stable", 1), ("v2", 1)]);
+    // Prometheus takes questions and answers none, and so does the hook; the command hangs.
+    let silent = Called::start(&bench.topology.balancer, 0);
+    let pace = "interval = \"200ms\", timeout = \"1m\"";
+    let signals = format!(
+        "{{ prometheus = {0:?}, query = \"up\", above = 1, {pace} }}, {{ command = [\"/bin/sleep\", \"600\"], {pace} }}",
+        silent.url()
+    );
+    let hooks = format!("hooks = {{ event = \"{}/events\", timeout = \"1m\" }}", silent.url());
+    let steps = "{ split = \"50%\", gate = \"asked\" }, { split = \"100%\" }";
+    let services = bench.services("") + &rollout(&signals, steps, &hooks);
+    let options = AgentOptions::native(&bench.topology);
+    let mut agent = Agent::start(&bench.topology, &options, &services);
+    bench.wait_answered();
+    start(&agent);
+    wait_for(&agent, "the first step", |status| status.share.as_deref() == Some("50%"));
+    let mut pool = open(&bench, 0..10);
+    // By a kill, by another build, and both ways once more.
+    for (round, (signal, build)) in
+        [(Signal::SIGKILL, "canary-agent"), (Signal::SIGTERM, "canary-agent-next")]
+            .into_iter()
+            .enumerate()
+    {
+        agent.stop(signal);
+        agent.upgrade(build);
+        agent.run();
+        agent.wait_ready();
+        let stands = state(&agent);
+        assert_eq!((stands.state.as_str(), stands.run), ("watching", Some(1)), "{stands:?}");
+        pool.assert_where_they_were(build);
+        pool.open.extend(open(&bench, 100 * (round as u32 + 1)..100 * (round as u32 + 1) + 5).open);
+    }
+    let begun = Instant::now();
+    assert_eq!(agent.cli(&["rollout", "abort", NAME]).code, 0);
+    let took = begun.elapsed();
+    println!("{test}: aborted after {took:.2?}, the command's own time included");
+    // Unoptimised builds promise nothing.
+    assert!(cfg!(debug_assertions) || took < Duration::from_millis(500), "{took:?}");
+    assert_eq!(share(&agent), "0%");
+    assert_eq!(ends(&agent).code, 3);
+    pool.assert_where_they_were("aborted");
+}
+
+#[test]
 fn a_kill_in_the_middle_of_each_step_is_gone_on_from() {
     let test = "a_kill_in_the_middle_of_each_step_is_gone_on_from";
     if !host::ready(test) {
