@@ -17,5 +17,6 @@ mod parallel;
 pub mod plan;
 pub mod resolve;
 pub mod rollout;
+pub mod signals;
 pub mod store;
 pub mod telemetry;

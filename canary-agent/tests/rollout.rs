@@ -7,7 +7,7 @@ use canary_agent::{
         Gate, Hooks, KernelSignal, Probe, ProbeAsk, Reaction, Rollout, Signal, SignalKind, Step,
     },
     rollout::{
-        drive::{At, Run, Stage, View, Wish},
+        drive::{At, Run, Slow, Stage, View, Wish},
         watch::{Answer, Counted},
     },
 };
@@ -376,6 +376,7 @@ fn a_gate_that_has_seen_nothing_bad_has_no_data_and_is_reacted_to() {
             canary: "v2".to_owned(),
             watched: Duration::from_secs(1),
             complete: true,
+            slow_ns: u64::MAX,
             connections: [100, 100],
             events: Vec::new(),
         };
@@ -417,6 +418,86 @@ fn a_share_that_is_not_the_one_that_was_asked_holds_it() {
     assert_eq!((world.run.stage(), world.share), (Stage::Held, share("5%")));
     let why = world.run.position().reason.clone().unwrap();
     assert!(why.starts_with("`v2` gets more connections than its share"), "{why}");
+}
+
+/// A step whose gate goes by slow handshakes.
+fn counted() -> Step {
+    let slow = KernelSignal {
+        kind: SignalKind::SlowHandshake,
+        quantile_permille: Some(950),
+        tolerate: 1.2,
+        pass_below: 3.0,
+        observe: false,
+    };
+    let gate = Gate { signals: vec![Signal::Kernel(slow)], ..(*gate(2, 3)).clone() };
+    Step { gate: Some(Arc::new(gate)), ..step("50%", 0) }
+}
+
+/// A second in which half of the connections were the canary's, and so many handshakes slow.
+fn window(slow_ns: u64, events: [u64; 2]) -> Counted {
+    Counted {
+        service: "shop".to_owned(),
+        canary: "v2".to_owned(),
+        watched: Duration::from_secs(1),
+        complete: true,
+        slow_ns,
+        connections: [500; 2],
+        events: vec![(SignalKind::SlowHandshake, events)],
+    }
+}
+
+impl World {
+    /// A window comes; whether it was weighed as a complete one.
+    fn count(&mut self, counted: &Counted) -> Option<bool> {
+        let weighed = self.run.gather(counted)?;
+        let wishes = self.run.counted(&self.rollout, &weighed, self.at());
+        self.fulfil(wishes);
+        Some(weighed.complete)
+    }
+}
+
+#[test]
+fn a_window_counts_only_where_slow_means_what_the_rollout_has_fixed() {
+    let mut world = World::new(rollout(vec![counted(), step("100%", 0)]));
+    world.wait(1);
+    assert_eq!(world.run.stage(), Stage::Watching);
+    assert!(world.run.waits().unwrap().contains("handshakes of control's"), "{:?}", world.run);
+    // Nothing is fixed, or something else: forty slow ones of the canary's are no evidence.
+    assert_eq!(world.run.slow_wanted(&world.rollout), Some(950));
+    assert_eq!(world.count(&window(u64::MAX, [0, 40])), Some(false));
+    assert_eq!(world.count(&window(9_000, [0, 40])), Some(false));
+    let wishes = world.run.fix_slow(Slow { permille: 950, over_ns: 20_000 });
+    world.fulfil(wishes);
+    assert_eq!(world.run.slow_wanted(&world.rollout), None);
+    assert_eq!(world.count(&window(9_000, [0, 40])), Some(false));
+    let evidence = world.run.watch().unwrap().gate().progress().clone();
+    assert_eq!((evidence.windows, evidence.incomplete_windows), (0, 3));
+    // It holds over a restart.
+    world.restart(1_000);
+    world.wait(1);
+    assert_eq!(world.run.slow_wanted(&world.rollout), None);
+    assert_eq!(world.run.stage(), Stage::Watching);
+    assert_eq!(world.count(&window(20_000, [0, 40])), Some(true));
+    assert_eq!(world.run.stage(), Stage::Aborted, "{:?}", world.run);
+    assert_eq!(world.share, Share::ZERO);
+    assert_eq!(world.count(&window(20_000, [0, 40])), None);
+}
+
+#[test]
+fn windows_in_which_something_was_missed_leave_a_gate_undecided() {
+    let mut world = World::new(rollout(vec![counted(), step("100%", 0)]));
+    world.wait(1);
+    let wishes = world.run.fix_slow(Slow { permille: 950, over_ns: 20_000 });
+    world.fulfil(wishes);
+    for _ in 0..70 {
+        let missed = Counted { complete: false, ..window(20_000, [0, 40]) };
+        if world.run.stage() == Stage::Watching {
+            assert_eq!(world.count(&missed), Some(false));
+        }
+        world.wait(1);
+    }
+    assert_eq!(world.run.stage(), Stage::Held, "{:?}", world.run);
+    assert_eq!(world.share, share("50%"));
 }
 
 #[test]

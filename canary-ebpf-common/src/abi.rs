@@ -4,8 +4,14 @@
 //! that ends in `_be` is in network byte order. Whatever changes here changes
 //! [`ABI_VERSION`] too: an agent never reinterprets maps of another version.
 
+mod watched;
+
+pub use self::watched::{
+    HANDSHAKE_BUCKETS, Sample, Sampling, SignalEvent, VersionSignals, outcome,
+};
+
 /// Version of every layout in this module and of the meaning of its flags.
-pub const ABI_VERSION: u32 = 3 + NEXT_ABI;
+pub const ABI_VERSION: u32 = 4 + NEXT_ABI;
 
 /// What the layout that only tests have (feature `next-abi`) adds to [`ABI_VERSION`]: they put
 /// it and the real one in each other's place. There, [`BackendCounters`] lie elsewhere.
@@ -148,6 +154,8 @@ impl ForwardMode {
 pub const SERVICE_HASH_CONNECTION: u32 = 1 << 3;
 /// [`Service::flags`]: QUIC is spoken on its UDP ports.
 pub const SERVICE_QUIC: u32 = 1 << 4;
+/// [`Service::flags`]: some of its connections are watched: see [`Sampling`].
+pub const SERVICE_SAMPLED: u32 = 1 << 8;
 /// [`Service::flags`]: a bucket that moves takes its open connections along. Like the next one, it
 /// says nothing to the program: whoever moves buckets while no agent does goes by it.
 pub const SERVICE_FORGETS: u32 = 1 << 16;
@@ -392,6 +400,8 @@ pub mod flow_state {
     pub const SERVER_RESET: u32 = 1 << 10;
     /// The server has gone on after its SYN-ACK: the connection is open (translated flows only).
     pub const SERVER_OPEN: u32 = 1 << 11;
+    /// The connection is watched (translated flows only): it has, or had, a [`Sample`](super::Sample).
+    pub const SAMPLED: u32 = 1 << 12;
 }
 
 /// Value of `FLOWS_V4` and `FLOWS_V6`: where one direction of a flow goes.

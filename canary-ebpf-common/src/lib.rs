@@ -1,9 +1,10 @@
 //! What the XDP programs and the agent share, as pure code.
 //!
 //! Owns the ABI (map keys and values), the bucket hash, the forwarding-table
-//! entry, incremental checksums, what unwrapping looks at, the steering decision and, with the feature
-//! `user`, shares and the table compiler. Must not know of aya, of the kernel's
-//! helpers, of clocks or of the network: everything it needs is an argument.
+//! entry, incremental checksums, what unwrapping looks at, the steering decision, what is
+//! watched of connections and, with the feature `user`, shares and the table compiler. Must
+//! not know of aya, of the kernel's helpers, of clocks or of the network: everything it needs
+//! is an argument.
 #![cfg_attr(not(any(test, feature = "user")), no_std)]
 
 pub mod abi;
@@ -18,6 +19,7 @@ pub mod icmp;
 pub mod nat;
 pub mod ports;
 pub mod quic;
+pub mod signals;
 pub mod steer;
 pub mod tunnel;
 pub mod vips;

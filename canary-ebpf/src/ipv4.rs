@@ -15,6 +15,7 @@ use crate::{
     forward::{self, Transport},
     maps::{self, FlowsV4, Program},
     packet::Packet,
+    signals,
 };
 
 #[inline(always)]
@@ -57,6 +58,7 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
         dst_port_be: transport.dst_port_be,
         protocol: u32::from(protocol),
     };
+    signals::note_v4::<RARE>(packet, service, &transport, &key);
     if forward::translates(service) {
         return translate::<RARE>(packet, ip, &transport, service, &key);
     }
@@ -70,7 +72,9 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
     let steering = steer(&FlowsV4, service, entry, &key, segment);
     let backend = forward::usable(steering.backend)?;
     forward::count_sent::<RARE>(packet, steering.backend, steering.opens);
-    forward::send::<RARE>(packet, forward::to(steering.backend, backend))
+    let watched = signals::client_v4::<RARE>(service, backend, &transport);
+    let sent = forward::send::<RARE>(packet, forward::to(steering.backend, backend));
+    signals::go_on::<RARE>(packet, watched, sent)
 }
 
 /// Bytes that the header leaves for what follows it, in a packet whose lengths fit.
@@ -166,7 +170,9 @@ fn translate<const RARE: bool>(
     let backend = forward::usable_for_flow(index)?;
     rewrite(packet, ip, transport, flow)?;
     forward::count_sent::<RARE>(packet, index, opens);
-    forward::send::<RARE>(packet, forward::to(index, backend))
+    let watched = signals::translated_v4::<RARE>(service, backend, transport, flow);
+    let sent = forward::send::<RARE>(packet, forward::to(index, backend));
+    signals::go_on::<RARE>(packet, watched, sent)
 }
 
 /// Carries a backend's packet of a translated flow to the client; `None` if it belongs to none.
@@ -207,7 +213,9 @@ fn returned<const RARE: bool>(
         return Some(Err(reason));
     }
     forward::count_returned::<RARE>(packet, BackendIndex::new(flow.backend));
-    Some(forward::send::<RARE>(packet, forward::back(flow)))
+    let watched = signals::returned_v4(packet, transport, flow);
+    let sent = forward::send::<RARE>(packet, forward::back(flow));
+    Some(signals::go_on::<RARE>(packet, watched, sent))
 }
 
 /// Gives the packet the addresses and ports of `flow` and takes one from its TTL,

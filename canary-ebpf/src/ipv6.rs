@@ -16,6 +16,7 @@ use crate::{
     forward::{self, Transport},
     maps::{self, FlowsV6, Program},
     packet::Packet,
+    signals,
 };
 
 #[inline(always)]
@@ -54,6 +55,7 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
         return Err(Reason::DropTcpFlags);
     }
     let key = FlowKeyV6::tuple(src, dst, transport.src_port_be, transport.dst_port_be, protocol);
+    signals::note_v6::<RARE>(packet, service, &transport, &key);
     if forward::translates(service) {
         return translate::<RARE>(packet, ip, &transport, service, &key);
     }
@@ -67,7 +69,9 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
     let steering = steer(&FlowsV6, service, entry, &key, segment);
     let backend = forward::usable(steering.backend)?;
     forward::count_sent::<RARE>(packet, steering.backend, steering.opens);
-    forward::send::<RARE>(packet, forward::to(steering.backend, backend))
+    let watched = signals::client_v6::<RARE>(service, backend, &transport);
+    let sent = forward::send::<RARE>(packet, forward::to(steering.backend, backend));
+    signals::go_on::<RARE>(packet, watched, sent)
 }
 
 /// Bytes that the headers leave for the transport, in a packet whose lengths fit.
@@ -164,7 +168,9 @@ fn translate<const RARE: bool>(
     let backend = forward::usable_for_flow(index)?;
     rewrite(packet, ip, transport, flow)?;
     forward::count_sent::<RARE>(packet, index, opens);
-    forward::send::<RARE>(packet, forward::to(index, backend))
+    let watched = signals::translated_v6::<RARE>(service, backend, transport, flow);
+    let sent = forward::send::<RARE>(packet, forward::to(index, backend));
+    signals::go_on::<RARE>(packet, watched, sent)
 }
 
 /// Carries a backend's packet of a translated flow to the client; `None` if it belongs to none.
@@ -205,7 +211,9 @@ fn returned<const RARE: bool>(
         return Some(Err(reason));
     }
     forward::count_returned::<RARE>(packet, BackendIndex::new(flow.backend));
-    Some(forward::send::<RARE>(packet, forward::back(flow)))
+    let watched = signals::returned_v6(packet, transport, flow);
+    let sent = forward::send::<RARE>(packet, forward::back(flow));
+    Some(signals::go_on::<RARE>(packet, watched, sent))
 }
 
 /// Gives the packet the addresses and ports of `flow` and takes one from its hop

@@ -16,6 +16,7 @@ mod ipv4;
 mod ipv6;
 mod maps;
 mod packet;
+mod signals;
 mod vlan;
 
 use aya_ebpf::{macros::xdp, programs::XdpContext};

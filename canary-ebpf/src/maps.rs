@@ -47,6 +47,10 @@ pub(crate) enum Program {
     IcmpV4 = 5,
     /// ICMPv6.
     IcmpV6 = 6,
+    /// Takes packets into account whose connections are watched: of IPv4.
+    WatchV4 = 7,
+    /// The same of IPv6.
+    WatchV6 = 8,
 }
 
 /// Elements of `PROGRAMS`.

@@ -20,6 +20,7 @@ use crate::{
     fragment,
     maps::{self, Program},
     packet::Packet,
+    signals,
 };
 
 /// Bytes of one tag.
@@ -107,6 +108,7 @@ pub(crate) fn send<const RARE: bool>(packet: &Packet, way: Way<'_>) -> Result<u3
     arrival.route.ifindex = way.ifindex;
     arrival.route.backend = way.backend.get();
     arrival.route.flags = if way.returned { flags::RETURNED } else { 0 };
+    signals::go_on_before_tags(packet);
     maps::tail_call(packet.ctx, Program::Tag);
     Err(Reason::DropNoInterface)
 }

@@ -29,7 +29,7 @@ use crate::{bpf, workdir::Workdir, world::macs};
 
 /// The maps that hold what a plan says, and those of which nothing is read that was not written
 /// before: the keys in the rings of flows to spare.
-const POLICY: [&str; 14] = [
+const POLICY: [&str; 16] = [
     "META",
     "SERVICE_INFO",
     "LEDGER",
@@ -44,6 +44,8 @@ const POLICY: [&str; 14] = [
     "MACS",
     "FIRST_MACS",
     "TAGGED",
+    "SAMPLING",
+    "SIGNALS",
 ];
 
 /// The interface that packets arrive on in a test run.
@@ -204,13 +206,15 @@ pub struct Sizes {
     pub flows: u32,
     /// Buckets of all services.
     pub buckets: u32,
+    /// Connections of each family that are watched at a time.
+    pub samples: u32,
     /// Source ports for translated flows.
     pub nat_ports: RangeInclusive<u16>,
 }
 
 impl Default for Sizes {
     fn default() -> Self {
-        Self { flows: 1024, buckets: 64 * 4096, nat_ports: 10_000..=19_999 }
+        Self { flows: 1024, buckets: 64 * 4096, samples: 1024, nat_ports: 10_000..=19_999 }
     }
 }
 
@@ -252,10 +256,17 @@ impl Loaded {
     /// When the kernel refuses the program, or the plan exceeds the maps.
     pub fn new(plane: &DataPlane, sizes: &Sizes) -> Result<Self> {
         let bpffs = BpfFs::mount();
-        let Sizes { flows, buckets, ref nat_ports } = *sizes;
+        let Sizes { flows, buckets, samples, ref nat_ports } = *sizes;
         let options = Options {
             bpffs: bpffs.pins(),
-            capacity: Capacity { services: 64, vips: 1024, backends: 1024, buckets, flows },
+            capacity: Capacity {
+                services: 64,
+                vips: 1024,
+                backends: 1024,
+                buckets,
+                flows,
+                samples,
+            },
             nat_ports: Some(nat_ports.clone()),
             xdp_mode: XdpMode::Auto,
             replace: false,
@@ -386,6 +397,11 @@ impl Loaded {
         };
         self.flows_v4.rewrite(age)?;
         self.flows_v6.rewrite(age)
+    }
+
+    /// The directory of the pins.
+    pub fn pins(&self) -> PathBuf {
+        self.bpffs.pins()
     }
 
     /// Packets by reason, in the order of `Reason::ALL`.

@@ -73,6 +73,8 @@ pub struct Service {
     pub udp_idle_s: u32,
     /// Whether QUIC is spoken on its UDP ports.
     pub quic: bool,
+    /// Whether its connections are watched, if somebody says which ones.
+    pub signals: bool,
     /// Interface that the backends are behind; that of arrival if it is empty.
     pub interface: String,
     /// VLAN tags towards the backends: `10`, `10.20` for one inside the other, `ad10.20` where the
@@ -99,6 +101,7 @@ impl Default for Service {
             buckets: PAGE_BUCKETS,
             udp_idle_s: 30,
             quic: false,
+            signals: false,
             interface: String::new(),
             vlan: String::new(),
             down: Vec::new(),
@@ -124,7 +127,12 @@ impl World {
     pub fn sizes(&self) -> Sizes {
         let pages: u32 = self.service.iter().map(|s| 2 * s.buckets).sum();
         let (first, last) = self.nat_ports;
-        Sizes { flows: self.flows, buckets: pages.max(PAGE_BUCKETS), nat_ports: first..=last }
+        Sizes {
+            flows: self.flows,
+            buckets: pages.max(PAGE_BUCKETS),
+            nat_ports: first..=last,
+            ..Sizes::default()
+        }
     }
 
     /// The data plane. `ifindex` says which interface has a name.
@@ -285,7 +293,10 @@ impl Service {
         };
         Ok(abi::Service {
             bucket_mask: self.buckets - 1,
-            flags: mode as u32 | flags | if self.quic { abi::SERVICE_QUIC } else { 0 },
+            flags: mode as u32
+                | flags
+                | if self.quic { abi::SERVICE_QUIC } else { 0 }
+                | if self.signals { abi::SERVICE_SAMPLED } else { 0 },
             hash_key: [0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210],
             mask_v4_be,
             udp_idle_ms: self.udp_idle_s * 1000,

@@ -29,6 +29,7 @@ fn options(bpffs: &BpfFs) -> Options {
             backends: 64,
             buckets: 8 * PAGE_BUCKETS,
             flows: 1024,
+            samples: 64,
         },
         nat_ports: Some(10_000..=19_999),
         xdp_mode: XdpMode::Auto,
@@ -159,11 +160,20 @@ fn maps_of_other_sizes_take_over_what_the_pinned_ones_hold() {
     }
 }
 
+/// Gives the pinned maps the form of layout 3: no connection was watched.
+fn as_layout_3(bpffs: &BpfFs) {
+    for name in ["SAMPLING", "SAMPLES_V4", "SAMPLES_V6", "SIGNAL_COUNTERS", "SIGNALS"] {
+        fs::remove_file(bpffs.pins().join("maps").join(name)).unwrap();
+    }
+    say_layout(bpffs, 3);
+}
+
 /// Gives the pinned maps the form of layout 2: records of backends of one cache line, whose last word
 /// is on the second line now, and none of the maps that came with layout 3.
 fn as_layout_2(bpffs: &BpfFs) {
     const RECORD: usize = size_of::<Backend>();
     const SLOW_SINCE: usize = std::mem::offset_of!(Backend, slow_since_ms);
+    as_layout_3(bpffs);
     let maps = bpffs.pins().join("maps");
     let array = |name: &str| Map::Array(MapData::from_pin(maps.join(name)).unwrap());
     let records: Array<_, [u8; RECORD]> = array("BACKENDS").try_into().unwrap();
@@ -184,7 +194,12 @@ fn as_layout_2(bpffs: &BpfFs) {
 }
 
 #[test]
-fn maps_of_layout_2_are_carried_over_with_their_flows() {
+fn maps_of_older_layouts_are_carried_over_with_their_flows() {
+    carried_over(2, as_layout_2);
+    carried_over(3, as_layout_3);
+}
+
+fn carried_over(layout: u32, make_older: fn(&BpfFs)) {
     let bpffs = BpfFs::mount();
     let (mut datapath, _) = Datapath::open(options(&bpffs)).unwrap();
     let mut wanted = two_services();
@@ -199,11 +214,12 @@ fn maps_of_layout_2_are_carried_over_with_their_flows() {
     let flow = Flow { backend: 1, way: 7, eth: [1, 2, 3], ..Flow::default() };
     let flows = || Flows::<FlowKeyV4>::open(&bpffs.pins(), "FLOWS_V4").unwrap();
     flows().insert(&key, flow).unwrap();
-    as_layout_2(&bpffs);
+    make_older(&bpffs);
 
     let (mut datapath, adopted) = Datapath::open(options(&bpffs)).unwrap();
     let handover = datapath.handover().expect("other maps").clone();
-    assert!(handover.why.contains("layout 2 were carried over to 3"), "{handover}");
+    let told = format!("layout {layout} were carried over to {ABI_VERSION}");
+    assert!(handover.why.contains(&told), "{handover}");
     assert_eq!(handover.lost, "");
     assert_eq!(adopted, before);
     let applied = datapath.apply(&wanted).unwrap();

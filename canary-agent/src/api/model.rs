@@ -108,6 +108,9 @@ pub struct ServiceStatus {
     pub buckets: u32,
     /// Buckets whose connections are looked up after a move.
     pub tracked_buckets: u32,
+    /// How its connections are watched; absent where none are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signals: Option<SignalsStatus>,
     /// Versions, control first.
     pub versions: Vec<VersionStatus>,
     /// Whether it, by itself, may only be changed towards control.
@@ -135,8 +138,63 @@ pub struct VersionStatus {
     pub connections: u64,
     /// Its share of the service's new connections over the last seconds; absent without any.
     pub measured: Option<f64>,
+    /// What its watched connections have done; absent where none are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signals: Option<VersionSignalsStatus>,
     /// Its backends in the order of the configuration.
     pub backends: Vec<BackendStatus>,
+}
+
+/// How the connections of a service are watched.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct SignalsStatus {
+    /// A handshake that takes longer is slow; absent until that is known.
+    pub slow_over_seconds: Option<f64>,
+    /// Windows in which not every event was counted, since the agent started.
+    pub incomplete_windows: u64,
+}
+
+/// What the watched connections of a version have done since the maps were made.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct VersionSignalsStatus {
+    /// One connection in so many is watched; absent for none.
+    pub one_in: Option<u32>,
+    /// Watched connections of which it is known how they began.
+    pub watched: u64,
+    /// Those of them with a bad outcome, by signal.
+    pub signals: Vec<SignalCount>,
+    /// Connections that were not watched because there was no room.
+    pub not_watched: u64,
+    /// Bad outcomes that are counted here, but in no window: they came faster than they were read.
+    pub lost: u64,
+    /// Half of the handshakes took no longer; absent without any.
+    pub handshake_p50_seconds: Option<f64>,
+    /// 95 % of them took no longer.
+    pub handshake_p95_seconds: Option<f64>,
+    /// 99 % of them took no longer.
+    pub handshake_p99_seconds: Option<f64>,
+    /// Time that all handshakes took together.
+    pub handshake_sum_seconds: f64,
+    /// Handshakes by time, each counted once.
+    pub handshakes: Vec<HandshakeBucket>,
+}
+
+/// Connections with a bad outcome.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct SignalCount {
+    /// `connect_failed` and the like.
+    pub signal: String,
+    /// How many.
+    pub connections: u64,
+}
+
+/// Handshakes that took up to so long, and longer than those before.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct HandshakeBucket {
+    /// The longest; absent for what is longer than all others.
+    pub upto_seconds: Option<f64>,
+    /// How many.
+    pub handshakes: u64,
 }
 
 /// One backend of [`VersionStatus`].

@@ -207,6 +207,7 @@ async fn split(
             buckets,
             connections: _,
             measured,
+            signals: _,
             backends: _,
         } = version.clone();
         VersionShare { name, asked, asked_text, in_force, buckets, measured }

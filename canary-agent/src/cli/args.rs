@@ -241,6 +241,18 @@ pub(super) enum Rollout {
         /// With every window that they went by
         #[arg(long)]
         evidence: bool,
+        /// Only the windows that a gate has counted, as a recording for `replay`
+        ///
+        /// Of the last run, unless another is asked for, and of its last step that has some.
+        /// Windows in which not every event was counted are left out.
+        #[arg(long, conflicts_with = "evidence")]
+        csv: bool,
+        /// With --csv: of this run
+        #[arg(long, requires = "csv", value_name = "NUMBER")]
+        run: Option<u64>,
+        /// With --csv: of this step, from 1
+        #[arg(long, requires = "csv", value_name = "NUMBER")]
+        step: Option<u32>,
     },
 }
 

@@ -23,6 +23,7 @@ use crate::api::{
         RolloutRun, RolloutStatus, RolloutStep, Rollouts, SignalStatus,
     },
 };
+use crate::rollout::record;
 
 /// How often a rollout that is waited for is looked at.
 const LOOK: Duration = Duration::from_millis(250);
@@ -64,7 +65,19 @@ pub(super) async fn run(
             plan::run(client, asked, json).await?;
             return Ok(ExitCode::from(exit::DONE));
         }
-        args::Rollout::History { rollout, evidence } => {
+        args::Rollout::History { rollout, evidence: _, csv: true, run, step } => {
+            if json {
+                return Err(Failure::new(
+                    "usage",
+                    exit::USAGE,
+                    "`--csv` is no JSON: leave one of them out",
+                )
+                .help("`--evidence --json` has the same windows"));
+            }
+            recording(client, &rollout, run, step).await?;
+            return Ok(ExitCode::from(exit::DONE));
+        }
+        args::Rollout::History { rollout, evidence, csv: false, .. } => {
             history(client, &rollout, evidence, json).await?;
             return Ok(ExitCode::from(exit::DONE));
         }
@@ -443,6 +456,48 @@ async fn history(client: &Client, name: &str, evidence: bool, json: bool) -> Res
     let mut out = String::new();
     for run in &runs {
         out.push_str(&drawn_run(run));
+    }
+    print(&out)
+}
+
+/// The windows of a run that a gate has counted, as `replay` reads them.
+async fn recording(
+    client: &Client,
+    name: &str,
+    run: Option<u64>,
+    step: Option<u32>,
+) -> Result<(), Failure> {
+    let path = format!("/v1/rollouts/{}/history?evidence=true", encoded(name));
+    let RolloutHistory { runs, .. } = client.get(&path).await?.read()?;
+    let found = match run {
+        None => runs.first(),
+        Some(number) => runs.iter().find(|one| one.run == number),
+    };
+    let nothing = |what: String| {
+        Failure::new("no_evidence", exit::FAILED, what)
+            .help(format!("`canary-agent rollout history {name}` shows its runs"))
+    };
+    let found = found.ok_or_else(|| match run {
+        Some(run) => nothing(format!("rollout `{name}` has no run {run} that is kept")),
+        None => nothing(format!("rollout `{name}` was never begun")),
+    })?;
+    let counted: Vec<&EvidenceRow> =
+        found.evidence.iter().filter(|row| row.share.is_some()).collect();
+    let step = step.or_else(|| counted.last().map(|row| row.step));
+    let mut rows: Vec<&EvidenceRow> =
+        counted.into_iter().filter(|row| Some(row.step) == step).collect();
+    // A gate that has begun anew has its own windows.
+    let fresh = rows.windows(2).rposition(|pair| pair[1].window < pair[0].window);
+    rows.drain(..fresh.map_or(0, |at| at + 1));
+    rows.retain(|row| row.answer.is_none());
+    if rows.is_empty() {
+        return Err(nothing(format!("no gate has counted anything in run {} there", found.run)));
+    }
+    let mut out = format!("{}\n", record::HEADER.join(","));
+    for row in rows {
+        let EvidenceRow { window, signal, share, control, canary, .. } = row;
+        let (share, control) = (share.unwrap_or(0.0), control.unwrap_or(0));
+        out.push_str(&format!("{window},{signal},{share},{control},{}\n", canary.unwrap_or(0)));
     }
     print(&out)
 }

@@ -11,7 +11,10 @@ use super::{
     text::{self, Align, Table, age, bytes, maybe_percent, percent},
 };
 use crate::api::{
-    model::{AgentStatus, FreezeStatus, PendingStatus, ServiceStatus, Status},
+    model::{
+        AgentStatus, FreezeStatus, PendingStatus, ServiceStatus, SignalsStatus, Status,
+        VersionStatus,
+    },
     panic::PanicStatus,
 };
 
@@ -120,6 +123,7 @@ fn one_service(service: &ServiceStatus) -> String {
         control,
         buckets,
         tracked_buckets,
+        signals,
         versions,
         frozen,
         panic,
@@ -168,6 +172,9 @@ fn one_service(service: &ServiceStatus) -> String {
         }
     }
     out.push_str(&table.render("  "));
+    if let Some(signals) = signals {
+        out.push_str(&watched(signals, versions));
+    }
     out
 }
 
@@ -175,6 +182,48 @@ fn one_service(service: &ServiceStatus) -> String {
 fn rollouts_of(status: &Status, service: &str) -> String {
     let begun = status.rollouts.iter().filter(|one| one.service == service && one.run.is_some());
     begun.map(|one| format!("\n{}", rollout::drawn(one, Some(status)))).collect()
+}
+
+/// What watched connections have done, by version.
+fn watched(signals: &SignalsStatus, versions: &[VersionStatus]) -> String {
+    let SignalsStatus { slow_over_seconds, incomplete_windows } = signals;
+    let mut table = Table::new([
+        ("WATCHED", Align::Left),
+        ("ONE IN", Align::Right),
+        ("CONNECTIONS", Align::Right),
+        ("FAILED", Align::Right),
+        ("SYN AGAIN", Align::Right),
+        ("SLOW", Align::Right),
+        ("SERVER RST", Align::Right),
+        ("CLIENT RST", Align::Right),
+        ("SHORT", Align::Right),
+        ("HANDSHAKE P50", Align::Right),
+        ("P95", Align::Right),
+        ("P99", Align::Right),
+    ]);
+    for version in versions {
+        let Some(known) = &version.signals else { continue };
+        let one_in = known.one_in.map_or_else(|| "-".to_owned(), |n| n.to_string());
+        let mut row = vec![version.name.clone(), one_in, known.watched.to_string()];
+        row.extend(known.signals.iter().map(|signal| signal.connections.to_string()));
+        row.extend(
+            [known.handshake_p50_seconds, known.handshake_p95_seconds, known.handshake_p99_seconds]
+                .map(|time| time.map_or_else(|| "-".to_owned(), millis)),
+        );
+        table.row(row);
+    }
+    let mut out = table.render("  ");
+    if let Some(slow) = slow_over_seconds {
+        out.push_str(&format!("  slow: a handshake over {}\n", millis(*slow)));
+    }
+    if *incomplete_windows > 0 {
+        out.push_str(&format!("  windows in which something was missed: {incomplete_windows}\n"));
+    }
+    out
+}
+
+fn millis(seconds: f64) -> String {
+    format!("{:.3} ms", seconds * 1000.0)
 }
 
 /// Interfaces, packets by reason and maps.

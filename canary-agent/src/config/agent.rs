@@ -32,9 +32,18 @@ pub(super) const MAX_BUCKETS: u32 = MAX_SERVICES * 2 * 65_536;
 /// Most flow entries, for each family.
 pub(super) const MAX_FLOWS: u32 = 4_000_000;
 
+/// Most connections that are watched, for each family.
+const MAX_SAMPLES: u32 = 1 << 20;
+
 /// What suits a small host.
-const DEFAULT_CAPACITY: Capacity =
-    Capacity { services: 256, vips: 1024, backends: 1024, buckets: 1 << 20, flows: 131_072 };
+const DEFAULT_CAPACITY: Capacity = Capacity {
+    services: 256,
+    vips: 1024,
+    backends: 1024,
+    buckets: 1 << 20,
+    flows: 131_072,
+    samples: 16_384,
+};
 
 /// What is logged if nobody says otherwise.
 const DEFAULT_LOG: &str = "info";
@@ -313,6 +322,7 @@ fn capacity(fields: &mut Fields<'_>, sink: &mut Sink) -> (Capacity, BTreeMap<&'s
         backends: read("backends", 1..=MAX_BACKENDS, default.backends),
         buckets: read("buckets", PAGE..=MAX_BUCKETS, default.buckets),
         flows: read("flows", 1..=MAX_FLOWS, default.flows),
+        samples: read("samples", 0..=MAX_SAMPLES, default.samples),
     };
     table.finish(sink);
     (capacity, places)

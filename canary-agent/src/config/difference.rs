@@ -23,6 +23,7 @@ const RESTART: &[&str] = &[
     "agent.capacity.backends",
     "agent.capacity.buckets",
     "agent.capacity.flows",
+    "agent.capacity.samples",
 ];
 
 /// Shown of what is not to be seen.
@@ -92,7 +93,7 @@ fn agent(agent: &Agent) -> Settings {
         capacity,
         log,
     } = agent;
-    let Capacity { services, vips, backends, buckets, flows } = capacity;
+    let Capacity { services, vips, backends, buckets, flows, samples } = capacity;
     let mode = match xdp_mode {
         XdpMode::Auto => "auto",
         XdpMode::Native => "native",
@@ -115,6 +116,7 @@ fn agent(agent: &Agent) -> Settings {
         ("agent.capacity.backends", backends.to_string()),
         ("agent.capacity.buckets", buckets.to_string()),
         ("agent.capacity.flows", flows.to_string()),
+        ("agent.capacity.samples", samples.to_string()),
     ]
 }
 
@@ -131,6 +133,7 @@ fn service(service: &Service) -> Settings {
         drain,
         udp_idle,
         quic,
+        signals,
         slow_start,
         fallback,
         split,
@@ -168,6 +171,7 @@ fn service(service: &Service) -> Settings {
         ("drain", drain.map_or_else(|| "never".to_owned(), duration)),
         ("udp_idle", duration(*udp_idle)),
         ("quic", quic.to_string()),
+        ("signals", signals.to_string()),
         ("slow_start", duration(*slow_start)),
         ("fallback", fallback.to_owned()),
         ("split", split.join(" ")),

@@ -208,7 +208,8 @@ fn build(
     }
     across::check(&agent, &services, &mut sink);
     gate::distinct(&gates, &mut sink);
-    let rollouts = rollout::resolve(rollouts, &services, &gates, &mut sink);
+    let samples = agent.agent.capacity.samples;
+    let rollouts = rollout::resolve(rollouts, &mut services, &gates, samples, &mut sink);
 
     let failed = sink.failed();
     let diagnostics = sink.finish(sources);

@@ -91,6 +91,8 @@ pub struct Capacity {
     pub buckets: u32,
     /// Flow entries for each family (a translated flow takes two).
     pub flows: u32,
+    /// Connections that are watched at a time, for each family; 0: none ever.
+    pub samples: u32,
 }
 
 /// `[[service]]`.
@@ -118,6 +120,8 @@ pub struct Service {
     pub udp_idle: Duration,
     /// Whether QUIC is spoken on its UDP ports.
     pub quic: bool,
+    /// Whether some of its connections are watched for what they do.
+    pub signals: bool,
     /// How long a backend that comes back takes until it has its whole share; zero: none.
     pub slow_start: Duration,
     /// What a version without a usable backend gets.

@@ -6,15 +6,19 @@ use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
 
 use canary_ebpf_common::share::Share;
 
+use crate::signals;
+
 use super::{
     gate,
-    model::{Gate, Hooks, Opening, Reaction, Rollout, Secret, Signal, Step},
+    model::{
+        Gate, Hooks, KernelSignal, Opening, Protocol, Reaction, Rollout, Secret, Signal,
+        SignalKind, Step,
+    },
     outside::Outside,
     scalar::{self, Problem, nearest, quote},
     service,
     sink::Sink,
     source::{At, Span},
-    unsupported,
     walk::{List, Node},
 };
 
@@ -251,11 +255,13 @@ fn hooks(node: &Node<'_>, outside: &dyn Outside, sink: &mut Sink) -> Option<Hook
     Some(Hooks { confirm, event, secret, timeout: timeout.unwrap_or(DEFAULT_HOOK_TIMEOUT) })
 }
 
-/// Finds what rollouts name, and says what is not there.
+/// Finds what rollouts name, and says what is not there. Has the connections watched of a service
+/// that a rollout goes by; `samples` of them may be at a time.
 pub(super) fn resolve(
     drafts: Vec<Draft>,
-    services: &[service::Placed],
+    services: &mut [service::Placed],
     gates: &[gate::Placed],
+    samples: u32,
     sink: &mut Sink,
 ) -> Vec<Rollout> {
     let mut seen: HashMap<String, Span> = HashMap::new();
@@ -277,6 +283,11 @@ pub(super) fn resolve(
         }
         for (step, gate) in rollout.steps.iter_mut().zip(&gates) {
             step.gate = gate.as_ref().and_then(|gate| find_gate(gate, &shared, sink));
+        }
+        if let Some(service) = &service
+            && let Some(placed) = services.iter_mut().find(|one| one.service.name == service.value)
+        {
+            watch(placed, &rollout, &gates, samples, sink);
         }
         if complete {
             rising(&splits, span, sink);
@@ -335,22 +346,94 @@ fn find_gate(name: &At<String>, gates: &[Arc<Gate>], sink: &mut Sink) -> Option<
         }
         return None;
     };
-    for signal in &gate.signals {
-        if let Signal::Kernel(signal) = signal
-            && !unsupported::is_counted(signal.kind)
+    Some(Arc::clone(gate))
+}
+
+/// Has a service's connections watched for a rollout, or says what of them can't be seen there.
+fn watch(
+    placed: &mut service::Placed,
+    rollout: &Rollout,
+    names: &[Option<At<String>>],
+    samples: u32,
+    sink: &mut Sink,
+) {
+    // What is slow is fixed once, for the whole service.
+    let mut slow: Option<(u16, &str)> = None;
+    let mut said: Vec<&str> = Vec::new();
+    for (step, name) in rollout.steps.iter().zip(names) {
+        let (Some(gate), Some(name)) = (&step.gate, name) else { continue };
+        if said.contains(&gate.name.as_str()) {
+            continue;
+        }
+        said.push(&gate.name);
+        let counted: Vec<&KernelSignal> = gate.signals.iter().filter_map(counted).collect();
+        let Some(first) = counted.first() else { continue };
+        let service = &mut placed.service;
+        let goes_by = |kind: SignalKind| format!("gate `{}` goes by `{}`", gate.name, kind.name());
+        let mut refuse = |kind: SignalKind, why: String, help: &str| {
+            sink.error(name.span, format!("{}, {why}", goes_by(kind))).help(help.to_owned());
+        };
+        if !service.ports.is_empty()
+            && !service.ports.iter().any(|port| port.protocol == Protocol::Tcp)
         {
+            let why = format!("and service `{}` has no TCP port", service.name);
+            refuse(
+                first.kind,
+                why,
+                "datagrams say nothing of how their connections fare: ask a `prometheus`, a `command` or a `webhook`",
+            );
+        } else if samples == 0 {
+            let why = "and `agent.capacity.samples` is 0: no connection is watched".to_owned();
+            refuse(
+                first.kind,
+                why,
+                "leave it out, or set it to the number of connections that may be watched at a time",
+            );
+        } else if let Some(span) = placed.unwatched {
             sink.error(
                 name.span,
                 format!(
-                    "gate `{}` goes by `{}`, which this release does not count yet",
-                    gate.name,
-                    signal.kind.name()
+                    "{}, and `signals` of service `{}` is false",
+                    goes_by(first.kind),
+                    service.name
                 ),
             )
-            .help("a rollout can go by a `prometheus`, a `command` or a `webhook`");
+            .also(span, "that is here")
+            .help("leave it out: a rollout has the connections watched that it goes by");
+        } else {
+            service.signals = true;
+        }
+        for signal in counted {
+            if let Some(why) = signals::unseen(signal.kind, service.forward) {
+                let why = format!("which can't be seen of service `{}`: {why}", service.name);
+                sink.error(name.span, format!("{}, {why}", goes_by(signal.kind)))
+                    .help("take it out of the gate, or write another gate for this rollout");
+            }
+            let Some(permille) = signal.quantile_permille else { continue };
+            match slow {
+                Some((other, earlier)) if other != permille => {
+                    sink.error(
+                        name.span,
+                        format!(
+                            "gates `{earlier}` and `{}` of rollout `{}` have different `over`",
+                            gate.name, rollout.name
+                        ),
+                    )
+                    .help(
+                        "what is slow is fixed once, when the rollout begins: give both the same",
+                    );
+                }
+                _ => slow = Some((permille, &gate.name)),
+            }
         }
     }
-    Some(Arc::clone(gate))
+}
+
+fn counted(signal: &Signal) -> Option<&KernelSignal> {
+    match signal {
+        Signal::Kernel(signal) => Some(signal),
+        Signal::Probe(_) => None,
+    }
 }
 
 /// Warns of a gate that has nothing to compare with, because control gets nothing.

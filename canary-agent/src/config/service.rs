@@ -46,6 +46,8 @@ pub(super) struct Placed {
     pub vips: List<At<IpAddr>>,
     /// Its ports.
     pub ports: List<At<Port>>,
+    /// Where it says that its connections are not to be watched.
+    pub unwatched: Option<Span>,
 }
 
 /// `tcp/443`.
@@ -106,6 +108,8 @@ pub(super) fn read(node: &Node<'_>, outside: &dyn Outside, sink: &mut Sink) -> O
     };
     let udp_idle = fields.take("udp_idle", sink).and_then(|node| node.parse_loose(sink, udp_idle));
     let quic = fields.take("quic", sink).and_then(|node| quic(&node, &ports, &label, sink));
+    let signals_node = fields.take("signals", sink);
+    let signals = signals_node.and_then(|node| signals(&node, &ports, &label, sink));
     let slow_start =
         fields.take("slow_start", sink).and_then(|node| node.parse_loose(sink, slow_start));
     let fallback = fields.take("fallback", sink).and_then(|node| {
@@ -146,6 +150,7 @@ pub(super) fn read(node: &Node<'_>, outside: &dyn Outside, sink: &mut Sink) -> O
 
     let name_text = name.unwrap_or_default();
     Some(Placed {
+        unwatched: signals_node.filter(|_| signals == Some(false)).map(|node| node.span),
         service: Service {
             vips: vips.values(),
             ports: ports.values(),
@@ -157,6 +162,7 @@ pub(super) fn read(node: &Node<'_>, outside: &dyn Outside, sink: &mut Sink) -> O
             drain: drain.unwrap_or(Some(DEFAULT_DRAIN)),
             udp_idle: udp_idle.unwrap_or(DEFAULT_UDP_IDLE),
             quic: quic.unwrap_or(false),
+            signals: signals.unwrap_or(false),
             slow_start: slow_start.unwrap_or_default(),
             fallback: fallback.unwrap_or(Fallback::Control),
             split,
@@ -324,6 +330,18 @@ fn quic(node: &Node<'_>, ports: &List<At<Port>>, label: &str, sink: &mut Sink) -
         };
     }
     Some(quic)
+}
+
+/// Whether connections are watched: those of TCP, which say how they fare.
+fn signals(node: &Node<'_>, ports: &List<At<Port>>, label: &str, sink: &mut Sink) -> Option<bool> {
+    let signals = node.boolean(sink)?;
+    let tcp = ports.items.iter().any(|port| port.value.protocol == Protocol::Tcp);
+    if signals && !tcp && ports.complete {
+        sink.error(node.span, format!("`signals` is true, but {label} has no TCP port"))
+            .help("datagrams say nothing of how their connections fare: leave it out");
+        return None;
+    }
+    Some(signals)
 }
 
 fn slow_start(text: &str) -> Result<Duration, Problem> {

@@ -3,8 +3,6 @@
 //! Such keys and values are refused: to accept and ignore them would promise
 //! something. A release that brings one deletes its line here.
 
-use super::model::SignalKind;
-
 /// Keys, with the tables that they are in.
 const KEYS: &[&str] = &["audience", "rollout.steps.audience", "service.route", "service.mss"];
 
@@ -19,18 +17,6 @@ pub(super) fn is_key(path: &str) -> bool {
 /// Whether `value` is a way to forward of a later release.
 pub(super) fn is_forward(value: &str) -> bool {
     FORWARDS.contains(&value)
-}
-
-/// Whether what connections do of that kind is counted: a rollout can't go by what is not.
-pub(super) const fn is_counted(kind: SignalKind) -> bool {
-    match kind {
-        SignalKind::ConnectFailed
-        | SignalKind::SynRetransmit
-        | SignalKind::SlowHandshake
-        | SignalKind::ServerReset
-        | SignalKind::ClientReset
-        | SignalKind::ShortFlow => false,
-    }
 }
 
 /// The error for `what`.

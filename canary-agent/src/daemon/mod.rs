@@ -17,6 +17,7 @@ mod reload;
 mod rollout;
 mod run;
 mod saving;
+pub mod signals;
 mod split;
 mod state;
 mod status;

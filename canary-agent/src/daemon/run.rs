@@ -10,7 +10,7 @@ use std::{
     net::IpAddr,
     path::PathBuf,
     process::ExitCode,
-    sync::Arc,
+    sync::{Arc, PoisonError},
     thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -35,6 +35,7 @@ use super::{
     memory,
     notify::Notifier,
     reload::{HostWants, Listening, Reloader},
+    signals::{self, Known, SharedKnown, WatchedService, Watcher},
     sweep::{self, Order},
 };
 use crate::{
@@ -272,10 +273,13 @@ async fn serve(
     let mut datapath = datapath;
     let reader = datapath.reader();
     let sweeper = datapath.sweeper().map_err(refusal)?;
+    let watcher = datapath.signals().and_then(Watcher::new).map_err(refusal)?;
+    let (watches, known) =
+        signals::start(watcher, events.clone()).context("can't start the signals' thread")?;
     let orders =
         sweep::start(sweeper, events.clone()).context("can't start the flow tables' thread")?;
     let handover = datapath.handover().map(ToString::to_string);
-    let kernel = Live { datapath, reader, orders };
+    let kernel = Live { datapath, reader, orders, watches, known };
     let store = SqliteStore::new(&config.agent.state_dir);
     let mut state = State::begin(&config, store, kernel, adopted, metrics.clone(), moment()?)?;
     if let Some(handover) = handover {
@@ -538,6 +542,8 @@ struct Live {
     datapath: Datapath,
     reader: Reader,
     orders: std::sync::mpsc::Sender<Order>,
+    watches: std::sync::mpsc::Sender<Vec<WatchedService>>,
+    known: SharedKnown,
 }
 
 impl Kernel for Live {
@@ -578,6 +584,15 @@ impl Kernel for Live {
 
     fn expire(&mut self) {
         let _ = self.orders.send(Order::Expire);
+    }
+
+    fn watch(&mut self, wanted: Vec<WatchedService>) {
+        // The thread ends after the loop.
+        let _ = self.watches.send(wanted);
+    }
+
+    fn signals(&self) -> Known {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn flows(&self) -> (FlowCounters, Swept) {

@@ -29,10 +29,11 @@ use super::{
     reload::{LastPackets, TakeBack},
     rollout::Rollouts,
     saving::not_stored,
+    signals::{Known, WatchedService},
     status,
 };
 use crate::{
-    api::model::{InterfaceStatus, MapStatus, Status},
+    api::model::{InterfaceStatus, MapStatus},
     config::model::{Config, Forward},
     datapath::{PanicOrder, Swept},
     failpoint::Failpoint,
@@ -154,6 +155,12 @@ pub trait Kernel {
     fn sweep(&mut self, sweep: Sweep);
     /// Lets flow entries go that have expired, when there is time for it.
     fn expire(&mut self);
+    /// Has the connections of these services watched, and of no others.
+    fn watch(&mut self, _: Vec<WatchedService>) {}
+    /// What is known of what is watched.
+    fn signals(&self) -> Known {
+        Known::default()
+    }
     /// What became of flow entries, and what the last pass over them has found.
     fn flows(&self) -> (FlowCounters, Swept);
     /// Counters of backends, in their order.
@@ -233,6 +240,8 @@ pub struct State<S, K> {
     pub(super) macs: Option<Arc<BTreeMap<u32, InterfaceMacs>>>,
     pub(super) alerts: BTreeMap<&'static str, Vec<String>>,
     pub(super) samples: status::Samples,
+    /// Connections of some service are watched.
+    pub(super) watches: bool,
     /// Splits that are being prepared.
     pub(super) learning: Vec<Learning>,
     pressure: Pressure,
@@ -246,7 +255,7 @@ pub struct State<S, K> {
     pub(super) take_backs: Option<mpsc::Sender<TakeBack>>,
     /// What has happened and is not stored yet.
     pub(super) notices: Notices,
-    begun_ms: BootMs,
+    pub(super) begun_ms: BootMs,
     attach_ms: BootMs,
     /// The present plan is not in force, and is tried again then.
     pub(super) retry_ms: Option<BootMs>,
@@ -319,6 +328,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             macs: None,
             alerts,
             samples: status::Samples::default(),
+            watches: false,
             learning: Vec::new(),
             control: Control {
                 pending: reckoned(snapshot.pending, &boot_id, now),
@@ -578,6 +588,8 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             self.samples.push(now_ms, counters.iter().map(|(index, c)| (*index, *c)));
             self.look_for_pressure(counters, now_ms);
         }
+        self.fix_slow_handshakes(now);
+        self.watch(now_ms);
         let keeps_flows = |s: &ServiceState| {
             s.config().forward == Forward::Nat || s.tables().iter().any(|t| t.tracked() > 0)
         };
@@ -645,36 +657,6 @@ impl<S: StateStore, K: Kernel> State<S, K> {
     fn pulse(&self) -> Pulse {
         let attached = self.interfaces.iter().filter(|one| one.mode.is_some()).count();
         Pulse { in_force: self.is_in_force(), interfaces: self.interfaces.len(), attached }
-    }
-
-    /// The status at `now`.
-    pub fn status(&self, now: Moment) -> Status {
-        let rollouts = self.rollout_statuses();
-        let status = status::status(
-            &self.planner,
-            status::Sources {
-                counters: self.counters(),
-                samples: &self.samples,
-                checks: &self.checks,
-                flows: self.kernel.flows(),
-                reasons: self.kernel.reasons(),
-                maps: self.kernel.maps(),
-                interfaces: &self.interfaces,
-                control: &self.control,
-                pending: self.pending_status(now),
-                alerts: self.alerts.values().flatten().cloned().collect(),
-                revision: self.revision,
-                uptime_ms: now.boot_ms.saturating_sub(self.begun_ms),
-                now_ms: now.boot_ms,
-            },
-        );
-        Status { rollouts, ..status }
-    }
-
-    pub(super) fn counters(&self) -> HashMap<BackendIndex, BackendCounters> {
-        let indices: Vec<_> = self.planner.plane().backends.iter().map(|(i, _)| *i).collect();
-        let counters = self.kernel.counters(&indices);
-        indices.into_iter().zip(counters).collect()
     }
 
     /// Brings about what was stored.

@@ -3,25 +3,29 @@
 use std::collections::{HashMap, VecDeque};
 
 use canary_ebpf_common::{
-    abi::{ABI_VERSION, BackendCounters, FlowCounters, Reason},
+    abi::{ABI_VERSION, BackendCounters, FlowCounters, Reason, VersionSignals},
     entry::BackendIndex,
 };
 
 use super::{
+    Kernel, Moment, State,
     changes::{Control, freeze_status},
     explain::protocol_name,
     listing::Listing,
+    signals::{Known, ServiceSignals},
     split,
 };
 use crate::{
     api::model::{
-        FlowStatus, InterfaceStatus, MapStatus, PendingStatus, ReasonCount, ServiceStatus, Status,
-        VersionStatus,
+        FlowStatus, HandshakeBucket, InterfaceStatus, MapStatus, PendingStatus, ReasonCount,
+        ServiceStatus, SignalCount, SignalsStatus, Status, VersionSignalsStatus, VersionStatus,
     },
-    config::model::{Forward, Stickiness},
+    config::model::{Forward, SignalKind, Stickiness},
     datapath::Swept,
     health::Reports,
     plan::{BootMs, Planner, ServiceState, Table},
+    signals::histogram,
+    store::StateStore,
 };
 
 /// Measured shares are those of the last ten seconds.
@@ -92,6 +96,7 @@ pub(super) struct Sources<'a> {
     pub(super) samples: &'a Samples,
     pub(super) checks: &'a Reports,
     pub(super) flows: (FlowCounters, Swept),
+    pub(super) signals: Known,
     pub(super) reasons: Vec<u64>,
     pub(super) maps: Vec<MapStatus>,
     pub(super) interfaces: &'a [InterfaceStatus],
@@ -111,6 +116,7 @@ pub(super) fn status(planner: &Planner, sources: Sources<'_>) -> Status {
         samples: _,
         checks,
         flows,
+        signals,
         reasons,
         maps,
         interfaces,
@@ -121,6 +127,7 @@ pub(super) fn status(planner: &Planner, sources: Sources<'_>) -> Status {
         uptime_ms,
         now_ms: _,
     } = sources;
+    alerts.extend(signals.alerts);
     planner.services().iter().for_each(|state| service_alerts(state, &mut alerts));
     if let Some(errno) = checks.trouble() {
         alerts.push(format!(
@@ -168,6 +175,7 @@ fn service_status(state: &ServiceState, sources: &Sources<'_>) -> ServiceStatus 
     let config = state.config();
     let checks = sources.checks.of_service(&config.name);
     let listed = Listing::new(state, &sources.counters, &checks, sources.now_ms);
+    let signals = sources.signals.services.iter().find(|one| one.service == config.name);
     let owned = state.ownership().counts();
     let new_connections: Vec<(u8, u64)> = (0_u8..)
         .zip(state.slots())
@@ -194,6 +202,7 @@ fn service_status(state: &ServiceState, sources: &Sources<'_>) -> ServiceStatus 
             buckets,
             connections: indices.map(|i| counter(sources, i).connections).sum(),
             measured: (all_new > 0).then(|| new as f64 / all_new as f64),
+            signals: signals.and_then(|signals| version_signals(signals, &version.name)),
             backends: listed.configured(version, slot).map(|(status, _)| status).collect(),
         }
     });
@@ -215,9 +224,80 @@ fn service_status(state: &ServiceState, sources: &Sources<'_>) -> ServiceStatus 
         control: control.name.clone(),
         buckets: config.buckets,
         tracked_buckets: state.tables().iter().map(Table::tracked).sum(),
+        signals: signals.map(|signals| SignalsStatus {
+            slow_over_seconds: signals.slow_over.map(|slow| slow.as_secs_f64()),
+            incomplete_windows: signals.incomplete_windows,
+        }),
         versions: versions.collect(),
         frozen: sources.control.freeze_of(&config.name).map(freeze_status),
         panic: sources.control.panicked.get(&config.name).cloned(),
+    }
+}
+
+/// What the watched connections of a version have done.
+fn version_signals(signals: &ServiceSignals, version: &str) -> Option<VersionSignalsStatus> {
+    let known = signals.versions.iter().find(|known| known.version == version)?;
+    let VersionSignals { watched, outcomes, full, lost, handshakes, handshake_ns } =
+        &known.counters;
+    let quantile =
+        |permille| histogram::quantile(handshakes, permille).map(|time| time.as_secs_f64());
+    Some(VersionSignalsStatus {
+        one_in: known.halvings.map(|halvings| 1 << halvings),
+        watched: *watched,
+        signals: SignalKind::ALL
+            .iter()
+            .zip(outcomes)
+            .map(|(kind, connections)| SignalCount {
+                signal: kind.name().to_owned(),
+                connections: *connections,
+            })
+            .collect(),
+        not_watched: *full,
+        lost: *lost,
+        handshake_p50_seconds: quantile(500),
+        handshake_p95_seconds: quantile(950),
+        handshake_p99_seconds: quantile(990),
+        handshake_sum_seconds: *handshake_ns as f64 / 1e9,
+        handshakes: histogram::classic(handshakes)
+            .into_iter()
+            .map(|(upto_seconds, handshakes)| HandshakeBucket {
+                upto_seconds: (upto_seconds != f64::MAX).then_some(upto_seconds),
+                handshakes,
+            })
+            .collect(),
+    })
+}
+
+impl<S: StateStore, K: Kernel> State<S, K> {
+    /// The status at `now`.
+    pub fn status(&self, now: Moment) -> Status {
+        let rollouts = self.rollout_statuses();
+        let status = status(
+            &self.planner,
+            Sources {
+                counters: self.counters(),
+                samples: &self.samples,
+                checks: &self.checks,
+                flows: self.kernel.flows(),
+                signals: self.kernel.signals(),
+                reasons: self.kernel.reasons(),
+                maps: self.kernel.maps(),
+                interfaces: &self.interfaces,
+                control: &self.control,
+                pending: self.pending_status(now),
+                alerts: self.alerts.values().flatten().cloned().collect(),
+                revision: self.revision,
+                uptime_ms: now.boot_ms.saturating_sub(self.begun_ms),
+                now_ms: now.boot_ms,
+            },
+        );
+        Status { rollouts, ..status }
+    }
+
+    pub(super) fn counters(&self) -> HashMap<BackendIndex, BackendCounters> {
+        let indices: Vec<_> = self.planner.plane().backends.iter().map(|(i, _)| *i).collect();
+        let counters = self.kernel.counters(&indices);
+        indices.into_iter().zip(counters).collect()
     }
 }
 

@@ -63,12 +63,12 @@ struct BatchAttr {
 }
 
 /// Where a walk over a hash map stands: the kernel's token, or the beginning.
-type Position = Option<u32>;
+pub(super) type Position = Option<u32>;
 
 /// Calls `each` with the entries of a hash map from `position` on, of at most
 /// `batches` batches. Entries that come or go meanwhile may be missed. Returns
 /// where to go on; `None` at the end.
-fn walk<K: Pod, V: Pod>(
+pub(super) fn walk<K: Pod, V: Pod>(
     map: BorrowedFd<'_>,
     position: Position,
     batches: usize,

@@ -45,10 +45,12 @@ use crate::failpoint::Failpoint;
 
 /// The flow tables, which programs of both sets of maps use at the same time.
 const FLOWS: [&str; 2] = ["FLOWS_V4", "FLOWS_V6"];
-/// What can't be carried over and need not: keys of flows that may go first when a table is full.
-const BEGIN_EMPTY: [&str; 3] = ["SPARE_V4", "SPARE_V6", "SPARE_RINGS"];
+/// What can't be carried over and need not: keys of flows that may go first when a table is full,
+/// and the connections that are watched at this moment.
+const BEGIN_EMPTY: [&str; 6] =
+    ["SPARE_V4", "SPARE_V6", "SPARE_RINGS", "SAMPLES_V4", "SAMPLES_V6", "SIGNALS"];
 /// Copied last, since they go on counting where they are.
-const COUNTERS: [&str; 3] = ["BACKEND_COUNTERS", "FLOW_COUNTERS", "REASONS"];
+const COUNTERS: [&str; 4] = ["BACKEND_COUNTERS", "FLOW_COUNTERS", "SIGNAL_COUNTERS", "REASONS"];
 
 /// What has become of the maps that an earlier agent had pinned.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -22,6 +22,7 @@ mod pod;
 mod programs;
 mod raw;
 mod reader;
+mod signals;
 mod sweep;
 mod vips;
 
@@ -53,6 +54,7 @@ pub use self::{
     panic::{Done, NotMoved, PanicOrder, Panicked, Pinned},
     pins::Made,
     reader::Reader,
+    signals::{Place, Signals},
     sweep::{Sweeper, Swept},
 };
 use self::{
@@ -63,7 +65,7 @@ use self::{
     mapping::{Mapping, Pages},
     panic::Marks,
     pins::{After, Found, Layout, Pins, Readable},
-    programs::{FORGET_V4, FORGET_V6, INGRESS_PROGRAM, RARE_PROGRAMS, xdp},
+    programs::{FORGET_V4, FORGET_V6, INGRESS_PROGRAM, JUDGE_V4, JUDGE_V6, RARE_PROGRAMS, xdp},
     sweep::{Rules, SharedRules},
     vips::VipTable,
 };
@@ -660,6 +662,19 @@ impl Datapath {
     /// When the kernel refuses a write.
     pub fn set_macs(&mut self, macs: &BTreeMap<u32, InterfaceMacs>) -> Result<(), Error> {
         self.maps.set_macs(macs)
+    }
+
+    /// What looks after the connections that are watched, for another thread.
+    ///
+    /// # Errors
+    /// When the pinned maps can't be opened.
+    pub fn signals(&mut self) -> Result<Signals, Error> {
+        let pins = if self.staged { self.pins.beside() } else { self.pins.clone() };
+        let mut program = |name| -> Result<_, Error> {
+            Ok(xdp(&mut self.ebpf, name)?.fd()?.as_fd().try_clone_to_owned()?)
+        };
+        let programs = (program(JUDGE_V4)?, program(JUDGE_V6)?);
+        Signals::open(&pins, programs, self.options.capacity.samples)
     }
 
     /// A way to read counters from any thread.

@@ -109,6 +109,8 @@ impl Layout {
                 value + (*key_bytes as u64).next_multiple_of(8) + HASH_ELEMENT_BYTES
             }
             MapType::PerCpuArray => value * u64::from(cpus()),
+            // Its size is said in bytes.
+            MapType::RingBuf => 1,
             _ => value,
         };
         each * u64::from(*entries)
@@ -199,10 +201,57 @@ fn layouts_of(c: &Capacity) -> Vec<Layout> {
             0,
             abi::FRAGMENTS,
         ),
+        layout(
+            "SAMPLING",
+            MapType::Array,
+            4,
+            size_of::<abi::Sampling>(),
+            0,
+            services * abi::MAX_VERSIONS as u32,
+        ),
+        layout(
+            "SAMPLES_V4",
+            MapType::Hash,
+            size_of::<abi::FlowKeyV4>(),
+            size_of::<abi::Sample>(),
+            0,
+            c.samples.max(1),
+        ),
+        layout(
+            "SAMPLES_V6",
+            MapType::Hash,
+            size_of::<abi::FlowKeyV6>(),
+            size_of::<abi::Sample>(),
+            0,
+            c.samples.max(1),
+        ),
+        layout(
+            "SIGNAL_COUNTERS",
+            MapType::PerCpuArray,
+            4,
+            size_of::<abi::VersionSignals>(),
+            0,
+            signal_slots(c.samples),
+        ),
+        layout("SIGNALS", MapType::RingBuf, 0, 0, 0, ring_bytes(c.samples)),
         layout("REASONS", MapType::PerCpuArray, 4, 8, 0, abi::REASON_SLOTS),
         // The kernel sets BPF_F_RDONLY_PROG on device maps by itself.
         layout("TX_PORTS", MapType::DevMapHash, 4, 8, RDONLY_PROG, TX_PORTS),
     ]
+}
+
+/// Versions that can be watched at a time.
+pub(super) fn signal_slots(samples: u32) -> u32 {
+    match samples {
+        0 => 1,
+        _ => (samples / 128).clamp(32, 1024),
+    }
+}
+
+/// Bytes of the ring buffer of bad outcomes, a power of two and whole pages: 40 bytes each, for as
+/// many as there can be connections to have one.
+fn ring_bytes(samples: u32) -> u32 {
+    (samples.max(1) * 16).next_power_of_two().clamp(1 << 14, 1 << 22)
 }
 
 /// Places of one CPU's ring of flows that can be spared, a power of two: all CPUs' together hold about a
@@ -475,7 +524,7 @@ impl Pins {
             Ok((layout.name, info.max_entries() as usize * layout.value_bytes))
         };
         // Sizes are not looked at.
-        let any = Capacity { services: 1, vips: 1, backends: 1, buckets: 1, flows: 1 };
+        let any = Capacity { services: 1, vips: 1, backends: 1, buckets: 1, flows: 1, samples: 1 };
         layouts_of(&any).iter().map(size).collect()
     }
 

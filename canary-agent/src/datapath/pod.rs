@@ -26,4 +26,7 @@ pod! {
     FlowKeyV6(abi::FlowKeyV6);
     Flow(abi::Flow);
     MacKey(abi::MacKey);
+    Sampling(abi::Sampling);
+    Sample(abi::Sample);
+    VersionSignals(abi::VersionSignals);
 }

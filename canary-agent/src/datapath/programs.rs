@@ -20,14 +20,19 @@ pub(super) static INGRESS: &[u8] = aya::include_bytes_aligned!(env!("CANARY_EBPF
 pub(super) const INGRESS_PROGRAM: &str = "ingress";
 /// The programs that go on with what it does not know at sight, in the order of their places in
 /// `PROGRAMS`.
-pub(super) const RARE_PROGRAMS: [&str; 7] =
-    ["arrival", "steer_v4", "steer_v6", "fragment", "tag", "icmp_v4", "icmp_v6"];
+pub(super) const RARE_PROGRAMS: [&str; 9] = [
+    "arrival", "steer_v4", "steer_v6", "fragment", "tag", "icmp_v4", "icmp_v6", "watch_v4",
+    "watch_v6",
+];
 /// The map that they are in. Each set of programs has one of its own, since they go on with maps of
 /// their own.
 const PROGRAMS_MAP: &str = "PROGRAMS";
 /// The programs that take flow entries away.
 pub(super) const FORGET_V4: &str = "forget_v4";
 pub(super) const FORGET_V6: &str = "forget_v6";
+/// The programs that look again at watched connections.
+pub(super) const JUDGE_V4: &str = "judge_v4";
+pub(super) const JUDGE_V6: &str = "judge_v6";
 
 /// Loads the programs over the maps that are pinned at the paths of `map`, making those that are
 /// missing in the sizes of `layouts`; with `other`, programs that look for flows there too.
@@ -45,6 +50,7 @@ pub(super) fn load(
     let cpus = pins::cpus();
     let spare_mask = (entries("SPARE_V4") / cpus).max(1) - 1;
     let handing_over = u32::from(other.is_some());
+    let watching = u32::from(options.capacity.samples > 0);
     let mut loader = EbpfLoader::new();
     for layout in layouts {
         loader
@@ -59,10 +65,12 @@ pub(super) fn load(
         .override_global("SPARE_MASK", &spare_mask, true)
         .override_global("CPUS", &cpus, true)
         .override_global("HANDING_OVER", &handing_over, true)
+        .override_global("WATCHING", &watching, true)
         .override_global("NAT_PORT_FIRST", &first, true)
         .override_global("NAT_PORT_COUNT", &count, true);
     let mut ebpf = loader.load(INGRESS)?;
-    for program in [INGRESS_PROGRAM, FORGET_V4, FORGET_V6].into_iter().chain(RARE_PROGRAMS) {
+    let others = [INGRESS_PROGRAM, FORGET_V4, FORGET_V6, JUDGE_V4, JUDGE_V6];
+    for program in others.into_iter().chain(RARE_PROGRAMS) {
         xdp(&mut ebpf, program)?.load()?;
     }
     for (place, name) in RARE_PROGRAMS.into_iter().enumerate() {

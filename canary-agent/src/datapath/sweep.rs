@@ -312,7 +312,7 @@ struct TestRunAttr {
 }
 
 /// Runs an XDP program once on `frame` and returns its answer.
-fn run(program: &OwnedFd, frame: &[u8]) -> io::Result<u32> {
+pub(super) fn run(program: &OwnedFd, frame: &[u8]) -> io::Result<u32> {
     let mut attr = TestRunAttr {
         prog_fd: program.as_raw_fd() as u32,
         data_size_in: frame.len() as u32,

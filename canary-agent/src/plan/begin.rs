@@ -39,7 +39,8 @@ pub(super) struct Claims {
 impl Claims {
     /// Nothing is given out yet of what `config` has room for.
     pub(super) fn new(config: &Config) -> Self {
-        let Capacity { services, vips: _, backends, buckets, flows: _ } = config.agent.capacity;
+        let Capacity { services, vips: _, backends, buckets, flows: _, samples: _ } =
+            config.agent.capacity;
         let highest = u16::try_from(backends.saturating_mul(2)).unwrap_or(u16::MAX);
         Self {
             pages: Pages::new(buckets / PAGE_BUCKETS),

@@ -35,6 +35,7 @@ pub(super) fn service_record(service: &Service, id: u16, first_page: u32) -> abi
     let mut flags = mode as u32 | whole;
     let mut set = |bit: u32, on: bool| flags |= if on { bit } else { 0 };
     set(SERVICE_QUIC, service.quic);
+    set(abi::SERVICE_SAMPLED, service.signals);
     set(abi::SERVICE_FORGETS, existing == Existing::Move || drain_ms == Some(0));
     set(abi::SERVICE_LEARNS, learn_ms.is_some());
     abi::Service {
@@ -248,6 +249,7 @@ mod tests {
             drain: None,
             udp_idle: std::time::Duration::from_secs(30),
             quic: false,
+            signals: false,
             slow_start: std::time::Duration::ZERO,
             fallback: crate::config::model::Fallback::Control,
             split: Default::default(),

@@ -31,10 +31,21 @@ pub struct Counted {
     pub watched: Duration,
     /// Whether every event was counted.
     pub complete: bool,
+    /// What a handshake had to take to be slow, nanoseconds; `u64::MAX` where nobody has said it.
+    pub slow_ns: u64,
     /// Connections that were watched, of control and of the canary: the share is theirs.
     pub connections: [u64; 2],
     /// Bad events by signal, of control and of the canary.
     pub events: Vec<(SignalKind, [u64; 2])>,
+}
+
+impl Counted {
+    /// The canary's part of the connections that were watched of both, as a fraction.
+    pub fn share(&self) -> f64 {
+        let [control, canary] = self.connections;
+        let all = control.saturating_add(canary);
+        if all == 0 { 0.0 } else { canary as f64 / all as f64 }
+    }
 }
 
 /// An answer of somebody who was asked.
@@ -184,9 +195,8 @@ impl Watch {
 
     /// Takes a window's counts into account.
     pub fn count(&mut self, counted: &Counted) -> Option<Verdict> {
-        let Counted { watched, complete, connections: [control, canary], events, .. } = counted;
-        let all = control.saturating_add(*canary);
-        let share = if all == 0 { 0.0 } else { *canary as f64 / all as f64 };
+        let Counted { watched, complete, events, .. } = counted;
+        let share = counted.share();
         let counts: Vec<(SignalKind, Counts)> = events
             .iter()
             .map(|(kind, [control, canary])| {

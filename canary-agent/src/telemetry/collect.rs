@@ -6,12 +6,12 @@ use std::{fmt, sync::Arc};
 
 use prometheus_client::{
     collector::Collector,
-    encoding::{DescriptorEncoder, EncodeGaugeValue, EncodeMetric},
+    encoding::{DescriptorEncoder, EncodeGaugeValue, EncodeMetric, NoLabelSet},
     metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
 };
 
 use crate::api::{
-    model::{BackendStatus, FlowStatus, ServiceStatus, Status, VersionStatus},
+    model::{BackendStatus, FlowStatus, ServiceStatus, SignalsStatus, Status, VersionStatus},
     rollout::RolloutStatus,
 };
 
@@ -46,6 +46,7 @@ impl Collector for StatusCollector {
                 (labels, reason.packets)
             }),
         )?;
+        signals(page, &status.services)?;
         maps(page, status)?;
         flows(page, status)?;
         rollouts(page, &status.rollouts)
@@ -231,6 +232,89 @@ fn backends(page: &mut DescriptorEncoder, services: &[ServiceStatus]) -> fmt::Re
         "1 if an operator has told the backend to drain or to take nothing",
         as_gauge(|backend| Some(u64::from(backend.admin != "ready"))),
     )
+}
+
+fn signals(page: &mut DescriptorEncoder, services: &[ServiceStatus]) -> fmt::Result {
+    let known = || {
+        versions(services).filter_map(|(labels, version)| Some((labels, version.signals.as_ref()?)))
+    };
+    counter(
+        page,
+        "canary_signal_watched_connections",
+        "Connections of the version that were watched, and of which it is known how they began",
+        known().map(|(labels, signals)| (labels, signals.watched)),
+    )?;
+    counter(
+        page,
+        "canary_signal_connections",
+        "Watched connections with a bad outcome, by signal",
+        known().flat_map(|(labels, signals)| {
+            signals.signals.iter().map(move |one| {
+                let mut labels = labels.clone();
+                labels.push(("signal", one.signal.clone()));
+                (labels, one.connections)
+            })
+        }),
+    )?;
+    counter(
+        page,
+        "canary_signal_missed",
+        "What was missed of connections that were to be watched: no room for the connection, or for its outcome",
+        known().flat_map(|(labels, signals)| {
+            [("connections", signals.not_watched), ("outcomes", signals.lost)].map(|(of, count)| {
+                let mut labels = labels.clone();
+                labels.push(("missed", of.to_owned()));
+                (labels, count)
+            })
+        }),
+    )?;
+    gauge(
+        page,
+        "canary_signal_watched_ratio",
+        "Part of the version's connections that is watched",
+        known().map(|(labels, signals)| {
+            (labels, signals.one_in.map_or(0.0, |one_in| 1.0 / f64::from(one_in)))
+        }),
+    )?;
+    let of_service = |value: fn(&SignalsStatus) -> Option<f64>| -> Samples<f64> {
+        let labels = |service: &ServiceStatus| vec![("service", service.name.clone())];
+        let value = |service: &ServiceStatus| value(service.signals.as_ref()?);
+        services.iter().filter_map(|s| Some((labels(s), value(s)?))).collect()
+    };
+    gauge(
+        page,
+        "canary_signal_slow_handshake_threshold_seconds",
+        "A handshake of the service that takes longer is slow; absent until that is known",
+        of_service(|signals| signals.slow_over_seconds),
+    )?;
+    gauge(
+        page,
+        "canary_signal_incomplete_windows",
+        "Windows of the service in which not every event was counted, since the agent started",
+        of_service(|signals| Some(signals.incomplete_windows as f64)),
+    )?;
+    let mut family = page.encode_descriptor(
+        "canary_handshake_seconds",
+        "Handshakes of watched connections by time, from the SYN to the SYN-ACK where both \
+         directions are seen, else to the client's first ACK",
+        None,
+        MetricType::Histogram,
+    )?;
+    for (labels, signals) in known() {
+        let buckets: Vec<(f64, u64)> = signals
+            .handshakes
+            .iter()
+            .map(|bucket| (bucket.upto_seconds.unwrap_or(f64::MAX), bucket.handshakes))
+            .collect();
+        let all = buckets.iter().map(|(_, count)| count).sum();
+        family.encode_family(&labels)?.encode_histogram::<NoLabelSet>(
+            signals.handshake_sum_seconds,
+            all,
+            &buckets,
+            None,
+        )?;
+    }
+    Ok(())
 }
 
 fn maps(page: &mut DescriptorEncoder, status: &Status) -> fmt::Result {

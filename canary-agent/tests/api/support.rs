@@ -525,6 +525,7 @@ pub(crate) fn status() -> Status {
         buckets,
         connections: 100,
         measured: (buckets > 0).then_some(asked),
+        signals: None,
         backends,
     };
     let stable = vec![
@@ -540,6 +541,7 @@ pub(crate) fn status() -> Status {
         control: "stable".to_owned(),
         buckets: 65_536,
         tracked_buckets: 3_277,
+        signals: None,
         versions: vec![
             version("stable", 0.95, "95%", 62_259, stable),
             version("v2", 0.05, "5%", 3_277, vec![backend("10.0.2.1:8443", "up", 3_277, 5)]),

@@ -32,6 +32,7 @@ fn default_agent(interfaces: &[&str]) -> Agent {
             backends: 1024,
             buckets: 1 << 20,
             flows: 131_072,
+            samples: 16_384,
         },
         log: "info".to_owned(),
     }
@@ -80,6 +81,7 @@ fn the_contracts_example_is_read_whole() {
         drain: Some(Duration::from_secs(1800)),
         udp_idle: Duration::from_secs(30),
         quic: false,
+        signals: false,
         slow_start: Duration::ZERO,
         fallback: Fallback::Control,
         split: [("v2".to_owned(), "5%".parse().expect("a share"))].into(),
@@ -174,6 +176,7 @@ fn what_is_left_out_has_its_default() {
     assert_eq!(service.drain, Some(Duration::from_secs(1800)));
     assert_eq!(service.udp_idle, Duration::from_secs(30));
     assert!(!service.quic);
+    assert!(!service.signals);
     assert_eq!(service.slow_start, Duration::ZERO);
     assert_eq!(service.fallback, Fallback::Control);
     assert_eq!(service.health, tcp());
@@ -195,7 +198,7 @@ fn every_key_reaches_the_model() {
         operators = { users = ["alice", 7], uids = [7], groups = ["ops"], gids = 9 }
         nat_ports = "20000-29999"
 log = "warn,canary_agent::health=debug"
-        capacity = { services = 1, vips = 3, backends = 3, buckets = 8192, flows = 5 }
+        capacity = { services = 1, vips = 3, backends = 3, buckets = 8192, flows = 5, samples = 0 }
 
         [[service]]
         name = "web.1_a-b"
@@ -203,6 +206,7 @@ log = "warn,canary_agent::health=debug"
         ports = ["tcp/80", "tcp/443", "udp/443"]
         forward = "dsr"
         quic = true
+        signals = true
         stickiness = "subnet"
         prefix = { v6 = 48 }
         control = "old"
@@ -253,7 +257,10 @@ log = "warn,canary_agent::health=debug"
     assert_eq!(operators.gids, [9, 2000]);
     assert_eq!(nat_ports, 20_000..=29_999);
     assert_eq!(log, "warn,canary_agent::health=debug");
-    assert_eq!(capacity, Capacity { services: 1, vips: 3, backends: 3, buckets: 8192, flows: 5 });
+    assert_eq!(
+        capacity,
+        Capacity { services: 1, vips: 3, backends: 3, buckets: 8192, flows: 5, samples: 0 }
+    );
     let service = &loaded.config.services[0];
     assert_eq!(service.forward, Forward::Dsr);
     assert_eq!(service.stickiness, Stickiness::Subnet { v4: 24, v6: 48 });
@@ -261,6 +268,7 @@ log = "warn,canary_agent::health=debug"
     assert_eq!(service.drain, None);
     assert_eq!(service.udp_idle, Duration::from_millis(1500));
     assert!(service.quic);
+    assert!(service.signals);
     assert_eq!(service.slow_start, Duration::from_secs(45));
     assert_eq!(service.fallback, Fallback::None);
     assert_eq!(service.buckets, 4096);

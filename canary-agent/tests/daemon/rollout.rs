@@ -408,6 +408,7 @@ fn windows_with_few_connections_are_weighed_and_told_together() {
             canary: "v2".to_owned(),
             watched: Duration::from_secs(1),
             complete: true,
+            slow_ns: u64::MAX,
             connections,
             events: vec![(SignalKind::ClientReset, events)],
         }));

@@ -71,6 +71,7 @@ fn run(terms: &Arc<model::Gate>, world: Sparse, rng: &mut Pcg64Mcg) -> Option<Ve
             canary: "v2".to_owned(),
             watched: Duration::from_secs(1),
             complete: true,
+            slow_ns: u64::MAX,
             connections,
             events: vec![(ServerReset, events)],
         };
@@ -138,6 +139,7 @@ fn a_window_that_is_not_over_is_kept_over_a_restart() {
         canary: "v2".to_owned(),
         watched: Duration::from_secs(1),
         complete,
+        slow_ns: u64::MAX,
         connections,
         events: vec![(ServerReset, events)],
     };

@@ -35,6 +35,7 @@ mod reload;
 mod reused;
 mod rollouts;
 mod service;
+mod signals;
 mod soak;
 mod sound;
 mod splits;

@@ -13,7 +13,11 @@ mod status;
 
 pub use self::{ask::Action, prospect::Prospect};
 
-use std::{collections::BTreeMap, sync::Arc, time::Instant};
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use canary_ebpf_common::share::Share;
 use tokio::sync::mpsc;
@@ -25,7 +29,7 @@ use crate::{
     hooks::{Errand, Said},
     plan::{BootMs, Ownership, Proposal, ServiceState, Undone},
     rollout::{
-        drive::{At, Record, Run, Stage, Told, View, Wish},
+        drive::{At, Record, Run, Slow, Stage, Told, View, Wish},
         watch::Counted,
     },
     store::{Change, Commit, EvidenceLine, Split, StateStore, StoredRollout},
@@ -446,9 +450,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             let step = u32::try_from(record.step).unwrap_or(u32::MAX);
             let Some(counted) = active.run.gather(counted) else { continue };
             if let Some(watch) = active.run.watch() {
-                let [control, canary] = counted.connections;
-                let all = control.saturating_add(canary);
-                let share = if all == 0 { 0.0 } else { canary as f64 / all as f64 };
+                let share = counted.share();
                 let window_ms = watch.kept().elapsed_ms;
                 let lines = watch.gate().signals().iter().map(|signal| {
                     let events = counted.events.iter().find(|(kind, _)| *kind == signal.kind);
@@ -466,6 +468,34 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 active.evidence.extend(lines);
             }
             let wishes = active.run.counted(&rollout, &counted, self::at(now));
+            self.fulfil(at, wishes, now);
+        }
+    }
+
+    /// The version that a service's rollout compares with control, and what a slow handshake is to
+    /// it.
+    pub(super) fn compared(&self, service: &str) -> Option<(String, Option<Duration>)> {
+        let mut records = self.rollouts.active.iter().map(|active| active.run.position());
+        let record = records.find(|one| one.service == service && !one.stage.is_over())?;
+        let slow = record.slow.map(|slow| Duration::from_nanos(slow.over_ns));
+        Some((record.to.clone(), slow))
+    }
+
+    /// Fixes what a slow handshake is to rollouts that go by it, by what control's have taken
+    /// lately.
+    pub(super) fn fix_slow_handshakes(&mut self, now: Moment) {
+        for at in 0..self.rollouts.active.len() {
+            let active = &self.rollouts.active[at];
+            let record = active.run.position();
+            let Some(rollout) = self.rollouts.config(&record.name) else { continue };
+            let wanted = active.run.slow_wanted(rollout).filter(|_| !record.stage.is_over());
+            let Some(permille) = wanted else { continue };
+            let Some((_, state)) = self.planner.service(&record.service) else { continue };
+            let control = &state.config().versions[state.config().control].name;
+            let known = self.kernel.signals();
+            let Some(over) = known.quick(&record.service, control, permille) else { continue };
+            let over_ns = u64::try_from(over.as_nanos()).unwrap_or(u64::MAX);
+            let wishes = self.rollouts.active[at].run.fix_slow(Slow { permille, over_ns });
             self.fulfil(at, wishes, now);
         }
     }

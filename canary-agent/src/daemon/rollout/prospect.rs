@@ -7,7 +7,7 @@ use canary_ebpf_common::share::Share;
 use crate::{
     config::model::{Rollout, SignalKind},
     daemon::{Kernel, Moment, Refusal, State},
-    rollout::outlook::Usual,
+    rollout::outlook::{Source, Usual},
     store::StateStore,
 };
 
@@ -42,11 +42,18 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let rates = indices.iter().zip(counters).map(|(index, counter)| {
             self.samples.per_second(*index, counter.connections, now.boot_ms)
         });
+        let counted = state.map(|state| {
+            let control = &state.config().versions[state.config().control].name;
+            self.kernel.signals().usual(&rollout.service, control)
+        });
+        let usual = counted.into_iter().flatten();
+        let usual: HashMap<SignalKind, Usual> =
+            usual.map(|(kind, rate)| (kind, Usual { rate, source: Source::Counted })).collect();
         Ok(Prospect {
             rollout: Arc::clone(rollout),
             per_second: rates.sum(),
             others: others.iter().map(|share| share.fraction()).sum(),
-            usual: HashMap::new(),
+            usual,
         })
     }
 }

@@ -16,13 +16,13 @@ use std::time::Duration;
 
 use canary_ebpf_common::share::Share;
 
-pub use self::record::{Record, Stage};
+pub use self::record::{Record, Slow, Stage};
 use super::{
     gate::Verdict,
     sample_ratio::{Departure, SampleRatio},
     watch::{Answer, Counted, Watch},
 };
-use crate::config::model::{Reaction, Rollout};
+use crate::config::model::{Reaction, Rollout, Signal};
 
 /// The agent looks each second. Of a longer gap no more than this has been watched.
 const LONGEST_GAP_MS: u64 = 5_000;
@@ -155,6 +155,7 @@ impl Run {
             let_pass: false,
             full: false,
             sent_on: false,
+            slow: None,
             evidence: None,
             ratio: None,
         };
@@ -337,9 +338,32 @@ impl Run {
         }
     }
 
-    /// What is to be weighed by now, and told: windows put together, where somebody weighs them.
+    /// The part of control's handshakes that is to say what a slow one is, where that is not fixed
+    /// yet.
+    pub fn slow_wanted(&self, rollout: &Rollout) -> Option<u16> {
+        let permille = slow_permille(rollout)?;
+        (self.record.slow.is_none_or(|slow| slow.permille != permille)).then_some(permille)
+    }
+
+    /// Fixes what a slow handshake is. What was counted by another measure counts no more.
+    pub fn fix_slow(&mut self, slow: Slow) -> Vec<Wish> {
+        self.record.slow = Some(slow);
+        let text = format!(
+            "a handshake is slow that takes longer than {}: {} % of control's were quicker",
+            humantime::format_duration(Duration::from_nanos(slow.over_ns)),
+            f64::from(slow.permille) / 10.0
+        );
+        vec![tell("threshold", text), Wish::Save]
+    }
+
+    /// What is to be weighed by now, and told: windows put together, where somebody weighs them. One
+    /// in which another handshake was slow than in this rollout is not complete.
     pub fn gather(&mut self, counted: &Counted) -> Option<Counted> {
-        self.watch.as_mut().filter(|_| self.record.stage == Stage::Watching)?.gather(counted)
+        let watch = self.watch.as_mut().filter(|_| self.record.stage == Stage::Watching)?;
+        let by_slow = watch.gate().signals().iter().any(|s| s.quantile_permille.is_some());
+        let fixed = self.record.slow.is_some_and(|slow| slow.over_ns == counted.slow_ns);
+        let complete = counted.complete && (fixed || !by_slow);
+        watch.gather(&Counted { complete, ..counted.clone() })
     }
 
     /// Counts of a window have come, as [`Self::gather`] has left them.
@@ -559,7 +583,14 @@ impl Run {
             waits.push(format!("{} more", humantime::format_duration(left)));
         }
         if let (false, Some(gate)) = (passed, &step.gate) {
-            waits.push(format!("gate `{}`", gate.name));
+            let unknown = gate.signals.iter().any(is_slow) && self.record.slow.is_none();
+            waits.push(match unknown {
+                false => format!("gate `{}`", gate.name),
+                true => format!(
+                    "gate `{}`, which waits for enough handshakes of control's to say what is slow",
+                    gate.name
+                ),
+            });
         }
         if step.pause && !self.record.let_pass {
             waits.push("an operator's `resume`".to_owned());
@@ -687,6 +718,19 @@ fn closed(rollout: &Rollout, unix_ms: u64) -> Option<String> {
             format!("its window, which opens at {at} ({})", texts.join(", "))
         }
         None => format!("its window ({})", texts.join(", ")),
+    })
+}
+
+fn is_slow(signal: &Signal) -> bool {
+    matches!(signal, Signal::Kernel(signal) if signal.quantile_permille.is_some())
+}
+
+/// The part of control's handshakes that says what is slow to a rollout, in thousandths.
+fn slow_permille(rollout: &Rollout) -> Option<u16> {
+    let gates = rollout.steps.iter().filter_map(|step| step.gate.as_ref());
+    gates.flat_map(|gate| &gate.signals).find_map(|signal| match signal {
+        Signal::Kernel(signal) => signal.quantile_permille,
+        Signal::Probe(_) => None,
     })
 }
 

@@ -42,6 +42,16 @@ impl Stage {
     }
 }
 
+/// What a slow handshake is, for as long as a rollout lasts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Slow {
+    /// The part of control's handshakes that was quicker, in thousandths.
+    pub permille: u16,
+    /// It takes longer than this, nanoseconds.
+    pub over_ns: u64,
+}
+
 /// All that is kept of a rollout.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -81,6 +91,9 @@ pub struct Record {
     pub full: bool,
     /// An operator has sent it on: it asks nobody before the next share.
     pub sent_on: bool,
+    /// What a slow handshake is, once control has said it.
+    #[serde(default)]
+    pub slow: Option<Slow>,
     /// What the step's gate has seen.
     pub evidence: Option<Kept>,
     /// How the share has been measured in this step.

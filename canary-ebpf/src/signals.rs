@@ -1,0 +1,561 @@
+//! Watching some of the connections: see `canary_ebpf_common::signals`.
+//!
+//! A packet of a connection that is watched is sent as any other. Then it is left to `watch_v4` or
+//! `watch_v6`, programs of their own, so that packets that are not watched carry nothing along for
+//! it. `judge_v4` and `judge_v6` are run by the agent itself (`BPF_PROG_TEST_RUN`) on a list of
+//! connections whose time is over, and are attached to nothing.
+
+use aya_ebpf::{
+    bindings::{BPF_NOEXIST, xdp_action},
+    helpers::generated::bpf_ktime_get_ns,
+    macros::{map, xdp},
+    maps::{Array, HashMap, PerCpuArray, RingBuf},
+    programs::XdpContext,
+};
+use canary_ebpf_common::{
+    abi::{
+        Address, Backend, FORGET_MOST, FORGET_OFFSET, Flow, FlowKeyV4, FlowKeyV6,
+        HANDSHAKE_BUCKETS, IPPROTO_TCP, Reason, SERVICE_SAMPLED, Sample, Sampling, Service,
+        SignalEvent, VersionSignals, flow_state, outcome,
+    },
+    entry::BackendIndex,
+    headers::Frame as _,
+    nat,
+    signals::{self, Seen, Step, Watchable as _},
+    steer::Flows as _,
+};
+
+use crate::{
+    forward::Transport,
+    maps::{self, FlowsV4, FlowsV6, Program},
+    packet::Packet,
+};
+
+/// A packet that is being sent and is to be taken into account then.
+#[repr(C)]
+struct Pending {
+    v6: FlowKeyV6,
+    v4: FlowKeyV4,
+    /// Its [`Sampling::place`].
+    place: u32,
+    /// One of [`NOT`] and so on.
+    state: u32,
+    flags: u32,
+    seq: u32,
+    ack: u32,
+    /// What becomes of the frame.
+    action: u32,
+    /// See [`opaque`].
+    bucket: u32,
+    pad: u32,
+}
+
+/// [`Pending::state`]: there is none.
+const NOT: u32 = 0;
+/// [`Pending::state`]: of an IPv4 connection.
+const IPV4: u32 = 1 << 0;
+/// [`Pending::state`]: of an IPv6 connection.
+const IPV6: u32 = 1 << 1;
+/// [`Pending::state`]: the server's packets are seen.
+const BOTH: u32 = 1 << 2;
+/// [`Pending::state`]: this is one of them.
+const FROM_SERVER: u32 = 1 << 3;
+/// [`Pending::state`]: the frame is to get tags afterwards.
+const TAGS: u32 = 1 << 4;
+/// [`Pending::state`]: it is to be taken into account. Until it is known which version it is for,
+/// it is only noted.
+const ARMED: u32 = 1 << 5;
+
+/// Which connections of each version are watched.
+#[map]
+static SAMPLING: Array<Sampling> = Array::with_max_entries(1, 0);
+/// Connections of IPv4 that are watched: never evicted.
+#[map]
+static SAMPLES_V4: HashMap<FlowKeyV4, Sample> = HashMap::with_max_entries(1, 0);
+/// The same of IPv6.
+#[map]
+static SAMPLES_V6: HashMap<FlowKeyV6, Sample> = HashMap::with_max_entries(1, 0);
+/// What they have done, by version.
+#[map]
+static SIGNAL_COUNTERS: PerCpuArray<VersionSignals> = PerCpuArray::with_max_entries(1, 0);
+/// Bad outcomes, with the client.
+#[map]
+static SIGNALS: RingBuf = RingBuf::with_byte_size(4096, 0);
+/// The packet at hand, if its connection is watched.
+#[map]
+static PENDING: PerCpuArray<Pending> = PerCpuArray::with_max_entries(1, 0);
+
+/// Whether any service may be watched; where it is 0, the verifier removes all of this.
+#[unsafe(no_mangle)]
+static WATCHING: u32 = 0;
+
+#[inline(always)]
+fn watching() -> bool {
+    // SAFETY: an initialised static; volatile so that the compiler does not take it for the
+    // loader's.
+    unsafe { core::ptr::read_volatile(&raw const WATCHING) != 0 }
+}
+
+#[inline(always)]
+fn watches(service: &Service) -> bool {
+    watching() && service.flags & SERVICE_SAMPLED != 0
+}
+
+/// The packet at hand.
+#[inline(always)]
+fn pending() -> Option<&'static mut Pending> {
+    // SAFETY: this CPU's own element, and XDP does not nest.
+    unsafe { PENDING.get_ptr_mut(0).map(|p| &mut *p) }
+}
+
+/// What is watched at a place, if that is a connection with this hash.
+#[inline(always)]
+fn chosen(place: u32, hash: u32) -> bool {
+    SAMPLING
+        .get(place)
+        // As the map is made, nobody has said anything yet.
+        .is_some_and(|sampling| signals::watched(hash, sampling.mask) && sampling.epoch != 0)
+}
+
+/// Leaves the packet to the program that takes it into account, if it is `watched`. Nothing of
+/// the frame may be looked at afterwards.
+#[inline(always)]
+pub(crate) fn go_on<const RARE: bool>(
+    packet: &Packet,
+    watched: bool,
+    sent: Result<u32, Reason>,
+) -> Result<u32, Reason> {
+    // Where few packets come by, it is looked up again: there is no room to remember it.
+    let looks = if RARE { watching() } else { watched };
+    if looks
+        && let Some(pending) = pending()
+        && pending.state & ARMED != 0
+    {
+        if let Ok(action) = sent {
+            pending.action = action;
+            leave(packet, pending);
+        }
+        pending.state = NOT;
+    }
+    sent
+}
+
+/// The same of a frame that gets its tags behind that.
+#[inline(always)]
+pub(crate) fn go_on_before_tags(packet: &Packet) {
+    if watching()
+        && let Some(pending) = pending()
+        && pending.state & ARMED != 0
+    {
+        pending.state |= TAGS;
+        leave(packet, pending);
+        pending.state = NOT;
+    }
+}
+
+#[inline(always)]
+fn leave(packet: &Packet, pending: &Pending) {
+    if pending.state & IPV4 != 0 {
+        maps::tail_call(packet.ctx, Program::WatchV4);
+    } else {
+        maps::tail_call(packet.ctx, Program::WatchV6);
+    }
+}
+
+/// What is done with a frame that has been taken into account.
+#[inline(always)]
+fn done(packet: &Packet, state: u32, action: u32) -> u32 {
+    if state & TAGS == 0 {
+        return action;
+    }
+    maps::tail_call(packet.ctx, Program::Tag);
+    maps::count(Reason::DropNoInterface)
+}
+
+/// The same number, of which neither compiler nor verifier knows anything: kernel 6.1's verifier
+/// makes an impossible range of what it knows of a bucket, and refuses the program for it.
+#[inline(always)]
+fn opaque(bucket: u32) -> u32 {
+    let Some(pending) = pending() else { return 0 };
+    // SAFETY: both are of one field of a value that is there.
+    unsafe {
+        core::ptr::write_volatile(&raw mut pending.bucket, bucket);
+        core::ptr::read_volatile(&raw const pending.bucket)
+    }
+}
+
+/// Counts what a step says.
+#[inline(always)]
+fn report(step: &Step, sampling: &Sampling, place: u32, now_ns: u64, client: Address) {
+    if !step.began && step.outcomes == 0 {
+        return;
+    }
+    let Some(counters) = SIGNAL_COUNTERS.get_ptr_mut(sampling.slot) else { return };
+    // SAFETY: this CPU's own element, and XDP does not nest.
+    let counters = unsafe { &mut *counters };
+    counters.watched += u64::from(step.began);
+    if step.handshake_ns != 0 {
+        counters.handshake_ns += step.handshake_ns;
+        let bucket = opaque(signals::bucket(step.handshake_ns)) as usize;
+        if bucket < HANDSHAKE_BUCKETS {
+            counters.handshakes[bucket] += 1;
+        }
+    }
+    if step.outcomes == 0 {
+        return;
+    }
+    counters.outcomes[0] += u64::from(step.outcomes & outcome::CONNECT_FAILED != 0);
+    counters.outcomes[1] += u64::from(step.outcomes & outcome::SYN_RETRANSMIT != 0);
+    counters.outcomes[2] += u64::from(step.outcomes & outcome::SLOW_HANDSHAKE != 0);
+    counters.outcomes[3] += u64::from(step.outcomes & outcome::SERVER_RESET != 0);
+    counters.outcomes[4] += u64::from(step.outcomes & outcome::CLIENT_RESET != 0);
+    counters.outcomes[5] += u64::from(step.outcomes & outcome::SHORT_FLOW != 0);
+    let event = SignalEvent { at_ns: now_ns, client, outcomes: step.outcomes, place };
+    if SIGNALS.output::<SignalEvent>(&event, 0).is_err() {
+        counters.lost += 1;
+    }
+}
+
+macro_rules! family {
+    (
+        $key:ty, $field:ident, $family:ident, $samples:ident, $flows:ident, $client:expr, $copy:ident, $opposite:ident,
+        $watch:ident, $note:ident, $from_client:ident, $translated:ident, $returned:ident, $judge:ident
+    ) => {
+        /// Takes a packet into account that is being sent, and lets it go.
+        #[xdp]
+        pub(crate) fn $watch(ctx: XdpContext) -> u32 {
+            let packet = Packet::of(ctx.ctx);
+            let Some(pending) = pending() else { return xdp_action::XDP_DROP };
+            let (state, action) = (pending.state, pending.action);
+            pending.state = NOT;
+            $field::watch(pending, state);
+            done(&packet, state, action)
+        }
+
+        mod $field {
+            //! One family's part.
+
+            use super::*;
+
+            #[inline(always)]
+            pub(super) fn watch(pending: &Pending, state: u32) {
+                let from_server = state & FROM_SERVER != 0;
+                let both = state & BOTH != 0;
+                let key = &pending.$field;
+                let Pending { place, flags, seq, ack, .. } = *pending;
+                let Some(sampling) = SAMPLING.get(place) else { return };
+                // SAFETY: the helper has no precondition.
+                let now_ns = unsafe { bpf_ktime_get_ns() };
+                let opens = !from_server && signals::opens(flags);
+                let Some(sample) = $samples.get_ptr_mut(key) else {
+                    if opens {
+                        const EEXIST: i32 = -17;
+                        let new = signals::begin(now_ns, seq, sampling.epoch, place);
+                        match $samples.insert(key, &new, u64::from(BPF_NOEXIST)) {
+                            Ok(()) | Err(EEXIST) => mark(key, both),
+                            Err(_) => full(sampling.slot),
+                        }
+                    }
+                    return;
+                };
+                // SAFETY: elements of a preallocated hash map stay valid memory of the map while
+                // the program runs.
+                let sample = unsafe { &mut *sample };
+                if opens {
+                    mark(key, both);
+                }
+                if sample.epoch != sampling.epoch || sample.place != place {
+                    if opens {
+                        *sample = signals::begin(now_ns, seq, sampling.epoch, place);
+                    }
+                    return;
+                }
+                let seen = Seen { now_ns, flags, seq, ack, from_server };
+                let step = signals::step(sample, &seen, sampling.slow_ns);
+                report(&step, sampling, place, now_ns, $client(key));
+                if step.over {
+                    // Failure means that it is not there.
+                    _ = $samples.remove(key);
+                }
+            }
+
+            /// Marks both entries of a translated flow as watched.
+            #[inline(always)]
+            fn mark(key: &$key, both: bool) {
+                let flow = if both { $flows.lookup(key) } else { return };
+                if flow.is_null() {
+                    return;
+                }
+                // SAFETY: not null, so valid by the contract of `Flows`.
+                let flow = unsafe { &mut *flow };
+                if flow.state & flow_state::SAMPLED != 0 {
+                    return;
+                }
+                flow.state |= flow_state::SAMPLED;
+                let reverse = $flows.lookup(&nat::opposite::<$key>(flow, IPPROTO_TCP));
+                if !reverse.is_null() {
+                    // SAFETY: as above.
+                    unsafe { (*reverse).state |= flow_state::SAMPLED };
+                }
+            }
+
+            /// Notes a packet; its key is set afterwards.
+            #[inline(always)]
+            pub(super) fn note(
+                packet: &Packet,
+                transport: &Transport,
+                state: u32,
+            ) -> Option<&'static mut Pending> {
+                let pending = pending()?;
+                pending.state = state | super::$family;
+                pending.flags = u32::from(transport.segment.tcp_flags);
+                pending.seq = transport.segment.seq;
+                pending.ack = transport.ack(packet);
+                Some(pending)
+            }
+
+            /// Whether what is noted is watched: then it is taken into account behind sending it.
+            /// `known` says that it was chosen before.
+            #[inline(always)]
+            pub(super) fn arm<const RARE: bool>(
+                service: &Service,
+                backend: &Backend,
+                tcp: bool,
+                known: bool,
+                both: u32,
+            ) -> bool {
+                // Where few packets come by, it is looked up: there is no room to keep the service
+                // at hand.
+                if !watching() || (!RARE && (service.flags & SERVICE_SAMPLED == 0 || !tcp)) {
+                    return false;
+                }
+                let Some(pending) = pending() else { return false };
+                if RARE && pending.state != super::$family {
+                    return false;
+                }
+                let place = Sampling::place(u32::from(backend.service), backend.version);
+                let opens = signals::opens(pending.flags);
+                if (both != 0 && !opens && !known)
+                    || ((both == 0 || opens) && !chosen(place, pending.$field.sampling_hash()))
+                {
+                    return false;
+                }
+                pending.place = place;
+                pending.state |= both | ARMED;
+                true
+            }
+        }
+
+        /// Notes a client's packet, of a service that is watched: `client` or `translated` comes
+        /// when its backend is known, and `go_on` behind sending it.
+        #[inline(always)]
+        pub(crate) fn $note<const RARE: bool>(
+            packet: &Packet,
+            service: &Service,
+            transport: &Transport,
+            key: &$key,
+        ) {
+            if watches(service) && transport.segment.protocol == IPPROTO_TCP {
+                if let Some(pending) = $field::note(packet, transport, 0) {
+                    $copy(&mut pending.$field, key);
+                }
+            } else if RARE
+                && watching()
+                && let Some(pending) = pending()
+            {
+                pending.state = NOT;
+            }
+        }
+
+        /// Whether a client's packet to a backend that answers by another way is watched.
+        #[inline(always)]
+        pub(crate) fn $from_client<const RARE: bool>(
+            service: &Service,
+            backend: &Backend,
+            transport: &Transport,
+        ) -> bool {
+            let tcp = transport.segment.protocol == IPPROTO_TCP;
+            $field::arm::<RARE>(service, backend, tcp, false, 0)
+        }
+
+        /// The same of a client's packet on a translated flow.
+        #[inline(always)]
+        pub(crate) fn $translated<const RARE: bool>(
+            service: &Service,
+            backend: &Backend,
+            transport: &Transport,
+            flow: &Flow,
+        ) -> bool {
+            let tcp = transport.segment.protocol == IPPROTO_TCP;
+            let known = flow.state & flow_state::SAMPLED != 0;
+            $field::arm::<RARE>(service, backend, tcp, known, BOTH)
+        }
+
+        /// The same of a backend's packet on a translated flow.
+        #[inline(always)]
+        pub(crate) fn $returned(packet: &Packet, transport: &Transport, flow: &Flow) -> bool {
+            if !watching()
+                || flow.state & flow_state::SAMPLED == 0
+                || transport.segment.protocol != IPPROTO_TCP
+            {
+                return false;
+            }
+            let Some(backend) = maps::backend(BackendIndex::new(flow.backend)) else {
+                return false;
+            };
+            let state = BOTH | FROM_SERVER | ARMED;
+            let Some(pending) = $field::note(packet, transport, state) else { return false };
+            pending.place = Sampling::place(u32::from(flow.service), backend.version);
+            $opposite(&mut pending.$field, flow);
+            true
+        }
+
+        /// Looks again at connections whose time is over. Answers with how many are watched no
+        /// more.
+        #[xdp]
+        pub(crate) fn $judge(ctx: XdpContext) -> u32 {
+            let packet = Packet::of(ctx.ctx);
+            let mut gone = 0;
+            let mut n = 0;
+            while n < FORGET_MOST {
+                let Some(key) = packet.at::<$key>(FORGET_OFFSET + n * size_of::<$key>()) else {
+                    break;
+                };
+                // SAFETY: `at` checked the bounds.
+                gone += judge::$watch(unsafe { &*key });
+                n += 1;
+            }
+            gone
+        }
+    };
+}
+
+family!(
+    FlowKeyV4,
+    v4,
+    IPV4,
+    SAMPLES_V4,
+    FlowsV4,
+    |key: &FlowKeyV4| [u64::from(key.src_be), 0],
+    copy_v4,
+    opposite_v4,
+    watch_v4,
+    note_v4,
+    client_v4,
+    translated_v4,
+    returned_v4,
+    judge_v4
+);
+family!(
+    FlowKeyV6,
+    v6,
+    IPV6,
+    SAMPLES_V6,
+    FlowsV6,
+    |key: &FlowKeyV6| [key.src[0], key.src[1]],
+    copy_v6,
+    opposite_v6,
+    watch_v6,
+    note_v6,
+    client_v6,
+    translated_v6,
+    returned_v6,
+    judge_v6
+);
+
+macro_rules! keys {
+    ($key:ty, $copy:ident, $opposite:ident, |$to:ident, $src:ident, $dst:ident| $addresses:block, |$from:ident| $of:expr) => {
+        // Word by word: a whole key would be made on the stack, where there is no room for it.
+
+        /// Makes `to` the same as `from`.
+        #[inline(always)]
+        fn $copy($to: &mut $key, $from: &$key) {
+            let ($src, $dst) = $of;
+            $addresses
+            $to.src_port_be = $from.src_port_be;
+            $to.dst_port_be = $from.dst_port_be;
+            $to.protocol = u32::from(IPPROTO_TCP);
+        }
+
+        /// Makes `to` the key of the client's packets on the flow of `from`, the backend's entry.
+        #[inline(always)]
+        fn $opposite($to: &mut $key, from: &Flow) {
+            let ($src, $dst) = (from.dst, from.src);
+            $addresses
+            $to.src_port_be = from.dst_port_be;
+            $to.dst_port_be = from.src_port_be;
+            $to.protocol = u32::from(IPPROTO_TCP);
+        }
+    };
+}
+
+keys!(
+    FlowKeyV4,
+    copy_v4,
+    opposite_v4,
+    |to, src, dst| {
+        to.src_be = src[0] as u32;
+        to.dst_be = dst[0] as u32;
+    },
+    |from| ([u64::from(from.src_be), 0], [u64::from(from.dst_be), 0])
+);
+keys!(
+    FlowKeyV6,
+    copy_v6,
+    opposite_v6,
+    |to, src, dst| {
+        to.src[0] = src[0];
+        to.src[1] = src[1];
+        to.dst[0] = dst[0];
+        to.dst[1] = dst[1];
+    },
+    |from| (from.src, from.dst)
+);
+
+/// Counts a connection that there was no room for.
+#[inline(always)]
+fn full(slot: u32) {
+    if let Some(counters) = SIGNAL_COUNTERS.get_ptr_mut(slot) {
+        // SAFETY: this CPU's own element, and XDP does not nest.
+        unsafe { (*counters).full += 1 };
+    }
+}
+
+mod judge {
+    //! What time says of one connection, by family.
+
+    use super::{
+        FlowKeyV4, FlowKeyV6, SAMPLES_V4, SAMPLES_V6, SAMPLING, bpf_ktime_get_ns, report, signals,
+    };
+
+    macro_rules! judge {
+        ($name:ident, $key:ty, $samples:ident, $client:expr) => {
+            #[inline(always)]
+            pub(super) fn $name(key: &$key) -> u32 {
+                let Some(sample) = $samples.get_ptr_mut(key) else { return 0 };
+                // SAFETY: elements of a preallocated hash map stay valid memory of the map while
+                // the program runs.
+                let sample = unsafe { &mut *sample };
+                // SAFETY: the helper has no precondition.
+                let now_ns = unsafe { bpf_ktime_get_ns() };
+                let sampling = SAMPLING.get(sample.place);
+                let over = match sampling {
+                    Some(sampling) if sampling.epoch == sample.epoch => {
+                        let step = signals::elapse(sample, now_ns);
+                        report(&step, sampling, sample.place, now_ns, $client(key));
+                        step.over
+                    }
+                    _ => true,
+                };
+                if over {
+                    // Failure means that it is not there.
+                    _ = $samples.remove(key);
+                }
+                u32::from(over)
+            }
+        };
+    }
+
+    judge!(watch_v4, FlowKeyV4, SAMPLES_V4, |key: &FlowKeyV4| [u64::from(key.src_be), 0]);
+    judge!(watch_v6, FlowKeyV6, SAMPLES_V6, |key: &FlowKeyV6| [key.src[0], key.src[1]]);
+}
