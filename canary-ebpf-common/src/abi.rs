@@ -668,6 +668,26 @@ pub struct Panic {
 pub const PANIC_REASON_BYTES: usize = 216;
 /// [`Panic::flags`]: open connections go, too.
 pub const PANIC_MOVE: u32 = 1 << 0;
+/// [`Panic::flags`]: not everything has gone to control, but a version's share has gone back: see
+/// [`given_back`].
+const PANIC_PART: u32 = 1 << 1;
+
+/// [`Panic::flags`] of a version, by its slot, that has only so many buckets any more, or fewer.
+/// There are fewer than all: 2²⁰ − 1 at most.
+pub const fn gives_back(slot: u8, buckets: u32) -> u32 {
+    let most = (1 << 20) - 1;
+    let buckets = if buckets > most { most } else { buckets };
+    PANIC_PART | (slot as u32 & (MAX_VERSIONS as u32 - 1)) << 8 | buckets << 12
+}
+
+/// The version's slot, and how many buckets it has any more; `None` where everything has gone to
+/// control.
+pub const fn given_back(flags: u32) -> Option<(u8, u32)> {
+    if flags & PANIC_PART == 0 {
+        return None;
+    }
+    Some(((flags >> 8) as u8 & (MAX_VERSIONS as u8 - 1), flags >> 12))
+}
 
 /// One bucket of the ledger: who owns it and when it last moved.
 ///

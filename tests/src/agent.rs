@@ -348,6 +348,15 @@ impl<'a> Agent<'a> {
         self.workdir.path().join("agent.log")
     }
 
+    /// How long the agent took from the last verdict of a rollout, or an operator's word, until the
+    /// share was back in the tables, as its log says.
+    pub fn gave_back_within(&self) -> Option<Duration> {
+        let log = self.log();
+        let line = log.lines().rev().find(|line| line.contains("the share is"))?;
+        let took = line.split("took_us=").nth(1)?.split(' ').next()?;
+        took.parse().ok().map(Duration::from_micros)
+    }
+
     /// What the agent has logged.
     pub fn log(&self) -> String {
         fs::read_to_string(self.log_path()).unwrap_or_default()

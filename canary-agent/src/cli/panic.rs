@@ -187,6 +187,7 @@ fn through_maps(
     let order = PanicOrder {
         services: request.service.clone().map(|name| [name].into()),
         moves: request.moves,
+        back: None,
         reason: request.reason.clone(),
         uid: nix::unistd::geteuid().as_raw(),
         id: request.id.unwrap_or_default(),
@@ -241,6 +242,7 @@ fn report(
     let earlier: BTreeSet<(u32, u64)> = services
         .iter()
         .filter_map(|one| one.earlier.as_ref())
+        .filter(|mark| mark.back.is_none())
         .map(|mark| (mark.uid, mark.unix_ms))
         .collect();
     for (uid, unix_ms) in earlier {

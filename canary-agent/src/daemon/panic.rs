@@ -119,6 +119,11 @@ impl Panics {
         self.owed.push(Owed { commit, marks, unwritten: None });
     }
 
+    /// Whether something of a service waits to be stored.
+    fn owes(&self, service: &str) -> bool {
+        self.owed.iter().any(|owed| owed.commit.change.service == service)
+    }
+
     /// Whether something waits to be stored.
     pub(super) fn is_owing(&self) -> bool {
         !self.owed.is_empty()
@@ -294,6 +299,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let order = PanicOrder {
             services: Some(proposals.iter().map(name).collect()),
             moves: *moves,
+            back: None,
             reason: reason.clone(),
             uid: asked.peer.uid,
             id: asked.id,
@@ -411,8 +417,9 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         // One request may be about many of them.
         let known_ids = self.panics.ids.clone();
         for (name, marks) in by_service {
-            let first = marks[0].clone();
-            let PanicMark { uid, unix_ms, id, .. } = first;
+            // Everything to control is more than a share.
+            let first = marks.iter().find(|mark| mark.back.is_none()).unwrap_or(&marks[0]).clone();
+            let PanicMark { uid, unix_ms, id, back, .. } = first;
             let moves = marks.iter().any(|mark| mark.moves);
             let waits = self.panics.waits_for(&marks);
             let known = waits || known_ids.contains(&id) || self.is_recorded(&name, &first);
@@ -424,9 +431,14 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 // Our own, and not stored yet.
             } else if known {
                 self.kernel.panics_adopted(&marks);
+            } else if let (Some(back), Some((at, _))) = (back, self.planner.service(&name)) {
+                if let Some(commit) = self.adopt_back(at, back, &first) {
+                    self.panics.owe(commit, marks);
+                }
+                continue;
             } else if let Some((at, state)) = self.planner.service(&name) {
                 let diversion = state.propose_panic();
-                if !moves && diversion.is_nothing() {
+                if !moves && diversion.is_nothing() && !self.panics.owes(&name) {
                     // One of all services, which had nothing elsewhere.
                     self.kernel.panics_adopted(&marks);
                     continue;
@@ -445,13 +457,13 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 );
                 continue;
             } else if let Some(parked) = self.parked.get_mut(&name)
-                && let Some((record, moved, buckets_moved)) = panic_of_parked(parked)
+                && let Some((record, moved, buckets_moved)) = panic_of_parked(parked, back)
             {
                 let change = Change {
                     unix_ms,
                     uid: Some(uid),
                     service: name.clone(),
-                    action: "panic".to_owned(),
+                    action: if back.is_some() { ROLLOUT } else { "panic" }.to_owned(),
                     reason: first.reason.clone(),
                     before: parked.split.clone(),
                     after: record.split.clone(),

@@ -43,7 +43,7 @@ use super::{
 use crate::{
     failpoint::Failpoint,
     parallel,
-    plan::{BootMs, Diverted, NobodyLeft, PanicMark, Panicking},
+    plan::{BootMs, Diverted, GivenBack, NobodyLeft, PanicMark, Panicking},
 };
 
 /// 64-bit words of a mark.
@@ -112,6 +112,7 @@ impl Marks {
             unix_ms: mark.unix_ms,
             uid: mark.uid,
             moves: mark.flags & PANIC_MOVE != 0,
+            back: abi::given_back(mark.flags).map(|(slot, buckets)| GivenBack { slot, buckets }),
             reason: Some(unpadded(&mark.reason)).filter(|reason| !reason.is_empty()),
         })
     }
@@ -144,11 +145,13 @@ impl Marks {
     }
 
     /// Leaves marks; returns the count after it. A mark that waits already stays, but for what
-    /// `order` adds to it.
+    /// `order` adds to it, if it says that everything has gone to control.
     pub(super) fn leave(&self, order: &PanicOrder, tables: &[u16]) -> Result<u64, Error> {
         let number = self.counted();
         for table in tables {
-            let earlier = self.read(*table).filter(|mark| mark.number != mark.adopted);
+            let earlier = self.read(*table).filter(|mark| {
+                mark.number != mark.adopted && abi::given_back(mark.flags).is_none()
+            });
             let mut mark = earlier.unwrap_or_else(|| order.mark());
             mark.number = number;
             mark.flags |= if order.moves { PANIC_MOVE } else { 0 };
@@ -180,6 +183,8 @@ pub struct PanicOrder {
     pub services: Option<BTreeSet<String>>,
     /// Open connections go, too.
     pub moves: bool,
+    /// Only this version's share goes back. That is marked, and done by whoever marks it.
+    pub back: Option<GivenBack>,
     /// Why.
     pub reason: Option<String>,
     /// Who.
@@ -206,7 +211,8 @@ impl PanicOrder {
         let end = text.floor_char_boundary(PANIC_REASON_BYTES);
         reason[..end].copy_from_slice(&text.as_bytes()[..end]);
         let (id, unix_ms, uid) = (self.id, self.unix_ms, self.uid);
-        abi::Panic { number: 0, adopted: 0, id, unix_ms, uid, flags: 0, reason }
+        let flags = self.back.map_or(0, |back| abi::gives_back(back.slot, back.buckets));
+        abi::Panic { number: 0, adopted: 0, id, unix_ms, uid, flags, reason }
     }
 }
 
@@ -461,10 +467,21 @@ pub(super) fn catch_up(from: &Pins, to: &Pins, seen: &mut u64) -> Result<(), Err
     let waiting = earlier.waiting()?;
     let set = Set::open(to)?;
     let now_ms = boot_ms()?;
-    for PanicMark { service, id, unix_ms, uid, moves, reason, .. } in waiting {
+    // A share that has gone back did so before: whoever did it was an agent.
+    for mark in waiting.into_iter().filter(|mark| mark.back.is_none()) {
+        let PanicMark { service, id, unix_ms, uid, moves, reason, .. } = mark;
         let services = Some([service].into());
-        let order =
-            PanicOrder { services, moves, reason, uid, id, unix_ms, now_ms, dry_run: false };
+        let order = PanicOrder {
+            services,
+            moves,
+            back: None,
+            reason,
+            uid,
+            id,
+            unix_ms,
+            now_ms,
+            dry_run: false,
+        };
         set.panic(&order)?;
     }
     // Where both sets share it.

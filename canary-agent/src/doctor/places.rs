@@ -83,12 +83,12 @@ fn pins(facts: &Facts) -> Check {
             .collect();
         let services = services.into_iter().collect::<Vec<_>>().join(", ");
         let found = format!(
-            "a panic has sent services to control, and no agent has put that into the audit trail yet: {services}"
+            "a panic has sent services to control, or a rollout has given its share back, and no agent has put that into the audit trail yet: {services}"
         );
         return Check::warning(name, found, evidence).remedy(if facts.agent.is_some() {
             "canary-agent status: its alerts say what keeps it from being stored"
         } else {
-            "systemctl start canary-agent: it adopts that, and keeps everything at control"
+            "systemctl start canary-agent: it adopts that, and keeps it so"
         });
     }
     match &pins.adoptable {
@@ -359,6 +359,7 @@ mod tests {
                 unix_ms: 1_700_000_000_000,
                 uid: 42,
                 moves: false,
+                back: None,
                 reason: None,
             }];
         });

@@ -43,7 +43,9 @@ pub use advance::{Advance, Advanced, Policy, Update, clear_due_ms};
 pub use alloc::QUARANTINE_MS;
 pub use bucket_set::BucketSet;
 pub use ownership::{Ownership, Proposal};
-pub use panic::{Diversion, Diverted, NobodyLeft, PanicMark, Panicking, panic_of_parked};
+pub use panic::{
+    Diversion, Diverted, GivenBack, NobodyLeft, PanicMark, Panicking, panic_of_parked,
+};
 pub use planner::{News, PlanError, Planner, Preview, ServiceState, Start, Step};
 pub use prepare::LEARN_MS;
 pub use reload::{Baseline, Hops, Made, Prepared, Ready, Removal, Upheaval};

@@ -19,7 +19,7 @@ use canary_ebpf_common::{
 };
 
 use super::{
-    AdoptedService, BootMs, Ownership, Planner, Policy, ServiceState,
+    AdoptedService, BootMs, Ownership, Planner, Policy, Proposal, ServiceState,
     adopt::{self, record_addr},
     advance,
 };
@@ -45,8 +45,19 @@ pub struct PanicMark {
     pub uid: u32,
     /// Open connections go, too.
     pub moves: bool,
+    /// It was no panic: only a version's share has gone back.
+    pub back: Option<GivenBack>,
     /// Why.
     pub reason: Option<String>,
+}
+
+/// A version whose share has gone back while that could not be stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GivenBack {
+    /// Its slot.
+    pub slot: u8,
+    /// The buckets that it has any more.
+    pub buckets: u32,
 }
 
 /// Control has no backend that may take new connections.
@@ -278,6 +289,18 @@ impl ServiceState {
         Diversion { moved, before: self.ownership.clone(), ownership }
     }
 
+    /// A version's buckets to control, all but so many, where nobody knows any better which.
+    pub fn propose_given_back(&self, back: GivenBack) -> Option<Proposal> {
+        let name = self.slots.get(usize::from(back.slot)).filter(|name| !name.is_empty())?;
+        let mut split = self.ownership.split.clone();
+        let share = match back.buckets {
+            0 => Share::ZERO,
+            buckets => Share::of_buckets(buckets, self.config.buckets),
+        };
+        split.insert(name.clone(), share);
+        self.propose(split).ok()
+    }
+
     /// Whether new connections would get nothing if control had everything, in one table at
     /// least.
     pub fn control_taken_out(&self) -> bool {
@@ -288,13 +311,25 @@ impl ServiceState {
     }
 }
 
-/// Everything to control, of a service that is not configured now: for when it comes back.
-pub fn panic_of_parked(record: &ServiceRecord) -> Option<(ServiceRecord, Vec<u8>, u32)> {
+/// Everything to control, or all of the version that has given its share `back`, of a service that
+/// is not configured now: for when it comes back.
+pub fn panic_of_parked(
+    record: &ServiceRecord,
+    back: Option<GivenBack>,
+) -> Option<(ServiceRecord, Vec<u8>, u32)> {
     let control = u8::try_from(record.slots.iter().position(|s| *s == record.control)?).ok()?;
     let owners = compile::decode_owners(&record.owners).ok()?;
-    let after = vec![control; owners.len()];
+    let goes = |slot: u8| back.is_none_or(|back| back.slot == slot);
+    let after: Vec<u8> =
+        owners.iter().map(|owner| if goes(*owner) { control } else { *owner }).collect();
     let changes = compile::difference(&owners, &after);
-    let split = record.split.keys().map(|name| (name.clone(), Share::ZERO)).collect();
+    let mut split = record.split.clone();
+    for (name, share) in &mut split {
+        let slot = record.slots.iter().position(|slot| slot == name);
+        if slot.and_then(|slot| u8::try_from(slot).ok()).is_none_or(goes) {
+            *share = Share::ZERO;
+        }
+    }
     let record = ServiceRecord {
         split,
         owners: compile::encode_owners(&after),

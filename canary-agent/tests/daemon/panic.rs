@@ -104,6 +104,7 @@ pub(crate) fn behind(
             unix_ms: 1_700_000_123_456,
             uid: 42,
             moves,
+            back: None,
             reason: Some("nobody answers".to_owned()),
         });
     }

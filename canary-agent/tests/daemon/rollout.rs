@@ -84,8 +84,9 @@ fn start(dir: &tempfile::TempDir, config: &Config) -> Agent {
 
 /// The agent of a later start, over the maps as this one leaves them.
 fn restarted(agent: &Agent, dir: &tempfile::TempDir, config: &Config, ms: u64) -> Agent {
-    let plane = agent.host.with(|host| host.plane.clone());
-    Agent::start_at(dir.path(), config, Shared::default(), maps(&plane), agent.boot_ms + ms)
+    let (plane, panics) = agent.host.with(|host| (host.plane.clone(), host.marks.clone()));
+    let adopted = Adopted { panics, ..maps(&plane) };
+    Agent::start_at(dir.path(), config, Shared::default(), adopted, agent.boot_ms + ms)
 }
 
 fn tell(agent: &mut Agent, name: &str, action: Action) -> Result<RolloutReport, Refusal> {
@@ -180,7 +181,7 @@ fn an_abort_gives_exactly_its_buckets_back_and_is_in_force_without_a_disk() {
     assert_eq!(report.rollout.state, "aborted");
     assert_eq!(agent.owners(), before);
     assert_eq!(asked(&mut agent), "stable 90%, v2 0%, v3 10%");
-    assert!(agent.host.with(|host| host.marked.is_empty()), "v3 has a share: no mark says that");
+    assert_eq!(agent.host.with(|host| host.marked.clone()), ["shop"]);
     assert!(!agent.status().alerts.is_empty());
     // What is owed is stored as soon as it can be.
     agent.host.with(|host| host.refuse_store = false);
@@ -191,6 +192,89 @@ fn an_abort_gives_exactly_its_buckets_back_and_is_in_force_without_a_disk() {
     let mut agent = restarted(&agent, &dir, &config, 1_000);
     assert_eq!(status(&mut agent, "shop-v2").state, "aborted");
     assert_eq!(agent.owners(), before);
+}
+
+/// The service's share of `to` goes back without a disk, in its second step; then the agent ends.
+fn given_back_without_a_disk(config: &Config, dir: &tempfile::TempDir, third: &str) -> Agent {
+    let mut agent = start(dir, config);
+    agent.split(&[("v3", third)]).unwrap();
+    let (errands, _sent) = tokio::sync::mpsc::unbounded_channel();
+    agent.state.send_errands_to(errands);
+    tell(&mut agent, "shop-v2", Action::Start).unwrap();
+    seconds(&mut agent, 30);
+    assert!(asked(&mut agent).contains("v2 50%"));
+    agent.host.with(|host| host.refuse_store = true);
+    for _ in 0..3 {
+        say(&mut agent, Answer::Bad("worse".to_owned()));
+        seconds(&mut agent, 1);
+    }
+    assert!(
+        trail(dir).iter().all(|(_, one)| one.reason.as_ref().is_none_or(|r| !r.contains("worse")))
+    );
+    agent
+}
+
+#[test]
+fn what_could_not_be_stored_of_an_abort_is_not_taken_back_by_the_next_agent() {
+    for third in ["10%", "0%"] {
+        let dir = tempfile::tempdir().unwrap();
+        let config = with(vec![step("5%", 10), gated("50%"), step("80%", 0)]);
+        let ended = given_back_without_a_disk(&config, &dir, third);
+        let owners = ended.owners();
+        assert!(!owners.contains(&1), "nothing is left of v2");
+        // Whether it comes by the maps as they are, or as they were when the mark was written.
+        let mut agent = restarted(&ended, &dir, &config, 1_000);
+        assert_eq!(agent.owners(), owners);
+        assert!(asked(&mut agent).contains("v2 0%"), "{}", asked(&mut agent));
+        let over = status(&mut agent, "shop-v2");
+        assert_eq!(over.state, "aborted", "{third}: {over:?}");
+        let reason = over.reason.unwrap();
+        assert!(reason.contains("worse") && !reason.contains("panic"), "{reason}");
+        let (_, last) = trail(&dir).pop().unwrap();
+        assert_eq!(last.action, "rollout");
+        assert!(last.reason.unwrap().contains("worse"));
+        assert!(agent.status().services[0].panic.is_none(), "it was no panic");
+        seconds(&mut agent, 60);
+        assert_eq!(agent.owners(), owners, "and nobody moves it up again");
+        // Once it is stored, the next one need not be told.
+        let mut agent = restarted(&agent, &dir, &config, 1_000);
+        assert_eq!(
+            (agent.owners(), status(&mut agent, "shop-v2").state.as_str()),
+            (owners, "aborted")
+        );
+    }
+}
+
+#[test]
+fn a_share_that_went_a_step_back_without_a_disk_is_that_of_the_step_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = with(vec![step("5%", 10), gated("50%"), step("80%", 0)]);
+    let rollout = Rollout { on_fail: Reaction::StepBack, ..(*config.rollouts[0]).clone() };
+    config.rollouts[0] = Arc::new(rollout);
+    let ended = given_back_without_a_disk(&config, &dir, "10%");
+    let owners = ended.owners();
+    let mut agent = restarted(&ended, &dir, &config, 1_000);
+    assert_eq!(agent.owners(), owners, "exactly the buckets that it had there");
+    assert_eq!(asked(&mut agent), "stable 85%, v2 5%, v3 10%");
+    let held = status(&mut agent, "shop-v2");
+    assert_eq!((held.state.as_str(), held.step), ("held", Some(1)), "{held:?}");
+    assert!(held.reason.unwrap().contains("worse"));
+}
+
+#[test]
+fn a_mark_of_a_service_that_is_gone_takes_only_its_version_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = with(vec![step("5%", 10), gated("50%"), step("80%", 0)]);
+    let ended = given_back_without_a_disk(&config, &dir, "10%");
+    let owners = ended.owners();
+    let mut without = config.clone();
+    without.rollouts.clear();
+    without.services.retain(|service| service.name != "shop");
+    drop(restarted(&ended, &dir, &without, 1_000));
+    // It is configured again: as it was left.
+    let mut agent = Agent::start(dir.path(), &config, Shared::default(), Adopted::default());
+    assert_eq!(agent.owners(), owners);
+    assert_eq!(asked(&mut agent), "stable 90%, v2 0%, v3 10%");
 }
 
 #[test]

@@ -59,6 +59,7 @@ pub(crate) struct Host {
     pub(crate) panics_at_apply: Option<Adopted>,
     /// Services that were marked, and numbers of marks that are done with.
     pub(crate) marked: Vec<String>,
+    pub(crate) marks: Vec<PanicMark>,
     pub(crate) unmarked: Vec<u64>,
     /// Sweeps take as long as the test wants.
     pub(crate) slow_sweeps: bool,
@@ -162,11 +163,14 @@ impl Kernel for Shared {
     }
 
     fn panics_adopted(&mut self, marks: &[PanicMark]) {
-        self.with(|host| host.unmarked.extend(marks.iter().map(|mark| mark.number)));
+        self.with(|host| {
+            host.unmarked.extend(marks.iter().map(|mark| mark.number));
+            host.marks.retain(|mark| !marks.contains(mark));
+        });
     }
 
     fn mark_panic(&mut self, order: &PanicOrder) -> Result<Vec<PanicMark>, String> {
-        let PanicOrder { services, moves, reason, uid, id, unix_ms, .. } = order.clone();
+        let PanicOrder { services, moves, back, reason, uid, id, unix_ms, .. } = order.clone();
         let services = services.unwrap_or_default();
         self.with(|host| {
             host.log.push("mark".to_owned());
@@ -174,9 +178,11 @@ impl Kernel for Shared {
         });
         let mark = |service: String| {
             let reason = reason.clone();
-            PanicMark { table: 0, service, number: 1, id, unix_ms, uid, moves, reason }
+            PanicMark { table: 0, service, number: 1, id, unix_ms, uid, moves, back, reason }
         };
-        Ok(services.into_iter().map(mark).collect())
+        let marks: Vec<PanicMark> = services.into_iter().map(mark).collect();
+        self.with(|host| host.marks.extend(marks.iter().cloned()));
+        Ok(marks)
     }
 
     fn boot_id(&self) -> String {

@@ -3,14 +3,16 @@
 //! Where a rollout stands is stored before or after each share that it sets, never together
 //! with it: an agent that ends in between finds the share set already and goes on.
 //!
-//! An abort waits for nobody. It is in force before it is stored; what can't be stored is owed
-//! as after a panic, and marked in the maps where nothing but control has a share: an agent that
-//! ends before finds the mark.
+//! A share that goes back waits for nobody. That is in force before it is stored; it is owed as
+//! after a panic, and marked in the maps until it is stored: the agent after one that ends before
+//! finds the mark, and does not bring the share back.
 
 mod ask;
+mod back;
 mod prospect;
 mod status;
 
+use self::back::Taken;
 pub use self::{ask::Action, prospect::Prospect};
 
 use std::{
@@ -25,9 +27,8 @@ use tokio::sync::mpsc;
 use super::{Kernel, Moment, State, changes::Thing, saving::not_stored};
 use crate::{
     config::model::{Rollout, Stickiness},
-    datapath::PanicOrder,
     hooks::{Errand, Said},
-    plan::{BootMs, Ownership, Proposal, ServiceState, Undone},
+    plan::{BootMs, Proposal},
     rollout::{
         drive::{At, Record, Run, Slow, Stage, Told, View, Wish},
         watch::Counted,
@@ -56,6 +57,8 @@ pub(super) struct Rollouts {
     /// The last of each name that is over.
     over: BTreeMap<String, (Option<u64>, Record)>,
     errands: Option<mpsc::UnboundedSender<Errand>>,
+    /// What marks in the maps have said of services, until their rollouts are taken up.
+    given_back: BTreeMap<String, Taken>,
 }
 
 /// One that is not over.
@@ -136,7 +139,15 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             let service = record.service.clone();
             let since = record.since_revision;
             let config = self.rollouts.config(&name).cloned();
-            let (run, wishes) = Run::restore(record, config.as_deref());
+            let to = record.to.clone();
+            let (mut run, mut wishes) = Run::restore(record, config.as_deref());
+            let taken = self.rollouts.given_back.remove(&service);
+            if let Some(Taken { share, reason, .. }) = taken.filter(|taken| taken.version == to) {
+                let reason = reason.unwrap_or_default();
+                let of_it = format!("rollout {name}: ");
+                let why = reason.strip_prefix(&of_it).unwrap_or(&reason).to_owned();
+                wishes = run.was_given_back(config.as_deref(), share, why, at(now));
+            }
             let mut active = Active::new(number, run);
             active.made = self.changes_of_rollout(&service, since);
             tracing::info!(rollout = name, service, "the rollout goes on where it was");
@@ -625,98 +636,4 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             settles,
         }
     }
-
-    /// Goes back to a share, whatever is in the way: first in the tables, then on the disk.
-    fn give_back(&mut self, at: usize, share: Share, now: Moment) {
-        let begun = Instant::now();
-        let record = self.rollouts.active[at].run.position().clone();
-        let Some((service, state)) = self.planner.service(&record.service) else { return };
-        let Some(proposal) = back(state, &record.to, share, &self.rollouts.active[at].made) else {
-            tracing::error!(rollout = record.name, "the share can't be taken back: this is a bug");
-            return;
-        };
-        if proposal.moved == 0 && proposal.ownership.split == state.ownership().split {
-            return;
-        }
-        // What waits for a confirmation must not come back after it.
-        let pending = self.control.pending.iter();
-        let waits = pending.filter(|one| Thing::Split(&record.service).is_of(&one.change));
-        let settles: Vec<u64> = waits.map(|one| one.revision).collect();
-        let reason = record.reason.as_deref();
-        let commit = self.commit_of(at, service, &proposal, settles, reason, now);
-        // Where it leaves everything to control, a mark in the maps says so until it is stored.
-        let mut commit = commit;
-        let marks = match self.order_of(&commit.change, &proposal.ownership, now) {
-            Some(order) => {
-                commit.change.uid = Some(order.uid);
-                self.kernel.mark_panic(&order).unwrap_or_else(|error| {
-                    tracing::error!(error, "an abort can't be marked in the maps");
-                    Vec::new()
-                })
-            }
-            None => Vec::new(),
-        };
-        self.panics.owe(commit, marks);
-        self.rollouts.active[at].set_ms = now.boot_ms;
-        self.planner.set_ownership(service, proposal.ownership);
-        self.supersede(service);
-        self.settle(now);
-        let took = begun.elapsed();
-        self.metrics.rolled_back(took);
-        if let Err(why) = self.store_panics(now) {
-            tracing::error!(rollout = record.name, "its share is taken back, and {why}");
-        }
-        tracing::warn!(
-            rollout = record.name,
-            service = record.service,
-            version = record.to,
-            took_us = super::state::micros(took),
-            "the share is {share} again"
-        );
-    }
-
-    /// What marks in the maps that a service has gone to control, where it has.
-    fn order_of(&self, change: &Change, ownership: &Ownership, now: Moment) -> Option<PanicOrder> {
-        let all = ownership.split.values().all(|share| *share == Share::ZERO);
-        all.then(|| PanicOrder {
-            services: Some([change.service.clone()].into()),
-            moves: false,
-            reason: change.reason.clone(),
-            uid: change.uid.unwrap_or_else(|| nix::unistd::geteuid().as_raw()),
-            // Another than any before it.
-            id: now.unix_ms.rotate_left(20) ^ now.boot_ms,
-            unix_ms: now.unix_ms,
-            now_ms: now.boot_ms,
-            dry_run: false,
-        })
-    }
-}
-
-/// What gives the buckets back that took a version from `share` to where it is: exactly those,
-/// where nobody else has moved any meanwhile, else as many.
-fn back(state: &ServiceState, to: &str, share: Share, made: &[Made]) -> Option<Proposal> {
-    let present = state.ownership();
-    let of = |split: &Split| split.get(to).copied().unwrap_or(Share::ZERO);
-    let others = |split: &Split| -> Split {
-        let shares = split.iter().filter(|(name, share)| *name != to && **share != Share::ZERO);
-        shares.map(|(name, share)| (name.clone(), *share)).collect()
-    };
-    let mut undone: Vec<Undone<'_>> = Vec::new();
-    for one in made.iter().rev() {
-        let Made { revision, slots, moved, before, salt } = one;
-        undone.push(Undone { revision: *revision, slots, moved, before, salt: *salt });
-        if of(before) == share {
-            let proposal = state.propose_undo(&undone).ok();
-            let exact = proposal.filter(|proposal| {
-                let after = &proposal.ownership.split;
-                of(after) == share && others(after) == others(&present.split)
-            });
-            if exact.is_some() {
-                return exact;
-            }
-        }
-    }
-    let mut split = present.split.clone();
-    split.insert(to.to_owned(), share);
-    state.propose(split).ok()
 }

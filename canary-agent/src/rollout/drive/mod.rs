@@ -436,6 +436,30 @@ impl Run {
         self.pause(why, None)
     }
 
+    /// Its share has gone back to this one, and its agent has ended before it could say so.
+    pub fn was_given_back(
+        &mut self,
+        rollout: Option<&Rollout>,
+        share: Share,
+        why: String,
+        now: At,
+    ) -> Vec<Wish> {
+        if self.record.stage.is_over() {
+            return Vec::new();
+        }
+        self.record.shares[1] = share;
+        if share == Share::ZERO {
+            self.end(Stage::Aborted, why.clone(), now);
+            return vec![Wish::Forget, tell("aborted", why), Wish::Save];
+        }
+        let steps = rollout.map(|rollout| rollout.steps.as_slice()).unwrap_or_default();
+        let before = steps.iter().take(self.record.step);
+        if let Some(step) = before.rev().position(|step| step.split == Some(share)) {
+            self.record.step -= step + 1;
+        }
+        self.hold(why)
+    }
+
     fn pause(&mut self, why: String, paused_at: Option<Stage>) -> Vec<Wish> {
         self.record.stage = Stage::Paused;
         self.record.paused_at = paused_at;
