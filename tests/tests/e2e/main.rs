@@ -43,3 +43,4 @@ mod stickiness;
 mod support;
 mod udp;
 mod upgrade;
+mod verdicts;
