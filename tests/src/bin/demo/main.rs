@@ -6,6 +6,7 @@
 //! anything broke. Interrupted at any point it leaves nothing behind.
 
 mod load;
+mod rollout;
 mod show;
 
 use std::{
@@ -26,7 +27,7 @@ use canary_tests::{
     topology::{Family, Options, Topology, VIP_V4, VIP_V6},
     wait,
 };
-use clap::{Parser, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
 use nix::sys::signal::{SigSet, Signal};
 
 use self::{
@@ -55,8 +56,11 @@ const NOT_PERMITTED: u8 = 77;
 
 /// A canary release with real traffic, in network namespaces on this machine.
 #[derive(Debug, Parser)]
-#[command(bin_name = "cargo xtask demo")]
+#[command(bin_name = "cargo xtask demo", args_conflicts_with_subcommands = true)]
 struct Arguments {
+    /// Another demo than that of a split that is moved by hand.
+    #[command(subcommand)]
+    what: Option<What>,
     /// Leave everything running at the end, until Ctrl-C, and print commands to try.
     #[arg(long)]
     keep: bool,
@@ -72,6 +76,12 @@ struct Arguments {
     /// New connections a second.
     #[arg(long, default_value_t = 400, value_parser = clap::value_parser!(u32).range(1..=20_000))]
     rate: u32,
+}
+
+#[derive(Clone, Copy, Debug, Subcommand)]
+enum What {
+    /// A rollout that decides by what connections do.
+    Rollout(rollout::Asked),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -99,7 +109,11 @@ fn main() -> ExitCode {
         eprintln!("demo: {reason}: run it as root");
         return ExitCode::from(NOT_PERMITTED);
     }
-    match catch_unwind(AssertUnwindSafe(|| run(&arguments))) {
+    let demo = || match arguments.what {
+        Some(What::Rollout(asked)) => rollout::run(&asked),
+        None => run(&arguments),
+    };
+    match catch_unwind(AssertUnwindSafe(demo)) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(panic) if panic.is::<wait::Interrupted>() => {
