@@ -19,10 +19,14 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use canary_agent::plan::Family;
-use canary_ebpf_common::steer::{TCP_ACK, TCP_SYN};
+use canary_ebpf_common::{
+    abi::Sampling,
+    signals::mask,
+    steer::{TCP_ACK, TCP_SYN},
+};
 use canary_tests::{
     bpf,
-    loaded::{Loaded, XDP_PASS, XDP_TX},
+    loaded::{Loaded, Sizes, XDP_PASS, XDP_TX},
     names::Host,
     notation::parse,
     world::{Service, World},
@@ -171,6 +175,8 @@ struct Kind {
     action: u32,
     /// Each run is a flow that is not known yet; there is one frame, whose client changes.
     new: bool,
+    /// By the program without signals.
+    bare: bool,
 }
 
 /// The frame as the `nth` new client sends it. Checksums stay: the program looks at none.
@@ -229,7 +235,11 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// The world that is measured: a service of each mode, and one whose buckets have moved.
+/// Services with watched connections: by address, the part that is watched, in halvings.
+const WATCHED: [(u16, &str, u32); 4] = [(4, "dsr", 6), (5, "dsr", 0), (6, "nat", 6), (7, "nat", 0)];
+
+/// The world that is measured: a service of each mode, one whose buckets have moved, and
+/// [`WATCHED`].
 fn world(flows: usize) -> World {
     let service = |vip: u16, mode: &str, table: &str| Service {
         vips: vec![Host::Vip(vip).name()],
@@ -239,14 +249,14 @@ fn world(flows: usize) -> World {
         buckets: 65_536,
         ..Service::default()
     };
+    let watched =
+        WATCHED.map(|(vip, mode, _)| Service { signals: true, ..service(vip, mode, "all") });
+    let others =
+        [service(1, "dsr", "all"), service(2, "nat", "all"), service(3, "dsr", "b32 was b31")];
     World {
-        service: vec![
-            service(1, "dsr", "all"),
-            service(2, "nat", "all"),
-            service(3, "dsr", "b32 was b31"),
-        ],
+        service: others.into_iter().chain(watched).collect(),
         // Two entries for a translated flow and one for a tracked one, and room to spare.
-        flows: flows as u32 * 4 + 1024,
+        flows: flows as u32 * 8 + 1024,
         nat_ports: (10_000, 59_999),
         ..World::default()
     }
@@ -291,6 +301,59 @@ fn syn_ack(sent: &[u8], family: Family) -> Vec<u8> {
     frame
 }
 
+/// Says what is watched of [`WATCHED`], whose services have these ids.
+fn watch(loaded: &mut Loaded, ids: &[[u16; 2]]) -> Result<()> {
+    let mut maps = loaded.datapath.signals()?;
+    for (vip, _, halvings) in WATCHED {
+        for id in ids[usize::from(vip) - 1] {
+            let sampling =
+                Sampling { mask: mask(halvings), epoch: 1, whose: 1, ..Sampling::default() };
+            maps.set(Sampling::place(id.into(), 0), sampling)?;
+        }
+    }
+    Ok(())
+}
+
+/// Opens flows of a translated service. Returns the client's packets on them, and the backend's.
+fn translated(
+    loaded: &mut Loaded,
+    family: Family,
+    flows: usize,
+    vip: u16,
+) -> Result<[Vec<Vec<u8>>; 2]> {
+    let frames = |segment: &str| -> Result<Vec<_>> {
+        (0..flows).map(|i| frame(family, i, Host::Vip(vip), segment)).collect()
+    };
+    for syn in frames("S seq=1000")? {
+        let sent = loaded.run(&syn)?;
+        ensure!(sent.action == XDP_TX, "a flow was refused");
+        ensure!(
+            loaded.run(&syn_ack(&sent.frame, family))?.action == XDP_TX,
+            "an answer was refused"
+        );
+    }
+    let forward = frames("A seq=1001 ack=5001")?;
+    let back =
+        forward.iter().map(|f| Ok(answer(&loaded.run(f)?.frame, family))).collect::<Result<_>>()?;
+    Ok([forward, back])
+}
+
+/// The kinds that say what signals cost where nothing is watched, by the program without them.
+fn bare_kinds(loaded: &mut Loaded, flows: usize) -> Result<Vec<Kind>> {
+    let mut kinds = Vec::new();
+    for family in [Family::V4, Family::V6] {
+        let mut add = |name, frames| {
+            kinds.push(Kind { name, family, frames, action: XDP_TX, new: false, bare: true });
+        };
+        let dsr = (0..flows).map(|i| frame(family, i, Host::Vip(1), "A seq=1001"));
+        add("dsr, no signals", dsr.collect::<Result<_>>()?);
+        let [forward, back] = translated(loaded, family, flows, 2)?;
+        add("nat to backend, no signals", forward);
+        add("nat to client, no signals", back);
+    }
+    Ok(kinds)
+}
+
 /// Every kind of packet in `flows` flows, with the entries that it meets made beforehand.
 fn kinds(loaded: &mut Loaded, flows: usize) -> Result<Vec<Kind>> {
     let mut kinds = Vec::new();
@@ -299,28 +362,27 @@ fn kinds(loaded: &mut Loaded, flows: usize) -> Result<Vec<Kind>> {
             (0..flows).map(|i| frame(family, i, to, segment)).collect()
         };
         let mut add = |name, action, frames| {
-            kinds.push(Kind { name, family, frames, action, new: false });
+            kinds.push(Kind { name, family, frames, action, new: false, bare: false });
         };
         add("pass, no service", XDP_PASS, frames(Host::Us, "A seq=1001")?);
         add("dsr", XDP_TX, frames(Host::Vip(1), "A seq=1001")?);
-        for vip in [Host::Vip(2), Host::Vip(3)] {
+        for vip in [Host::Vip(3), Host::Vip(4), Host::Vip(5)] {
             for syn in frames(vip, "S seq=1000")? {
-                let sent = loaded.run(&syn)?;
-                ensure!(sent.action == XDP_TX, "a flow was refused");
-                if vip == Host::Vip(2) {
-                    let syn_ack = syn_ack(&sent.frame, family);
-                    ensure!(loaded.run(&syn_ack)?.action == XDP_TX, "an answer was refused");
-                }
+                ensure!(loaded.run(&syn)?.action == XDP_TX, "a flow was refused");
             }
         }
-        let forward = frames(Host::Vip(2), "A seq=1001 ack=5001")?;
-        let back: Vec<_> = forward
-            .iter()
-            .map(|f| Ok(answer(&loaded.run(f)?.frame, family)))
-            .collect::<Result<_>>()?;
+        let [forward, back] = translated(loaded, family, flows, 2)?;
         add("nat, to the backend", XDP_TX, forward);
         add("nat, back to the client", XDP_TX, back);
         add("dsr tracked, hit", XDP_TX, frames(Host::Vip(3), "A seq=1001")?);
+        add("dsr, 1 in 64 watched", XDP_TX, frames(Host::Vip(4), "A seq=1001 ack=5001")?);
+        add("dsr, watched", XDP_TX, frames(Host::Vip(5), "A seq=1001 ack=5001")?);
+        let [forward, back] = translated(loaded, family, flows, 6)?;
+        add("nat to backend, 1 in 64", XDP_TX, forward);
+        add("nat to client, 1 in 64", XDP_TX, back);
+        let [forward, back] = translated(loaded, family, flows, 7)?;
+        add("nat to backend, watched", XDP_TX, forward);
+        add("nat to client, watched", XDP_TX, back);
         // Flows that nobody has opened.
         let strangers: Vec<_> = (0..flows)
             .map(|i| frame(family, i + 250 * 1000, Host::Vip(3), "A seq=1001"))
@@ -342,7 +404,7 @@ fn openings() -> Result<Vec<Kind>> {
     for family in [Family::V4, Family::V6] {
         for (name, vip) in [("dsr tracked, SYN insert", 3), ("nat, new flow", 2)] {
             let frames = vec![frame(family, 0, Host::Vip(vip), "S seq=1000")?];
-            kinds.push(Kind { name, family, frames, action: XDP_TX, new: true });
+            kinds.push(Kind { name, family, frames, action: XDP_TX, new: true, bare: false });
         }
     }
     Ok(kinds)
@@ -414,12 +476,17 @@ fn measure(options: &Packet) -> Result<Report> {
     };
     let mut empties = Vec::new();
     for flows in [1, options.flows] {
-        let mut loaded = Loaded::new(&plane.plane, &measured.sizes())?;
+        let samples = (flows as u32 * 4).max(1024);
+        let sizes = Sizes { samples, ..measured.sizes() };
+        let mut loaded = Loaded::new(&plane.plane, &sizes)?;
+        watch(&mut loaded, &plane.ids)?;
+        let mut bare = Loaded::new(&plane.plane, &Sizes { samples: 0, ..sizes })?;
         let info = loaded.info()?;
         report.verified_insns = info.verified_instruction_count();
         report.xlated_bytes = info.size_translated();
         report.jited_bytes = info.size_jitted();
         let mut kinds = kinds(&mut loaded, flows)?;
+        kinds.extend(bare_kinds(&mut bare, flows)?);
         // New flows are opened in tables of their own, and once is enough.
         let opened = world(options.block);
         let empty_plane = opened.plane(|name| anyhow::bail!("no interface {name}"))?;
@@ -446,8 +513,9 @@ fn measure(options: &Packet) -> Result<Report> {
                         durations.extend(open(&mut fresh, kind, block.len())?);
                         continue;
                     }
+                    let program = if kind.bare { &mut bare } else { &mut loaded };
                     for i in block.clone() {
-                        durations.push(loaded.time_ns(&kind.frames[i % kind.frames.len()])?);
+                        durations.push(program.time_ns(&kind.frames[i % kind.frames.len()])?);
                     }
                 }
             }
