@@ -7,8 +7,9 @@ use std::{
 };
 
 use canary_ebpf_common::{
+    Packed,
     abi::{BACKEND_DOWN, BACKEND_DRAIN, BACKEND_MAINT, LedgerEntry, PAGE_BUCKETS},
-    entry::BackendIndex,
+    entry::{BackendIndex, Entry},
 };
 
 use super::{
@@ -122,8 +123,9 @@ impl Claims {
             let first_page =
                 self.pages.take(needed, now_ms).ok_or_else(|| no_pages(self.pages.free()))?;
             let owners = state.ownership.owners.iter();
-            let ledger = owners.map(|owner| LedgerEntry::new(*owner, 0)).collect();
-            let entries = vec![Default::default(); service.buckets as usize];
+            let mut ledger: Packed<_> = owners.map(|owner| LedgerEntry::new(*owner, 0)).collect();
+            ledger.pack();
+            let entries = Packed::of_one(Entry::default(), service.buckets as usize);
             return Ok(Table::new(family, id, first_page, entries, ledger, placements));
         };
         let first_page = match old.buckets == service.buckets {
@@ -140,6 +142,10 @@ impl Claims {
             |index| known.contains(&index),
             now_ms,
         );
+        // Each is made plain for its own first step, and not all of them at once.
+        let (mut entries, mut ledger) = (Packed::from(entries), Packed::from(ledger));
+        entries.pack();
+        ledger.pack();
         let mut table = Table::new(family, old.id, first_page, entries, ledger, placements);
         for (index, backend) in records() {
             let addr = adopt::record_addr(backend);
