@@ -10,11 +10,11 @@ use aya::maps::{Array, Map, MapData, MapInfo, MapType};
 use canary_ebpf_common::abi::{self, PAGE_BUCKETS};
 use nix::{
     errno::Errno,
-    fcntl::{AT_FDCWD, RenameFlags, renameat2},
     mount::{MsFlags, mount},
     sys::statfs::statfs,
     unistd::{AccessFlags, eaccess},
 };
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::{
     Error, Options, links,
@@ -567,8 +567,7 @@ impl Pins {
         };
         std::os::unix::fs::symlink(mark, there.join(UNFINISHED))?;
         // Kernel 5.16, commit 3871cb8cf741.
-        renameat2(AT_FDCWD, &here, AT_FDCWD, &there, RenameFlags::RENAME_EXCHANGE)
-            .map_err(io::Error::from)?;
+        renameat_with(CWD, &here, CWD, &there, RenameFlags::EXCHANGE).map_err(io::Error::from)?;
         Ok(())
     }
 
