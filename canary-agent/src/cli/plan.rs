@@ -69,6 +69,8 @@ fn drawn_step(step: &StepOutlook, power: f64) -> String {
         deadline_seconds,
         canary_per_second,
         control_per_second,
+        canary_watched_per_second,
+        control_watched_per_second,
         passes,
         false_fail,
         passes_half_after_seconds,
@@ -83,9 +85,11 @@ fn drawn_step(step: &StepOutlook, power: f64) -> String {
     )];
     if let (Some(passes), Some(fails)) = (passes, false_fail) {
         lines.push(format!(
-            "  {} connections a second of the canary, {} of control",
+            "  {} connections a second of the canary, {} of control; {} and {} of them are watched",
             rate(*canary_per_second),
-            rate(*control_per_second)
+            rate(*control_per_second),
+            rate(*canary_watched_per_second),
+            rate(*control_watched_per_second)
         ));
         let after = passes_half_after_seconds
             .map_or_else(String::new, |after| format!(", half of such after {}", age(after)));

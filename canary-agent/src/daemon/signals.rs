@@ -43,7 +43,7 @@ pub const WINDOW: Duration = Duration::from_secs(1);
 /// So often the ring buffer is emptied.
 const DRAIN: Duration = Duration::from_millis(250);
 /// Of the room for watched connections, the part that may begin in a second.
-const BEGIN_PART: f64 = 8.0;
+pub(super) const BEGIN_PART: f64 = 8.0;
 /// So many handshakes of control's say what is slow, where no rollout has said it.
 const HANDSHAKES: u64 = 100;
 /// So many connections of control's say what is usual.

@@ -12,7 +12,10 @@ use super::{
     gate::Gate,
     sensitivity::{Ends, Rate, Sensitivity, Traffic},
 };
-use crate::config::model::{self, Probe, Rollout, Signal, SignalKind};
+use crate::{
+    config::model::{self, Probe, Rollout, Signal, SignalKind},
+    signals::choose::halvings,
+};
 
 /// A fault counts as found, and a canary as let pass, if that happens with this chance.
 const POWER: f64 = 0.9;
@@ -30,8 +33,10 @@ pub struct Known {
     pub rollout: Arc<Rollout>,
     /// New connections of its service a second.
     pub per_second: f64,
-    /// The part of them that is neither control's nor the canary's.
-    pub others: f64,
+    /// The parts of them that are neither control's nor the canary's, by version.
+    pub others: Vec<f64>,
+    /// How many of them may be watched for what they do; `None` for all.
+    pub watched_at_most: Option<f64>,
     /// How often each signal is usual, as far as that is known.
     pub usual: HashMap<SignalKind, Usual>,
 }
@@ -97,6 +102,10 @@ pub struct StepOutlook {
     pub canary_per_second: f64,
     /// New connections of control a second.
     pub control_per_second: f64,
+    /// How many of the canary's are watched for what they do.
+    pub canary_watched_per_second: f64,
+    /// How many of control's.
+    pub control_watched_per_second: f64,
     /// The chance that it lets a canary pass by the deadline that is as good as control; absent if nothing
     /// is counted, or there is nothing to compare.
     pub passes: Option<f64>,
@@ -177,7 +186,7 @@ fn reckon(
     faults: &[f64],
     goes_on: impl Fn() -> bool,
 ) -> Option<Outlook> {
-    let Known { rollout, per_second, others, usual: _ } = known;
+    let Known { rollout, per_second, others, .. } = known;
     let mut outlook = Outlook {
         rollout: rollout.name.clone(),
         service: rollout.service.clone(),
@@ -200,12 +209,14 @@ fn reckon(
             Some(before) => StepOutlook { step: number, ..before },
             None => {
                 let canary = share.map_or(0.0, |share| share.fraction());
-                let control = (1.0 - canary - others).max(0.0);
+                let control = (1.0 - canary - others.iter().sum::<f64>()).max(0.0);
                 // What rounding leaves of a whole is no share.
                 let control = if control < 1e-9 { 0.0 } else { control };
                 let traffic =
                     Traffic { control: per_second * control, canary: per_second * canary };
-                let mut one = Step { known, config: gate, traffic, faults, goes_on: &goes_on };
+                let watched = watched(known, control, canary);
+                let mut one =
+                    Step { known, config: gate, traffic, watched, faults, goes_on: &goes_on };
                 let found = one.outlook(number, text.clone())?;
                 outlook.warnings.extend(one.warnings(&found));
                 said.insert((gate.name.clone(), text), found.clone());
@@ -222,11 +233,27 @@ fn reckon(
     Some(outlook)
 }
 
+/// The connections that a gate gets something of: as many of control's as of the canary's, if
+/// there is no room for all.
+fn watched(known: &Known, control: f64, canary: f64) -> Traffic {
+    let Known { per_second, others, watched_at_most, .. } = known;
+    let all = Traffic { control: per_second * control, canary: per_second * canary };
+    let Some(budget) = watched_at_most else { return all };
+    let shares: Vec<f64> = [control, canary].into_iter().chain(others.iter().copied()).collect();
+    let chosen = halvings(&shares, *per_second, *budget, &vec![None; shares.len()]);
+    let part = |at: usize| {
+        let halvings = chosen.get(at).copied().flatten().unwrap_or(0);
+        0.5_f64.powi(i32::try_from(halvings).unwrap_or(i32::MAX))
+    };
+    Traffic { control: all.control * part(0), canary: all.canary * part(1) }
+}
+
 /// A gate at a share.
 struct Step<'k, F> {
     known: &'k Known,
     config: &'k model::Gate,
     traffic: Traffic,
+    watched: Traffic,
     faults: &'k [f64],
     goes_on: &'k F,
 }
@@ -243,6 +270,8 @@ impl<F: Fn() -> bool> Step<'_, F> {
             deadline_seconds: deadline,
             canary_per_second: self.traffic.canary,
             control_per_second: self.traffic.control,
+            canary_watched_per_second: self.watched.canary,
+            control_watched_per_second: self.watched.control,
             passes: None,
             false_fail: None,
             passes_half_after_seconds: None,
@@ -256,7 +285,7 @@ impl<F: Fn() -> bool> Step<'_, F> {
             .filter(|signal| !signal.observe)
             .map(|signal| (signal.kind, self.usual(signal)))
             .collect();
-        let sensitivity = Sensitivity::new(&gate, self.traffic);
+        let sensitivity = Sensitivity::new(&gate, self.watched);
         let healthy: Vec<Rate> =
             usual.iter().map(|(_, usual)| Rate { usual: usual.rate, ratio: 1.0 }).collect();
         if let Some(sensitivity) = &sensitivity {

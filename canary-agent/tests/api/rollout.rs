@@ -103,7 +103,7 @@ async fn what_gates_would_find_is_drawn_or_json() {
     for line in [
         "rollout shop-v2: shop to v2, at 2000 new connections a second (counted)",
         "step 2: 5%, gate l4; passes after 5m 0s at the earliest, decides until 1h 0m",
-        "  100 connections a second of the canary, 1900 of control",
+        "  100 connections a second of the canary, 1900 of control; 100 and 1900 of them are watched",
         "  a canary as good as control passes in time with a chance of",
         "  connect_failed, of 0.2% of control's connections (counted): finds ×2",
         "    SIGNAL          FAULT",

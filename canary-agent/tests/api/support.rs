@@ -742,7 +742,8 @@ fn prospect(name: &str) -> Result<Prospect, Refusal> {
     Ok(Prospect {
         rollout: Arc::new(rollout),
         per_second,
-        others: 0.0,
+        others: Vec::new(),
+        watched_at_most: None,
         usual: [(SignalKind::ConnectFailed, usual)].into(),
     })
 }

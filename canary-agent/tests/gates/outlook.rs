@@ -30,7 +30,13 @@ fn known(steps: Vec<Step>, per_second: f64) -> Known {
         windows: Vec::new(),
         hooks: Hooks::default(),
     };
-    Known { rollout: Arc::new(rollout), per_second, others: 0.0, usual: HashMap::new() }
+    Known {
+        rollout: Arc::new(rollout),
+        per_second,
+        others: Vec::new(),
+        watched_at_most: None,
+        usual: HashMap::new(),
+    }
 }
 
 fn usual(known: &mut Known, kind: SignalKind, rate: f64, source: Source) {
@@ -110,7 +116,7 @@ fn it_warns_of_a_gate_that_can_not_decide() {
     );
     // Others have all that is left.
     let mut crowded = known(vec![gated(Some("5%"), &l4())], 100.0);
-    crowded.others = 0.95;
+    crowded.others = vec![0.9, 0.05];
     assert!(said(&crowded).warnings[0].contains("`control` gets no connections then"));
     let outlook = said(&known(vec![gated(None, &l4())], 100.0));
     assert!(outlook.warnings[0].contains("`v2` gets no connections then"), "{outlook:?}");
@@ -169,4 +175,23 @@ fn it_ends_when_nobody_waits_any_more() {
     let known = known(vec![gated(Some("5%"), &l4())], 2000.0);
     assert_eq!(outlook(&known, Source::Counted, || false), None);
     assert_eq!(warnings(&known, || false), None);
+}
+
+#[test]
+fn what_is_not_watched_teaches_nothing() {
+    let mut known = known(vec![gated(Some("5%"), &l4())], 2000.0);
+    usual(&mut known, ConnectFailed, 0.002, Source::Counted);
+    let all = said(&known);
+    known.watched_at_most = Some(100.0);
+    let some = said(&known);
+    let [all, some] = [&all.steps[0], &some.steps[0]];
+    assert_eq!((all.canary_watched_per_second, all.control_watched_per_second), (100.0, 1900.0));
+    assert_eq!((some.canary_per_second, some.control_per_second), (100.0, 1900.0));
+    // Half of the canary's, and about as many of control's.
+    assert_eq!((some.canary_watched_per_second, some.control_watched_per_second), (50.0, 59.375));
+    let after = |step: &canary_agent::rollout::outlook::StepOutlook| {
+        let five = step.signals[0].faults.iter().find(|fault| fault.ratio == 5.0).expect("tried");
+        five.canary_connections.expect("found")
+    };
+    assert!(after(some) > 3.0 * after(all), "{} and {}", after(some), after(all));
 }

@@ -6,7 +6,7 @@ use canary_ebpf_common::share::Share;
 
 use crate::{
     config::model::{Rollout, SignalKind},
-    daemon::{Kernel, Moment, Refusal, State},
+    daemon::{Kernel, Moment, Refusal, State, signals::BEGIN_PART},
     rollout::outlook::{Source, Usual},
     store::StateStore,
 };
@@ -19,8 +19,10 @@ pub struct Prospect {
     /// New connections of its service a second, over the last seconds; `None` before there is a
     /// second to go by.
     pub per_second: Option<f64>,
-    /// The part of them that goes to versions other than control and the canary.
-    pub others: f64,
+    /// The parts of them that go to versions other than control and the canary.
+    pub others: Vec<f64>,
+    /// How many of them may be watched for what they do; `None` where that is not known.
+    pub watched_at_most: Option<f64>,
     /// How often what is counted happens to control's connections.
     pub usual: HashMap<SignalKind, Usual>,
 }
@@ -32,7 +34,8 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let state = self.planner.service(&rollout.service).map(|(_, state)| state);
         let split = state.map(|state| &state.ownership().split);
         let others = split.into_iter().flatten().filter(|(version, _)| **version != rollout.to);
-        let others: Vec<Share> = others.map(|(_, share)| *share).collect();
+        let others = others.filter(|(_, share)| **share != Share::ZERO);
+        let others = others.map(|(_, share)| share.fraction()).collect();
         let places = state.into_iter().flat_map(|state| {
             let slots = (0_u8..).zip(state.slots()).map(|(slot, _)| slot);
             slots.flat_map(|slot| state.tables().iter().map(move |table| (table, slot)))
@@ -49,10 +52,14 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let usual = counted.into_iter().flatten();
         let usual: HashMap<SignalKind, Usual> =
             usual.map(|(kind, rate)| (kind, Usual { rate, source: Source::Counted })).collect();
+        let maps = self.kernel.maps();
+        let room = maps.iter().find(|map| map.name == "SAMPLES_V4").map(|map| map.capacity);
+        let services = self.planner.services().iter().filter(|one| one.config().signals).count();
         Ok(Prospect {
             rollout: Arc::clone(rollout),
             per_second: rates.sum(),
-            others: others.iter().map(|share| share.fraction()).sum(),
+            others,
+            watched_at_most: room.map(|room| room as f64 / BEGIN_PART / services.max(1) as f64),
             usual,
         })
     }
