@@ -50,7 +50,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 fn target(addr: SocketAddr, health: &Health) -> Target {
     let health = Arc::new(health.clone());
-    Target { service: "shop".into(), addr, health, vips: [].into(), down: false }
+    Target { service: "shop".into(), addr, health, vips: [].into(), tunnel: None, down: false }
 }
 
 fn check(ask: Ask, timing: Timing) -> Health {

@@ -34,10 +34,10 @@ pub const VERSION_NAME_BYTES: usize = 32;
 pub const IPPROTO_ICMP: u8 = 1;
 /// IP protocol number of TCP (RFC 9293).
 pub const IPPROTO_TCP: u8 = 6;
-/// IP protocol number of UDP (RFC 768).
-pub const IPPROTO_UDP: u8 = 17;
 /// IP protocol number of ICMPv6 (RFC 4443).
 pub const IPPROTO_ICMPV6: u8 = 58;
+/// IP protocol number of UDP (RFC 768).
+pub const IPPROTO_UDP: u8 = 17;
 
 /// An address of either family: its bytes in order, as two words in the host's
 /// loading order; an IPv4 address fills the first four bytes, the rest is zero.
@@ -303,8 +303,8 @@ pub mod way {
     }
 }
 
-/// Element of `BACKENDS`: one server and how to reach it. Two cache lines, the first of which is all
-/// that a packet needs.
+/// Element of `BACKENDS`: one server and how to reach it. Two cache lines, of which `nat` and
+/// `dsr` read the first alone.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C, align(8))]
 pub struct Backend {
@@ -336,10 +336,33 @@ pub struct Backend {
     /// `CLOCK_BOOTTIME` in milliseconds, those of the one before where they are 0; 0 if it is
     /// not. For the next agent only.
     pub slow_since_ms: u32,
+    /// Bytes of the largest packet that fits through to it: wrapped, if its service wraps.
+    pub inner_mtu: u16,
+    /// The MSS that a SYN has at most; 0: whatever it has.
+    pub mss: u16,
+    /// Tunnels with IPv4 outside: the sum of those words of the outer header that are the same
+    /// for every IPv4 packet, then for every IPv6 packet inside
+    /// ([`tunnel::outer_sum`](crate::tunnel::outer_sum)).
+    pub outer_sum: [u16; 2],
+    /// Tunnels: which bits of the source's last four bytes say what flow it is. They are zero
+    /// in `source`.
+    pub source_mask_be: u32,
+    /// `gue`: the port that it takes wrapped packets on.
+    pub gue_port_be: u16,
     /// Zero.
-    pub pad: u32,
+    pub pad: u16,
+    /// Bytes that the way to it takes (MTU).
+    pub mtu: u32,
     /// Zero: the rest of the cache line.
-    pub rest: [u64; 7],
+    pub rest: [u64; 5],
+}
+
+impl Backend {
+    /// Whether its address is IPv6.
+    #[inline(always)]
+    pub const fn is_v6(&self) -> bool {
+        self.flags & BACKEND_V6 != 0
+    }
 }
 
 /// Key of `FLOWS_V4`: the five-tuple of a packet as it arrives.
@@ -521,6 +544,11 @@ pub mod fragment {
     pub const LAST: u16 = 1 << 2;
     /// It passed: no service is meant.
     pub const PASSED: u16 = 1 << 3;
+    /// It was wrapped; the first word of [`FragmentRoute::src`](super::FragmentRoute::src) is what
+    /// its flow's packets have in common outside.
+    pub const WRAPPED: u16 = 1 << 4;
+    /// Behind UDP.
+    pub const GUE: u16 = 1 << 5;
 }
 
 /// Element of `BACKEND_COUNTERS` (per CPU), by backend index.
@@ -752,7 +780,7 @@ pub enum ReasonVerdict {
     Pass,
     /// Goes nowhere.
     Drop,
-    /// Is answered by the balancer.
+    /// Is answered by the balancer: with what was asked for, or with an error.
     Answer,
 }
 
@@ -784,7 +812,7 @@ reasons! {
     DropNoPort = 6, "drop_no_port", Drop;
     /// Belongs to no known flow and opens none, or to one whose backend is in maintenance (translated services): the host answers with a reset.
     PassNoFlow = 7, "pass_no_flow", Pass;
-    /// TTL or hop limit ran out where the packet is routed.
+    /// As `answer_ttl_expired`, but no error may be sent: more than 1,000 a second on one CPU, or to no single host.
     DropTtlExpired = 8, "drop_ttl_expired", Drop;
     /// The frame could not be handed to the outgoing interface.
     DropNoInterface = 9, "drop_no_interface", Drop;
@@ -806,6 +834,14 @@ reasons! {
     DropFragmentTiny = 17, "drop_fragment_tiny", Drop;
     /// An echo request to an address with a service: the balancer sends the reply.
     AnswerEcho = 18, "answer_echo", Answer;
+    /// Wrapped, it is larger than the way to its backend takes: its sender is told how large it may be.
+    AnswerTooBig = 19, "answer_too_big", Answer;
+    /// TTL or hop limit ran out where the packet is routed: its sender is told.
+    AnswerTtlExpired = 20, "answer_ttl_expired", Answer;
+    /// As `answer_too_big`, but no error may be sent: more than 1,000 a second on one CPU, or to no single host.
+    DropTooBig = 21, "drop_too_big", Drop;
+    /// There is no room in front of the frame for the outer headers, or for an error's.
+    DropNoHeadroom = 22, "drop_no_headroom", Drop;
 }
 
 /// Elements of `REASONS`: room for those to come, so that it need not be made anew for each.
@@ -817,6 +853,7 @@ const _: () = {
     assert!(size_of::<Service>() == 56);
     assert!(size_of::<Backend>() == 128);
     assert!(core::mem::offset_of!(Backend, slow_since_ms) == 64);
+    assert!(core::mem::offset_of!(Backend, mtu) == 84);
     assert!(size_of::<FlowKeyV4>() == 16);
     assert!(size_of::<FlowKeyV6>() == 40);
     assert!(size_of::<Flow>() == 80);

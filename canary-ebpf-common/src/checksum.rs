@@ -46,6 +46,18 @@ impl Delta {
     }
 }
 
+/// The checksum over words that add up to `sum`.
+#[inline(always)]
+pub const fn of(sum: u64) -> u16 {
+    !fold(sum)
+}
+
+/// What an address adds to a sum.
+#[inline(always)]
+pub const fn address(words: [u64; 2]) -> u64 {
+    (words[0] & 0xffff_ffff) + (words[0] >> 32) + (words[1] & 0xffff_ffff) + (words[1] >> 32)
+}
+
 /// The 16-bit one's-complement sum that `sum` stands for.
 #[inline(always)]
 pub(crate) const fn fold(sum: u64) -> u16 {

@@ -83,8 +83,10 @@ impl Ipv4 {
     pub const FRAGMENT_MASK_BE: u16 = 0x3fff_u16.to_be();
     /// Fragment offset: not zero in any fragment but the first.
     pub const OFFSET_MASK_BE: u16 = 0x1fff_u16.to_be();
+    /// "Don't fragment".
+    pub const DF_BE: u16 = 0x4000_u16.to_be();
 
-    /// The one's-complement sum over its words, unfolded.
+    /// The sum over its words, as [`checksum::of`](crate::checksum::of) takes it.
     #[inline(always)]
     pub const fn sum(&self) -> u64 {
         u16::from_ne_bytes([self.version_ihl, self.tos]) as u64
@@ -95,6 +97,31 @@ impl Ipv4 {
             + self.checksum as u64
             + self.src_be as u64
             + self.dst_be as u64
+    }
+}
+
+/// Header of an ICMP or ICMPv6 message (RFC 792; RFC 4443, 2.1).
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Icmp {
+    /// Type.
+    pub kind: u8,
+    /// Code.
+    pub code: u8,
+    /// Checksum.
+    pub checksum: u16,
+    /// What depends on the type.
+    pub rest_be: [u16; 2],
+}
+
+impl Icmp {
+    /// The sum over its words, as [`checksum::of`](crate::checksum::of) takes it.
+    #[inline(always)]
+    pub const fn sum(&self) -> u64 {
+        u16::from_ne_bytes([self.kind, self.code]) as u64
+            + self.checksum as u64
+            + self.rest_be[0] as u64
+            + self.rest_be[1] as u64
     }
 }
 
@@ -166,4 +193,5 @@ const _: () = {
     assert!(size_of::<Ipv6>() == 40);
     assert!(size_of::<Udp>() == 8);
     assert!(size_of::<Tcp>() == 20);
+    assert!(size_of::<Icmp>() == 8);
 };

@@ -1,13 +1,14 @@
 //! What the XDP programs and the agent share, as pure code.
 //!
 //! Owns the ABI (map keys and values), the bucket hash, the forwarding-table
-//! entry, incremental checksums, what unwrapping looks at, the steering decision, what is
+//! entry, incremental checksums, outer headers, what unwrapping looks at, the steering decision, what is
 //! watched of connections and, with the feature `user`, shares and the table compiler. Must
 //! not know of aya, of the kernel's helpers, of clocks or of the network: everything it needs
 //! is an argument.
 #![cfg_attr(not(any(test, feature = "user")), no_std)]
 
 pub mod abi;
+pub mod answer;
 pub mod checksum;
 pub mod decap;
 pub mod entry;
@@ -16,6 +17,7 @@ pub mod fragment;
 pub mod hash;
 pub mod headers;
 pub mod icmp;
+pub mod mss;
 pub mod nat;
 pub mod ports;
 pub mod quic;

@@ -46,10 +46,29 @@ pub(crate) struct Arrival {
     pub(crate) served: u32,
     /// IPv6: where the fragment header is.
     pub(crate) fragment_at: u32,
+    /// Packets that are wrapped: how, as `tunnel` says. Those whose senders are told: of what, as
+    /// `answer` says.
+    pub(crate) wrapping: u32,
+    /// Packets that are wrapped: what differs from flow to flow.
+    pub(crate) entropy: u32,
+    /// Where the transport header is of packets that are wrapped, and of SYNs whose MSS may have to
+    /// be lowered; 0 in other frames that are sent.
+    pub(crate) header: u32,
     /// What the fragment has in common with others, as it came.
     pub(crate) key: FragmentKey,
     /// Where it goes, if it is a first fragment or gets tags.
     pub(crate) route: FragmentRoute,
+}
+
+impl Arrival {
+    /// Of a packet that came plain.
+    #[inline(always)]
+    pub(crate) fn forget(&mut self) {
+        self.tags = 0;
+        self.tag_bytes = 0;
+        self.vlan = 0;
+        self.fragment = 0;
+    }
 }
 
 /// Largest offset of an IPv6 packet's transport header, and all bits below it.
@@ -122,6 +141,7 @@ fn try_arrival(packet: &Packet) -> Result<u32, Reason> {
     arrival.way = packet.ifindex;
     arrival.fragment = 0;
     arrival.fragment_at = 0;
+    arrival.header = 0;
     let eth: *mut Eth = packet.at(0).ok_or(Reason::PassOther)?;
     // SAFETY: `at` checked the bounds.
     let (group, mut ethertype_be) = unsafe { ((*eth).addresses[0] & 1, (*eth).ethertype_be) };

@@ -8,9 +8,9 @@ use canary_ebpf_common::{
     },
     checksum::Delta,
     entry::BackendIndex,
-    headers::{Frame as _, Tcp, Udp},
+    headers::{Eth, Frame as _, Tcp, Udp},
     nat,
-    steer::Segment,
+    steer::{Segment, TCP_SYN},
 };
 
 use crate::{fragment, maps, packet::Packet, vlan};
@@ -48,6 +48,12 @@ impl Transport {
             segment: Segment::udp(),
             offset,
         })
+    }
+
+    /// Whether it is a SYN or a SYN-ACK.
+    #[inline(always)]
+    pub(crate) const fn is_syn(&self) -> bool {
+        self.segment.tcp_flags & TCP_SYN != 0
     }
 
     /// TCP acknowledgement number, host order; 0 for UDP. Read where it is asked for: most packets
@@ -176,6 +182,25 @@ pub(crate) fn count_sent<const RARE: bool>(packet: &Packet, index: BackendIndex,
     }
 }
 
+/// Where the TCP header is of a SYN on its way to `backend`, or from it, whose MSS is to be lowered;
+/// 0 in other packets. Where few packets come by, that is noted with the packet: there is no room
+/// to remember it.
+#[inline(always)]
+pub(crate) fn clamp<const RARE: bool>(transport: &Transport, backend: &Backend) -> u32 {
+    if !RARE && transport.is_syn() && backend.mss != 0 { transport.offset as u32 } else { 0 }
+}
+
+/// Notes where the TCP header of a SYN is.
+#[inline(always)]
+pub(crate) fn note_syn<const RARE: bool>(transport: &Transport) {
+    if RARE
+        && transport.is_syn()
+        && let Some(arrival) = maps::arrival()
+    {
+        arrival.header = transport.offset as u32;
+    }
+}
+
 /// Counts a packet from a backend.
 #[inline(always)]
 pub(crate) fn count_returned<const RARE: bool>(packet: &Packet, index: BackendIndex) {
@@ -195,9 +220,14 @@ fn eth(packet: &Packet) -> Option<&mut [u32; 3]> {
 /// The MAC addresses of an answer to the frame: its source first.
 #[inline(always)]
 pub(crate) fn way_back(packet: &Packet) -> Option<[u32; 3]> {
-    let [a, b, c] = *eth(packet)?;
+    eth(packet).map(|frame| swapped([frame[0], frame[1], frame[2]]))
+}
+
+/// Two MAC addresses, with their places exchanged.
+#[inline(always)]
+pub(crate) const fn swapped([a, b, c]: [u32; 3]) -> [u32; 3] {
     // Six bytes of twelve change places; words are little-endian on this target.
-    Some([b >> 16 | c << 16, c >> 16 | a << 16, a >> 16 | b << 16])
+    [b >> 16 | c << 16, c >> 16 | a << 16, a >> 16 | b << 16]
 }
 
 /// Gives the frame these MAC addresses, destination first.
@@ -207,6 +237,15 @@ pub(crate) fn set_addresses(packet: &Packet, addresses: &[u32; 3]) -> Option<()>
     frame[0] = addresses[0];
     frame[1] = addresses[1];
     frame[2] = addresses[2];
+    Some(())
+}
+
+/// Gives the frame its EtherType.
+#[inline(always)]
+pub(crate) fn set_ethertype(packet: &Packet, ethertype_be: u16) -> Option<()> {
+    let eth: *mut Eth = packet.at(0)?;
+    // SAFETY: `at` checked the bounds.
+    unsafe { (*eth).ethertype_be = ethertype_be };
     Some(())
 }
 
@@ -223,13 +262,15 @@ pub(crate) struct Way<'a> {
     pub(crate) backend: BackendIndex,
     /// From a backend to a client.
     pub(crate) returned: bool,
+    /// [`clamp`] of the packet.
+    pub(crate) clamp: u32,
 }
 
 /// The way to a backend.
 #[inline(always)]
 pub(crate) fn to(index: BackendIndex, backend: &Backend) -> Way<'_> {
     let Backend { eth, ifindex, vlan, .. } = backend;
-    Way { eth, ifindex: *ifindex, vlan: *vlan, backend: index, returned: false }
+    Way { eth, ifindex: *ifindex, vlan: *vlan, backend: index, returned: false, clamp: 0 }
 }
 
 /// The way back to the client of a translated flow.
@@ -238,10 +279,10 @@ pub(crate) fn back(flow: &Flow) -> Way<'_> {
     let Flow { eth, way, backend, .. } = flow;
     let backend = BackendIndex::new(*backend);
     if !way::has_tags(*way) {
-        return Way { eth, ifindex: *way, vlan: 0, backend, returned: true };
+        return Way { eth, ifindex: *way, vlan: 0, backend, returned: true, clamp: 0 };
     }
     let ifindex = maps::tagged_interface(way::place(*way));
-    Way { eth, ifindex, vlan: way::vlan(*way), backend, returned: true }
+    Way { eth, ifindex, vlan: way::vlan(*way), backend, returned: true, clamp: 0 }
 }
 
 /// Sends the frame, which has its last form but for MAC addresses and tags.
@@ -254,11 +295,12 @@ pub(crate) fn send<const RARE: bool>(packet: &Packet, way: Way<'_>) -> Result<u3
     out::<RARE>(packet, way)
 }
 
-/// Sends the frame, which has its last form but for tags. Nothing of it may be looked at
+/// Sends the frame, which has its last form but for tags and MSS. Nothing of it may be looked at
 /// afterwards.
 #[inline(always)]
 pub(crate) fn out<const RARE: bool>(packet: &Packet, way: Way<'_>) -> Result<u32, Reason> {
-    if way.vlan != 0 {
+    let noted = RARE && maps::arrival().is_some_and(|arrival| arrival.header != 0);
+    if way.vlan | way.clamp != 0 || noted {
         return vlan::send::<RARE>(packet, way);
     }
     if way.ifindex == packet.ifindex {

@@ -20,6 +20,7 @@ use crate::{
     forward::{self, Way},
     maps,
     packet::Packet,
+    tunnel,
 };
 
 /// Has fragments after the first follow it.
@@ -107,6 +108,26 @@ pub(crate) fn keep(packet: &Packet, arrival: &mut Arrival) -> Option<()> {
     // SAFETY: `at` checked the bounds.
     route.eth = unsafe { [(*eth)[0], (*eth)[1], (*eth)[2]] };
     route.flags |= if same == 0 { 0 } else { flags::TRANSLATED };
+    remember(arrival, stretch)
+}
+
+/// Keeps where the packet at hand is carried to, if it is a first fragment. It has its last form but
+/// for what it is wrapped in.
+#[inline(always)]
+pub(crate) fn keep_wrapped(packet: &Packet, arrival: &mut Arrival, gue: bool) -> Option<()> {
+    if arrival.fragment == 0 {
+        return Some(());
+    }
+    let stretch = stretch(packet, arrival)?;
+    arrival.route.flags = flags::WRAPPED | if gue { flags::GUE } else { 0 };
+    arrival.route.src = [u64::from(arrival.entropy), 0];
+    remember(arrival, stretch)
+}
+
+/// Keeps the way that is noted for the first fragment of a datagram.
+#[inline(always)]
+fn remember(arrival: &mut Arrival, stretch: Stretch) -> Option<()> {
+    let Arrival { key, route, .. } = arrival;
     let [a, b, c, d] = begin(stretch);
     route.seen = [a, b, c, d];
     maps::keep_fragment(key, route);
@@ -265,21 +286,28 @@ fn follow(route: &mut FragmentRoute, held: Stretch) -> Result<bool, Reason> {
 /// Sends the fragment where the first one went, of which `last` is the key if it is the last.
 #[inline(always)]
 fn send(packet: &Packet, route: &FragmentRoute, last: Option<&FragmentKey>) -> Result<u32, Reason> {
-    let index = BackendIndex::new(route.backend);
-    let returned = route.flags & flags::RETURNED != 0;
+    let FragmentRoute { ifindex, vlan, flags: how, backend, .. } = *route;
+    let index = BackendIndex::new(backend);
+    let entropy = route.src[0] as u32;
+    let returned = how & flags::RETURNED != 0;
+    let wrapped = how & flags::WRAPPED != 0;
     if returned {
         forward::count_returned::<true>(packet, index);
-    } else {
+    } else if !wrapped {
         forward::usable(index)?;
         forward::count_sent::<true>(packet, index, false);
     }
-    forward::set_addresses(packet, &route.eth).ok_or(Reason::DropMalformed)?;
-    let FragmentRoute { ifindex, vlan, .. } = *route;
+    if !wrapped {
+        forward::set_addresses(packet, &route.eth).ok_or(Reason::DropMalformed)?;
+    }
     if let Some(key) = last {
         // What was read of the route is all that is needed: somebody else may have it now.
         maps::forget_fragment(key);
     }
-    on(packet, Way { eth: &[0; 3], ifindex, vlan, backend: index, returned })
+    if wrapped {
+        return carry(packet, index, how & flags::GUE != 0, entropy);
+    }
+    on(packet, Way { eth: &[0; 3], ifindex, vlan, backend: index, returned, clamp: 0 })
 }
 
 /// Sends the fragment where its client's bucket says.
@@ -289,11 +317,25 @@ fn by_itself(packet: &Packet, any: &Service, hash: u64) -> Result<u32, Reason> {
     if entry.tracked() {
         return Err(Reason::DropFragmentEarly);
     }
+    if tunnel::wraps(any) {
+        // Its client's fragments have it in common.
+        return carry(packet, entry.current(), tunnel::is_gue(any), hash as u32);
+    }
     let backend = forward::usable(entry.current())?;
     forward::count_sent::<true>(packet, entry.current(), false);
     let way = forward::to(entry.current(), backend);
     forward::set_addresses(packet, way.eth).ok_or(Reason::DropMalformed)?;
     on(packet, way)
+}
+
+/// Wraps a fragment after the first.
+#[inline(always)]
+fn carry(packet: &Packet, index: BackendIndex, gue: bool, entropy: u32) -> Result<u32, Reason> {
+    if let Some(arrival) = maps::arrival() {
+        // As below.
+        arrival.fragment = 0;
+    }
+    tunnel::carry(packet, index, gue, entropy)
 }
 
 /// Sends a fragment after the first.

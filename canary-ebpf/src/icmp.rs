@@ -11,15 +11,19 @@
 
 use aya_ebpf::{macros::xdp, programs::XdpContext};
 use canary_ebpf_common::{
-    abi::{Flow, FlowKeyV4, FlowKeyV6, IPPROTO_TCP, IPPROTO_UDP, Reason, VipKey, flow_state},
+    abi::{
+        Flow, FlowKeyV4, FlowKeyV6, IPPROTO_TCP, IPPROTO_UDP, Reason, Service, VipKey, flow_state,
+    },
+    answer::{answerable_v4, answerable_v6},
     checksum::Delta,
     entry::BackendIndex,
     extension,
     hash::{bucket, hash_v4, hash_v6},
-    headers::{ETH_BYTES, Frame as _, Ipv4, Ipv6, Ports, Tcp, Udp},
-    icmp::{self, Icmp, Meaning},
+    headers::{ETH_BYTES, Frame as _, Icmp, Ipv4, Ipv6, Ports, Tcp, Udp},
+    icmp::{self, Meaning},
     nat::TupleKey as _,
     steer::{Flows as _, related},
+    tunnel::{OUTER_TTL, entropy, folded},
 };
 
 use crate::{
@@ -27,10 +31,8 @@ use crate::{
     forward,
     maps::{self, FlowsV4, FlowsV6},
     packet::Packet,
+    tunnel,
 };
-
-/// TTL and hop limit of what the balancer itself sends (RFC 1700).
-const TTL: u8 = 64;
 
 /// What ICMP has to do with services.
 #[xdp]
@@ -127,6 +129,23 @@ fn send_along(packet: &Packet, flow: &Flow) -> Result<u32, Reason> {
     forward::send::<true>(packet, forward::to(index, backend))
 }
 
+/// Sends the message to a backend of a service that does not translate, beside its connection's
+/// packets.
+#[inline(always)]
+fn send_to(
+    packet: &Packet,
+    service: &Service,
+    index: BackendIndex,
+    entropy: u32,
+) -> Result<u32, Reason> {
+    if tunnel::wraps(service) {
+        return tunnel::carry(packet, index, tunnel::is_gue(service), entropy);
+    }
+    let backend = forward::usable(index)?;
+    forward::count_sent::<true>(packet, index, false);
+    forward::send::<true>(packet, forward::to(index, backend))
+}
+
 /// Whether the flow's backend takes packets. Asked before anything is written: what it does not
 /// take passes as it came.
 #[inline(always)]
@@ -149,6 +168,7 @@ fn answer(packet: &Packet, reason: Reason) -> Result<u32, Reason> {
         vlan,
         backend: BackendIndex::NONE,
         returned: true,
+        clamp: 0,
     };
     forward::send::<true>(packet, way)
 }
@@ -183,10 +203,7 @@ fn try_v4(packet: &Packet) -> Result<u32, Reason> {
 /// Options may say which way an answer has to take (RFC 1122, 3.2.2.6): the host sees to those.
 #[inline(always)]
 fn echo_v4(packet: &Packet, ip: &mut Ipv4, message: &mut Icmp) -> Result<u32, Reason> {
-    if ip.version_ihl != 0x45
-        || !icmp::answerable_v4(ip.src_be)
-        || maps::any_v4(ip.dst_be).is_none()
-    {
+    if ip.version_ihl != 0x45 || !answerable_v4(ip.src_be) || maps::any_v4(ip.dst_be).is_none() {
         return Err(Reason::PassOther);
     }
     if ip.src_be == ip.dst_be {
@@ -198,7 +215,7 @@ fn echo_v4(packet: &Packet, ip: &mut Ipv4, message: &mut Icmp) -> Result<u32, Re
     message.checksum = Delta::ZERO.replace_half(kind, reply).apply(message.checksum);
     (ip.src_be, ip.dst_be) = (ip.dst_be, ip.src_be);
     let before = u16::from_ne_bytes(ip.ttl_protocol);
-    ip.ttl_protocol[0] = TTL;
+    ip.ttl_protocol[0] = OUTER_TTL;
     let after = u16::from_ne_bytes(ip.ttl_protocol);
     ip.checksum = Delta::ZERO.replace_half(before, after).apply(ip.checksum);
     answer(packet, Reason::AnswerEcho)
@@ -252,9 +269,7 @@ fn error_v4(
     let hash = hash_v4(service, key.src_be, key.dst_be, client_port_be, vip_port_be, protocol);
     let entry = maps::entry(service, bucket(service, hash)).ok_or(Reason::DropNoBackend)?;
     let index = related(&FlowsV4, service, entry, &key, protocol, quoted.acked(packet));
-    let backend = forward::usable(index)?;
-    forward::count_sent::<true>(packet, index, false);
-    forward::send::<true>(packet, forward::to(index, backend))
+    send_to(packet, service, index, entropy(key.src_be, client_port_be, vip_port_be))
 }
 
 #[inline(always)]
@@ -314,7 +329,7 @@ fn try_v6(packet: &Packet) -> Result<u32, Reason> {
 #[inline(always)]
 fn echo_v6(packet: &Packet, ip: &mut Ipv6, message: &mut Icmp) -> Result<u32, Reason> {
     let (src, dst) = ([ip.src[0], ip.src[1]], [ip.dst[0], ip.dst[1]]);
-    if !icmp::answerable_v6(src) || maps::any_v6(dst).is_none() {
+    if !answerable_v6(src) || maps::any_v6(dst).is_none() {
         return Err(Reason::PassOther);
     }
     if (src[0] ^ dst[0]) | (src[1] ^ dst[1]) == 0 {
@@ -326,7 +341,7 @@ fn echo_v6(packet: &Packet, ip: &mut Ipv6, message: &mut Icmp) -> Result<u32, Re
     message.checksum = Delta::ZERO.replace_half(kind, reply).apply(message.checksum);
     ip.src = dst;
     ip.dst = src;
-    ip.hop_limit = TTL;
+    ip.hop_limit = OUTER_TTL;
     answer(packet, Reason::AnswerEcho)
 }
 
@@ -369,9 +384,7 @@ fn error_v6(
     let hash = hash_v6(service, dst, src, client_port_be, vip_port_be, protocol);
     let entry = maps::entry(service, bucket(service, hash)).ok_or(Reason::DropNoBackend)?;
     let index = related(&FlowsV6, service, entry, &key, protocol, quoted.acked(packet));
-    let backend = forward::usable(index)?;
-    forward::count_sent::<true>(packet, index, false);
-    forward::send::<true>(packet, forward::to(index, backend))
+    send_to(packet, service, index, entropy(folded(dst), client_port_be, vip_port_be))
 }
 
 /// The transport protocol of the packet that is quoted at `at`, and where its header is. What a

@@ -12,10 +12,11 @@ use canary_ebpf_common::{
 };
 
 use crate::{
-    forward::{self, Transport},
+    answer,
+    forward::{self, Transport, Way},
     maps::{self, FlowsV4, Program},
     packet::Packet,
-    signals,
+    signals, tunnel,
 };
 
 #[inline(always)]
@@ -34,6 +35,7 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
     let header_bytes = usize::from(ip.version_ihl & 0xf) * 4;
     let transport =
         Transport::read(packet, ETH_BYTES + header_bytes, protocol).ok_or(Reason::PassOther)?;
+    forward::note_syn::<RARE>(&transport);
     if forward::may_be_returned(transport.dst_port_be)
         && let Some(action) = returned::<RARE>(packet, ip, &transport)
     {
@@ -71,9 +73,16 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
     };
     let steering = steer(&FlowsV4, service, entry, &key, segment);
     let backend = forward::usable(steering.backend)?;
+    if tunnel::wraps(service) {
+        // Before it is wrapped, wherever that is noted.
+        _ = signals::client_v4::<RARE>(service, backend, &transport);
+        return tunnel::send::<RARE>(packet, service, steering, &transport);
+    }
     forward::count_sent::<RARE>(packet, steering.backend, steering.opens);
     let watched = signals::client_v4::<RARE>(service, backend, &transport);
-    let sent = forward::send::<RARE>(packet, forward::to(steering.backend, backend));
+    let clamp = forward::clamp::<RARE>(&transport, backend);
+    let way = Way { clamp, ..forward::to(steering.backend, backend) };
+    let sent = forward::send::<RARE>(packet, way);
     signals::go_on::<RARE>(packet, watched, sent)
 }
 
@@ -125,7 +134,7 @@ fn translate<const RARE: bool>(
 ) -> Result<u32, Reason> {
     // Before anything is remembered: a packet that goes nowhere opens no flow.
     if ip.ttl_protocol[0] <= 1 {
-        return Err(Reason::DropTtlExpired);
+        return answer::expired::<RARE>(packet, false);
     }
     let segment = transport.looked_up::<RARE>(packet, service, room(ip));
     let (flow, opens) = match nat::step(&FlowsV4, service, key, segment, transport.ack(packet)) {
@@ -171,7 +180,9 @@ fn translate<const RARE: bool>(
     rewrite(packet, ip, transport, flow)?;
     forward::count_sent::<RARE>(packet, index, opens);
     let watched = signals::translated_v4::<RARE>(service, backend, transport, flow);
-    let sent = forward::send::<RARE>(packet, forward::to(index, backend));
+    let clamp = forward::clamp::<RARE>(transport, backend);
+    let way = Way { clamp, ..forward::to(index, backend) };
+    let sent = forward::send::<RARE>(packet, way);
     signals::go_on::<RARE>(packet, watched, sent)
 }
 
@@ -205,16 +216,24 @@ fn returned<const RARE: bool>(
         return Some(Err(Reason::DropTcpFlags));
     }
     if ip.ttl_protocol[0] <= 1 {
-        return Some(Err(Reason::DropTtlExpired));
+        return Some(answer::expired::<RARE>(packet, false));
     }
     let segment = transport.measured(packet, room(ip));
     nat::returned::<FlowKeyV4, _>(&FlowsV4, flow, segment, transport.ack(packet), FlowsV4.now_ns());
     if let Err(reason) = rewrite(packet, ip, transport, flow) {
         return Some(Err(reason));
     }
-    forward::count_returned::<RARE>(packet, BackendIndex::new(flow.backend));
+    let index = BackendIndex::new(flow.backend);
+    forward::count_returned::<RARE>(packet, index);
+    let mut way = forward::back(flow);
+    if !RARE
+        && transport.is_syn()
+        && let Ok(backend) = forward::usable(index)
+    {
+        way.clamp = forward::clamp::<RARE>(transport, backend);
+    }
     let watched = signals::returned_v4(packet, transport, flow);
-    let sent = forward::send::<RARE>(packet, forward::back(flow));
+    let sent = forward::send::<RARE>(packet, way);
     Some(signals::go_on::<RARE>(packet, watched, sent))
 }
 

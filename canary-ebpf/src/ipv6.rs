@@ -12,11 +12,12 @@ use canary_ebpf_common::{
 };
 
 use crate::{
+    answer,
     arrival::TRANSPORT_MASK,
-    forward::{self, Transport},
+    forward::{self, Transport, Way},
     maps::{self, FlowsV6, Program},
     packet::Packet,
-    signals,
+    signals, tunnel,
 };
 
 #[inline(always)]
@@ -37,6 +38,7 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
         return packet.go_on(Program::Arrival);
     }
     let transport = Transport::read(packet, offset, protocol).ok_or(Reason::PassOther)?;
+    forward::note_syn::<RARE>(&transport);
     if forward::may_be_returned(transport.dst_port_be)
         && let Some(action) = returned::<RARE>(packet, ip, &transport)
     {
@@ -68,9 +70,16 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
     };
     let steering = steer(&FlowsV6, service, entry, &key, segment);
     let backend = forward::usable(steering.backend)?;
+    if tunnel::wraps(service) {
+        // Before it is wrapped, wherever that is noted.
+        _ = signals::client_v6::<RARE>(service, backend, &transport);
+        return tunnel::send::<RARE>(packet, service, steering, &transport);
+    }
     forward::count_sent::<RARE>(packet, steering.backend, steering.opens);
     let watched = signals::client_v6::<RARE>(service, backend, &transport);
-    let sent = forward::send::<RARE>(packet, forward::to(steering.backend, backend));
+    let clamp = forward::clamp::<RARE>(&transport, backend);
+    let way = Way { clamp, ..forward::to(steering.backend, backend) };
+    let sent = forward::send::<RARE>(packet, way);
     signals::go_on::<RARE>(packet, watched, sent)
 }
 
@@ -123,7 +132,7 @@ fn translate<const RARE: bool>(
 ) -> Result<u32, Reason> {
     // Before anything is remembered: a packet that goes nowhere opens no flow.
     if ip.hop_limit <= 1 {
-        return Err(Reason::DropTtlExpired);
+        return answer::expired::<RARE>(packet, true);
     }
     let segment = transport.looked_up::<RARE>(packet, service, room::<RARE>(ip, transport));
     let (flow, opens) = match nat::step(&FlowsV6, service, key, segment, transport.ack(packet)) {
@@ -169,7 +178,9 @@ fn translate<const RARE: bool>(
     rewrite(packet, ip, transport, flow)?;
     forward::count_sent::<RARE>(packet, index, opens);
     let watched = signals::translated_v6::<RARE>(service, backend, transport, flow);
-    let sent = forward::send::<RARE>(packet, forward::to(index, backend));
+    let clamp = forward::clamp::<RARE>(transport, backend);
+    let way = Way { clamp, ..forward::to(index, backend) };
+    let sent = forward::send::<RARE>(packet, way);
     signals::go_on::<RARE>(packet, watched, sent)
 }
 
@@ -203,16 +214,24 @@ fn returned<const RARE: bool>(
         return Some(Err(Reason::DropTcpFlags));
     }
     if ip.hop_limit <= 1 {
-        return Some(Err(Reason::DropTtlExpired));
+        return Some(answer::expired::<RARE>(packet, true));
     }
     let segment = transport.measured(packet, room::<RARE>(ip, transport));
     nat::returned::<FlowKeyV6, _>(&FlowsV6, flow, segment, transport.ack(packet), FlowsV6.now_ns());
     if let Err(reason) = rewrite(packet, ip, transport, flow) {
         return Some(Err(reason));
     }
-    forward::count_returned::<RARE>(packet, BackendIndex::new(flow.backend));
+    let index = BackendIndex::new(flow.backend);
+    forward::count_returned::<RARE>(packet, index);
+    let mut way = forward::back(flow);
+    if !RARE
+        && transport.is_syn()
+        && let Ok(backend) = forward::usable(index)
+    {
+        way.clamp = forward::clamp::<RARE>(transport, backend);
+    }
     let watched = signals::returned_v6(packet, transport, flow);
-    let sent = forward::send::<RARE>(packet, forward::back(flow));
+    let sent = forward::send::<RARE>(packet, way);
     Some(signals::go_on::<RARE>(packet, watched, sent))
 }
 

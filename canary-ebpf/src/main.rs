@@ -7,6 +7,7 @@
 #![no_std]
 #![no_main]
 
+mod answer;
 mod arrival;
 mod forget;
 mod forward;
@@ -17,6 +18,7 @@ mod ipv6;
 mod maps;
 mod packet;
 mod signals;
+mod tunnel;
 mod vlan;
 
 use aya_ebpf::{macros::xdp, programs::XdpContext};

@@ -27,7 +27,7 @@ use canary_ebpf_common::{
     vips::slots,
 };
 
-use crate::{arrival::Arrival, packet::Packet};
+use crate::{answer::Quote, arrival::Arrival, packet::Packet};
 
 /// A program that goes on with a packet: index into `PROGRAMS`.
 #[derive(Clone, Copy)]
@@ -51,6 +51,10 @@ pub(crate) enum Program {
     WatchV4 = 7,
     /// The same of IPv6.
     WatchV6 = 8,
+    /// Wraps packets for their backends and sends them.
+    Wrap = 9,
+    /// Turns packets into errors to their senders.
+    Tell = 10,
 }
 
 /// Elements of `PROGRAMS`.
@@ -117,6 +121,12 @@ static FLOW_COUNTERS: PerCpuArray<FlowCounters> = PerCpuArray::with_max_entries(
 /// Traffic by backend index.
 #[map]
 static BACKEND_COUNTERS: PerCpuArray<BackendCounters> = PerCpuArray::with_max_entries(1, 0);
+/// What an error quotes of a packet.
+#[map]
+static QUOTE: PerCpuArray<Quote> = PerCpuArray::with_max_entries(1, 0);
+/// When the next error of this CPU would be due at an even pace.
+#[map]
+static NEXT_ANSWER: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 /// Packets by reason.
 #[map]
 static REASONS: PerCpuArray<u64> = PerCpuArray::with_max_entries(REASON_SLOTS, 0);
@@ -377,6 +387,27 @@ pub(crate) fn redirect(ifindex: u32) -> Result<u32, Reason> {
     TX_PORTS.redirect(ifindex, 0).map_err(|_| Reason::DropNoInterface)
 }
 
+/// This CPU's room for what an error quotes.
+#[inline(always)]
+pub(crate) fn quote() -> Option<&'static mut Quote> {
+    // SAFETY: this CPU's own element, and XDP does not nest.
+    unsafe { QUOTE.get_ptr_mut(0).map(|p| &mut *p) }
+}
+
+/// When the next error of this CPU would be due at an even pace.
+#[inline(always)]
+pub(crate) fn next_answer_ns() -> Option<&'static mut u64> {
+    // SAFETY: this CPU's own element, and XDP does not nest.
+    unsafe { NEXT_ANSWER.get_ptr_mut(0).map(|p| &mut *p) }
+}
+
+/// Nanoseconds of `CLOCK_MONOTONIC` (coarse).
+#[inline(always)]
+pub(crate) fn now_ns() -> u64 {
+    // SAFETY: the helper has no precondition. Kernel 5.11, commit d05512618056.
+    unsafe { bpf_ktime_get_coarse_ns() }
+}
+
 /// This CPU's counters of flow entries.
 #[inline(always)]
 fn flow_counters() -> Option<&'static mut FlowCounters> {
@@ -491,8 +522,7 @@ macro_rules! flow_table {
 
             #[inline(always)]
             fn now_ns(&self) -> u64 {
-                // SAFETY: the helper has no precondition. Kernel 5.11, commit d05512618056.
-                unsafe { bpf_ktime_get_coarse_ns() }
+                now_ns()
             }
 
             #[inline(always)]

@@ -1,9 +1,10 @@
 //! The packet at hand: its bytes and where it came in.
 
-use aya_ebpf::bindings::xdp_md;
+use aya_ebpf::{bindings::xdp_md, helpers::generated::bpf_xdp_load_bytes};
 use canary_ebpf_common::{
     abi::Reason,
-    headers::{ETH_BYTES, ETHERTYPE_IPV4_BE, Eth, Frame, Ipv4, Ipv6, Udp},
+    headers::{ETH_BYTES, ETHERTYPE_IPV4_BE, Eth, Frame, Ipv4, Ipv6, Tcp, Udp},
+    mss,
     quic::{self, Quic},
 };
 
@@ -63,6 +64,48 @@ impl Packet {
         let packed = classify_at(self.start, self.end, offset);
         (Quic::unpack((packed >> 32) as u8), packed as u32)
     }
+
+    /// Lowers the MSS that the SYN whose TCP header is at `offset` announces to `most`, if that is
+    /// not 0. What can't be found stays as it is.
+    #[inline(always)]
+    pub(crate) fn clamp(&self, offset: usize, most: u16) {
+        if most != 0 {
+            _ = lower_mss(self, offset, most);
+        }
+    }
+}
+
+/// `number`, which is from 1 to `mask` + 1, in a form in which the verifier sees that.
+#[inline(always)]
+pub(crate) fn at_least_one(number: u32, mask: u32) -> u32 {
+    bounded(number.wrapping_sub(1), mask) + 1
+}
+
+/// `number`, which is at most `mask`, in such a form.
+#[inline(always)]
+pub(crate) fn bounded(number: u32, mask: u32) -> u32 {
+    // Volatile: the compiler must not leave out what it knows to be so.
+    // SAFETY: a local variable.
+    unsafe { core::ptr::read_volatile(&raw const number) & mask }
+}
+
+#[inline(always)]
+fn lower_mss(packet: &Packet, offset: usize, most: u16) -> Option<()> {
+    let tcp: *mut Tcp = packet.at(offset)?;
+    // SAFETY: `at` checked the bounds.
+    let bytes = mss::options_bytes(unsafe { (*tcp).data_offset });
+    if bytes == 0 {
+        return None;
+    }
+    let count = at_least_one(bytes as u32, 0x3f);
+    // SAFETY: this CPU's own room for it, which a quotation needs more of.
+    let options = unsafe { &mut *maps::quote()?.as_mut_ptr().cast::<mss::Options>() };
+    let (from, to) = (offset + size_of::<Tcp>(), options.as_mut_ptr());
+    // SAFETY: there is room for 64 bytes. Kernel 5.18, commit 3f364222d032.
+    if unsafe { bpf_xdp_load_bytes(packet.ctx, from as u32, to.cast(), count) } != 0 {
+        return None;
+    }
+    mss::lower(packet, offset, mss::find(options, bytes)?, most)
 }
 
 /// A function of its own, which the verifier follows as if it stood where it is called, and which
@@ -115,7 +158,7 @@ fn datagram_at(packet: &Packet, offset: usize) -> Option<(Quic, u32)> {
 }
 
 // SAFETY: `at` compares with the end of the frame in the form that the verifier
-// follows; the program does not resize frames.
+// follows; after a frame is resized there is a new view of it.
 unsafe impl Frame for Packet {
     #[inline(always)]
     fn at<T>(&self, offset: usize) -> Option<*mut T> {

@@ -62,6 +62,8 @@ const BOTH: u32 = 1 << 2;
 const FROM_SERVER: u32 = 1 << 3;
 /// [`Pending::state`]: the frame is to get tags afterwards.
 const TAGS: u32 = 1 << 4;
+/// [`Pending::state`]: the frame is to be wrapped afterwards.
+const WRAP: u32 = 1 << 6;
 /// [`Pending::state`]: it is to be taken into account. Until it is known which version it is for,
 /// it is only noted.
 const ARMED: u32 = 1 << 5;
@@ -143,11 +145,22 @@ pub(crate) fn go_on<const RARE: bool>(
 /// The same of a frame that gets its tags behind that.
 #[inline(always)]
 pub(crate) fn go_on_before_tags(packet: &Packet) {
+    go_on_before(packet, TAGS);
+}
+
+/// The same of a frame that is wrapped behind that.
+#[inline(always)]
+pub(crate) fn go_on_before_wrapping(packet: &Packet) {
+    go_on_before(packet, WRAP);
+}
+
+#[inline(always)]
+fn go_on_before(packet: &Packet, what: u32) {
     if watching()
         && let Some(pending) = pending()
         && pending.state & ARMED != 0
     {
-        pending.state |= TAGS;
+        pending.state |= what;
         leave(packet, pending);
         pending.state = NOT;
     }
@@ -165,10 +178,10 @@ fn leave(packet: &Packet, pending: &Pending) {
 /// What is done with a frame that has been taken into account.
 #[inline(always)]
 fn done(packet: &Packet, state: u32, action: u32) -> u32 {
-    if state & TAGS == 0 {
+    if state & (TAGS | WRAP) == 0 {
         return action;
     }
-    maps::tail_call(packet.ctx, Program::Tag);
+    maps::tail_call(packet.ctx, if state & TAGS != 0 { Program::Tag } else { Program::Wrap });
     maps::count(Reason::DropNoInterface)
 }
 

@@ -11,11 +11,12 @@ use aya_ebpf::{
 };
 use canary_ebpf_common::{
     abi::{Reason, fragment as flags, vlan},
+    entry::BackendIndex,
     headers::{ETH_BYTES, ETHERTYPE_QINQ_BE, ETHERTYPE_VLAN_BE, Eth, Frame as _, Tag, is_tag},
 };
 
 use crate::{
-    arrival::Arrival,
+    arrival::{Arrival, TRANSPORT_MASK},
     forward::Way,
     fragment,
     maps::{self, Program},
@@ -93,16 +94,14 @@ fn wanted(word: u32, arrival: &Arrival) -> (u64, u32) {
     (outer | (u64::from(ETHERTYPE_VLAN_BE) | tci(vlan::inner(word))) << 32, 2 * TAG_BYTES)
 }
 
-/// Leaves the frame to a program that keeps its way if it is a first fragment, gives it its tags
-/// and sends it: few frames need that, and it would have to be verified wherever one is sent.
+/// Leaves the frame to a program that keeps its way if it is a first fragment, lowers a SYN's MSS,
+/// gives it its tags and sends it: few frames need that, and it would have to be verified wherever one is sent.
 #[inline(always)]
 pub(crate) fn send<const RARE: bool>(packet: &Packet, way: Way<'_>) -> Result<u32, Reason> {
     let arrival = maps::arrival().ok_or(Reason::DropNoInterface)?;
     if !RARE {
-        arrival.tags = 0;
-        arrival.tag_bytes = 0;
-        arrival.vlan = 0;
-        arrival.fragment = 0;
+        arrival.forget();
+        arrival.header = way.clamp;
     }
     arrival.route.vlan = way.vlan;
     arrival.route.ifindex = way.ifindex;
@@ -113,7 +112,7 @@ pub(crate) fn send<const RARE: bool>(packet: &Packet, way: Way<'_>) -> Result<u3
     Err(Reason::DropNoInterface)
 }
 
-/// Gives a frame its tags and sends it.
+/// Gives a frame its MSS and its tags and sends it.
 #[xdp]
 #[inline(always)]
 pub(crate) fn tag(ctx: XdpContext) -> u32 {
@@ -126,6 +125,11 @@ pub(crate) fn tag(ctx: XdpContext) -> u32 {
 #[inline(always)]
 fn try_tag(ctx: *mut xdp_md) -> Result<u32, Reason> {
     let arrival = maps::arrival().ok_or(Reason::DropNoInterface)?;
+    if arrival.header != 0
+        && let Some(backend) = maps::backend(BackendIndex::new(arrival.route.backend))
+    {
+        Packet::of(ctx).clamp(arrival.header as usize & TRANSPORT_MASK, backend.mss);
+    }
     fragment::keep(&Packet::of(ctx), arrival).ok_or(Reason::DropMalformed)?;
     let (vlan, ifindex) = (arrival.route.vlan, arrival.route.ifindex);
     let (tags, bytes) = if vlan == 0 { (0, 0) } else { wanted(vlan, arrival) };

@@ -92,6 +92,7 @@ fn planner(shop: &Shop) -> Planner {
         destination_mac: [4; 6],
         source: ip,
         tags: Tags::default(),
+        mtu: 1500,
     };
     let hops: HashMap<_, _> = planner.addresses().into_iter().map(|ip| (ip, Ok(hop(ip)))).collect();
     planner.set_next_hops(&hops);

@@ -547,6 +547,7 @@ fn next_hop(ip: IpAddr) -> NextHop {
         destination_mac: host.mac(),
         source: addr(Host::Nat, family(ip)),
         tags: Tags::default(),
+        mtu: 1500,
     }
 }
 

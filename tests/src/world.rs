@@ -10,11 +10,12 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use canary_agent::{
     config::model::{Port, Protocol},
-    plan::{BackendPlan, DataPlane, Family, InterfaceMacs, NextHop, ServicePlan, Tags},
+    plan::{BackendPlan, DataPlane, Family, InterfaceMacs, NextHop, ServicePlan, Tags, Tunnel},
 };
 use canary_ebpf_common::{
     abi::{self, ForwardMode, LedgerEntry, PAGE_BUCKETS},
     entry::{BackendIndex, Entry},
+    tunnel,
 };
 use serde::Deserialize;
 
@@ -57,8 +58,17 @@ pub struct Service {
     pub vips: Vec<String>,
     /// `tcp/80` and the like.
     pub ports: Vec<String>,
-    /// `dsr` or `nat`.
+    /// `dsr`, `nat`, `ipip` or `gue`.
     pub mode: String,
+    /// With the latter two, what the backends' addresses are: `v4` or `v6`; else those of the
+    /// packet's family.
+    pub outer: String,
+    /// What the way to the backends takes, in bytes.
+    pub mtu: u32,
+    /// A network that outer sources are of; else they are `nat`.
+    pub tunnel_source: String,
+    /// The MSS that SYNs announce at most; 0: whatever they have.
+    pub mss: u16,
     /// `connection`, `client` or `subnet` (a /24, a /64).
     pub stickiness: String,
     /// Numbers of its backends; those above 100 are of version 1.
@@ -94,6 +104,10 @@ impl Default for Service {
             vips: vec!["vip".to_owned()],
             ports: vec!["tcp/80".to_owned(), "udp/80".to_owned()],
             mode: "dsr".to_owned(),
+            outer: String::new(),
+            mtu: 1500,
+            tunnel_source: String::new(),
+            mss: 0,
             stickiness: "connection".to_owned(),
             backends: vec![1],
             backend_port: 80,
@@ -168,6 +182,7 @@ impl World {
                         Host::Us,
                         Family::V4,
                         Tags::default(),
+                        1500,
                     )),
                     nat_first: 0,
                     nat_count: 1,
@@ -176,6 +191,8 @@ impl World {
                     maint: false,
                     slow_since_ms: None,
                     weight: 1,
+                    tunnel: None,
+                    mss: 0,
                 },
             ));
         }
@@ -196,13 +213,14 @@ pub fn macs(interfaces: impl IntoIterator<Item = u32>) -> BTreeMap<u32, Interfac
     interfaces.into_iter().map(|ifindex| (ifindex, own.clone())).collect()
 }
 
-fn next_hop(ifindex: u32, host: Host, family: Family, tags: Tags) -> NextHop {
+fn next_hop(ifindex: u32, host: Host, family: Family, tags: Tags, mtu: u32) -> NextHop {
     NextHop {
         ifindex,
         source_mac: Host::Us.mac(),
         destination_mac: host.mac(),
         source: addr(Host::Nat, family),
         tags,
+        mtu,
     }
 }
 
@@ -219,6 +237,12 @@ impl Service {
         let id = made.plane.services.len() as u16;
         let mut indices = Vec::new();
         let tags = self.tags()?;
+        let outer = match self.outer.as_str() {
+            "" => family,
+            "v4" => Family::V4,
+            "v6" => Family::V6,
+            other => bail!("{other} is no family"),
+        };
         for n in &self.backends {
             let host = Host::Backend(*n);
             let name = host.name();
@@ -227,10 +251,10 @@ impl Service {
             made.plane.backends.push((
                 index,
                 BackendPlan {
-                    addr: (addr(host, family), self.backend_port).into(),
+                    addr: (addr(host, outer), self.backend_port).into(),
                     service: id,
                     version: u8::from(*n > 100),
-                    next_hop: known.then(|| next_hop(ifindex, host, family, tags)),
+                    next_hop: known.then(|| next_hop(ifindex, host, outer, tags, self.mtu)),
                     nat_first: if family == Family::V4 { 0 } else { 1 },
                     nat_count: 1,
                     down: self.down.contains(&name),
@@ -238,6 +262,8 @@ impl Service {
                     maint: self.maint.contains(&name),
                     slow_since_ms: None,
                     weight: 1,
+                    tunnel: self.tunnel()?,
+                    mss: self.mss,
                 },
             ));
             indices.push((name, index));
@@ -279,10 +305,25 @@ impl Service {
         Ok(Tags { outer: id(outer)?, inner: id(inner)?, service })
     }
 
+    fn tunnel(&self) -> Result<Option<Tunnel>> {
+        let gue_port = match self.mode.as_str() {
+            "ipip" => None,
+            "gue" => Some(tunnel::GUE_PORT),
+            _ => return Ok(None),
+        };
+        let source = match self.tunnel_source.as_str() {
+            "" => None,
+            network => Some(network.parse()?),
+        };
+        Ok(Some(Tunnel { gue_port, source }))
+    }
+
     fn record(&self) -> Result<abi::Service> {
         let mode = match self.mode.as_str() {
             "dsr" => ForwardMode::Dsr,
             "nat" => ForwardMode::Nat,
+            "ipip" => ForwardMode::Ipip,
+            "gue" => ForwardMode::Gue,
             other => bail!("{other} is no mode"),
         };
         let (flags, mask_v4_be, mask_v6) = match self.stickiness.as_str() {

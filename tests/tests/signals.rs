@@ -1,4 +1,4 @@
-//! Watched connections in the loaded program: what each signal takes, in both modes and families;
+//! Watched connections in the loaded program: what each signal takes, in each mode and family;
 //! that program and model agree; what is missed; and that the next agent goes on.
 
 use std::{net::IpAddr, time::Duration};
@@ -40,8 +40,14 @@ struct Bench {
     port: Option<u16>,
 }
 
-const MODES: [(&str, Family); 4] =
-    [("nat", Family::V4), ("nat", Family::V6), ("dsr", Family::V4), ("dsr", Family::V6)];
+const MODES: [(&str, Family); 6] = [
+    ("nat", Family::V4),
+    ("nat", Family::V6),
+    ("dsr", Family::V4),
+    ("dsr", Family::V6),
+    ("ipip", Family::V4),
+    ("gue", Family::V6),
+];
 
 impl Bench {
     fn new(mode: &str, family: Family, samples: u32) -> Self {

@@ -109,7 +109,9 @@ fn capacity(agent: &agent::Placed, services: &[Placed], sink: &mut Sink) {
     };
     let backends = |placed: &Placed| -> u64 {
         let versions = placed.service.versions.iter();
-        versions.map(|version| version.backends.len() as u64).sum()
+        let all = versions.map(|version| version.backends.len() as u64).sum::<u64>();
+        // Wrapped, either family's packets get to a backend: it has a record in either table.
+        if placed.service.forward.wraps() { all * tables(placed) } else { all }
     };
     let buckets = |placed: &Placed| u64::from(placed.service.buckets) * tables(placed);
     let needs = [

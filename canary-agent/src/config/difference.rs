@@ -6,8 +6,8 @@
 use std::time::Duration;
 
 use super::model::{
-    Agent, Ask, Capacity, Check, Existing, Fallback, Forward, Health, Http, Port, Protocol,
-    Service, Stickiness, Timing, Tls, Via, XdpMode,
+    Agent, Ask, Capacity, Check, Existing, Fallback, Health, Http, Mss, Port, Protocol, Service,
+    Stickiness, Timing, Tls, Via, XdpMode,
 };
 
 /// Keys of `[agent]` that only a restart changes: what they are about is opened once, or has a
@@ -127,6 +127,9 @@ fn service(service: &Service) -> Settings {
         ports,
         forward,
         nat_source,
+        tunnel_source,
+        gue_port,
+        mss,
         stickiness,
         control,
         existing,
@@ -142,9 +145,10 @@ fn service(service: &Service) -> Settings {
         hash_key: _,
         versions,
     } = service;
-    let forward = match forward {
-        Forward::Nat => "nat",
-        Forward::Dsr => "dsr",
+    let mss = match mss {
+        None => "none".to_owned(),
+        Some(Mss::Auto) => "auto".to_owned(),
+        Some(Mss::Most(most)) => most.to_string(),
     };
     let stickiness = match stickiness {
         Stickiness::Connection => "connection".to_owned(),
@@ -163,8 +167,11 @@ fn service(service: &Service) -> Settings {
     vec![
         ("vip", listed(vips)),
         ("ports", listed(&ports.iter().map(port).collect::<Vec<_>>())),
-        ("forward", forward.to_owned()),
+        ("forward", forward.name().to_owned()),
         ("nat_source", listed(nat_source)),
+        ("tunnel_source", listed(tunnel_source)),
+        ("gue_port", gue_port.to_string()),
+        ("mss", mss),
         ("stickiness", stickiness),
         ("control", versions[*control].name.clone()),
         ("existing", existing.to_owned()),

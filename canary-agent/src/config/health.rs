@@ -163,7 +163,7 @@ fn via(
         of_no_use(&node, sink);
     }
     let via = node.choice(sink, &[("backend", Via::Backend), ("vip", Via::Vip)]);
-    if via == Some(Via::Vip) && forward == Some(Forward::Nat) {
+    if via == Some(Via::Vip) && forward.is_some_and(Forward::translates) {
         sink.error(node.span, "`via = \"vip\"` can't be had with `forward = \"nat\"`").help(
             "backends behind `nat` don't hold the VIP, and are sent to at their own address: \
              `via = \"backend\"`, the default, checks just that",

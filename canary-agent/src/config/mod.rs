@@ -34,6 +34,7 @@ mod scalar;
 mod service;
 mod sink;
 mod source;
+mod tunnel;
 mod unsupported;
 mod versions;
 mod walk;

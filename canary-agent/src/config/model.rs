@@ -13,6 +13,7 @@ use std::{
 };
 
 use canary_ebpf_common::share::Share;
+use ipnet::IpNet;
 use tokio_rustls::rustls::pki_types::CertificateDer;
 
 pub use super::opening::Opening;
@@ -108,6 +109,13 @@ pub struct Service {
     pub forward: Forward,
     /// Source addresses for `nat`; empty: that of the interface towards the backend.
     pub nat_source: Vec<IpAddr>,
+    /// Source of outer headers, one of each family at most; that of the interface towards the
+    /// backend where there is none. The bits behind the prefix say which flow it is.
+    pub tunnel_source: Vec<IpNet>,
+    /// The backends' port for packets in UDP.
+    pub gue_port: u16,
+    /// The MSS that SYNs announce at most.
+    pub mss: Option<Mss>,
     /// What is hashed into a bucket.
     pub stickiness: Stickiness,
     /// Index of the control version in `versions`.
@@ -164,6 +172,42 @@ pub enum Forward {
     Nat,
     /// Only the MAC address is rewritten.
     Dsr,
+    /// The packet is wrapped in an IP packet to the backend.
+    Ipip,
+    /// The packet is wrapped in a UDP packet to the backend.
+    Gue,
+}
+
+impl Forward {
+    /// The word of the configuration.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Nat => "nat",
+            Self::Dsr => "dsr",
+            Self::Ipip => "ipip",
+            Self::Gue => "gue",
+        }
+    }
+
+    /// Whether packets get new addresses and ports; otherwise backends hold the VIP, and answer
+    /// clients themselves.
+    pub const fn translates(self) -> bool {
+        matches!(self, Self::Nat)
+    }
+
+    /// Whether packets are wrapped, so that a backend of either family can have them.
+    pub const fn wraps(self) -> bool {
+        matches!(self, Self::Ipip | Self::Gue)
+    }
+}
+
+/// `service.mss`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mss {
+    /// What fits into a packet on the way to the backend.
+    Auto,
+    /// At most so much.
+    Most(u16),
 }
 
 /// `service.stickiness`, with `prefix` for `subnet`.

@@ -8,12 +8,15 @@ use canary_ebpf_common::{abi, share::Share};
 
 use super::{
     health,
-    model::{Existing, Fallback, Forward, Port, Protocol, Service, Stickiness, Version},
+    model::{
+        Check, Existing, Fallback, Forward, Health, Port, Protocol, Service, Stickiness, Version,
+        Via,
+    },
     outside::Outside,
     scalar::{self, Problem, nearest, quote},
     sink::Sink,
     source::{At, Span},
-    unsupported,
+    tunnel, unsupported,
     versions::{self, Draft},
     walk::{Fields, List, Node},
 };
@@ -88,6 +91,9 @@ pub(super) fn read(node: &Node<'_>, outside: &dyn Outside, sink: &mut Sink) -> O
 
     let forward = forward(&mut fields, sink);
     let nat_source = nat_source(&mut fields, forward, &vips, sink);
+    let tunnel_source = tunnel::source(&mut fields, forward, sink);
+    let gue_port = tunnel::gue_port(&mut fields, forward, sink);
+    let mss = fields.take("mss", sink).and_then(|node| tunnel::mss(&node, sink));
     let stickiness = stickiness(&mut fields, sink);
     let existing = fields.take("existing", sink).and_then(|node| {
         let chosen = node.choice(sink, &[("pin", Existing::Pin), ("move", Existing::Move)]);
@@ -140,6 +146,7 @@ pub(super) fn read(node: &Node<'_>, outside: &dyn Outside, sink: &mut Sink) -> O
             forward,
             fallback: fallback.unwrap_or(Fallback::Control),
             control,
+            checked_at_vip: matches!(&health, Some(Health::Check(Check { via: Via::Vip, .. }))),
         },
         sink,
     );
@@ -156,6 +163,9 @@ pub(super) fn read(node: &Node<'_>, outside: &dyn Outside, sink: &mut Sink) -> O
             ports: ports.values(),
             forward: forward.unwrap_or(Forward::Nat),
             nat_source,
+            tunnel_source,
+            gue_port: gue_port.unwrap_or(tunnel::DEFAULT_GUE_PORT),
+            mss,
             stickiness,
             control: control.unwrap_or(0),
             existing: existing.unwrap_or(Existing::Pin),
@@ -207,14 +217,8 @@ fn forward(fields: &mut Fields<'_>, sink: &mut Sink) -> Option<Forward> {
     let Some(node) = fields.take("forward", sink) else {
         return Some(Forward::Nat);
     };
-    if let Some(text) = node.as_str()
-        && unsupported::is_forward(text)
-    {
-        let message = unsupported::message(&format!("forward = \"{text}\""));
-        sink.error(node.span, message).help("it is \"nat\" or \"dsr\"");
-        return None;
-    }
-    node.choice(sink, &[("nat", Forward::Nat), ("dsr", Forward::Dsr)])
+    let all = [Forward::Nat, Forward::Dsr, Forward::Ipip, Forward::Gue];
+    node.choice(sink, &all.map(|forward| (forward.name(), forward)))
 }
 
 fn nat_source(
@@ -226,10 +230,13 @@ fn nat_source(
     let Some(node) = fields.take("nat_source", sink) else {
         return Vec::new();
     };
-    if forward == Some(Forward::Dsr) {
+    if let Some(forward) = forward.filter(|forward| !forward.translates()) {
         sink.error(
             node.span,
-            "`nat_source` is of use with `forward = \"nat\"` only: `dsr` keeps the client's address",
+            format!(
+                "`nat_source` is of use with `forward = \"nat\"` only: `{}` keeps the client's address",
+                forward.name()
+            ),
         );
     }
     let list = node.list(sink, |item, sink| item.parse(sink, scalar::address));

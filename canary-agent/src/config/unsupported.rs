@@ -4,19 +4,11 @@
 //! something. A release that brings one deletes its line here.
 
 /// Keys, with the tables that they are in.
-const KEYS: &[&str] = &["audience", "rollout.steps.audience", "service.route", "service.mss"];
-
-/// Values of `service.forward`.
-const FORWARDS: &[&str] = &["ipip", "gue"];
+const KEYS: &[&str] = &["audience", "rollout.steps.audience", "service.route"];
 
 /// Whether `path` is a key of a later release.
 pub(super) fn is_key(path: &str) -> bool {
     KEYS.contains(&path)
-}
-
-/// Whether `value` is a way to forward of a later release.
-pub(super) fn is_forward(value: &str) -> bool {
-    FORWARDS.contains(&value)
 }
 
 /// The error for `what`.

@@ -43,6 +43,8 @@ pub(super) struct Around<'s> {
     pub fallback: Fallback,
     /// Index of its control version, if that is known.
     pub control: Option<usize>,
+    /// Whether its backends are checked with `via = "vip"`.
+    pub checked_at_vip: bool,
 }
 
 /// `IPv4` or `IPv6`.
@@ -163,24 +165,27 @@ pub(super) fn check(versions: &List<Draft>, around: &Around<'_>, sink: &mut Sink
                 }
             }
             own_address(backend, around.label, &vips, sink);
-            if around.forward == Some(Forward::Dsr) && around.ports.complete {
-                kept_port(backend, around.label, &ports, sink);
+            if let Some(forward) = around.forward.filter(|forward| !forward.translates())
+                && around.ports.complete
+            {
+                kept_port(backend, around.label, forward, &ports, sink);
             }
         }
         families(version, around, around.control == Some(index), sink);
-        weights(version, around.control == Some(index), sink);
+        let wraps = around.forward.is_some_and(Forward::wraps);
+        weights(version, wraps, around.control == Some(index), sink);
     }
 }
 
 /// Reports backends that a version has twice. What makes a backend is its
-/// address and port in `nat`, its address alone in `dsr`.
+/// address and port in `nat`, its address alone where ports are kept.
 fn distinct(version: &Draft, around: &Around<'_>, sink: &mut Sink) {
     let mut seen: HashMap<SocketAddr, Span> = HashMap::new();
     for backend in &version.backends.items {
         let addr = backend.value.addr;
         let identity = match around.forward {
-            Some(Forward::Dsr) => SocketAddr::new(addr.ip(), 0),
-            Some(Forward::Nat) | None => addr,
+            Some(forward) if !forward.translates() => SocketAddr::new(addr.ip(), 0),
+            Some(_) | None => addr,
         };
         if let Some(first) = seen.get(&identity) {
             let name = &version.name.value;
@@ -190,7 +195,10 @@ fn distinct(version: &Draft, around: &Around<'_>, sink: &mut Sink) {
                 let ip = addr.ip();
                 sink.error(
                     backend.span,
-                    format!("{ip} is listed twice in `{name}`: `dsr` keeps ports, so that one backend has them all"),
+                    format!(
+                        "{ip} is listed twice in `{name}`: `{}` keeps ports, so that one backend has them all",
+                        around.forward.map_or("", Forward::name)
+                    ),
                 )
             };
             finding.also(*first, "it is here first");
@@ -211,13 +219,19 @@ fn own_address(backend: &At<Backend>, label: &str, vips: &HashMap<IpAddr, Span>,
     }
 }
 
-/// `dsr` leaves a packet's port as it is, so that a backend's must be one of the service's.
-fn kept_port(backend: &At<Backend>, label: &str, ports: &HashSet<u16>, sink: &mut Sink) {
+/// Only `nat` gives a packet another port: otherwise a backend's must be one of the service's.
+fn kept_port(
+    backend: &At<Backend>,
+    label: &str,
+    forward: Forward,
+    ports: &HashSet<u16>,
+    sink: &mut Sink,
+) {
     let addr = backend.value.addr;
     if !ports.contains(&addr.port()) {
         sink.error(
             backend.span,
-            format!("{addr} has a port that {label} has not: `dsr` keeps ports"),
+            format!("{addr} has a port that {label} has not: `{}` keeps ports", forward.name()),
         )
         .help("write the service's port, or have it translated with `forward = \"nat\"`");
     }
@@ -230,6 +244,13 @@ fn families(version: &Draft, around: &Around<'_>, is_control: bool, sink: &mut S
     let Around { label, vips, fallback, .. } = around;
     let Draft { name, backends } = version;
     if !vips.complete || !backends.complete || backends.items.is_empty() {
+        return;
+    }
+    // Wrapped, a packet of either family gets to either.
+    if around.forward.is_some_and(Forward::wraps) {
+        if around.checked_at_vip {
+            checked(version, around, sink);
+        }
         return;
     }
     for v4 in [true, false] {
@@ -271,26 +292,49 @@ fn families(version: &Draft, around: &Around<'_>, is_control: bool, sink: &mut S
     }
 }
 
+/// A check that is wrapped for a backend is of the family that the backend's address is of.
+fn checked(version: &Draft, around: &Around<'_>, sink: &mut Sink) {
+    let Around { label, vips, .. } = around;
+    for v4 in [true, false] {
+        let vip = vips.items.iter().any(|vip| vip.value.is_ipv4() == v4);
+        let mut backends = version.backends.items.iter();
+        let backend = backends.find(|backend| backend.value.addr.is_ipv4() == v4);
+        if let (false, Some(backend)) = (vip, backend) {
+            let addr = backend.value.addr;
+            let family = family_name(addr.ip());
+            sink.error(
+                backend.span,
+                format!(
+                    "{addr} can't be checked with `via = \"vip\"`: {label} has no {family} address in `vip`"
+                ),
+            )
+            .help(format!(
+                "leave `via` out, and {addr} is checked at its own address; or add an {family} address to `vip`"
+            ));
+        }
+    }
+}
+
 /// A version whose backends of a family all have weight 0 takes no connections.
-fn weights(version: &Draft, is_control: bool, sink: &mut Sink) {
+fn weights(version: &Draft, wraps: bool, is_control: bool, sink: &mut Sink) {
     let Draft { name, backends } = version;
     if !backends.complete {
         return;
     }
     for v4 in [true, false] {
-        let mut family =
-            backends.items.iter().filter(|backend| backend.value.addr.is_ipv4() == v4).peekable();
+        let served = |backend: &&At<Backend>| wraps || backend.value.addr.is_ipv4() == v4;
+        let mut family = backends.items.iter().filter(served).peekable();
         let Some(first) = family.peek().copied() else {
             continue;
         };
-        if family.any(|backend| backend.value.weight > 0) {
+        if family.any(|backend| backend.value.weight > 0) || wraps && !v4 {
             continue;
         }
-        let message = format!(
-            "every {} backend of `{}` has weight 0",
-            family_name(first.value.addr.ip()),
-            name.value
-        );
+        let kind = match wraps {
+            true => String::new(),
+            false => format!("{} ", family_name(first.value.addr.ip())),
+        };
+        let message = format!("every {kind}backend of `{}` has weight 0", name.value);
         if is_control {
             sink.error(first.span, format!("{message}: control takes what no other version does"))
                 .help("give one of them a weight, or make another version the control");

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     api::model::{BackendReport, BackendRequest, Backends},
-    config::model::{Fallback, Forward},
+    config::model::Fallback,
     plan::{BackendState, BucketSet, Family, Preview, ServiceState, Table},
     store::{Admin, BackendChange, StateStore},
 };
@@ -311,7 +311,7 @@ fn notes(
     }
     match admin {
         Admin::Maint => notes.push("its open connections are cut".to_owned()),
-        Admin::Drain if config.forward == Forward::Dsr => match config.drain {
+        Admin::Drain if !config.forward.translates() => match config.drain {
             Some(drain) => notes.push(format!(
                 "its open connections stay, for {} at most",
                 humantime::format_duration(drain)
@@ -321,7 +321,7 @@ fn notes(
         Admin::Drain => notes.push("its open connections stay".to_owned()),
         Admin::Ready => {}
     }
-    if config.forward == Forward::Dsr {
+    if !config.forward.translates() {
         notes.push(NOT_COUNTED.to_owned());
     }
     notes

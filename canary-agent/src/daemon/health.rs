@@ -11,6 +11,7 @@ use super::{Kernel, Moment, State};
 use crate::{
     config::model,
     health::{Change, Reports, Target},
+    plan,
     store::StateStore,
 };
 
@@ -39,6 +40,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 addr,
                 health: Arc::clone(&health),
                 vips: Arc::clone(if addr.is_ipv4() { &v4 } else { &v6 }),
+                tunnel: plan::tunnel_of(config, addr),
                 down,
             }));
         }

@@ -9,11 +9,9 @@ use crate::{
     config::model::{Backend, Version},
     datapath::Census,
     health::Report,
-    plan::{BackendState, BootMs, LiveBackend, Removed, SLOW_START_STEPS, ServiceState},
+    plan::{BackendState, BootMs, LiveBackend, Removed, SLOW_START_STEPS, ServiceState, Table},
     store::Admin,
 };
-
-use super::status::forward_name;
 
 /// What is said of a service's backends is made from.
 pub(super) struct Listing<'a> {
@@ -25,8 +23,8 @@ pub(super) struct Listing<'a> {
     now_ms: BootMs,
 }
 
-/// A row, and the record that it is about, if it has one.
-type Row = (BackendStatus, Option<BackendIndex>);
+/// A row, and the records that it is about: one in each table that can name the backend.
+type Row = (BackendStatus, Vec<BackendIndex>);
 
 impl<'a> Listing<'a> {
     pub(super) fn new(
@@ -57,15 +55,16 @@ impl<'a> Listing<'a> {
         tables
             .flat_map(|(at, table)| table.removed().map(move |gone| (at, gone)))
             .filter(move |(_, gone)| Some(gone.slot) == slot)
-            .map(|(at, gone)| (self.gone(at, gone), Some(gone.index)))
+            .map(|(at, gone)| (self.gone(at, gone), vec![gone.index]))
     }
 
     fn one(&self, backend: &Backend, slot: Option<u8>) -> Row {
-        let found = self.state.tables().iter().enumerate().find_map(|(at, table)| {
+        let of_table = |(at, table): (usize, &'a Table)| {
             let mut backends = table.backends().iter();
             let live = backends.find(|b| Some(b.slot) == slot && b.addr == backend.addr)?;
             Some((at, table, live))
-        });
+        };
+        let found: Vec<_> = self.state.tables().iter().enumerate().filter_map(of_table).collect();
         let report = self.checks.get(&backend.addr);
         let waiting = BackendStatus {
             addr: backend.addr,
@@ -83,8 +82,8 @@ impl<'a> Listing<'a> {
             slow_start: None,
             draining_buckets: 0,
         };
-        let Some((at, table, live)) = found else {
-            return (waiting, None);
+        let Some((_, _, live)) = found.first().copied() else {
+            return (waiting, Vec::new());
         };
         let (health, message) = health(live, report);
         let word = if live.admin == Admin::Ready { health } else { live.admin.name() };
@@ -93,16 +92,20 @@ impl<'a> Listing<'a> {
             state: word.to_owned(),
             health: health.to_owned(),
             message,
-            buckets: table.buckets_of(live.index),
+            buckets: found.iter().map(|(_, table, live)| table.buckets_of(live.index)).sum(),
             admin: live.admin.name().to_owned(),
             slow_start: live.slow_start.since_ms().map(|_| {
                 let step = live.slow_start.step(duration_ms, self.now_ms);
                 f64::from(step) / f64::from(SLOW_START_STEPS)
             }),
-            draining_buckets: self.draining(at, live.index),
+            draining_buckets: found
+                .iter()
+                .map(|(at, _, live)| self.draining(*at, live.index))
+                .sum(),
             ..waiting
         };
-        (self.counted(status, live.index), Some(live.index))
+        let indices: Vec<_> = found.iter().map(|(_, _, live)| live.index).collect();
+        (indices.iter().fold(status, |status, index| self.counted(status, *index)), indices)
     }
 
     fn gone(&self, at: usize, gone: Removed) -> BackendStatus {
@@ -128,7 +131,13 @@ impl<'a> Listing<'a> {
     fn counted(&self, status: BackendStatus, index: BackendIndex) -> BackendStatus {
         let BackendCounters { packets, bytes, connections, no_port, .. } =
             self.counters.get(&index).copied().unwrap_or_default();
-        BackendStatus { packets, bytes, connections, no_port, ..status }
+        BackendStatus {
+            packets: status.packets + packets,
+            bytes: status.bytes + bytes,
+            connections: status.connections + connections,
+            no_port: status.no_port + no_port,
+            ..status
+        }
     }
 
     fn draining(&self, at: usize, index: BackendIndex) -> u32 {
@@ -136,7 +145,7 @@ impl<'a> Listing<'a> {
     }
 
     /// All of it, with the record of each row.
-    pub(super) fn backends(&self, revision: u64) -> (Backends, Vec<Vec<Option<BackendIndex>>>) {
+    pub(super) fn backends(&self, revision: u64) -> (Backends, Vec<Vec<Vec<BackendIndex>>>) {
         let config = self.state.config();
         let control = &config.versions[config.control];
         let owned = self.state.ownership().counts();
@@ -145,7 +154,7 @@ impl<'a> Listing<'a> {
         let versions = std::iter::once(control).chain(others).map(|version| {
             let slot = self.state.slot(&version.name);
             let rows: Vec<Row> = self.configured(version, slot).chain(self.removed(slot)).collect();
-            indices.push(rows.iter().map(|(_, index)| *index).collect());
+            indices.push(rows.iter().map(|(_, indices)| indices.clone()).collect());
             let details = rows.into_iter().map(|(backend, _)| BackendDetail {
                 backend,
                 open_connections: None,
@@ -161,7 +170,7 @@ impl<'a> Listing<'a> {
         });
         let mut list = Backends {
             service: config.name.clone(),
-            forward: forward_name(config.forward).to_owned(),
+            forward: config.forward.name().to_owned(),
             control: control.name.clone(),
             revision,
             versions: versions.collect(),
@@ -174,13 +183,14 @@ impl<'a> Listing<'a> {
 /// Puts in what was counted: with `nat` all connections, else those that have an entry.
 pub(super) fn fill(
     list: &mut Backends,
-    indices: &[Vec<Option<BackendIndex>>],
+    indices: &[Vec<Vec<BackendIndex>>],
     census: &Census,
     nat: bool,
 ) {
     for (version, indices) in list.versions.iter_mut().zip(indices) {
-        for (detail, index) in version.backends.iter_mut().zip(indices) {
-            let count = index.map(|index| census.by_backend.get(&index).copied().unwrap_or(0));
+        for (detail, indices) in version.backends.iter_mut().zip(indices) {
+            let of = |index| census.by_backend.get(index).copied().unwrap_or(0);
+            let count = (!indices.is_empty()).then(|| indices.iter().map(of).sum());
             match nat {
                 true => detail.open_connections = count,
                 false => detail.tracked_connections = count,

@@ -20,7 +20,7 @@ use crate::{
         FlowStatus, HandshakeBucket, InterfaceStatus, MapStatus, PendingStatus, ReasonCount,
         ServiceStatus, SignalCount, SignalsStatus, Status, VersionSignalsStatus, VersionStatus,
     },
-    config::model::{Forward, SignalKind, Stickiness},
+    config::model::{SignalKind, Stickiness},
     datapath::Swept,
     health::Reports,
     plan::{BootMs, Planner, ServiceState, Table},
@@ -79,14 +79,6 @@ impl Samples {
     fn since(&self, index: BackendIndex, now: u64) -> u64 {
         let then = self.ring.front().and_then(|first| first.connections.get(&index));
         now.saturating_sub(then.copied().unwrap_or(if self.ring.is_empty() { now } else { 0 }))
-    }
-}
-
-/// The word of the configuration.
-pub(super) fn forward_name(forward: Forward) -> &'static str {
-    match forward {
-        Forward::Nat => "nat",
-        Forward::Dsr => "dsr",
     }
 }
 
@@ -214,7 +206,7 @@ fn service_status(state: &ServiceState, sources: &Sources<'_>) -> ServiceStatus 
             .iter()
             .map(|p| format!("{}/{}", protocol_name(p.protocol), p.port))
             .collect(),
-        forward: forward_name(config.forward).to_owned(),
+        forward: config.forward.name().to_owned(),
         stickiness: match config.stickiness {
             Stickiness::Connection => "connection",
             Stickiness::Client => "client",

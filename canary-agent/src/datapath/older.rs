@@ -73,7 +73,7 @@ impl Older {
 
 /// The layouts that are read. Until the third, ways had no VLAN tags, and nothing stood under an
 /// address without a port. The first had no `PANICS` either, and no weights and memories in flags.
-/// All of that is written with the first plan. The third watched no connections.
+/// All of that is written with the first plan. The third watched no connections and knew no tunnels.
 #[cfg(not(feature = "next-abi"))]
 const KNOWN: &[Older] = &[
     Older { version: 1, maps: SHORT_RECORDS },

@@ -20,9 +20,9 @@ pub(super) static INGRESS: &[u8] = aya::include_bytes_aligned!(env!("CANARY_EBPF
 pub(super) const INGRESS_PROGRAM: &str = "ingress";
 /// The programs that go on with what it does not know at sight, in the order of their places in
 /// `PROGRAMS`.
-pub(super) const RARE_PROGRAMS: [&str; 9] = [
+pub(super) const RARE_PROGRAMS: [&str; 11] = [
     "arrival", "steer_v4", "steer_v6", "fragment", "tag", "icmp_v4", "icmp_v6", "watch_v4",
-    "watch_v6",
+    "watch_v6", "wrap", "tell",
 ];
 /// The map that they are in. Each set of programs has one of its own, since they go on with maps of
 /// their own.

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use canary_ebpf_common::tunnel;
+
 use super::{Check, Name, facts::Facts, read};
 use crate::{
     config::{
@@ -69,11 +71,15 @@ fn next_hop(hop: &crate::resolve::Hop, probed: bool) -> Check {
     }
 }
 
-/// Bytes that forwarding adds to a packet.
-const fn added_bytes(forward: Forward) -> u32 {
-    match forward {
-        Forward::Nat | Forward::Dsr => 0,
-    }
+/// Bytes that forwarding adds to a packet: those of the backend that gets the most.
+fn added_bytes(service: &Service) -> u32 {
+    let gue = match service.forward {
+        Forward::Nat | Forward::Dsr => return 0,
+        Forward::Ipip => false,
+        Forward::Gue => true,
+    };
+    let mut backends = service.versions.iter().flat_map(|version| &version.backends);
+    tunnel::overhead_bytes(backends.any(|backend| backend.addr.is_ipv6()), gue).into()
 }
 
 /// Bytes of a VLAN tag.
@@ -96,7 +102,7 @@ fn sizes(service: &Service, config: &Config, survey: &Survey) -> Vec<Check> {
     }
     let clients = clients.into_iter().map(|link| greeted(service, link, survey));
     let Some(largest) = clients.max_by_key(|link| link.mtu) else { return Vec::new() };
-    let added = added_bytes(service.forward);
+    let added = added_bytes(service);
     let needs = largest.mtu.saturating_add(added);
     let mut checks = Vec::new();
     for way in towards {

@@ -65,6 +65,7 @@ pub(super) fn facts() -> Facts {
         source_mac: [2, 0, 0, 0, 0, 1],
         destination_mac: [2, 0, 0, 0, 0, 2],
         source: "10.0.1.254".parse().expect("an address"),
+        mtu: 1500,
         tags: Default::default(),
     };
     let device = Device {

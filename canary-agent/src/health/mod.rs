@@ -49,7 +49,7 @@ pub use self::{
     checker::Checker,
     pace::Pace,
 };
-use crate::{config::model, resolve::Update};
+use crate::{config::model, plan::Tunnel, resolve::Update};
 
 /// Changes within this time of the first are reported together.
 const COALESCE: Duration = Duration::from_millis(20);
@@ -71,6 +71,8 @@ pub struct Target {
     /// The service's addresses of its family, for checks `via = "vip"`: each has to be
     /// answered for.
     pub vips: Arc<[IpAddr]>,
+    /// How packets are wrapped for it, for the same checks.
+    pub tunnel: Option<Tunnel>,
     /// Whether it counts as down until it has passed often enough. Only for targets
     /// that are new; of the others the checks know better.
     pub down: bool,
@@ -175,6 +177,7 @@ pub struct Change {
 ///     addr: "10.0.1.1:8443".parse()?,
 ///     health: Arc::new(Health::Check(Check { ask: Ask::Tcp, via: Via::Backend, timing })),
 ///     vips: [].into(),
+///     tunnel: None,
 ///     down: false,
 /// }]);
 /// let mut changes = prober.changes();

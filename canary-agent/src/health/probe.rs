@@ -37,10 +37,13 @@ use tokio_rustls::rustls::pki_types::ServerName;
 
 use super::{
     Failure, Outcome,
-    direct::{Direct, NoConnection},
+    direct::{self, Direct, NoConnection},
     secure::{self, Secure},
 };
-use crate::config::model::{self, Ask, Health, Timing, Via};
+use crate::{
+    config::model::{self, Ask, Health, Timing, Via},
+    plan::Tunnel,
+};
 
 /// An answer's head is at most as large as this (the least that hyper takes) …
 const HEAD_BYTES_MAX: usize = 8192;
@@ -173,13 +176,19 @@ impl Http {
 pub(super) struct Probe {
     addr: SocketAddr,
     vips: Arc<[IpAddr]>,
+    tunnel: Option<Tunnel>,
     method: Arc<Method>,
 }
 
 impl Probe {
     /// That of a backend, whose service has the addresses `vips` of its family.
-    pub(super) fn new(addr: SocketAddr, vips: Arc<[IpAddr]>, method: Arc<Method>) -> Self {
-        Self { addr, vips, method }
+    pub(super) fn new(
+        addr: SocketAddr,
+        vips: Arc<[IpAddr]>,
+        tunnel: Option<Tunnel>,
+        method: Arc<Method>,
+    ) -> Self {
+        Self { addr, vips, tunnel, method }
     }
 
     /// Carries it out.
@@ -226,16 +235,16 @@ impl Probe {
 
     async fn at_vip(&self, direct: &Direct, to: SocketAddr) -> Result<(), Trouble> {
         let deadline = self.deadline();
-        let backend = self.addr.ip();
+        let target = direct::Target { backend: self.addr.ip(), tunnel: self.tunnel, vip: to };
         let trouble = |error| match error {
             NoConnection::Backend(failure) => Trouble::Backend(failure),
             NoConnection::Late => Failure::NoConnection(self.method.timing.timeout).into(),
             NoConnection::Host(errno) => Trouble::Host(errno),
         };
         if self.method.http.is_none() {
-            return direct.touch(backend, to, deadline).await.map_err(trouble);
+            return direct.touch(target, deadline).await.map_err(trouble);
         }
-        let connection = async { direct.connect(backend, to, deadline).await.map_err(trouble) };
+        let connection = async { direct.connect(target, deadline).await.map_err(trouble) };
         self.http(to, deadline, connection).await
     }
 

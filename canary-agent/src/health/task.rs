@@ -20,7 +20,7 @@ use super::{
     direct::Direct,
     probe::{Method, Probe},
 };
-use crate::config::model::Health;
+use crate::{config::model::Health, plan::Tunnel};
 
 /// A target's number. A target that is checked in another way gets another, so that
 /// what is left of the old one finds nobody.
@@ -32,6 +32,7 @@ struct Entry {
     addr: SocketAddr,
     health: Arc<Health>,
     vips: Arc<[IpAddr]>,
+    tunnel: Option<Tunnel>,
     probe: Probe,
     checker: Checker,
     pace: Pace,
@@ -190,7 +191,7 @@ impl Task {
         let mut entries = HashMap::with_capacity(targets.len());
         // What the backends of a service have in common is made once.
         let mut methods: HashMap<*const Health, Option<Arc<Method>>> = HashMap::new();
-        for Target { service, addr, health, vips, down } in targets {
+        for Target { service, addr, health, vips, tunnel, down } in targets {
             let method = methods
                 .entry(Arc::as_ptr(health))
                 .or_insert_with(|| Method::new(health, &self.direct).map(Arc::new));
@@ -201,7 +202,11 @@ impl Task {
             let key = (Arc::clone(service), *addr);
             let old = before.remove(&key).and_then(|id| Some((id, self.entries.remove(&id)?)));
             let up = match old {
-                Some((id, entry)) if entry.health == *health && entry.vips == *vips => {
+                Some((id, entry))
+                    if entry.health == *health
+                        && entry.vips == *vips
+                        && entry.tunnel == *tunnel =>
+                {
                     entries.insert(id, entry);
                     continue;
                 }
@@ -218,7 +223,8 @@ impl Task {
                 addr: *addr,
                 health: Arc::clone(health),
                 vips: Arc::clone(vips),
-                probe: Probe::new(*addr, Arc::clone(vips), Arc::clone(method)),
+                tunnel: *tunnel,
+                probe: Probe::new(*addr, Arc::clone(vips), *tunnel, Arc::clone(method)),
                 checker: Checker::new(timing.rise, timing.fall, up),
                 pace,
                 interval: timing.interval,

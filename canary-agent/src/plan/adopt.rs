@@ -129,6 +129,7 @@ pub(super) fn record_hop(record: &abi::Backend) -> Option<NextHop> {
         source_mac: [g, h, i, j, k, l],
         source: abi::ip(record.source, record.flags & abi::BACKEND_V6 != 0),
         tags: Tags::of(record.vlan),
+        mtu: record.mtu,
     })
 }
 

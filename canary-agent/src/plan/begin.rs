@@ -218,8 +218,8 @@ impl Claims {
                 let Some(slot) = slot(slots, &version.name) else {
                     continue;
                 };
-                let of_family = |b: &&Backend| Family::of(b.addr.ip()) == table.family;
-                for backend in version.backends.iter().filter(of_family) {
+                let served = |b: &&Backend| super::serves(config, table.family, b.addr.ip());
+                for backend in version.backends.iter().filter(served) {
                     self.live = self.live.checked_sub(1).ok_or_else(|| full(backend.addr))?;
                     let known = |b: &LiveBackend| b.slot == slot && b.addr == backend.addr;
                     ordered.push(match table.backends.iter().position(known) {

@@ -34,9 +34,11 @@ use canary_ebpf_common::{
     Packed,
     abi::{self, LedgerEntry},
     entry::{BackendIndex, Entry},
+    tunnel,
 };
+use ipnet::IpNet;
 
-use crate::config::model::{Port, Protocol};
+use crate::config::model::{Port, Protocol, Service};
 
 pub use adopt::{Adopted, AdoptedService};
 pub use advance::{Advance, Advanced, Policy, Update, clear_due_ms};
@@ -48,6 +50,7 @@ pub use panic::{
 };
 pub use planner::{News, PlanError, Planner, Preview, ServiceState, Start, Step};
 pub use prepare::LEARN_MS;
+pub use record::tunnel_of;
 pub use reload::{Baseline, Hops, Made, Prepared, Ready, Removal, Upheaval};
 pub use slow_start::{STEPS as SLOW_START_STEPS, SlowStart};
 pub use table::{BackendState, LiveBackend, Removed, Table};
@@ -56,7 +59,8 @@ pub use undo::{UndoError, Undone};
 /// Milliseconds of `CLOCK_BOOTTIME`, the clock that counts suspended time.
 pub type BootMs = u64;
 
-/// An address family: each has tables, VIPs and backends of its own.
+/// An address family: each has tables and VIPs of its own, and, where packets are not wrapped,
+/// backends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Family {
     /// IPv4.
@@ -73,6 +77,11 @@ impl Family {
             IpAddr::V6(_) => Self::V6,
         }
     }
+}
+
+/// Whether a backend at `addr` can have packets to the VIPs of `family`: wrapped, those of either.
+pub fn serves(service: &Service, family: Family, addr: IpAddr) -> bool {
+    service.forward.wraps() || Family::of(addr) == family
 }
 
 /// All that the kernel side should hold. `datapath` brings it about, writing
@@ -153,13 +162,17 @@ pub struct BackendPlan {
     pub slow_since_ms: Option<BootMs>,
     /// Its weight; 0 for one that is not configured any more.
     pub weight: u16,
+    /// How packets are wrapped for it, if they are.
+    pub tunnel: Option<Tunnel>,
+    /// The MSS that SYNs to it announce at most, and its own with `nat`; 0: whatever they have.
+    pub mss: u16,
 }
 
 impl BackendPlan {
     /// The record in map form.
     pub fn record(&self) -> abi::Backend {
         let Self { addr, service, version, next_hop, nat_first, nat_count, .. } = *self;
-        let Self { down, drain, maint, slow_since_ms, weight, .. } = *self;
+        let Self { down, drain, maint, slow_since_ms, weight, tunnel, mss, .. } = *self;
         let mut flags = u32::from(weight) << abi::BACKEND_WEIGHT_SHIFT;
         let mut set = |bit: u32, on: bool| flags |= if on { bit } else { 0 };
         set(abi::BACKEND_USABLE, next_hop.is_some());
@@ -171,7 +184,7 @@ impl BackendPlan {
             let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (hop.destination_mac, hop.source_mac);
             [[a, b, c, d], [e, f, g, h], [i, j, k, l]].map(u32::from_ne_bytes)
         });
-        abi::Backend {
+        let mut record = abi::Backend {
             eth,
             ifindex: next_hop.map_or(0, |hop| hop.ifindex),
             addr: abi::address(addr.ip()),
@@ -184,8 +197,19 @@ impl BackendPlan {
             flags,
             vlan: next_hop.map_or(0, |hop| hop.tags.word()),
             slow_since_ms: slow_since_ms.map_or(0, slow_start::mark),
-            ..abi::Backend::default()
+            inner_mtu: next_hop.map_or(0, |hop| inner_mtu(tunnel, addr.ip(), hop.mtu)),
+            mss,
+            outer_sum: [0; 2],
+            source_mask_be: 0,
+            gue_port_be: 0,
+            pad: 0,
+            mtu: next_hop.map_or(0, |hop| hop.mtu),
+            rest: [0; 5],
+        };
+        if let Some(tunnel) = tunnel {
+            tunnel.outside(&mut record);
         }
+        record
     }
 }
 
@@ -227,6 +251,17 @@ impl Tags {
     }
 }
 
+/// Bytes of the largest packet that fits through to a backend at `addr`, wrapped if it has to be,
+/// when the way there takes `mtu`.
+pub fn inner_mtu(tunnel: Option<Tunnel>, addr: IpAddr, mtu: u32) -> u16 {
+    match tunnel {
+        Some(Tunnel { gue_port, .. }) => {
+            tunnel::largest_inner_bytes(mtu, addr.is_ipv6(), gue_port.is_some())
+        }
+        None => u16::try_from(mtu).unwrap_or(u16::MAX),
+    }
+}
+
 /// Where frames for an address go, as the host's routes and neighbours say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct NextHop {
@@ -240,6 +275,39 @@ pub struct NextHop {
     pub source: IpAddr,
     /// VLAN tags on the way, where the host's route leaves by a VLAN's device.
     pub tags: Tags,
+    /// Bytes that the way takes: those of the interface, or of the route if it takes less (MTU).
+    pub mtu: u32,
+}
+
+/// How packets are wrapped for a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tunnel {
+    /// The backend's port for packets in UDP; `None`: IP in IP.
+    pub gue_port: Option<u16>,
+    /// The source of outer headers, whose bits behind the prefix say which flow it is; `None`:
+    /// the address that the host would use.
+    pub source: Option<IpNet>,
+}
+
+impl Tunnel {
+    /// Fills in what outer headers have that is the same for every packet, in the record of a
+    /// backend that names it and the address that the host would send from.
+    pub fn outside(self, record: &mut abi::Backend) {
+        if let Some(network) = self.source {
+            record.source = abi::address(network.network());
+            let bits = network.max_prefix_len() - network.prefix_len();
+            let mask = 1_u32.checked_shl(bits.into()).unwrap_or(0).wrapping_sub(1);
+            record.source_mask_be = mask.to_be();
+        }
+        record.gue_port_be = self.gue_port.map_or(0, u16::to_be);
+        if !record.is_v6() {
+            let [source, addr] = [record.source[0] as u32, record.addr[0] as u32];
+            record.outer_sum = [tunnel::IPPROTO_IPV4, tunnel::IPPROTO_IPV6].map(|inner| {
+                let protocol = tunnel::outer_protocol(self.gue_port.is_some(), inner);
+                tunnel::outer_sum(source, addr, protocol)
+            });
+        }
+    }
 }
 
 /// The IP protocol number of a transport.

@@ -7,7 +7,7 @@ use canary_ebpf_common::{
     compile::{self, Backend, BackendsError, Placement},
 };
 
-use super::{Family, adopt::slot};
+use super::{Family, adopt::slot, serves};
 use crate::{
     config::model::{Service, Version},
     store::{PlacementRecord, ServiceRecord},
@@ -40,7 +40,7 @@ impl Placements {
                 let owners = (0..).zip(owners.iter().flatten());
                 owners.filter(|(_, owner)| Some(**owner) == old).map(|(b, _)| b).collect()
             };
-            match follow(before, owned, &backends(version, family), service.buckets) {
+            match follow(before, owned, &backends(service, version, family), service.buckets) {
                 Ok(placement) => placements.0[at] = Some(placement),
                 Err(error) => tracing::error!(
                     service = service.name,
@@ -100,9 +100,9 @@ fn read(record: &ServiceRecord, version: &str, family: Family) -> Option<Placeme
 }
 
 /// The configured backends of a version that a table of `family` can name.
-fn backends(version: &Version, family: Family) -> Vec<Backend> {
-    let of_family = version.backends.iter().filter(|b| Family::of(b.addr.ip()) == family);
-    of_family
+fn backends(service: &Service, version: &Version, family: Family) -> Vec<Backend> {
+    let served = version.backends.iter().filter(|b| serves(service, family, b.addr.ip()));
+    served
         .map(|b| Backend { identity: compile::identity(&b.addr), weight: b.weight, healthy: true })
         .collect()
 }

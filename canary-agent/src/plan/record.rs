@@ -10,10 +10,11 @@ use canary_ebpf_common::{
     abi::{self, ForwardMode, PAGE_BUCKETS, SERVICE_HASH_CONNECTION, SERVICE_QUIC},
     entry::BackendIndex,
 };
+use ipnet::IpNet;
 
-use super::{BackendPlan, Family, NextHop, Policy, ServicePlan, ServiceState, Table};
+use super::{BackendPlan, Family, NextHop, Policy, ServicePlan, ServiceState, Table, Tunnel};
 use crate::{
-    config::model::{Existing, Forward, Protocol, Service, Stickiness},
+    config::model::{Existing, Forward, Mss, Protocol, Service, Stickiness},
     store::Admin,
 };
 
@@ -26,6 +27,8 @@ pub(super) fn service_record(service: &Service, id: u16, first_page: u32) -> abi
     let mode = match service.forward {
         Forward::Nat => ForwardMode::Nat,
         Forward::Dsr => ForwardMode::Dsr,
+        Forward::Ipip => ForwardMode::Ipip,
+        Forward::Gue => ForwardMode::Gue,
     };
     let whole = match service.stickiness {
         Stickiness::Connection => SERVICE_HASH_CONNECTION,
@@ -71,7 +74,7 @@ pub(super) fn policy(service: &Service) -> Policy {
     let millis = |d: std::time::Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
     let udp = service.ports.iter().any(|port| port.protocol == Protocol::Udp);
     Policy {
-        tracks: service.forward != Forward::Nat,
+        tracks: !service.forward.translates(),
         existing: service.existing,
         drain_ms: service.drain.map(millis),
         learn_ms: udp.then(|| millis(service.udp_idle)),
@@ -109,6 +112,7 @@ pub(super) fn backend_plans(
         for table in &state.tables {
             let mut plan = |index, version, addr, hop: &Result<NextHop, String>| {
                 let next_hop = hop.as_ref().ok().copied();
+                let tunnel = tunnel_of(&state.config, addr);
                 let range = nat_range(&state.config, addr, next_hop, nat_ranges, nat_sources);
                 // Without a source of its own it would get somebody else's.
                 let next_hop = next_hop.filter(|_| range.is_some());
@@ -125,6 +129,9 @@ pub(super) fn backend_plans(
                     maint: false,
                     slow_since_ms: None,
                     weight: 0,
+                    tunnel,
+                    mss: next_hop
+                        .map_or(0, |hop| mss(&state.config, table.family, tunnel, addr, hop)),
                 };
                 (index, plan)
             };
@@ -146,6 +153,36 @@ pub(super) fn backend_plans(
     }
     plans.sort_unstable_by_key(|(index, _)| *index);
     plans
+}
+
+/// How packets are wrapped for a backend of `service`, if they are.
+pub fn tunnel_of(service: &Service, addr: SocketAddr) -> Option<Tunnel> {
+    let gue_port = match service.forward {
+        Forward::Nat | Forward::Dsr => return None,
+        Forward::Ipip => None,
+        Forward::Gue => Some(service.gue_port),
+    };
+    let same_family = |network: &&IpNet| Family::of(network.addr()) == Family::of(addr.ip());
+    Some(Tunnel { gue_port, source: service.tunnel_source.iter().find(same_family).copied() })
+}
+
+/// The MSS that SYNs of a table of `family` announce at most; 0 where `service` leaves it.
+fn mss(
+    service: &Service,
+    family: Family,
+    tunnel: Option<Tunnel>,
+    addr: SocketAddr,
+    hop: NextHop,
+) -> u16 {
+    match service.mss {
+        None => 0,
+        Some(Mss::Most(most)) => most,
+        Some(Mss::Auto) => {
+            // TCP and the header of the packet that clients send, without options.
+            let headers = if family == Family::V4 { 40 } else { 60 };
+            super::inner_mtu(tunnel, addr.ip(), hop.mtu).saturating_sub(headers)
+        }
+    }
 }
 
 /// The lists of source addresses that the configuration names, and how many elements they take.
@@ -243,6 +280,9 @@ mod tests {
             ports: Vec::new(),
             forward: Forward::Nat,
             nat_source: Vec::new(),
+            tunnel_source: Vec::new(),
+            gue_port: 6080,
+            mss: None,
             stickiness: Stickiness::Client,
             control: 0,
             existing: Existing::Pin,

@@ -50,6 +50,7 @@ const ASSUMED: NextHop = NextHop {
     destination_mac: [0; 6],
     source: IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED),
     tags: Tags { outer: 0, inner: 0, service: false },
+    mtu: 1500,
 };
 
 /// Why connections of a service that stays do not.

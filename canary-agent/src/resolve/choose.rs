@@ -4,7 +4,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteType, RouteVia};
+use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteMetric, RouteType, RouteVia};
 use nix::errno::Errno;
 
 use super::{
@@ -21,6 +21,8 @@ pub(super) struct Route {
     pub(super) neighbour: NeighbourKey,
     /// The source that the host would use.
     pub(super) source: IpAddr,
+    /// Bytes that the route takes, where it says so or the kernel has learnt it.
+    pub(super) mtu: Option<u32>,
 }
 
 /// Why no route needs to be looked up for an address, if so.
@@ -63,7 +65,7 @@ pub(super) fn route(
 }
 
 fn unicast(destination: IpAddr, message: &RouteMessage) -> Result<Route, Unresolved> {
-    let (mut ifindex, mut gateway, mut source) = (None, None, None);
+    let (mut ifindex, mut gateway, mut source, mut mtu) = (None, None, None, None);
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Oif(index) => ifindex = Some(*index),
@@ -72,6 +74,12 @@ fn unicast(destination: IpAddr, message: &RouteMessage) -> Result<Route, Unresol
             RouteAttribute::Via(RouteVia::Inet(v4)) => gateway = Some(IpAddr::V4(*v4)),
             RouteAttribute::Via(RouteVia::Inet6(v6)) => gateway = Some(IpAddr::V6(*v6)),
             RouteAttribute::PrefSource(address) => source = route_ip(address),
+            RouteAttribute::Metrics(metrics) => {
+                mtu = metrics.iter().find_map(|metric| match metric {
+                    RouteMetric::Mtu(mtu) if *mtu > 0 => Some(*mtu),
+                    _ => None,
+                });
+            }
             RouteAttribute::EncapType(_) | RouteAttribute::Encap(_) => {
                 return Err(Unresolved::Encapsulated);
             }
@@ -86,12 +94,13 @@ fn unicast(destination: IpAddr, message: &RouteMessage) -> Result<Route, Unresol
     Ok(Route {
         neighbour: NeighbourKey { ifindex, address: gateway.unwrap_or(destination) },
         source: source.unwrap_or(none),
+        mtu,
     })
 }
 
 /// The next hop of a route, or why there is none at present.
 pub(super) fn next_hop(route: &Route, tables: &Tables) -> Result<NextHop, Unresolved> {
-    let Route { neighbour: key, source } = *route;
+    let Route { neighbour: key, source, mtu } = *route;
     let NeighbourKey { ifindex, address: neighbour } = key;
     let link = tables.link(ifindex).ok_or(Unresolved::InterfaceGone { ifindex })?;
     let interface = || link.name.clone();
@@ -105,7 +114,8 @@ pub(super) fn next_hop(route: &Route, tables: &Tables) -> Result<NextHop, Unreso
         (Some(destination_mac), _) => {
             let too_many = || Unresolved::TooManyTags { interface: interface() };
             let (ifindex, tags) = tables.way_down(link).ok_or_else(too_many)?;
-            Ok(NextHop { ifindex, source_mac, destination_mac, source, tags })
+            let mtu = mtu.map_or(link.mtu, |mtu| mtu.min(link.mtu));
+            Ok(NextHop { ifindex, source_mac, destination_mac, source, tags, mtu })
         }
         (None, None) => Err(Unresolved::Resolving { neighbour, interface: interface() }),
         (None, Some(Trouble::Silent)) => {
@@ -256,6 +266,7 @@ mod tests {
                 destination_mac: [4; 6],
                 source: SOURCE.into(),
                 tags: Tags::default(),
+                mtu: 1500,
             })
         );
     }

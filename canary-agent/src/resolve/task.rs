@@ -369,7 +369,7 @@ impl Task {
     }
 
     fn verify_address(&mut self, address: IpAddr) {
-        if let Some(Ok(Route { neighbour, source })) = self.routes.get(&address) {
+        if let Some(Ok(Route { neighbour, source, mtu: _ })) = self.routes.get(&address) {
             self.verify(*neighbour, *source);
         }
     }

@@ -14,7 +14,7 @@ use crate::config::model::{Forward, SignalKind};
 /// Why a signal can't be seen with a way of forwarding; `None` where it is seen.
 pub const fn unseen(signal: SignalKind, forward: Forward) -> Option<&'static str> {
     match (signal, forward) {
-        (SignalKind::ServerReset, Forward::Dsr) => Some(
+        (SignalKind::ServerReset, Forward::Dsr | Forward::Ipip | Forward::Gue) => Some(
             "the servers answer past the balancer, which sees no reset of theirs: `server_reset` \
              needs `forward = \"nat\"`",
         ),

@@ -51,6 +51,9 @@ pub(crate) fn service(name: &str, versions: &[(&str, &[(&str, u32)])]) -> Servic
         ],
         forward: Forward::Dsr,
         nat_source: Vec::new(),
+        tunnel_source: Vec::new(),
+        gue_port: 6080,
+        mss: None,
         stickiness: Stickiness::Client,
         control: 0,
         existing: Existing::Pin,
@@ -92,6 +95,7 @@ pub(crate) fn hop(addr: SocketAddr) -> NextHop {
             SocketAddr::V6(_) => "2001:db8::1".parse().unwrap(),
         },
         tags: Tags::default(),
+        mtu: 1500,
     }
 }
 

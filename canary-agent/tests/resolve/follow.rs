@@ -62,6 +62,7 @@ fn next_hops_on_the_link_have_both_macs_and_the_source() {
                     destination_mac: PEER_MAC,
                     source: ip_addr(source),
                     tags: Tags::default(),
+                    mtu: 1500,
                 })
             );
         }

@@ -275,7 +275,9 @@ impl Running<'_> {
         let value = |word: &str| -> Result<String> {
             let Some(name) = word.strip_prefix('$') else { return Ok(word.to_owned()) };
             let port = self.bound.ports.get(name).map(ToString::to_string);
-            port.or_else(|| self.bound.hosts.get(name).map(|h| h.name()))
+            let label = || self.bound.labels.get(name).map(ToString::to_string);
+            port.or_else(label)
+                .or_else(|| self.bound.hosts.get(name).map(|h| h.name()))
                 .with_context(|| format!("{word} stands for nothing"))
         };
         let words: Vec<_> = text.split_whitespace().collect();

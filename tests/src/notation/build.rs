@@ -241,6 +241,12 @@ impl Builder<'_, '_> {
                 self.bytes.extend(input.get(from..).context("longer than the packet")?);
                 return Ok(());
             }
+            "quoted" => {
+                let input = self.context.input.context("there is no packet to quote")?;
+                let bytes = input.get(14..14 + number(rest())? as usize);
+                self.bytes.extend(bytes.context("longer than the packet")?);
+                return Ok(());
+            }
             "eth" => self.eth(&mut fields, next)?,
             "vlan" | "svlan" => self.tag(&mut fields, next)?,
             "hbh" | "dst" | "route" | "auth" | "frag" => {
@@ -324,6 +330,18 @@ impl Builder<'_, '_> {
         Ok(port)
     }
 
+    /// The flow label of the IPv6 header that comes next.
+    fn label(&mut self, fields: &mut Fields<'_>) -> Result<u32> {
+        let Some(text) = fields.take("flow") else { return Ok(0) };
+        let Some(name) = text.strip_prefix('$') else { return number(text) };
+        if let Some(label) = self.context.bound.labels.get(name) {
+            return Ok(*label);
+        }
+        let label = u32::from_be_bytes(self.seen(0)?) & 0xf_ffff;
+        self.context.bound.labels.insert(name.to_owned(), label);
+        Ok(label)
+    }
+
     fn eth(&mut self, fields: &mut Fields<'_>, next: &str) -> Result<()> {
         let [from, to] = self.sides(fields)?;
         let (to, from) = (self.mac(to, 0)?, self.mac(from, 6)?);
@@ -378,7 +396,7 @@ impl Builder<'_, '_> {
         let start = self.bytes.len();
         let first = fields.number("version", 6)? << 28
             | fields.number("class", 0)? << 20
-            | fields.number("flow", 0)?;
+            | self.label(fields)?;
         self.bytes.extend(first.to_be_bytes());
         self.bytes.extend([0, 0, fields.number("next", next_header(next))? as u8]);
         self.bytes.push(match fields.take("ttl") {

@@ -7,7 +7,8 @@
 //! Layers from the outside in, between ` / `: `eth`, `vlan`, `svlan` (802.1ad), `ip`, `ip6`, the
 //! extension headers `hbh`, `route`, `frag`, `auth` and `dst`, `tcp`, `udp`, `icmp`, `icmp6`, `quic`, `"text"`, `hex 0a0b`, `zeros 100`; at the end `pad 6` (bytes
 //! behind the IP packet) and `cut 20` (the frame's first bytes only). `same`
-//! stands for the rest of the packet that came in. Hosts go by the names of
+//! stands for the rest of the packet that came in, `quoted 28` for its first bytes behind the
+//! Ethernet header. Hosts go by the names of
 //! [`crate::names`] or by plain addresses. Lengths, checksums, header lengths and
 //! protocol numbers are right unless they are given: `csum=bad`, `csum=0x1234`,
 //! `len=9`, `len=+1`, `ihl=4`, `offset=4`, `proto=99`, `type=0x0806`.
@@ -28,8 +29,8 @@
 //! A QUIC packet reaches to byte `to` of the datagram's payload: 1,200 for an
 //! Initial, else 60. `width` is that of its variable-length integers, in bytes.
 //!
-//! In a packet that is expected, `$name` stands for a port, a MAC address or an
-//! address that the program chooses: bound where it comes first, the same from
+//! In a packet that is expected, `$name` stands for a port, a flow label (`flow=$name`), a
+//! MAC address or an address that the program chooses: bound where it comes first, the same from
 //! then on.
 
 mod build;
@@ -48,6 +49,8 @@ use crate::names::Host;
 pub struct Bound {
     /// Ports, in host order.
     pub ports: HashMap<String, u16>,
+    /// Flow labels.
+    pub labels: HashMap<String, u32>,
     /// Hosts.
     pub hosts: HashMap<String, Host>,
 }

@@ -41,6 +41,7 @@ mod sound;
 mod splits;
 mod stickiness;
 mod support;
+mod tunnels;
 mod udp;
 mod upgrade;
 mod verdicts;

@@ -9,6 +9,8 @@
 //!
 //! Owns those sockets. Must not know what is said on a connection, nor when.
 //!
+//! With `ipip` and `gue` packets are wrapped for the backend as clients' are.
+//!
 //! Packets have a hop limit of 1: a backend that lacks the VIP and forwards packets
 //! would send them back here, where they were steered to some backend that has it.
 
@@ -26,6 +28,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use canary_ebpf_common::{abi, tunnel};
 use nix::errno::Errno;
 use smoltcp::{
     iface::{self, Interface, SocketHandle, SocketSet},
@@ -43,7 +46,7 @@ use tokio::{
 use self::tap::{Port, Tap};
 use super::Failure;
 use crate::{
-    plan::NextHop,
+    plan::{NextHop, Tunnel},
     resolve::{Unresolved, Update},
 };
 
@@ -54,6 +57,17 @@ const RECEIVE_BYTES: usize = 8192;
 const SEND_BYTES: usize = 4096;
 /// A packet socket that nobody has used for so long is closed when another is opened.
 const IDLE_SECONDS: u64 = 300;
+
+/// Where a check goes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Target {
+    /// The backend.
+    pub(super) backend: IpAddr,
+    /// How packets are wrapped for it, if they are.
+    pub(super) tunnel: Option<Tunnel>,
+    /// The address that has to answer, of the same family.
+    pub(super) vip: SocketAddr,
+}
 
 /// Opens connections. They share a packet socket for each interface and family.
 pub(super) struct Direct {
@@ -84,41 +98,36 @@ impl Direct {
         Self { hops, taps: Mutex::default() }
     }
 
-    /// Whether `backend` answers for `vip`: the handshake is reset before it is complete.
+    /// Whether the backend answers for the VIP: the handshake is reset before it is complete.
     pub(super) async fn touch(
         &self,
-        backend: IpAddr,
-        vip: SocketAddr,
+        target: Target,
         deadline: Instant,
     ) -> Result<(), NoConnection> {
-        let mut connection = self.begin(backend, vip, deadline).await?;
+        let mut connection = self.begin(target, deadline).await?;
         connection.only_touch = true;
         connection.established(deadline).await
     }
 
-    /// A connection to `vip` on `backend`.
+    /// A connection to the VIP on the backend.
     pub(super) async fn connect(
         &self,
-        backend: IpAddr,
-        vip: SocketAddr,
+        target: Target,
         deadline: Instant,
     ) -> Result<Connection, NoConnection> {
-        let mut connection = self.begin(backend, vip, deadline).await?;
+        let mut connection = self.begin(target, deadline).await?;
         connection.established(deadline).await?;
         Ok(connection)
     }
 
-    async fn begin(
-        &self,
-        backend: IpAddr,
-        vip: SocketAddr,
-        deadline: Instant,
-    ) -> Result<Connection, NoConnection> {
+    async fn begin(&self, target: Target, deadline: Instant) -> Result<Connection, NoConnection> {
+        let Target { backend, tunnel, vip } = target;
         let hop = self.hop(backend, deadline).await?;
         let tap = self.tap(&hop).map_err(|error| NoConnection::Host(errno(&error)))?;
         let (port, packets) =
             tap.take_port(vip).map_err(|error| NoConnection::Host(errno(&error)))?;
-        Connection::new(port, packets, hop.destination_mac, vip)
+        let outer = tunnel.map(|tunnel| Outer::new(tunnel, backend, &hop));
+        Connection::new(port, packets, Route { mac: hop.destination_mac, outer }, vip)
             .ok_or(NoConnection::Host(Errno::EADDRNOTAVAIL))
     }
 
@@ -159,10 +168,37 @@ fn errno(error: &io::Error) -> Errno {
     error.raw_os_error().map_or(Errno::UnknownErrno, Errno::from_raw)
 }
 
+/// What packets to a backend are wrapped in.
+#[derive(Debug)]
+struct Outer {
+    record: abi::Backend,
+    gue: bool,
+}
+
+impl Outer {
+    fn new(tunnel: Tunnel, backend: IpAddr, hop: &NextHop) -> Self {
+        let mut record = abi::Backend {
+            addr: abi::address(backend),
+            source: abi::address(hop.source),
+            flags: if backend.is_ipv6() { abi::BACKEND_V6 } else { 0 },
+            ..abi::Backend::default()
+        };
+        tunnel.outside(&mut record);
+        Self { record, gue: tunnel.gue_port.is_some() }
+    }
+}
+
+/// How packets get to a backend.
+#[derive(Debug)]
+struct Route {
+    mac: [u8; 6],
+    outer: Option<Outer>,
+}
+
 /// The way of packets between the stack and the packet socket.
 struct Wire {
     port: Port,
-    to: [u8; 6],
+    to: Route,
     arrived: VecDeque<Bytes>,
 }
 
@@ -172,11 +208,11 @@ impl phy::Device for Wire {
 
     fn receive(&mut self, _: StackTime) -> Option<(Arrived, Outgoing<'_>)> {
         let packet = self.arrived.pop_front()?;
-        Some((Arrived(packet), Outgoing { tap: self.port.tap(), to: self.to }))
+        Some((Arrived(packet), Outgoing { tap: self.port.tap(), to: &self.to }))
     }
 
     fn transmit(&mut self, _: StackTime) -> Option<Outgoing<'_>> {
-        Some(Outgoing { tap: self.port.tap(), to: self.to })
+        Some(Outgoing { tap: self.port.tap(), to: &self.to })
     }
 
     fn capabilities(&self) -> DeviceCapabilities {
@@ -202,15 +238,22 @@ impl phy::RxToken for Arrived {
 
 struct Outgoing<'a> {
     tap: &'a Tap,
-    to: [u8; 6],
+    to: &'a Route,
 }
 
 impl phy::TxToken for Outgoing<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, length: usize, f: F) -> R {
         let mut packet = vec![0; length];
         let result = f(&mut packet);
+        let Route { mac, outer } = self.to;
+        if let Some(Outer { record, gue }) = outer {
+            match tunnel::wrapped(record, *gue, &packet, 0) {
+                Some(whole) => packet = whole,
+                None => return result,
+            }
+        }
         // What can't be sent is lost like any other packet, and sent again.
-        if let Err(error) = self.tap.send(self.to, &packet) {
+        if let Err(error) = self.tap.send(*mac, &packet) {
             tracing::debug!(%error, "a packet of a health check can't be sent");
         }
         result
@@ -233,12 +276,7 @@ pub(super) struct Connection {
 
 impl Connection {
     /// Begins one. `None` if its ends can't be ends of a connection.
-    fn new(
-        port: Port,
-        packets: mpsc::Receiver<Bytes>,
-        to: [u8; 6],
-        vip: SocketAddr,
-    ) -> Option<Self> {
+    fn new(port: Port, packets: mpsc::Receiver<Bytes>, to: Route, vip: SocketAddr) -> Option<Self> {
         let local = port.local();
         let began = Instant::now();
         let mut wire = Wire { port, to, arrived: VecDeque::new() };
