@@ -39,7 +39,7 @@ fn exercise(test: &str, way: Way) {
     let trust = Trust::new();
     let _quic: Vec<_> =
         topology.backends.iter().map(|host| QuicServer::start(host, &trust)).collect();
-    let bench = Bench { way, servers: Vec::new(), topology };
+    let bench = Bench::on(way, topology);
     // `udp_idle` is far longer than the test takes: nobody waits for it.
     let services = bench.service(SERVICE, QUIC_PORT, &["udp"], "quic = true\nudp_idle = \"10m\"");
     let agent = Agent::start(&bench.topology, &AgentOptions::native(&bench.topology), &services);

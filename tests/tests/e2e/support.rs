@@ -15,12 +15,14 @@ use canary_agent::api::model::{BackendStatus, ServiceStatus, Status, VersionStat
 use canary_ebpf_common::abi::{Flow, FlowKeyV4, flow_state};
 use canary_tests::{
     agent::{Agent, AgentOptions, Output},
+    binary,
     client::{self, Connection, UdpFlow},
     loaded::Flows,
     netns::Namespace,
     server::{ECHO_PORT, HTTP_PORT, Server},
     spawn,
     topology::{Family, Host, Options, Topology},
+    workdir::Workdir,
 };
 use nix::time::{ClockId, clock_gettime};
 
@@ -60,6 +62,9 @@ pub(crate) fn alone() -> MutexGuard<'static, ()> {
 /// Hosts with their servers, and what the balancer's services are.
 pub(crate) struct Bench {
     pub(crate) way: Way,
+    forward: &'static str,
+    /// Of the programs with which backends unwrap packets.
+    pub(crate) pins: Vec<Workdir>,
     // Servers end before their namespaces go.
     pub(crate) servers: Vec<Server>,
     pub(crate) topology: Topology,
@@ -92,7 +97,25 @@ impl Bench {
     pub(crate) fn of(way: Way, options: &Options, start: impl FnMut(&Host) -> Server) -> Self {
         let topology = Topology::new(options);
         let servers = topology.backends.iter().map(start).collect();
-        Self { way, servers, topology }
+        Self { servers, ..Self::on(way, topology) }
+    }
+
+    /// The same without servers.
+    pub(crate) fn on(way: Way, topology: Topology) -> Self {
+        let forward = if way == Way::Dsr { "dsr" } else { "nat" };
+        Self { way, forward, pins: Vec::new(), servers: Vec::new(), topology }
+    }
+
+    /// As for `dsr`, with packets wrapped for backends that unwrap them: `ipip` or `gue`.
+    #[track_caller]
+    pub(crate) fn wrapped(forward: &'static str, versions: &[(&str, u8)]) -> Self {
+        let mut bench = Self::new(Way::Dsr, versions);
+        bench.forward = forward;
+        let hosts = &bench.topology.backends;
+        bench.pins = hosts.iter().map(|_| Workdir::new("decap")).collect();
+        let from = ["eth0", "--from", "10.1.0.2", "--from", "fd00:1::2"];
+        hosts.iter().zip(&bench.pins).for_each(|(host, pins)| decap(host, pins, &from));
+        bench
     }
 
     /// Both services on both families; `keys` are more lines of each.
@@ -141,7 +164,7 @@ impl Bench {
         keys: &str,
         weight_of: impl Fn(&Host) -> Option<u32>,
     ) -> String {
-        let forward = if self.way == Way::Dsr { "dsr" } else { "nat" };
+        let forward = self.forward;
         let ports: Vec<String> = protocols.iter().map(|one| format!("{one}/{port}")).collect();
         let vips: Vec<String> = families.iter().map(|family| family.vip().to_string()).collect();
         format!(
@@ -249,6 +272,18 @@ impl Bench {
         });
         pool
     }
+}
+
+/// Runs `canary-agent decap` on a backend.
+#[track_caller]
+pub(crate) fn decap(host: &Host, pins: &Workdir, args: &[&str]) {
+    let mut command = host.namespace.command(binary::locate("canary-agent"));
+    command.arg("decap").args(args).arg("--pins").arg(pins.bpffs().join("decap"));
+    command.stdout(Stdio::null()).stderr(Stdio::piped());
+    let child = spawn::spawn(command).expect("the command starts");
+    let output = child.wait_with_output().expect("the command ends");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{} {args:?}: {said}", host.name);
 }
 
 /// Connections that are open, each with the server that it began on.

@@ -1,38 +1,34 @@
 //! `ipip` and `gue` end to end: the balancer wraps, `canary-agent decap` on each backend unwraps,
 //! and servers answer clients directly.
 
-use std::{net::SocketAddr, process::Stdio};
+use std::net::SocketAddr;
 
 use canary_tests::{
     agent::{Agent, AgentOptions},
-    binary,
     client::Connection,
     host, http,
     server::{ECHO_PORT, HTTP_PORT},
-    spawn,
     topology::{Family, Host},
     wait,
-    workdir::Workdir,
 };
 
-use crate::support::{Bench, ECHO, SHOP, Transport, Way, of_version};
+use crate::support::{Bench, ECHO, SHOP, Transport, decap, of_version};
 
 /// The balancer, and backends that unwrap.
 struct Wrapped {
     bench: Bench,
-    pins: Vec<Workdir>,
+    forward: &'static str,
 }
 
 impl Wrapped {
     #[track_caller]
-    fn new(versions: &[(&str, u8)]) -> Self {
-        let bench = Bench::new(Way::Dsr, versions);
-        let pins = bench.topology.backends.iter().map(unwraps).collect();
-        Self { bench, pins }
+    fn new(forward: &'static str, versions: &[(&str, u8)]) -> Self {
+        Self { bench: Bench::wrapped(forward, versions), forward }
     }
 
     /// Both services on both families, whose backends go by addresses of `outer`.
-    fn services(&self, forward: &str, outer: &[Family], keys: &str) -> String {
+    fn services(&self, outer: &[Family], keys: &str) -> String {
+        let forward = self.forward;
         let one = |name: &str, port: u16, ports: &str| {
             format!(
                 "[[service]]\nname = {name:?}\nvip = [{:?}, {:?}]\nports = {ports}\n\
@@ -56,40 +52,15 @@ impl Wrapped {
     }
 }
 
-/// Has a backend unwrap what the balancer sends.
 #[track_caller]
-fn unwraps(host: &Host) -> Workdir {
-    let workdir = Workdir::new("tunnels");
-    decap(host, &workdir, &["eth0", "--from", "10.1.0.2", "--from", "fd00:1::2"]);
-    workdir
-}
-
-/// Has it unwrap nothing any more.
-#[track_caller]
-fn detach(host: &Host, workdir: &Workdir) {
-    decap(host, workdir, &["--detach"]);
-}
-
-#[track_caller]
-fn decap(host: &Host, workdir: &Workdir, args: &[&str]) {
-    let mut command = host.namespace.command(binary::locate("canary-agent"));
-    command.arg("decap").args(args).arg("--pins").arg(workdir.bpffs().join("decap"));
-    command.stdout(Stdio::null()).stderr(Stdio::piped());
-    let child = spawn::spawn(command).expect("the command starts");
-    let output = child.wait_with_output().expect("the command ends");
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{} {args:?}: {said}", host.name);
-}
-
-#[track_caller]
-fn serves(test: &str, forward: &str) {
+fn serves(test: &str, forward: &'static str) {
     if !host::ready(test) {
         return;
     }
-    let wrapped = Wrapped::new(&[("stable", 2), ("v2", 1)]);
+    let wrapped = Wrapped::new(forward, &[("stable", 2), ("v2", 1)]);
     let bench = &wrapped.bench;
     for outer in [&[Family::V4][..], &[Family::V6], &Family::ALL] {
-        let services = wrapped.services(forward, outer, "split = { v2 = \"50%\" }");
+        let services = wrapped.services(outer, "split = { v2 = \"50%\" }");
         let mut agent = wrapped.agent(&services);
         let mut pool = bench.connect(Family::V4, 0..30);
         pool.open.extend(bench.connect(Family::V6, 0..30).open);
@@ -132,14 +103,14 @@ fn services_are_served_wrapped_in_udp() {
 /// A backend is checked as clients reach it: wrapped, at the VIP. One that does not unwrap is down,
 /// though its server answers.
 #[track_caller]
-fn checked_at_the_vip(test: &str, forward: &str) {
+fn checked_at_the_vip(test: &str, forward: &'static str) {
     if !host::ready(test) {
         return;
     }
-    let wrapped = Wrapped::new(&[("stable", 2)]);
+    let wrapped = Wrapped::new(forward, &[("stable", 2)]);
     let check = "health = { type = \"http\", path = \"/healthz\", via = \"vip\", interval = \"200ms\", \
                  timeout = \"150ms\", rise = 1, fall = 3 }";
-    let services = wrapped.services(forward, &Family::ALL, "");
+    let services = wrapped.services(&Family::ALL, "");
     let services = services.replace("health = { type = \"none\" }", check);
     // The echo service speaks no HTTP.
     let services = services.split("[[service]]").nth(1).map(|shop| format!("[[service]]{shop}"));
@@ -161,7 +132,7 @@ fn checked_at_the_vip(test: &str, forward: &str) {
     let [first, second] = &wrapped.bench.topology.backends[..] else { panic!("two backends") };
     all_are(first, "up");
     all_are(second, "up");
-    detach(first, &wrapped.pins[0]);
+    decap(first, &wrapped.bench.pins[0], &["--detach"]);
     all_are(first, "down");
     let names = wrapped.bench.connect(Family::V4, 200..230);
     assert!(names.open.iter().all(|(_, name)| *name == second.name));
@@ -181,16 +152,16 @@ fn backends_behind_gue_are_checked_at_the_vip() {
 /// What a client sends in full packets does not fit the same path when it is wrapped: it is told
 /// so, and goes on in smaller ones.
 #[track_caller]
-fn uploads_fit(test: &str, forward: &str) {
+fn uploads_fit(test: &str, forward: &'static str) {
     if !host::ready(test) {
         return;
     }
     let long = std::env::var_os("CANARY_LONG").is_some();
-    let wrapped = Wrapped::new(&[("stable", 2)]);
+    let wrapped = Wrapped::new(forward, &[("stable", 2)]);
     let mut whole = vec![0; 100 << 20];
     http::fill(&mut whole, 0);
     for outer in Family::ALL {
-        let agent = wrapped.agent(&wrapped.services(forward, &[outer], ""));
+        let agent = wrapped.agent(&wrapped.services(&[outer], ""));
         for family in Family::ALL {
             let once = forward == "ipip" && outer == Family::V4 && family == Family::V4;
             let body = if long || once { &whole[..] } else { &whole[..10 << 20] };

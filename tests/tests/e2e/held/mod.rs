@@ -4,7 +4,7 @@
 //!
 //! `CANARY_SEED` makes a run again (its changes and pauses; not how the kernel
 //! schedules it). `CANARY_LONG` makes it long: every change of the issue in each
-//! mode instead of in both together, and one mode more.
+//! mode instead of in both together, and three modes more.
 
 mod fleet;
 mod history;
@@ -95,11 +95,16 @@ const VERSIONS: &[(&str, u8)] = &[("stable", 3), ("v2", 2), ("v3", 2)];
 
 #[track_caller]
 fn exercise(test: &str, way: Way) {
+    exercise_on(test, || Bench::new(way, VERSIONS));
+}
+
+#[track_caller]
+fn exercise_on(test: &str, bench: impl FnOnce() -> Bench) {
     if !host::ready(test) {
         return;
     }
     let _alone = alone();
-    let bench = Bench::new(way, VERSIONS);
+    let bench = bench();
     hold(test, &bench, HELD, &|server, healthy| bench.servers[server].set_healthy(healthy));
 }
 
@@ -216,6 +221,23 @@ fn nothing_that_is_open_notices_changes_and_kills_in_one_armed_nat() {
             "nothing_that_is_open_notices_changes_and_kills_in_one_armed_nat",
             Way::NatOneArmed,
         );
+    }
+}
+
+#[test]
+fn nothing_that_is_open_notices_changes_and_kills_in_ipip() {
+    // Steered and tracked as `dsr`, but for what is done with a packet at last.
+    if long() {
+        let test = "nothing_that_is_open_notices_changes_and_kills_in_ipip";
+        exercise_on(test, || Bench::wrapped("ipip", VERSIONS));
+    }
+}
+
+#[test]
+fn nothing_that_is_open_notices_changes_and_kills_in_gue() {
+    if long() {
+        let test = "nothing_that_is_open_notices_changes_and_kills_in_gue";
+        exercise_on(test, || Bench::wrapped("gue", VERSIONS));
     }
 }
 
