@@ -228,8 +228,15 @@ fn unsteered(from: [u8; 6], to: [u8; 6]) -> Vec<(&'static str, Vec<u8>)> {
     frame!("UDP to another port of the VIP", v4().udp(1_000, 53));
     frame!("UDP over IPv6 to another port", v6().udp(1_000, 53));
     frame!("UDP to a TCP service's port", v4().udp(1_000, HTTP_PORT));
-    frame!("ICMP echo request", v4().icmpv4_echo_request(1, 2));
-    frame!("ICMPv6 echo request", v6().icmpv6_echo_request(1, 2));
+    // The balancer answers those to the VIP itself.
+    frame!(
+        "ICMP echo request",
+        link().ipv4(client, BALANCER_V4.octets(), 17).icmpv4_echo_request(1, 2)
+    );
+    frame!(
+        "ICMPv6 echo request",
+        link().ipv6(client6, BALANCER_V6.octets(), 17).icmpv6_echo_request(1, 2)
+    );
     frame!(
         "TCP to the service's port of another address",
         link().ipv4(client, BALANCER_V4.octets(), 17).tcp(1_000, HTTP_PORT, 1, 1_000).syn()
