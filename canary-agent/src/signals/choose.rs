@@ -17,9 +17,9 @@ const SLACK: f64 = 0.8;
 ///
 /// ```
 /// use canary_agent::signals::choose::halvings;
-/// // A canary of 1 % is watched whole, and control 1 in 64.
+/// // A canary of 1 % is watched whole, and control 1 in 128.
 /// let chosen = halvings(&[0.99, 0.01], 1000.0, 500.0, &[None, None]);
-/// assert_eq!(chosen, [Some(6), Some(0)]);
+/// assert_eq!(chosen, [Some(7), Some(0)]);
 /// ```
 pub fn halvings(
     shares: &[f64],

@@ -251,8 +251,13 @@ fn world(flows: usize) -> World {
     };
     let watched =
         WATCHED.map(|(vip, mode, _)| Service { signals: true, ..service(vip, mode, "all") });
-    let others =
-        [service(1, "dsr", "all"), service(2, "nat", "all"), service(3, "dsr", "b32 was b31")];
+    let others = [
+        service(1, "dsr", "all"),
+        service(2, "nat", "all"),
+        service(3, "dsr", "b32 was b31"),
+        service(8, "ipip", "all"),
+        service(9, "gue", "all"),
+    ];
     World {
         service: others.into_iter().chain(watched).collect(),
         // Two entries for a translated flow and one for a tracked one, and room to spare.
@@ -366,6 +371,8 @@ fn kinds(loaded: &mut Loaded, flows: usize) -> Result<Vec<Kind>> {
         };
         add("pass, no service", XDP_PASS, frames(Host::Us, "A seq=1001")?);
         add("dsr", XDP_TX, frames(Host::Vip(1), "A seq=1001")?);
+        add("ipip", XDP_TX, frames(Host::Vip(8), "A seq=1001")?);
+        add("gue", XDP_TX, frames(Host::Vip(9), "A seq=1001")?);
         for vip in [Host::Vip(3), Host::Vip(4), Host::Vip(5)] {
             for syn in frames(vip, "S seq=1000")? {
                 ensure!(loaded.run(&syn)?.action == XDP_TX, "a flow was refused");
