@@ -317,10 +317,16 @@ impl<'a> Script<'a> {
     /// Writes a configuration with other weights and other backends, for the next start.
     fn reconfigure(&mut self) -> String {
         let mut done = Vec::new();
+        let mut changed = BTreeSet::new();
         for _ in 0..1 + self.random.below(3) {
             let (name, server) = self.draw_backend();
             let weight = self.random.below(4) as u32;
             let toggle = self.random.below(2) == 0;
+            // Of one that is removed and added again at once, the agent hears nothing, and keeps
+            // what it was told.
+            if !changed.insert((name, server)) {
+                continue;
+            }
             let host = &self.place.bench.topology.backends[server].name;
             let change = match toggle {
                 true => self.fleet.toggle(name, server),
