@@ -139,21 +139,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    struct Bytes(Vec<u8>);
-
-    // SAFETY: `at` stays within the vector, which nothing resizes; bytes only are read.
-    unsafe impl Frame for Bytes {
-        fn at<T>(&self, offset: usize) -> Option<*mut T> {
-            let inside = offset.checked_add(size_of::<T>())? <= self.0.len();
-            // SAFETY: inside the vector.
-            inside.then(|| unsafe { self.0.as_ptr().add(offset).cast_mut().cast() })
-        }
-
-        fn len_bytes(&self) -> usize {
-            self.0.len()
-        }
-    }
+    use crate::headers::tests::Bytes;
 
     proptest! {
         /// Whatever the bytes are, the walk ends within them.

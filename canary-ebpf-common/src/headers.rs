@@ -195,3 +195,27 @@ const _: () = {
     assert!(size_of::<Tcp>() == 20);
     assert!(size_of::<Icmp>() == 8);
 };
+
+#[cfg(test)]
+pub(crate) mod tests {
+    //! A frame in memory.
+
+    use super::Frame;
+
+    /// Bytes that stand for a frame.
+    pub(crate) struct Bytes(pub(crate) Vec<u8>);
+
+    // SAFETY: `at` stays within the vector, which nothing resizes and nobody else reads meanwhile;
+    // x86-64 and aarch64 load unaligned words as they are.
+    unsafe impl Frame for Bytes {
+        fn at<T>(&self, offset: usize) -> Option<*mut T> {
+            let inside = offset.checked_add(size_of::<T>())? <= self.0.len();
+            // SAFETY: inside the vector.
+            inside.then(|| unsafe { self.0.as_ptr().add(offset).cast_mut().cast() })
+        }
+
+        fn len_bytes(&self) -> usize {
+            self.0.len()
+        }
+    }
+}

@@ -72,22 +72,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    struct Bytes(Vec<u8>);
-
-    // SAFETY: `at` stays within the vector, which nobody else reads meanwhile; x86-64 and aarch64
-    // load unaligned words as they are.
-    unsafe impl Frame for Bytes {
-        fn at<T>(&self, offset: usize) -> Option<*mut T> {
-            let inside = offset.checked_add(size_of::<T>())? <= self.0.len();
-            // SAFETY: inside the vector.
-            inside.then(|| unsafe { self.0.as_ptr().add(offset).cast_mut().cast() })
-        }
-
-        fn len_bytes(&self) -> usize {
-            self.0.len()
-        }
-    }
+    use crate::headers::tests::Bytes;
 
     fn checksum(bytes: &[u8]) -> u16 {
         let mut sum: u32 = 0;
