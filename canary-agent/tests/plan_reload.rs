@@ -453,6 +453,55 @@ fn edit(config: &mut Config, what: u8, n: u8) {
     }
 }
 
+/// Edits, each a kind and a number; v2's share in percent; milliseconds to wait.
+type Step = (Vec<(u8, u8)>, u8, u64);
+
+/// Reloads what `steps` edit, each after a share for v2 and a wait, and holds every reload against
+/// an agent that begins anew at that moment.
+fn assert_reloads_make_what_restarts_make(steps: &[Step]) {
+    let mut configured = config(vec![shop(), api()]);
+    let mut now = START_MS;
+    let mut planner = started(&configured);
+    for &(ref edits, share, wait) in steps {
+        now += wait + QUARANTINE_MS;
+        settle(&mut planner, now);
+        let control = {
+            let shop = planner.service("shop").unwrap().1;
+            shop.config().versions[shop.config().control].name.clone()
+        };
+        if control != "v2" {
+            split(&mut planner, "shop", &[("v2", &format!("{share}%"))]);
+        }
+        settle(&mut planner, now);
+        now += QUARANTINE_MS;
+        // A drain that ends in that second has ended for both: who begins anew doesn't know which
+        // buckets a backend that left still waits for, and waits for all that are tracked.
+        settle(&mut planner, now);
+        edits.iter().for_each(|(what, n)| edit(&mut configured, *what, *n));
+
+        let mut adopted = maps(planner.plane());
+        // Services that are not configured rest until the next plan is in force.
+        adopted.services.retain(|s| configured.services.iter().any(|c| c.name == s.name));
+        let ids: Vec<u16> = adopted.services.iter().map(|s| s.id).collect();
+        adopted.backends.retain(|(_, b)| ids.contains(&b.service));
+        let known = stored(&planner);
+        let start = Start { config: &configured, adopted, stored: &known, now_ms: now };
+        let mut restarted = Planner::begin(start).unwrap().0;
+        restarted.set_next_hops(&hops(&configured));
+        let expected = settle(&mut restarted, now);
+
+        let found = reload(&mut planner, &configured, now);
+        assert_eq!(steering(&found), steering(&expected));
+        assert_eq!(records(&found), records(&expected));
+        assert_eq!(stored(&planner), stored(&restarted));
+    }
+}
+
+#[test]
+fn a_drain_that_ends_as_a_reload_comes_is_no_difference() {
+    assert_reloads_make_what_restarts_make(&[(vec![(3, 7)], 1, 0), (vec![(3, 0)], 1, 995_437)]);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -465,38 +514,6 @@ proptest! {
             1..5,
         ),
     ) {
-        let mut configured = config(vec![shop(), api()]);
-        let mut now = START_MS;
-        let mut planner = started(&configured);
-        for (edits, share, wait) in steps {
-            now += wait + QUARANTINE_MS;
-            settle(&mut planner, now);
-            let control = {
-                let shop = planner.service("shop").unwrap().1;
-                shop.config().versions[shop.config().control].name.clone()
-            };
-            if control != "v2" {
-                split(&mut planner, "shop", &[("v2", &format!("{share}%"))]);
-            }
-            settle(&mut planner, now);
-            now += QUARANTINE_MS;
-            edits.iter().for_each(|(what, n)| edit(&mut configured, *what, *n));
-
-            let mut adopted = maps(planner.plane());
-            // Services that are not configured rest until the next plan is in force.
-            adopted.services.retain(|s| configured.services.iter().any(|c| c.name == s.name));
-            let ids: Vec<u16> = adopted.services.iter().map(|s| s.id).collect();
-            adopted.backends.retain(|(_, b)| ids.contains(&b.service));
-            let known = stored(&planner);
-            let start = Start { config: &configured, adopted, stored: &known, now_ms: now };
-            let mut restarted = Planner::begin(start).unwrap().0;
-            restarted.set_next_hops(&hops(&configured));
-            let expected = settle(&mut restarted, now);
-
-            let found = reload(&mut planner, &configured, now);
-            prop_assert_eq!(steering(&found), steering(&expected));
-            prop_assert_eq!(records(&found), records(&expected));
-            prop_assert_eq!(stored(&planner), stored(&restarted));
-        }
+        assert_reloads_make_what_restarts_make(&steps);
     }
 }
