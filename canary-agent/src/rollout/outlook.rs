@@ -233,7 +233,7 @@ fn reckon(
     Some(outlook)
 }
 
-/// The connections that a gate gets something of: as many of control's as of the canary's, if
+/// The connections that a gate gets something of: those that there is room to watch, if
 /// there is no room for all.
 fn watched(known: &Known, control: f64, canary: f64) -> Traffic {
     let Known { per_second, others, watched_at_most, .. } = known;

@@ -1,14 +1,21 @@
 //! How many of each version's connections are watched.
 //!
-//! A canary and control should have about as many watched connections: more of control's teach
-//! a gate little, and take the room. Each version's part is 1 in a power of two, by the hash of the
-//! tuple, so that it is told from a packet alone.
+//! Small versions come first: what is watched of a canary decides how soon a gate knows. The largest,
+//! control as a rule, has what they leave, up to [`CONTROL_TIMES`] as much as the next: with that
+//! much of it, what is to be compared with is known well, and more would teach a gate little. Each
+//! version's part is 1 in a power of two, by the hash of the tuple, so that it is told from a packet
+//! alone.
 
 use canary_ebpf_common::signals::MOST_HALVINGS;
 
 /// By how many halvings a part may be off before it is changed: each change costs what is being
 /// watched at that moment.
 const SLACK: f64 = 0.8;
+
+/// How many times as much of the largest version is watched as of the next, at the most. Against as
+/// much of both, a gate needs 0.56 times the canary's connections (the variance of a difference
+/// goes with 1 + 1/8 in place of 1 + 1), and with all of control's 0.5 times.
+const CONTROL_TIMES: f64 = 8.0;
 
 /// How many times each version's connections are halved; `None` for a version that has none.
 ///
@@ -17,8 +24,11 @@ const SLACK: f64 = 0.8;
 ///
 /// ```
 /// use canary_agent::signals::choose::halvings;
-/// // A canary of 1 % is watched whole, and control 1 in 128.
+/// // A canary of 1 % is watched whole, and of control 8 times as much: 1 in 16.
 /// let chosen = halvings(&[0.99, 0.01], 1000.0, 500.0, &[None, None]);
+/// assert_eq!(chosen, [Some(4), Some(0)]);
+/// // Where there is room for 20 a second, both have half of it.
+/// let chosen = halvings(&[0.99, 0.01], 1000.0, 20.0, &[None, None]);
 /// assert_eq!(chosen, [Some(7), Some(0)]);
 /// ```
 pub fn halvings(
@@ -27,25 +37,20 @@ pub fn halvings(
     budget: f64,
     present: &[Option<u32>],
 ) -> Vec<Option<u32>> {
-    let live = shares.iter().filter(|share| **share > 0.0).count().max(1) as f64;
-    let least = shares.iter().copied().filter(|share| *share > 0.0).fold(1.0, f64::min);
-    // What each of them may have; not more than the least of them has.
-    let each = (budget / live).min(least * per_second).max(f64::MIN_POSITIVE);
-    let ideal = shares.iter().map(|share| {
-        (*share > 0.0)
-            .then(|| (share * per_second / each).log2().clamp(0.0, f64::from(MOST_HALVINGS)))
-    });
-    let ideal: Vec<Option<f64>> = match per_second > 0.0 {
-        true => ideal.collect(),
-        // Nobody knows how many will come: by their shares alone.
-        false => shares
-            .iter()
-            .map(|share| {
-                let most = f64::from(MOST_HALVINGS);
-                (*share > 0.0).then(|| (share / least).log2().clamp(0.0, most))
-            })
-            .collect(),
+    // Where nobody knows how many will come, the shares have to do.
+    let (wanted, budget) = match per_second > 0.0 {
+        true => (shares.iter().map(|share| share * per_second).collect(), budget),
+        false => (shares.to_vec(), f64::INFINITY),
     };
+    let watched = watched(&wanted, budget);
+    let ideal: Vec<Option<f64>> = wanted
+        .iter()
+        .zip(watched)
+        .map(|(all, part)| {
+            let most = f64::from(MOST_HALVINGS);
+            (*all > 0.0).then(|| (all / part.max(f64::MIN_POSITIVE)).log2().clamp(0.0, most))
+        })
+        .collect();
     let fits = ideal.len() == present.len()
         && ideal.iter().zip(present).all(|(ideal, present)| match (ideal, present) {
             (Some(ideal), Some(present)) => (ideal - f64::from(*present)).abs() <= SLACK,
@@ -56,6 +61,26 @@ pub fn halvings(
         true => present.to_vec(),
         false => ideal.iter().map(|one| one.map(|halvings| halvings.round() as u32)).collect(),
     }
+}
+
+/// How many of each version's `all` connections are watched: together at most `budget`, nobody more
+/// than who is not watched whole, and the largest at most [`CONTROL_TIMES`] as many as the next.
+fn watched(all: &[f64], budget: f64) -> Vec<f64> {
+    let mut order: Vec<usize> = (0..all.len()).filter(|at| all[*at] > 0.0).collect();
+    order.sort_by(|a, b| all[*a].total_cmp(&all[*b]));
+    let mut watched = vec![0.0; all.len()];
+    let (mut left, mut next) = (budget, None);
+    for (done, at) in order.iter().enumerate() {
+        let waiting = order.len() - done;
+        let most = match next {
+            Some(next) if waiting == 1 => CONTROL_TIMES * next,
+            _ => f64::INFINITY,
+        };
+        watched[*at] = all[*at].min(left / waiting as f64).min(most);
+        left -= watched[*at];
+        next = Some(watched[*at]);
+    }
+    watched
 }
 
 #[cfg(test)]
@@ -73,20 +98,33 @@ mod tests {
 
     #[test]
     fn a_service_without_traffic_goes_by_its_shares() {
-        assert_eq!(halvings(&[0.75, 0.25], 0.0, 100.0, &[None; 2]), [Some(2), Some(0)]);
+        assert_eq!(halvings(&[0.75, 0.25], 0.0, 100.0, &[None; 2]), [Some(0), Some(0)]);
+        assert_eq!(halvings(&[0.99, 0.01], 0.0, 100.0, &[None; 2]), [Some(4), Some(0)]);
         assert_eq!(halvings(&[1.0, 0.0], 0.0, 100.0, &[None; 2]), [Some(0), None]);
     }
 
     #[test]
     fn what_nearly_fits_stays() {
-        let present = [Some(6), Some(0)];
+        let present = [Some(3), Some(0)];
         assert_eq!(halvings(&[0.985, 0.015], 1000.0, 500.0, &present), present);
-        assert_eq!(halvings(&[0.9, 0.1], 1000.0, 500.0, &present), [Some(3), Some(0)]);
+        assert_eq!(halvings(&[0.9, 0.1], 1000.0, 500.0, &present), [Some(1), Some(0)]);
+    }
+
+    #[test]
+    fn a_third_version_with_next_to_nothing_takes_nothing_from_the_canary() {
+        let chosen = halvings(&[0.9489, 0.05, 0.0011], 1000.0, 500.0, &[None; 3]);
+        assert_eq!(chosen, [Some(1), Some(0), Some(0)]);
+    }
+
+    #[test]
+    fn versions_of_one_size_share_the_room() {
+        let chosen = halvings(&[0.5, 0.25, 0.25], 1000.0, 300.0, &[None; 3]);
+        assert_eq!(chosen, [Some(2), Some(1), Some(1)]);
     }
 
     proptest! {
         #[test]
-        fn versions_have_about_as_many_and_together_about_the_budget(
+        fn small_versions_are_watched_whole_and_all_within_the_budget(
             canary in 0.0001_f64..0.9999,
             per_second in 1.0_f64..1e6,
             budget in 10.0_f64..1e4,
@@ -94,9 +132,11 @@ mod tests {
             let shares = [1.0 - canary, canary];
             let chosen = halvings(&shares, per_second, budget, &[None; 2]);
             let seconds = seconds(&shares, per_second, &chosen);
-            let (a, b) = (seconds[0], seconds[1]);
-            prop_assert!((a / b).log2().abs() <= 1.01, "{a} and {b} a second");
-            prop_assert!(a + b <= budget * 1.5, "{} a second of {budget}", a + b);
+            let (large, small) = (seconds[0].max(seconds[1]), seconds[0].min(seconds[1]));
+            prop_assert!(large <= small * CONTROL_TIMES * 2_f64.sqrt() * 1.01, "{large} and {small} a second");
+            prop_assert!(large + small <= budget * 1.5, "{} a second of {budget}", large + small);
+            let whole = canary.min(1.0 - canary) * per_second;
+            prop_assert!(small >= whole.min(budget / 2.0) * 0.7, "{small} a second of {whole}");
             let again = halvings(&shares, per_second, budget, &chosen);
             prop_assert_eq!(again, chosen);
         }
