@@ -70,12 +70,12 @@ fn http(expect: &[u16]) -> Health {
 }
 
 /// One that is told of failures; next hops are of no use to these checks.
-fn started(at_once: usize, on_failure: impl Fn(IpAddr) + Send + 'static) -> Prober {
-    Prober::start(at_once, watch::channel(Update::default()).1, on_failure)
+fn started(at_once: usize, on_check: impl Fn(IpAddr, bool) + Send + 'static) -> Prober {
+    Prober::start(at_once, watch::channel(Update::default()).1, on_check)
 }
 
 fn prober(targets: Vec<Target>) -> Prober {
-    let prober = started(64, |_| {});
+    let prober = started(64, |_, _| {});
     prober.set_targets(targets);
     prober
 }
@@ -141,9 +141,11 @@ async fn tcp_fails_where_nobody_listens_and_where_nobody_accepts() {
     listen(&fd, Backlog::new(0).unwrap()).unwrap();
     let _taken = TcpStream::connect(silent).await.unwrap();
 
-    let suspects = Arc::new(Mutex::new(BTreeMap::<IpAddr, u32>::new()));
-    let told = Arc::clone(&suspects);
-    let prober = started(64, move |addr| *told.lock().unwrap().entry(addr).or_default() += 1);
+    let told = Arc::new(Mutex::new(BTreeMap::<(IpAddr, bool), u32>::new()));
+    let tell = Arc::clone(&told);
+    let prober = started(64, move |addr, passed| {
+        *tell.lock().unwrap().entry((addr, passed)).or_default() += 1;
+    });
     let health = tcp(TIMING);
     let mut changes = prober.changes();
     prober.set_targets(vec![target(refused, &health), target(silent, &health)]);
@@ -161,7 +163,9 @@ async fn tcp_fails_where_nobody_listens_and_where_nobody_accepts() {
     for addr in [refused, silent] {
         assert!(report(&prober, addr, |r| r.down).await.failures >= 3);
     }
-    assert!(suspects.lock().unwrap()[&IpAddr::V4(Ipv4Addr::LOCALHOST)] >= 6);
+    let told = told.lock().unwrap().clone();
+    let failed = (IpAddr::V4(Ipv4Addr::LOCALHOST), false);
+    assert!(told[&failed] >= 6 && told.len() == 1, "{told:?}");
 }
 
 /// What a server does after it has got a request.
@@ -458,7 +462,7 @@ async fn no_more_checks_are_under_way_than_may_be() {
     let timing = Timing { timeout: Duration::from_millis(50), ..TIMING };
     let health = check(Ask::Http(request(&[200], None)), timing);
     let addrs = (1..=64).map(|n| SocketAddr::from(([127, 0, 1, n], port)));
-    let prober = started(AT_ONCE, |_| {});
+    let prober = started(AT_ONCE, |_, _| {});
     prober.set_targets(addrs.clone().map(|addr| target(addr, &health)).collect());
     for addr in addrs {
         report(&prober, addr, |r| r.failures >= 2).await;

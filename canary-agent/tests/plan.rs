@@ -440,6 +440,35 @@ fn a_backend_without_a_next_hop_gets_no_new_connections() {
 }
 
 #[test]
+fn a_backend_whose_neighbour_is_silent_keeps_what_is_open_and_gets_nothing_new() {
+    let configured = config(vec![three()]);
+    let mut planner = started(&configured);
+    let at: SocketAddr = "10.0.1.2:80".parse().unwrap();
+    let before = planner.plane().services[0].entries.clone();
+    let record = |planner: &Planner| {
+        let (index, plan) = planner.plane().backends.iter().find(|(_, b)| b.addr == at).unwrap();
+        (*index, *plan)
+    };
+    let (index, well) = record(&planner);
+    let silent = NextHop { silent: Some(at.ip()), ..hop(at) };
+    planner.set_next_hops(&[(at.ip(), Ok(silent))].into());
+    assert!(planner.step(2_000).changed);
+    let (_, now) = record(&planner);
+    assert_eq!(now.next_hop.unwrap().destination_mac, well.next_hop.unwrap().destination_mac);
+    assert!(now.down && !well.down);
+    let after = &planner.plane().services[0].entries;
+    for (old, new) in before.iter().zip(after.iter()) {
+        match old.current() == index {
+            true => assert!(new.current() != index && new.tracked() && new.previous() == index),
+            false => assert_eq!(old, new, "buckets of others stay"),
+        }
+    }
+    planner.set_next_hops(&[(at.ip(), Ok(hop(at)))].into());
+    planner.step(3_000);
+    assert_eq!(record(&planner).1, well);
+}
+
+#[test]
 fn translated_services_are_not_tracked_and_their_backends_linger() {
     let mut shop = three();
     shop.forward = Forward::Nat;

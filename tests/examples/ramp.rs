@@ -93,6 +93,7 @@ fn planner(shop: &Shop) -> Planner {
         source: ip,
         tags: Tags::default(),
         mtu: 1500,
+        silent: None,
     };
     let hops: HashMap<_, _> = planner.addresses().into_iter().map(|ip| (ip, Ok(hop(ip)))).collect();
     planner.set_next_hops(&hops);

@@ -548,6 +548,7 @@ fn next_hop(ip: IpAddr) -> NextHop {
         source: addr(Host::Nat, family(ip)),
         tags: Tags::default(),
         mtu: 1500,
+        silent: None,
     }
 }
 

@@ -313,6 +313,13 @@ route add ::/0 via {BALANCER_V6}"
         }
     }
 
+    /// Takes a backend off the switch, or puts it back on. Everybody's link stays up: it is gone
+    /// without a word.
+    pub fn cut_off(&self, host: &Host, cut: bool) {
+        let master = if cut { "nomaster" } else { "master br0" };
+        self.switch.ip(&format!("link set {} {master}", port(&host.name)));
+    }
+
     /// The backends of a version, as `ADDRESS:PORT` of one family or both.
     pub fn backend_addrs(&self, version: &str, families: &[Family], port: u16) -> Vec<SocketAddr> {
         self.backends

@@ -221,6 +221,7 @@ fn next_hop(ifindex: u32, host: Host, family: Family, tags: Tags, mtu: u32) -> N
         source: addr(Host::Nat, family),
         tags,
         mtu,
+        silent: None,
     }
 }
 

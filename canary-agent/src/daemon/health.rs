@@ -1,5 +1,5 @@
-//! What the loop has to do with health checks: what is to be checked, and what
-//! follows from what comes out.
+//! What the loop has to do with the backends' state: what is to be checked, and what
+//! follows from what comes out and from next hops that come and go.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -11,7 +11,7 @@ use super::{Kernel, Moment, State};
 use crate::{
     config::model,
     health::{Change, Reports, Target},
-    plan,
+    plan::{self, Hops},
     store::StateStore,
 };
 
@@ -50,6 +50,38 @@ impl<S: StateStore, K: Kernel> State<S, K> {
     /// Shows what the checks know in status, from now on.
     pub fn show_checks(&mut self, reports: Reports) {
         self.checks = reports;
+    }
+
+    /// Takes over how backends are reached, or that they are not.
+    pub(super) fn next_hops(&mut self, hops: &Hops, now: Moment) {
+        let before = self.unreachable();
+        self.planner.set_next_hops(hops);
+        let after = self.unreachable();
+        for ((service, addr), why) in &after {
+            if !before.contains_key(&(Arc::clone(service), *addr)) {
+                tracing::warn!(%service, backend = %addr, why, "the backend has no next hop");
+                let text = format!("{addr} has no next hop: {why}");
+                self.notices.add(now, "unreachable", service, text);
+            }
+        }
+        for (service, addr) in before.into_keys().filter(|key| !after.contains_key(key)) {
+            tracing::info!(%service, backend = %addr, "the backend has a next hop again");
+            let text = format!("{addr} has a next hop again");
+            self.notices.add(now, "reachable", &service, text);
+        }
+    }
+
+    /// The backends that are known to have no next hop, and why.
+    fn unreachable(&self) -> BTreeMap<(Arc<str>, SocketAddr), String> {
+        let mut unreachable = BTreeMap::new();
+        for state in self.planner.services() {
+            let service: Arc<str> = state.config().name.as_str().into();
+            let live = state.tables().iter().flat_map(|table| table.backends());
+            for (addr, why) in live.filter_map(|b| Some((b.addr, b.why_unreachable()?))) {
+                unreachable.insert((Arc::clone(&service), addr), why);
+            }
+        }
+        unreachable
     }
 
     /// Takes over what has gone down and come up.

@@ -217,10 +217,12 @@ fn count_draining(version: &mut VersionBackends) {
 
 /// The word for what a backend is apart from operators, and why it is not up.
 fn health(live: &LiveBackend, report: Option<&Report>) -> (&'static str, Option<String>) {
-    match (live.state(), &live.hop) {
-        (BackendState::Up, _) => ("up", None),
-        (BackendState::Down, _) => ("down", Some(why_down(report))),
-        (BackendState::NoNextHop, hop) => ("no-next-hop", hop.as_ref().err().cloned()),
+    match live.state() {
+        BackendState::Up => ("up", None),
+        BackendState::Down => ("down", Some(why_down(report))),
+        BackendState::NoNextHop => {
+            ("no-next-hop", live.why_unreachable().or_else(|| live.hop.clone().err()))
+        }
     }
 }
 

@@ -314,11 +314,10 @@ async fn serve(
     }
     tracing::info!(services = config.services.len(), "steering");
 
-    // What fails a check may have another MAC address by now.
-    let doubts = Arc::clone(&resolver);
-    let prober = Prober::start(health::checks_at_once(), resolver.updates(), move |addr| {
-        doubts.suspect(addr);
-    });
+    // What fails a check may have another MAC address by now; what passes one is there.
+    let told = Arc::clone(&resolver);
+    let checked = move |addr, passed| if passed { told.alive(addr) } else { told.suspect(addr) };
+    let prober = Prober::start(health::checks_at_once(), resolver.updates(), checked);
     prober.set_targets(state.targets());
     state.show_checks(prober.reports());
 
@@ -460,7 +459,8 @@ async fn watch_host(
             }
         }
         let macs = Event::Macs(Arc::clone(&update.macs));
-        for event in [Event::NextHops(next_hops(&update)), Event::Links(links(&update)), macs] {
+        let (hops, links) = (Event::NextHops(next_hops(&update)), Event::Links(links(&update)));
+        for event in [hops, links, macs, Event::Alerts("neighbours", unanswered(&update))] {
             if events.send(event).await.is_err() {
                 return;
             }
@@ -513,6 +513,13 @@ pub(super) fn next_hops(update: &resolve::Update) -> Hops {
     hops.filter(|(_, hop)| !matches!(hop, Err(Unresolved::Resolving { .. })))
         .map(|(address, hop)| (*address, hop.clone().map_err(|why| why.to_string())))
         .collect()
+}
+
+/// What to say when next hops are taken to be there without a sign of it.
+fn unanswered(update: &resolve::Update) -> Vec<String> {
+    let nobody = "no next hop answers ARP or neighbour discovery any more: all are used as they \
+                  were. Look whether this host's link and its switch are in order";
+    update.nobody_answers.then(|| nobody.to_owned()).into_iter().collect()
 }
 
 fn links(update: &resolve::Update) -> LinkStates {

@@ -436,7 +436,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         }
         match event {
             Event::Request { request, arrived } => self.request(request, arrived, now),
-            Event::NextHops(hops) => self.planner.set_next_hops(&hops),
+            Event::NextHops(hops) => self.next_hops(&hops, now),
             Event::Health(changes) => self.health(changes, now),
             Event::Links(links) => self.links(links, now),
             Event::Macs(macs) => self.macs(macs),

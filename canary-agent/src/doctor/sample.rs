@@ -67,6 +67,7 @@ pub(super) fn facts() -> Facts {
         source: "10.0.1.254".parse().expect("an address"),
         mtu: 1500,
         tags: Default::default(),
+        silent: None,
     };
     let device = Device {
         driver: Ok("ice".to_owned()),

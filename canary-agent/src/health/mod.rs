@@ -169,8 +169,8 @@ pub struct Change {
 /// };
 /// // Only checks `via = "vip"` ask it.
 /// let resolver = Resolver::start()?;
-/// let prober = Prober::start(health::checks_at_once(), resolver.updates(), |addr| {
-///     println!("{addr} failed a check");
+/// let prober = Prober::start(health::checks_at_once(), resolver.updates(), |addr, passed| {
+///     println!("{addr} {} a check", if passed { "passed" } else { "failed" });
 /// });
 /// prober.set_targets(vec![Target {
 ///     service: "shop".into(),
@@ -200,15 +200,15 @@ pub struct Prober {
 impl Prober {
     /// Starts without a target. At most `at_once` checks are under way at a time; what is due
     /// beyond that waits. Checks `via = "vip"` go to the next hops in `hops`, by the backends'
-    /// addresses. `on_failure` is told of every check that fails, on a thread of the
-    /// runtime: it must be quick.
+    /// addresses. `on_check` is told of every check that passes (`true`) or fails, on a thread
+    /// of the runtime: it must be quick.
     ///
     /// # Panics
     /// Outside a tokio runtime.
     pub fn start(
         at_once: usize,
         hops: watch::Receiver<Update>,
-        on_failure: impl Fn(IpAddr) + Send + 'static,
+        on_check: impl Fn(IpAddr, bool) + Send + 'static,
     ) -> Self {
         let (targets, wanted) = watch::channel(Arc::default());
         let (tell, news) = watch::channel(());
@@ -218,7 +218,7 @@ impl Prober {
             wanted,
             reports.clone(),
             tell,
-            Box::new(on_failure),
+            Box::new(on_check),
             Direct::new(hops),
         );
         let task = tokio::spawn(task.run()).abort_handle();

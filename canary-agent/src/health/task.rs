@@ -51,7 +51,7 @@ pub(super) struct Task {
     wanted: watch::Receiver<Arc<Vec<Target>>>,
     reports: Reports,
     tell: watch::Sender<()>,
-    on_failure: Box<dyn Fn(IpAddr) + Send>,
+    on_check: Box<dyn Fn(IpAddr, bool) + Send>,
     direct: Arc<Direct>,
     began: Instant,
     next_id: Id,
@@ -73,7 +73,7 @@ impl Task {
         wanted: watch::Receiver<Arc<Vec<Target>>>,
         reports: Reports,
         tell: watch::Sender<()>,
-        on_failure: Box<dyn Fn(IpAddr) + Send>,
+        on_check: Box<dyn Fn(IpAddr, bool) + Send>,
         direct: Direct,
     ) -> Self {
         Self {
@@ -81,7 +81,7 @@ impl Task {
             wanted,
             reports,
             tell,
-            on_failure,
+            on_check,
             direct: Arc::new(direct),
             began: Instant::now(),
             next_id: 0,
@@ -161,10 +161,10 @@ impl Task {
         let mut earliest = now;
         if let Some(Done { begun, outcome }) = done {
             match outcome {
-                Outcome::Passed(_) => drop(entry.checker.observe(true)),
-                Outcome::Failed(_) => {
-                    entry.checker.observe(false);
-                    (self.on_failure)(entry.addr.ip());
+                Outcome::Passed(_) | Outcome::Failed(_) => {
+                    let passed = matches!(outcome, Outcome::Passed(_));
+                    entry.checker.observe(passed);
+                    (self.on_check)(entry.addr.ip(), passed);
                 }
                 Outcome::NotChecked(_) => {}
             }

@@ -130,6 +130,7 @@ pub(super) fn record_hop(record: &abi::Backend) -> Option<NextHop> {
         source: abi::ip(record.source, record.flags & abi::BACKEND_V6 != 0),
         tags: Tags::of(record.vlan),
         mtu: record.mtu,
+        silent: None,
     })
 }
 

@@ -277,6 +277,9 @@ pub struct NextHop {
     pub tags: Tags,
     /// Bytes that the way takes: those of the interface, or of the route if it takes less (MTU).
     pub mtu: u32,
+    /// The neighbour, if it has stopped answering: then this is for what is open, not for new
+    /// connections.
+    pub silent: Option<IpAddr>,
 }
 
 /// How packets are wrapped for a backend.

@@ -112,6 +112,7 @@ pub(super) fn backend_plans(
         for table in &state.tables {
             let mut plan = |index, version, addr, hop: &Result<NextHop, String>| {
                 let next_hop = hop.as_ref().ok().copied();
+                let silent = next_hop.is_some_and(|hop| hop.silent.is_some());
                 let tunnel = tunnel_of(&state.config, addr);
                 let range = nat_range(&state.config, addr, next_hop, nat_ranges, nat_sources);
                 // Without a source of its own it would get somebody else's.
@@ -124,7 +125,8 @@ pub(super) fn backend_plans(
                     next_hop,
                     nat_first,
                     nat_count,
-                    down: false,
+                    // Its half-open connections are as lost as with one that fails its checks.
+                    down: silent,
                     drain: false,
                     maint: false,
                     slow_since_ms: None,
@@ -142,12 +144,22 @@ pub(super) fn backend_plans(
                 let weight = u16::try_from(b.weight).unwrap_or(u16::MAX);
                 plans.push((
                     index,
-                    BackendPlan { down: b.down, drain, maint, slow_since_ms, weight, ..made },
+                    BackendPlan {
+                        down: b.down || made.down,
+                        drain,
+                        maint,
+                        slow_since_ms,
+                        weight,
+                        ..made
+                    },
                 ));
             }
             for d in &table.draining {
                 let (index, made) = plan(d.index, d.slot, d.addr, &d.hop);
-                plans.push((index, BackendPlan { down: d.down, maint: d.maint, ..made }));
+                plans.push((
+                    index,
+                    BackendPlan { down: d.down || made.down, maint: d.maint, ..made },
+                ));
             }
         }
     }

@@ -51,6 +51,7 @@ const ASSUMED: NextHop = NextHop {
     source: IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED),
     tags: Tags { outer: 0, inner: 0, service: false },
     mtu: 1500,
+    silent: None,
 };
 
 /// Why connections of a service that stays do not.

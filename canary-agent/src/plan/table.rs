@@ -19,6 +19,7 @@ use super::{
     Advance, BootMs, BucketSet, Family, NextHop, Policy, SlowStart, Update,
     compiler::{self, Candidate},
     placements::Placements,
+    planner::NOT_ASKED_YET,
     prepare,
     slow_start::{self, Ramp},
 };
@@ -52,7 +53,7 @@ pub enum BackendState {
     Up,
     /// It fails its checks.
     Down,
-    /// The host does not know how to reach it.
+    /// The host does not know how to reach it, or has no answer from there any more.
     NoNextHop,
 }
 
@@ -62,10 +63,20 @@ impl LiveBackend {
         self.weight > 0 && self.admin == Admin::Ready && self.state() == BackendState::Up
     }
 
+    /// Why it can't be reached; `None` where it can, or nobody has asked yet.
+    pub fn why_unreachable(&self) -> Option<String> {
+        match &self.hop {
+            Ok(NextHop { silent, .. }) => silent.map(|neighbour| {
+                format!("{neighbour} does not answer any more; only open connections go there")
+            }),
+            Err(why) => (why != NOT_ASKED_YET).then(|| why.clone()),
+        }
+    }
+
     /// Whether it could take new connections, its weight and operators aside.
     pub fn state(&self) -> BackendState {
         match (&self.hop, self.down) {
-            (Err(_), _) => BackendState::NoNextHop,
+            (Err(_) | Ok(NextHop { silent: Some(_), .. }), _) => BackendState::NoNextHop,
             (Ok(_), true) => BackendState::Down,
             (Ok(_), false) => BackendState::Up,
         }

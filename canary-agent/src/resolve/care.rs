@@ -82,6 +82,14 @@ impl Care {
         }
     }
 
+    /// Takes note that a neighbour has answered somebody. One that is not known is asked for at
+    /// once: the kernel takes no answer in that it has not asked for.
+    pub(super) fn answered(&mut self, key: NeighbourKey, standing: Standing, now: Instant) {
+        if standing == Standing::Missing && self.wants(key) {
+            self.set(key, Entry { due: now, attempts: 0 });
+        }
+    }
+
     /// Takes up to `limit` neighbours that the kernel should be made to use now.
     pub(super) fn take(
         &mut self,
@@ -169,9 +177,14 @@ mod tests {
         state(&mut tables, key(1), NeighbourState::Reachable);
         care.noticed(key(1), Standing::Missing, Standing::Good, now);
         assert!(care.next().is_some_and(|due| due >= now + KEEPALIVE - SPREAD));
+        care.answered(key(1), Standing::Good, now);
+        assert_eq!(care.take(now, 9, &tables), [], "it is known");
         tables.apply(Message::NeighbourGone(key(1)));
         care.noticed(key(1), Standing::Good, Standing::Missing, now);
         assert_eq!(care.take(now, 9, &tables), [key(1)], "asked for again at once");
+        assert_eq!(care.take(now, 9, &tables), []);
+        care.answered(key(1), Standing::Missing, now);
+        assert_eq!(care.take(now, 9, &tables), [key(1)], "it is there again");
     }
 
     #[test]

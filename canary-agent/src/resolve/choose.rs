@@ -98,8 +98,13 @@ fn unicast(destination: IpAddr, message: &RouteMessage) -> Result<Route, Unresol
     })
 }
 
-/// The next hop of a route, or why there is none at present.
-pub(super) fn next_hop(route: &Route, tables: &Tables) -> Result<NextHop, Unresolved> {
+/// The next hop of a route, or why there is none at present. Of a neighbour that is `silent`
+/// it is the last one that is known.
+pub(super) fn next_hop(
+    route: &Route,
+    tables: &Tables,
+    silent: impl Fn(NeighbourKey) -> bool,
+) -> Result<NextHop, Unresolved> {
     let Route { neighbour: key, source, mtu } = *route;
     let NeighbourKey { ifindex, address: neighbour } = key;
     let link = tables.link(ifindex).ok_or(Unresolved::InterfaceGone { ifindex })?;
@@ -115,7 +120,8 @@ pub(super) fn next_hop(route: &Route, tables: &Tables) -> Result<NextHop, Unreso
             let too_many = || Unresolved::TooManyTags { interface: interface() };
             let (ifindex, tags) = tables.way_down(link).ok_or_else(too_many)?;
             let mtu = mtu.map_or(link.mtu, |mtu| mtu.min(link.mtu));
-            Ok(NextHop { ifindex, source_mac, destination_mac, source, tags, mtu })
+            let silent = silent(key).then_some(neighbour);
+            Ok(NextHop { ifindex, source_mac, destination_mac, source, tags, mtu, silent })
         }
         (None, None) => Err(Unresolved::Resolving { neighbour, interface: interface() }),
         (None, Some(Trouble::Silent)) => {
@@ -137,7 +143,7 @@ pub(super) fn needed(route: &Route, tables: &Tables) -> Option<NeighbourKey> {
 /// link-local address (net/ipv6/ndisc.c, `ndisc_send_ns`): while the interface has none that
 /// is settled, it is silent unless a packet brings another source address with it.
 pub(super) fn askable(key: NeighbourKey, tables: &Tables) -> bool {
-    key.address.is_ipv4() || tables.has_link_local(key.ifindex)
+    key.address.is_ipv4() || tables.link_local(key.ifindex).is_some()
 }
 
 #[cfg(test)]
@@ -240,7 +246,9 @@ mod tests {
         let route = route(DESTINATION, answer(RouteType::Unicast, through_gateway())).unwrap();
         let (interface, neighbour) = ("eth0".to_owned(), IpAddr::V4(GATEWAY));
         let mut tables = Tables::default();
-        let expect = |tables: &Tables, reason| assert_eq!(next_hop(&route, tables), Err(reason));
+        let expect = |tables: &Tables, reason| {
+            assert_eq!(next_hop(&route, tables, |_| false), Err(reason));
+        };
 
         expect(&tables, Unresolved::InterfaceGone { ifindex: 3 });
         tables.apply(link(true, true, None));
@@ -259,7 +267,7 @@ mod tests {
         expect(&tables, Unresolved::Silent { neighbour, interface });
         tables.apply(known(NeighbourState::Stale, Some([4; 6])));
         assert_eq!(
-            next_hop(&route, &tables),
+            next_hop(&route, &tables, |_| false),
             Ok(NextHop {
                 ifindex: 3,
                 source_mac: [2; 6],
@@ -267,7 +275,10 @@ mod tests {
                 source: SOURCE.into(),
                 tags: Tags::default(),
                 mtu: 1500,
+                silent: None,
             })
         );
+        let hop = next_hop(&route, &tables, |key| key == route.neighbour).unwrap();
+        assert_eq!((hop.destination_mac, hop.silent), ([4; 6], Some(neighbour)));
     }
 }

@@ -7,8 +7,8 @@
 //! network namespace of the thread that calls [`Resolver::start`],
 //! [`VipManager::open`] or [`reserve_ports`]; nothing here enters another.
 //!
-//! `wire`, `tables`, `choose`, `care`, `answers` and the planning half of `vip` are functions of plain
-//! values; `netlink`, `verify` and `task` are the shell around them. `survey` looks once, over `ask`.
+//! `wire`, `tables`, `choose`, `care`, `answers`, `silence` and the planning half of `vip` are functions
+//! of plain values; `netlink`, `verify` and `task` are the shell around them. `survey` looks once, over `ask`.
 
 mod answers;
 pub(crate) mod ask;
@@ -16,6 +16,7 @@ mod care;
 mod choose;
 mod netlink;
 mod ports;
+mod silence;
 mod survey;
 mod tables;
 mod task;
@@ -115,7 +116,7 @@ pub enum Unresolved {
         /// Name of the interface.
         interface: String,
     },
-    /// The neighbour did not answer. It is asked again every few seconds.
+    /// The neighbour did not answer the kernel. It is asked again every few seconds.
     #[error("{neighbour} does not answer on {interface}")]
     Silent {
         /// The gateway, or the address itself where it is on the link.
@@ -157,7 +158,8 @@ pub type Hop = Result<NextHop, Unresolved>;
 /// All that is known at one moment. Cheap to clone.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Update {
-    /// Each destination's next hop. [`NextHop::source`] is the source that the host would use
+    /// Each destination's next hop. One that has stopped answering stays, and says so
+    /// ([`NextHop::silent`]). [`NextHop::source`] is the source that the host would use
     /// towards it, and the unspecified address where the host has none of that family.
     /// A destination that was added a moment ago is not there yet.
     pub hops: Arc<HashMap<IpAddr, Hop>>,
@@ -169,6 +171,9 @@ pub struct Update {
     /// The host's own addresses, each with the index of the interface that has it. VIPs go
     /// with their interface, and IPv6 ones whenever it is set down: apply them again then.
     pub addresses: Arc<BTreeSet<(IpAddr, u32)>>,
+    /// Of all neighbours that used to answer nobody does. It is as likely this host or its link,
+    /// so next hops stay as they were, until the kernel gives a neighbour up.
+    pub nobody_answers: bool,
 }
 
 /// What is asked for.
@@ -202,12 +207,21 @@ struct Wants {
 #[derive(Debug)]
 pub struct Resolver {
     wants: watch::Sender<Wants>,
-    suspects: mpsc::Sender<IpAddr>,
+    signs: mpsc::Sender<Sign>,
     updates: watch::Receiver<Update>,
 }
 
-/// More doubts than this at a time are dropped: each is asked about in its turn anyway.
-const SUSPECTS_MAX: usize = 256;
+/// What others have seen of a destination.
+#[derive(Clone, Copy, Debug)]
+enum Sign {
+    /// It seems not to be reached.
+    Suspect(IpAddr),
+    /// It has just been reached.
+    Alive(IpAddr),
+}
+
+/// More signs than this at a time are dropped: each is asked about in its turn anyway.
+const SIGNS_MAX: usize = 1024;
 
 impl Resolver {
     /// Opens the sockets, in the network namespace of the calling thread, and starts the task
@@ -225,20 +239,20 @@ impl Resolver {
         let requests = netlink::Requests::open().map_err(failed)?;
         let (wants, wanted) = watch::channel(Wants::default());
         let (publish, updates) = watch::channel(Update::default());
-        let (suspects, suspected) = mpsc::channel(SUSPECTS_MAX);
+        let (signs, seen) = mpsc::channel(SIGNS_MAX);
         // Changes that hosts announce are followed without it.
         let verifier = verify::Verifier::open()
             .inspect_err(|error| {
                 tracing::warn!(
                     %error,
                     "no packet socket (CAP_NET_RAW): MAC addresses that change without \
-                     being announced are followed late"
+                     being announced are followed late, and so are neighbours that die"
                 );
             })
             .ok();
-        let task = task::Task::new(monitor, requests, wanted, publish, suspected, verifier);
+        let task = task::Task::new(monitor, requests, wanted, publish, seen, verifier);
         tokio::spawn(task.run());
-        Ok(Self { wants, suspects, updates })
+        Ok(Self { wants, signs, updates })
     }
 
     /// Replaces the destinations.
@@ -270,7 +284,13 @@ impl Resolver {
     /// neighbours each is asked every 600 ms in any case.
     pub fn suspect(&self, destination: IpAddr) {
         // Dropped when there are too many.
-        let _ = self.suspects.try_send(destination);
+        let _ = self.signs.try_send(Sign::Suspect(destination));
+    }
+
+    /// Says that `destination` has just been reached, by a probe that has passed for instance:
+    /// its neighbour is not taken for silent, whether it answers questions or not.
+    pub fn alive(&self, destination: IpAddr) {
+        let _ = self.signs.try_send(Sign::Alive(destination));
     }
 
     /// What is known, and its changes. A receiver is only woken when something in it differs.

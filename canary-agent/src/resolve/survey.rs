@@ -164,7 +164,7 @@ pub fn survey(destinations: impl IntoIterator<Item = IpAddr>) -> io::Result<Surv
         };
         let hop = choose::route(destination, answer).and_then(|route| {
             ways.insert(destination, way(route.neighbour.ifindex, &tables));
-            choose::next_hop(&route, &tables)
+            choose::next_hop(&route, &tables, |_| false)
         });
         hops.insert(destination, hop);
     }

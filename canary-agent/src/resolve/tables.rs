@@ -293,13 +293,14 @@ impl Tables {
         Some((ifindex, tags))
     }
 
-    /// Whether a link has an IPv6 link-local address that can be used.
-    pub(super) fn has_link_local(&self, ifindex: u32) -> bool {
-        self.addresses.iter().any(|(key, record)| {
+    /// A link's IPv6 link-local address, if it has one that can be used.
+    pub(super) fn link_local(&self, ifindex: u32) -> Option<IpAddr> {
+        let usable = self.addresses.iter().find(|(key, record)| {
             let link_local =
                 matches!(key.address, IpAddr::V6(address) if address.is_unicast_link_local());
             key.ifindex == ifindex && link_local && settled(record.flags)
-        })
+        });
+        usable.map(|(key, _)| key.address)
     }
 
     /// The addresses of this host and the interfaces that have them.
@@ -397,8 +398,8 @@ mod tests {
         let key = AddressKey { address: "fe80::1".parse().unwrap(), ifindex: 3, prefix_len: 64 };
         for (flags, settled) in [(0x40, false), (0x80, true), (0x48, false)] {
             tables.apply(Message::Address(key, AddressRecord { flags, protocol: 0 }));
-            assert_eq!(tables.has_link_local(3), settled);
-            assert!(!tables.has_link_local(4));
+            assert_eq!(tables.link_local(3), settled.then_some(key.address));
+            assert_eq!(tables.link_local(4), None);
         }
     }
 

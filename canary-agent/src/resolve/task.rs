@@ -15,12 +15,13 @@ use nix::errno::Errno;
 use tokio::sync::{mpsc, watch};
 
 use super::{
-    Unresolved, Update, Wants,
+    Sign, Unresolved, Update, Wants,
     answers::Answers,
     care::Care,
     choose::{self, Route},
     netlink::{Heard, Mode, Monitor, Requests},
-    tables::{Stale, Standing, Tables},
+    silence::{Judgement, Silence},
+    tables::{Stale, Standing, Tables, Trouble},
     verify::{Answer, Question, Verifier},
     wire::{self, Message, NeighbourKey},
 };
@@ -39,6 +40,8 @@ const DISCARD_PORT: u16 = 9;
 const VERIFY_TICK: Duration = Duration::from_millis(100);
 const VERIFY_TICKS_A_ROUND: usize = 6;
 const VERIFY_IN_A_TICK_MAX: usize = 50;
+/// Those in doubt are asked besides, but never more than so many in a tick.
+const DOUBTS_IN_A_TICK_MAX: usize = 200;
 
 /// From one tick to the next with so many neighbours to ask: those that are fewer than ticks in
 /// a round don't need each of them.
@@ -76,10 +79,16 @@ pub(super) struct Task {
     discard: Option<UdpSocket>,
     verifier: Option<Verifier>,
     answers: Answers,
-    /// Neighbours to ask, each with our address towards it.
-    rounds: VecDeque<(NeighbourKey, IpAddr)>,
-    /// Addresses whose next hop somebody doubts.
-    suspects: mpsc::Receiver<IpAddr>,
+    silence: Silence,
+    /// When those in doubt may be asked as many again, and how many until then.
+    doubts_from: Instant,
+    doubts_left: usize,
+    /// The needed neighbours, each with our address towards it.
+    sources: HashMap<NeighbourKey, IpAddr>,
+    /// The same in the order in which they are asked.
+    rounds: VecDeque<NeighbourKey>,
+    /// What others have seen of destinations.
+    signs: mpsc::Receiver<Sign>,
     verify_at: Instant,
 }
 
@@ -90,7 +99,7 @@ impl Task {
         requests: Requests,
         mut wants: watch::Receiver<Wants>,
         publish: watch::Sender<Update>,
-        suspects: mpsc::Receiver<IpAddr>,
+        signs: mpsc::Receiver<Sign>,
         verifier: Option<Verifier>,
     ) -> Self {
         let now = Instant::now();
@@ -115,8 +124,12 @@ impl Task {
             discard: None,
             verifier,
             answers: Answers::default(),
+            silence: Silence::default(),
+            doubts_from: now,
+            doubts_left: 0,
+            sources: HashMap::new(),
             rounds: VecDeque::new(),
-            suspects,
+            signs,
             verify_at: now,
         }
     }
@@ -139,7 +152,7 @@ impl Task {
                     self.wanted = self.wants.borrow_and_update().clone();
                     self.settle_soon(Instant::now());
                 }
-                Some(address) = self.suspects.recv() => self.verify_address(address),
+                Some(sign) = self.signs.recv() => self.take_sign(sign),
                 heard = self.monitor.hear() => self.take_in(heard).await,
                 answer = answer(self.verifier.as_ref()) => self.take_answer(answer),
                 () = timer => {}
@@ -160,8 +173,8 @@ impl Task {
             _ => due,
         });
         let verify = (!self.rounds.is_empty()).then_some(self.verify_at);
-        let moved = self.answers.next();
-        [self.settle_at, self.routes_at, turn, verify, moved].into_iter().flatten().min()
+        let (moved, judged) = (self.answers.next(), self.silence.next());
+        [self.settle_at, self.routes_at, turn, verify, moved, judged].into_iter().flatten().min()
     }
 
     /// A burst is settled a fixed time after its first change, however long it goes on.
@@ -195,7 +208,9 @@ impl Task {
         let effect = self.tables.apply(message);
         let published = match effect.neighbour {
             Some((key, before)) if self.care.wants(key) => {
-                self.care.noticed(key, before, self.tables.standing(key), now);
+                let after = self.tables.standing(key);
+                self.care.noticed(key, before, after, now);
+                self.found(key, before, after);
                 effect.published
             }
             // Nobody's next hop.
@@ -211,7 +226,17 @@ impl Task {
         }
     }
 
+    /// A neighbour that the kernel had lost, and has asked for until it answered, is alive.
+    fn found(&mut self, key: NeighbourKey, before: Standing, after: Standing) {
+        if before == Standing::Missing && after != Standing::Missing {
+            self.silence.alive(key);
+        }
+    }
+
     async fn work(&mut self) -> io::Result<()> {
+        if self.silence.next().is_some_and(|due| due <= Instant::now()) {
+            self.judge();
+        }
         let now = Instant::now();
         if [self.settle_at, self.routes_at].into_iter().flatten().any(|at| at <= now) {
             (self.settle_at, self.routes_at) = (None, None);
@@ -245,15 +270,12 @@ impl Task {
         self.care.want(&needed, Instant::now());
         self.tables.keep_troubles(|key| needed.contains_key(&key));
         self.answers.keep(|key| needed.contains_key(&key));
+        self.silence.keep(|key| needed.contains_key(&key));
         // Those that stay keep their places, so that a busy host still gets round to all.
-        self.rounds.retain(|(key, source)| {
-            let stays = needed.get(key) == Some(source);
-            if stays {
-                needed.remove(key);
-            }
-            stays
-        });
-        self.rounds.extend(needed);
+        self.rounds.retain(|key| needed.contains_key(key));
+        let new = needed.keys().filter(|key| !self.sources.contains_key(*key));
+        self.rounds.extend(new);
+        self.sources = needed;
         self.publish();
         Ok(())
     }
@@ -267,7 +289,11 @@ impl Task {
         let now = Instant::now();
         for route in self.routes.values().flatten() {
             let key = route.neighbour;
-            self.care.noticed(key, before.standing(key), self.tables.standing(key), now);
+            let (before, after) = (before.standing(key), self.tables.standing(key));
+            self.care.noticed(key, before, after, now);
+            if before == Standing::Missing && after != Standing::Missing {
+                self.silence.alive(key);
+            }
         }
         self.stale = Stale::All;
         self.resync = false;
@@ -361,52 +387,120 @@ impl Task {
     fn verify_some(&mut self) {
         let share = self.rounds.len().div_ceil(VERIFY_TICKS_A_ROUND).min(VERIFY_IN_A_TICK_MAX);
         for _ in 0..share {
-            if let Some((key, source)) = self.rounds.pop_front() {
-                self.verify(key, source);
-                self.rounds.push_back((key, source));
+            if let Some(key) = self.rounds.pop_front() {
+                self.verify(key, false);
+                self.rounds.push_back(key);
             }
         }
     }
 
-    fn verify_address(&mut self, address: IpAddr) {
-        if let Some(Ok(Route { neighbour, source, mtu: _ })) = self.routes.get(&address) {
-            self.verify(*neighbour, *source);
+    fn take_sign(&mut self, sign: Sign) {
+        let neighbour = |address| match self.routes.get(&address) {
+            Some(Ok(route)) => Some(route.neighbour),
+            _ => None,
+        };
+        match sign {
+            Sign::Suspect(address) => {
+                if let Some(key) = neighbour(address) {
+                    self.verify(key, false);
+                }
+            }
+            Sign::Alive(address) => {
+                if let Some(key) = neighbour(address)
+                    && self.silence.alive(key)
+                {
+                    self.settle_soon(Instant::now());
+                }
+            }
         }
     }
 
-    fn verify(&mut self, key: NeighbourKey, source: IpAddr) {
-        let (Some(verifier), Some(link)) = (&self.verifier, self.tables.link(key.ifindex)) else {
-            return;
-        };
-        let (Some(source_mac), Standing::Good | Standing::Aged) =
-            (link.mac, self.tables.standing(key))
-        else {
-            return;
-        };
+    /// Asks a neighbour, by a question to everybody, and where it is `doubted` by one to itself,
+    /// too: not every switch lets groups' frames through at all times.
+    fn verify(&mut self, key: NeighbourKey, doubted: bool) {
         let NeighbourKey { ifindex, address: neighbour } = key;
-        let question = Question { ifindex, neighbour, source, source_mac };
-        if let Err(error) = verifier.ask(&question) {
-            tracing::debug!(?question, %error, "cannot ask a neighbour");
+        let (Some(verifier), Some(link)) = (&self.verifier, self.tables.link(ifindex)) else {
+            return;
+        };
+        let (Some(source_mac), Some(&source)) = (link.mac, self.sources.get(&key)) else {
+            return;
+        };
+        let mac = match (self.tables.standing(key), self.tables.trouble(key)) {
+            (Standing::Good | Standing::Aged, _) => self.tables.mac(key),
+            // The kernel asks for it only now and then.
+            (Standing::Missing, Some(Trouble::Silent)) => None,
+            (Standing::Fixed | Standing::Missing, _) => return,
+        };
+        // IPv4 by way of an IPv6 gateway.
+        let source = match self.tables.link_local(ifindex) {
+            Some(ours) if source.is_ipv4() && neighbour.is_ipv6() => ours,
+            _ => source,
+        };
+        let to_all = Question { ifindex, neighbour, source, source_mac, only: None };
+        let to_it =
+            doubted.then_some(mac).flatten().map(|mac| Question { only: Some(mac), ..to_all });
+        let now = Instant::now();
+        let mut asked = true;
+        for question in [Some(to_all), to_it].into_iter().flatten() {
+            asked &= verifier.ask(&question).unwrap_or_else(|error| {
+                tracing::debug!(?question, %error, "cannot ask a neighbour");
+                false
+            });
         }
-        self.answers.asked(key, Instant::now());
+        self.answers.asked(key, now);
+        // What has not been sent can't be answered.
+        if asked && mac.is_some() {
+            self.silence.asked(key, now);
+        }
     }
 
     fn take_answer(&mut self, answer: io::Result<Answer>) {
+        let now = Instant::now();
         match answer {
             Ok(Answer { ifindex, neighbour, mac }) => {
-                let key = NeighbourKey { ifindex, address: neighbour.into() };
-                if let Some(known) = self.tables.mac(key) {
-                    self.answers.answered(key, mac, known, Instant::now());
+                let key = NeighbourKey { ifindex, address: neighbour };
+                self.care.answered(key, self.tables.standing(key), now);
+                if self.silence.answered(key, now) {
+                    self.settle_soon(now);
+                }
+                if let (Some(mac), Some(known)) = (mac, self.tables.mac(key)) {
+                    self.answers.answered(key, mac, known, now);
                 }
             }
             Err(error) => {
                 tracing::warn!(
                     %error,
-                    "ARP answers can't be heard: a MAC address that changes within a second \
-                     of another change is followed a second late"
+                    "answers of neighbours can't be heard: a MAC address that changes within a \
+                     second of another change, and a neighbour that dies, are followed late"
                 );
                 self.verifier = None;
+                self.silence = Silence::default();
+                self.settle_soon(now);
             }
+        }
+    }
+
+    /// Finds out who has stopped answering.
+    fn judge(&mut self) {
+        // All that has come counts, however late we are.
+        while let Ok(sign) = self.signs.try_recv() {
+            self.take_sign(sign);
+        }
+        let heard = self.verifier.as_ref().map_or(Ok(Vec::new()), Verifier::heard);
+        match heard {
+            Ok(answers) => answers.into_iter().for_each(|answer| self.take_answer(Ok(answer))),
+            Err(error) => self.take_answer(Err(error)),
+        }
+        let now = Instant::now();
+        if self.doubts_from <= now {
+            (self.doubts_from, self.doubts_left) = (now + VERIFY_TICK, DOUBTS_IN_A_TICK_MAX);
+        }
+        let Judgement { news, doubted, witnesses } = self.silence.judge(now, self.doubts_left);
+        self.doubts_left = self.doubts_left.saturating_sub(doubted.len());
+        doubted.into_iter().for_each(|key| self.verify(key, true));
+        witnesses.into_iter().for_each(|key| self.verify(key, false));
+        if news {
+            self.settle_soon(now);
         }
     }
 
@@ -442,7 +536,9 @@ impl Task {
             .iter()
             .map(|(&destination, route)| {
                 let hop = match route {
-                    Ok(route) => choose::next_hop(route, &self.tables),
+                    Ok(route) => {
+                        choose::next_hop(route, &self.tables, |key| self.silence.is_silent(key))
+                    }
                     Err(reason) => Err(reason.clone()),
                 };
                 (destination, hop)
@@ -457,6 +553,8 @@ impl Task {
             replace(&mut update.links, links, &mut changed);
             replace(&mut update.macs, macs, &mut changed);
             replace(&mut update.addresses, addresses, &mut changed);
+            changed |= update.nobody_answers != self.silence.nobody();
+            update.nobody_answers = self.silence.nobody();
             changed
         });
     }

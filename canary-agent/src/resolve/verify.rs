@@ -1,14 +1,15 @@
-//! Asking known neighbours whether their MAC address is still the same.
+//! Asking known neighbours whether they are still there, with the same MAC address.
 //!
 //! A host that changes its MAC address need not say so (Linux does not, unless
 //! `arp_notify` or `ndisc_notify` is set), and the kernel asks only the old address, some
 //! time within a minute. So the question that anybody may answer, a broadcast ARP request
 //! or a neighbour solicitation to the solicited-node group, is sent from here. The answer
 //! goes to the kernel, whose neighbour table changes, which is heard like any change. ARP
-//! answers are heard here as well: the kernel does not heed all of them
-//! ([`super::answers`]).
+//! answers and neighbour advertisements are heard here as well: the kernel does not heed all
+//! of the former ([`super::answers`]), and tells nobody of an answer that changes nothing
+//! ([`super::silence`]).
 //!
-//! Owns a packet socket that sends and one that hears ARP answers. Must not know which
+//! Owns a packet socket that sends and those that hear answers. Must not know which
 //! neighbours are asked, or when, nor what follows from an answer.
 
 use std::{
@@ -35,11 +36,25 @@ const ANSWERS_ONLY: [SockFilter; 4] = [
     SockFilter::new(0x06, 0, 0, u32::MAX),
     SockFilter::new(0x06, 0, 0, 0),
 ];
+/// Lets neighbour advertisements through: next header at offset 6, type behind the header.
+const ADVERTISEMENTS_ONLY: [SockFilter; 6] = [
+    SockFilter::new(0x30, 0, 0, 6),
+    SockFilter::new(0x15, 0, 3, ICMPV6 as u32),
+    SockFilter::new(0x30, 0, 0, IPV6_LEN as u32),
+    SockFilter::new(0x15, 0, 1, NEIGHBOUR_ADVERTISEMENT as u32),
+    SockFilter::new(0x06, 0, 0, u32::MAX),
+    SockFilter::new(0x06, 0, 0, 0),
+];
 /// An IPv6 header (RFC 8200), a solicitation (RFC 4861, section 4.3) and one option.
 const IPV6_LEN: usize = 40;
 const SOLICITATION_LEN: usize = 32;
 const ICMPV6: u8 = 58;
 const NEIGHBOUR_SOLICITATION: u8 = 135;
+const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
+/// As much as is read of an answer: an advertisement without its options, or an ARP answer.
+const ANSWER_LEN: usize = IPV6_LEN + 24;
+/// More answers than this wait until others have had their turn.
+const ANSWERS_AT_ONCE: usize = 1000;
 
 /// Who is asked, and by whom.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,26 +67,38 @@ pub(super) struct Question {
     pub(super) source: IpAddr,
     /// The interface's MAC address.
     pub(super) source_mac: [u8; 6],
+    /// Whom the frame goes to; `None`: everybody.
+    pub(super) only: Option<[u8; 6]>,
 }
 
 /// What goes over the link: EtherType, destination and payload.
 type Frame = (u16, [u8; 6], Vec<u8>);
 
-/// Says which MAC address a neighbour has.
+/// A neighbour has answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Answer {
     /// The interface that it came by.
     pub(super) ifindex: u32,
     /// The neighbour.
-    pub(super) neighbour: Ipv4Addr,
-    /// Its MAC address.
-    pub(super) mac: [u8; 6],
+    pub(super) neighbour: IpAddr,
+    /// Its MAC address; `None` where the kernel heeds what the answer says of it.
+    pub(super) mac: Option<[u8; 6]>,
+}
+
+/// Who answers, and the MAC address that goes with it as in [`Answer`].
+type Said = (IpAddr, Option<[u8; 6]>);
+
+/// A socket that answers come in by, and how they are read.
+struct Ear {
+    socket: AsyncFd<OwnedFd>,
+    read: fn(&[u8]) -> Option<Said>,
 }
 
 /// The sockets.
 pub(super) struct Verifier {
     socket: OwnedFd,
-    answers: AsyncFd<OwnedFd>,
+    arp: Ear,
+    advertisements: Ear,
 }
 
 impl Verifier {
@@ -87,41 +114,37 @@ impl Verifier {
             SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
             None,
         )?;
-        let protocol = Protocol::from(i32::from((libc::ETH_P_ARP as u16).to_be()));
-        let answers = Socket::new(Domain::PACKET, Type::DGRAM.nonblocking(), Some(protocol))?;
-        answers.attach_filter(&ANSWERS_ONLY)?;
-        let answers = OwnedFd::from(answers);
-        // SAFETY: an `OwnedFd` names the same descriptor for as long as it lives.
-        let answers = unsafe { AsyncFd::register_with_interest(answers, Interest::READABLE)? };
-        Ok(Self { socket, answers })
+        let arp = Ear::open(libc::ETH_P_ARP as u16, &ANSWERS_ONLY, arp_answer)?;
+        let advertisements =
+            Ear::open(libc::ETH_P_IPV6 as u16, &ADVERTISEMENTS_ONLY, advertisement)?;
+        Ok(Self { socket, arp, advertisements })
     }
 
-    /// Waits for an ARP answer. Nothing is lost when the future is dropped.
+    /// Waits for an answer. Nothing is lost when the future is dropped.
     pub(super) async fn hear(&self) -> io::Result<Answer> {
-        let mut packet = [0; ARP_LEN];
-        loop {
-            let mut ready = self.answers.readable().await?;
-            let fd = self.answers.as_raw_fd();
-            match recvfrom::<LinkAddr>(fd, &mut packet) {
-                Ok((length, from)) => {
-                    let ifindex = from.and_then(|from| u32::try_from(from.ifindex()).ok());
-                    let answer = arp_answer(&packet[..length]);
-                    if let (Some(ifindex), Some((neighbour, mac))) = (ifindex, answer) {
-                        return Ok(Answer { ifindex, neighbour, mac });
-                    }
-                }
-                Err(Errno::EAGAIN) => ready.clear_ready(),
-                // An interface went down.
-                Err(Errno::ENETDOWN | Errno::EINTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
+        tokio::select! {
+            answer = self.arp.hear() => answer,
+            answer = self.advertisements.hear() => answer,
         }
     }
 
-    /// Sends one question.
-    pub(super) fn ask(&self, question: &Question) -> io::Result<()> {
+    /// The answers that have come already.
+    pub(super) fn heard(&self) -> io::Result<Vec<Answer>> {
+        let mut answers = Vec::new();
+        for ear in [&self.arp, &self.advertisements] {
+            while answers.len() < ANSWERS_AT_ONCE
+                && let Some(answer) = ear.next()?
+            {
+                answers.push(answer);
+            }
+        }
+        Ok(answers)
+    }
+
+    /// Sends one question. Says whether there was a way to put it.
+    pub(super) fn ask(&self, question: &Question) -> io::Result<bool> {
         let Some((ether_type, destination, payload)) = frame(question) else {
-            return Ok(());
+            return Ok(false);
         };
         // SAFETY: `sockaddr_ll` is integers only, for which zero is a value.
         let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
@@ -142,7 +165,53 @@ impl Verifier {
                 size_of::<libc::sockaddr_ll>() as libc::socklen_t,
             )
         };
-        if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(true) }
+    }
+}
+
+impl Ear {
+    fn open(
+        ether_type: u16,
+        filter: &[SockFilter],
+        read: fn(&[u8]) -> Option<Said>,
+    ) -> io::Result<Self> {
+        let protocol = Protocol::from(i32::from(ether_type.to_be()));
+        let socket = Socket::new(Domain::PACKET, Type::DGRAM.nonblocking(), Some(protocol))?;
+        socket.attach_filter(filter)?;
+        let socket = OwnedFd::from(socket);
+        // SAFETY: an `OwnedFd` names the same descriptor for as long as it lives.
+        let socket = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE)? };
+        Ok(Self { socket, read })
+    }
+
+    async fn hear(&self) -> io::Result<Answer> {
+        loop {
+            let mut ready = self.socket.readable().await?;
+            match self.next()? {
+                Some(answer) => return Ok(answer),
+                None => ready.clear_ready(),
+            }
+        }
+    }
+
+    /// The next answer that has come already.
+    fn next(&self) -> io::Result<Option<Answer>> {
+        let mut packet = [0; ANSWER_LEN];
+        loop {
+            match recvfrom::<LinkAddr>(self.socket.as_raw_fd(), &mut packet) {
+                Ok((length, from)) => {
+                    let ifindex = from.and_then(|from| u32::try_from(from.ifindex()).ok());
+                    let answer = (self.read)(&packet[..length]);
+                    if let (Some(ifindex), Some((neighbour, mac))) = (ifindex, answer) {
+                        return Ok(Some(Answer { ifindex, neighbour, mac }));
+                    }
+                }
+                Err(Errno::EAGAIN) => return Ok(None),
+                // An interface went down.
+                Err(Errno::ENETDOWN | Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
     }
 }
 
@@ -150,20 +219,22 @@ fn frame(question: &Question) -> Option<Frame> {
     match (question.neighbour, question.source) {
         (IpAddr::V4(neighbour), IpAddr::V4(source)) => Some((
             libc::ETH_P_ARP as u16,
-            BROADCAST,
+            question.only.unwrap_or(BROADCAST),
             arp_request(neighbour, source, question.source_mac).to_vec(),
         )),
         // An ARP request may come from nowhere (RFC 5227); such a solicitation may not.
         (IpAddr::V6(neighbour), IpAddr::V6(source)) if !source.is_unspecified() => {
             let [.., a, b, c] = neighbour.octets();
-            Some((
-                libc::ETH_P_IPV6 as u16,
+            let mut group = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 1, 0xff00, 0).octets();
+            group[13..].copy_from_slice(&[a, b, c]);
+            let (mac, to) = match question.only {
+                Some(mac) => (mac, neighbour),
                 // RFC 2464, section 7.
-                [0x33, 0x33, 0xff, a, b, c],
-                solicitation(neighbour, source, question.source_mac),
-            ))
+                None => ([0x33, 0x33, 0xff, a, b, c], Ipv6Addr::from(group)),
+            };
+            let payload = solicitation(neighbour, to, source, question.source_mac);
+            Some((libc::ETH_P_IPV6 as u16, mac, payload))
         }
-        // IPv4 by way of an IPv6 gateway, too: our IPv6 address there is not at hand.
         _ => None,
     }
 }
@@ -179,18 +250,29 @@ fn arp_request(neighbour: Ipv4Addr, source: Ipv4Addr, source_mac: [u8; 6]) -> [u
 }
 
 /// Who answers, with which MAC address (RFC 826); `None` for what is no answer.
-fn arp_answer(packet: &[u8]) -> Option<(Ipv4Addr, [u8; 6])> {
+fn arp_answer(packet: &[u8]) -> Option<Said> {
     // Ethernet, IPv4, their lengths, reply.
     let rest = packet.strip_prefix(&[0, 1, 8, 0, 6, 4, 0, 2])?;
     let mac = rest.first_chunk::<6>()?;
     let address = rest.get(6..)?.first_chunk::<4>()?;
-    Some((Ipv4Addr::from(*address), *mac))
+    Some((Ipv4Addr::from(*address).into(), Some(*mac)))
 }
 
-fn solicitation(neighbour: Ipv6Addr, source: Ipv6Addr, source_mac: [u8; 6]) -> Vec<u8> {
-    let [.., a, b, c] = neighbour.octets();
-    let mut group = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 1, 0xff00, 0).octets();
-    group[13..].copy_from_slice(&[a, b, c]);
+/// Who is advertised (RFC 4861, section 4.4): the kernel heeds all that this one heeds.
+fn advertisement(packet: &[u8]) -> Option<Said> {
+    let (header, message) = packet.split_at_checked(IPV6_LEN)?;
+    let [ICMPV6, 255] = header[6..8] else { return None };
+    let [NEIGHBOUR_ADVERTISEMENT, 0, ..] = message else { return None };
+    let target = message.get(8..)?.first_chunk::<16>()?;
+    Some((Ipv6Addr::from(*target).into(), None))
+}
+
+fn solicitation(
+    neighbour: Ipv6Addr,
+    to: Ipv6Addr,
+    source: Ipv6Addr,
+    source_mac: [u8; 6],
+) -> Vec<u8> {
     let mut packet = vec![0; IPV6_LEN + SOLICITATION_LEN];
     let (header, message) = packet.split_at_mut(IPV6_LEN);
     header[0] = 6 << 4;
@@ -198,7 +280,7 @@ fn solicitation(neighbour: Ipv6Addr, source: Ipv6Addr, source_mac: [u8; 6]) -> V
     header[6] = ICMPV6;
     header[7] = 255;
     header[8..24].copy_from_slice(&source.octets());
-    header[24..].copy_from_slice(&group);
+    header[24..].copy_from_slice(&to.octets());
     message[0] = NEIGHBOUR_SOLICITATION;
     message[8..24].copy_from_slice(&neighbour.octets());
     // Source link-layer address, in units of eight bytes.
@@ -233,6 +315,7 @@ mod tests {
             neighbour: neighbour.parse().unwrap(),
             source: source.parse().unwrap(),
             source_mac: MAC,
+            only: None,
         }
     }
 
@@ -252,11 +335,36 @@ mod tests {
         let (_, _, mut packet) = frame(&question("10.0.0.2", "10.0.0.1")).unwrap();
         assert_eq!(arp_answer(&packet), None, "a question");
         packet[7] = 2;
-        let expected = (Ipv4Addr::new(10, 0, 0, 1), MAC);
-        assert_eq!(arp_answer(&packet), Some(expected));
+        assert_eq!(arp_answer(&packet), Some((Ipv4Addr::new(10, 0, 0, 1).into(), Some(MAC))));
         for length in 0..18 {
             assert_eq!(arp_answer(&packet[..length]), None);
         }
+    }
+
+    #[test]
+    fn only_advertisements_that_no_router_has_passed_on_are_answers() {
+        let (_, _, mut packet) = frame(&question("2001:db8::2", "2001:db8::1")).unwrap();
+        assert_eq!(advertisement(&packet), None, "a question");
+        packet[40] = NEIGHBOUR_ADVERTISEMENT;
+        let neighbour = "2001:db8::2".parse().unwrap();
+        assert_eq!(advertisement(&packet), Some((neighbour, None)));
+        assert_eq!(advertisement(&packet[..ANSWER_LEN]), Some((neighbour, None)));
+        for length in 0..ANSWER_LEN {
+            assert_eq!(advertisement(&packet[..length]), None);
+        }
+        packet[7] = 254;
+        assert_eq!(advertisement(&packet), None);
+    }
+
+    #[test]
+    fn one_neighbour_alone_can_be_asked() {
+        let only = Some([4; 6]);
+        let (_, to, packet) =
+            frame(&Question { only, ..question("10.0.0.2", "10.0.0.1") }).unwrap();
+        assert_eq!((to, &packet[24..]), ([4; 6], &[10, 0, 0, 2][..]));
+        let (_, to, packet) =
+            frame(&Question { only, ..question("2001:db8::2", "2001:db8::1") }).unwrap();
+        assert_eq!((to, &packet[24..40]), ([4; 6], &packet[48..64]), "no group");
     }
 
     #[test]

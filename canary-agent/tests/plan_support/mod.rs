@@ -96,6 +96,7 @@ pub(crate) fn hop(addr: SocketAddr) -> NextHop {
         },
         tags: Tags::default(),
         mtu: 1500,
+        silent: None,
     }
 }
 

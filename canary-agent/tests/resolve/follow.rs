@@ -63,6 +63,7 @@ fn next_hops_on_the_link_have_both_macs_and_the_source() {
                     source: ip_addr(source),
                     tags: Tags::default(),
                     mtu: 1500,
+                    silent: None,
                 })
             );
         }

@@ -6,3 +6,4 @@
 mod follow;
 mod host;
 mod netns;
+mod silence;

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use canary_agent::{
-    api::model::{Backends, InterfaceStatus, Status},
+    api::model::{Backends, Events, InterfaceStatus, Status},
     datapath,
 };
 use canary_tests::{
@@ -168,6 +168,65 @@ fn a_backends_new_mac_address_is_followed_in_nat() {
 #[test]
 fn a_backends_new_mac_address_is_followed_in_dsr() {
     follow_mac("a_backends_new_mac_address_is_followed_in_dsr", Way::Dsr, Family::V6);
+}
+
+#[test]
+fn a_backend_that_is_gone_without_a_word_gets_no_connections_after_a_second() {
+    let test = "a_backend_that_is_gone_without_a_word_gets_no_connections_after_a_second";
+    if !host::ready(test) {
+        return;
+    }
+    let bench = Bench::new(Way::Dsr, &[("stable", 3)]);
+    let agent = bench.agent("");
+    let dead = &bench.topology.backends[1];
+    let mut pool = bench.connect(Family::V4, 0..20);
+    let states = || -> Vec<(String, Option<String>)> {
+        let status = agent.status();
+        let of_dead = |addr: std::net::IpAddr| dead.addrs().contains(&addr);
+        let dead = backends(&status, ECHO).filter(|b| of_dead(b.addr.ip()));
+        dead.map(|b| (b.state.clone(), b.message.clone())).collect()
+    };
+    let wait_state = |wanted: &str| {
+        let begun = Instant::now();
+        wait::until(wanted, || match states() {
+            now if now.iter().all(|(state, _)| state == wanted) => Ok(begun.elapsed()),
+            now => Err(format!("{now:?}")),
+        })
+    };
+    // It has answered once when a MAC address that nobody announces is followed.
+    let mut times = Vec::new();
+    for round in 0..ROUNDS {
+        dead.namespace.ip(&format!("link set eth0 address 02:00:00:00:de:0{round}"));
+        pool.assert_where_they_were("at the new MAC address");
+        bench.topology.cut_off(dead, true);
+        let took = wait_state("no-next-hop");
+        println!("{test}: both families after {took:?}");
+        times.push(took);
+        for (family, first) in [(Family::V4, 1_000), (Family::V6, 2_000)] {
+            let names = bench.survey(family, Transport::Tcp, first..first + 60, 20_000);
+            assert_eq!(names.len(), 60);
+            assert!(!names.contains(&dead.name), "{names:?}");
+        }
+        let said = states().remove(0).1.unwrap_or_default();
+        assert!(said.contains("does not answer any more"), "{said}");
+        bench.topology.cut_off(dead, false);
+        println!("{test}: back after {:?}", wait_state("up"));
+        pool.assert_where_they_were("when it is back");
+    }
+    // In both families, for both services.
+    wait::until("the events", || {
+        let Events { events, .. } = agent.json(&["events", "--limit", "1000"]);
+        let kind = |kind: &str| events.iter().filter(|event| event.kind == kind).count();
+        match (kind("unreachable"), kind("reachable")) {
+            (gone, back) if gone == ROUNDS * 4 && back == gone => Ok(()),
+            numbers => Err(format!("{numbers:?}: {events:?}")),
+        }
+    });
+    times.sort_unstable();
+    // A host that is busy with other tests may be late with its questions, which then don't count,
+    // and with its answers to ours. The kernel takes 15 s and more.
+    let (quickest, slowest) = (times[0], times[ROUNDS - 1]);
+    assert!(quickest <= FOLLOWED && slowest < FOLLOWED * 5, "{test}: silent after {times:?}");
 }
 
 #[test]
