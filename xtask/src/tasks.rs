@@ -5,9 +5,10 @@ use std::{
     io::Write as _,
     path::{Path, PathBuf},
     process::{Command, ExitCode, ExitStatus},
+    thread,
 };
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 
 use crate::{package, setup, supervise, sweep, vm};
 
@@ -58,7 +59,7 @@ impl Tally {
 }
 
 /// The packages with tests; features of the dependencies are those of this choice.
-const ALL: [&str; 3] = ["--workspace", "--exclude", "canary-ebpf"];
+pub(crate) const ALL: [&str; 3] = ["--workspace", "--exclude", "canary-ebpf"];
 
 /// Arguments of `cargo test` that choose packages or targets themselves.
 const CHOOSING: [&str; 10] = [
@@ -117,22 +118,14 @@ fn test_all(workspace: &Path, args: &[String], tally: &mut Tally) -> Result<bool
         Vec::new()
     };
     let skip_log = SkipLog::new(workspace);
-    let phases: &[&[&str]] = if chooses(args) {
-        &[&[]]
-    } else {
-        // Unit and property tests, then what talks to sockets, kernel and
-        // namespaces, then the examples of the documentation.
-        &[&["--lib", "--bins"], &["--test", "*"], &["--doc"]]
-    };
-    let mut success = true;
-    for phase in phases {
+    let run = |phase: &[&str], tally: &mut Tally| -> Result<bool> {
         let mut command = cargo(workspace);
         command.arg("test");
         if !args.iter().any(|arg| arg == "-p" || arg.starts_with("--package")) {
             command.args(ALL);
         }
         command
-            .args(*phase)
+            .args(phase)
             // One failure does not hide the others.
             .arg("--no-fail-fast")
             .args(args)
@@ -144,12 +137,22 @@ fn test_all(workspace: &Path, args: &[String], tally: &mut Tally) -> Result<bool
         if !status.success() && tally.failed == before.failed {
             tally.failed += 1;
         }
-        success &= status.success();
-    }
-    if !chosen(args) {
-        println!("\nOn other kernels, in virtual machines");
-        success &= on_other_kernels(workspace, args, tally)?;
-    }
+        Ok(status.success())
+    };
+    let success = if chooses(args) {
+        run(&[], tally)?
+    } else {
+        // Unit and property tests, then what talks to sockets, kernel and namespaces, then the
+        // examples of the documentation.
+        let quick = run(&["--lib", "--bins"], tally)?;
+        let real = ["--test", "*"];
+        let real = match chosen(args) {
+            true => run(&real, tally)?,
+            false => beside_other_kernels(workspace, args, tally, |tally| run(&real, tally))?,
+        };
+        let examples = run(&["--doc"], tally)?;
+        quick && real && examples
+    };
     let skipped = skip_log.lines();
     // They ended early and well, so cargo test has counted them as passed.
     tally.passed = tally.passed.saturating_sub(skipped.len() as u64);
@@ -165,27 +168,54 @@ fn chosen(args: &[String]) -> bool {
     args.iter().any(|arg| arg != "--release")
 }
 
-/// Adds the tests that run in virtual machines to the tally.
-fn on_other_kernels(workspace: &Path, args: &[String], tally: &mut Tally) -> Result<bool> {
+/// Runs `tests`, and beside them those in virtual machines, whose output follows at the end.
+///
+/// The host's tests wait for packets and clocks most of the time, and a machine whose processor
+/// is emulated does nothing but compute.
+fn beside_other_kernels(
+    workspace: &Path,
+    args: &[String],
+    tally: &mut Tally,
+    tests: impl FnOnce(&mut Tally) -> Result<bool>,
+) -> Result<bool> {
     if let Some(obstacle) = vm::obstacle() {
+        let success = tests(tally)?;
         // Where a host is chosen for tests, what can't run is not proven.
         if std::env::var_os("CI").is_some() {
             bail!(obstacle);
         }
         println!("skipped: virtual machines: {obstacle}");
         tally.skipped += 1;
-        return Ok(true);
+        return Ok(success);
     }
+    let machines = match vm::prepared(workspace, args) {
+        Ok(machines) => machines,
+        Err(error) if error.is::<supervise::Interrupted>() => return Err(error),
+        // It does not hide the others.
+        Err(error) => {
+            tests(tally)?;
+            return Err(error);
+        }
+    };
+    let mut said = Vec::new();
+    let (here, there) = thread::scope(|scope| {
+        let machines =
+            scope.spawn(|| machines.run(vm::SIZE_BESIDE, |line| said.push(line.to_owned())));
+        (tests(tally), machines.join())
+    });
+    println!("\nOn other kernels, in virtual machines");
     let failed = tally.failed;
-    let success = vm::test(workspace, args, vm::SIZE, |line| {
-        tally.add(line);
+    for line in said {
+        tally.add(&line);
         println!("{line}");
-    })?;
+    }
+    let there = there.map_err(|_| anyhow!("running virtual machines has panicked"))?;
+    let (here, there) = (here?, there?);
     // A test program that was killed has no result line to count.
-    if !success && tally.failed == failed {
+    if !there && tally.failed == failed {
         tally.failed += 1;
     }
-    Ok(success)
+    Ok(here && there)
 }
 
 /// Whether arguments choose what is tested; those after `--` are the test programs'.

@@ -31,6 +31,8 @@ pub(crate) struct Size {
     pub(crate) memory_mib: u32,
     /// How long it may run.
     pub(crate) limit: Duration,
+    /// Whether other programs of the host come first.
+    pub(crate) yields: bool,
 }
 
 /// Why no machine can run here, if so.
@@ -42,7 +44,7 @@ pub(crate) fn obstacle() -> Option<String> {
 }
 
 /// Finds qemu, or installs it.
-fn qemu() -> Result<PathBuf> {
+pub(super) fn qemu() -> Result<PathBuf> {
     if let Some(found) = probe::find(QEMU) {
         return Ok(found);
     }
@@ -95,7 +97,13 @@ pub(crate) fn run(
 ) -> Result<Ended> {
     let qemu = qemu()?;
     let console = Console(initramfs.with_extension("console"));
-    let mut command = Command::new(qemu);
+    let mut command = if size.yields {
+        let mut nice = Command::new("nice");
+        nice.args(["-n", "10"]).arg(qemu);
+        nice
+    } else {
+        Command::new(qemu)
+    };
     command
         .args(if kvm() {
             ["-accel", "kvm", "-cpu", "host"]

@@ -52,7 +52,12 @@ const TESTS: [(&str, &[&str]); 5] = [
 
 /// How large a machine for the tests is. Emulated on an idle host of two processors it
 /// needs far less than this limit, which is for hosts with other work.
-pub(crate) const SIZE: Size = Size { cpus: 2, memory_mib: 2048, limit: Duration::from_secs(900) };
+pub(crate) const SIZE: Size =
+    Size { cpus: 2, memory_mib: 2048, limit: Duration::from_secs(900), yields: false };
+
+/// The same beside other tests, which come first.
+pub(crate) const SIZE_BESIDE: Size =
+    Size { limit: Duration::from_secs(1800), yields: true, ..SIZE };
 
 /// What `cargo xtask vm` is asked for.
 #[derive(Debug, Args)]
@@ -89,7 +94,7 @@ pub(crate) struct Request {
 impl Request {
     fn size(&self) -> Size {
         let Self { cpus, memory, limit, .. } = *self;
-        Size { cpus, memory_mib: memory, limit: Duration::from_secs(limit) }
+        Size { cpus, memory_mib: memory, limit: Duration::from_secs(limit), yields: false }
     }
 
     fn kernel(&self) -> Result<Kernel> {
@@ -120,7 +125,7 @@ pub(crate) fn run(workspace: &Path, request: &Request) -> Result<ExitCode> {
     }
     let print = |line: &str| println!("{line}");
     if request.command.is_empty() && request.kernel.is_none() && request.debian == OLDEST {
-        let success = test(workspace, &[], request.size(), print)?;
+        let success = prepared(workspace, &[])?.run(request.size(), print)?;
         return Ok(if success { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
     let mut job = match request.command.is_empty() {
@@ -149,24 +154,41 @@ fn absolute(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
     paths.iter().map(absolute).collect()
 }
 
-/// Runs the tests that are about kernels; each line of their output is handed over.
-/// Returns whether all went well.
+/// The tests that are about kernels, built, with all that their machines need at hand.
+pub(crate) struct Prepared<'a> {
+    workspace: &'a Path,
+    profile: &'a [String],
+    job: Job,
+}
+
+/// Builds the tests, and fetches or installs what their machines need. Nothing is built or
+/// installed later, so that they can run beside other tests.
 ///
 /// # Errors
-/// A machine can't be made or does not come to its end, or the task is interrupted.
-pub(crate) fn test(
-    workspace: &Path,
-    profile: &[String],
-    size: Size,
-    mut on_line: impl FnMut(&str),
-) -> Result<bool> {
-    let job = tests(workspace, profile)?;
-    let ended = boot(workspace, &debian::kernel(OLDEST)?, &job, size, &mut on_line)?;
-    let refused = old_kernel(workspace, profile, size)?;
-    for line in refused.lines() {
-        on_line(line);
+/// The tests do not build, something can't be had, or the task is interrupted.
+pub(crate) fn prepared<'a>(workspace: &'a Path, profile: &'a [String]) -> Result<Prepared<'a>> {
+    machine::qemu()?;
+    debian::busybox()?;
+    for release in [OLDEST, TOO_OLD] {
+        debian::kernel(release)?;
     }
-    Ok(ended.code == 0 && refused.ends_with(REFUSED))
+    Ok(Prepared { workspace, profile, job: tests(workspace, profile)? })
+}
+
+impl Prepared<'_> {
+    /// Runs them; each line of their output is handed over. Returns whether all went well.
+    ///
+    /// # Errors
+    /// A machine does not come to its end, or the task is interrupted.
+    pub(crate) fn run(&self, size: Size, mut on_line: impl FnMut(&str)) -> Result<bool> {
+        let Self { workspace, profile, job } = self;
+        let ended = boot(workspace, &debian::kernel(OLDEST)?, job, size, &mut on_line)?;
+        let refused = old_kernel(workspace, profile, size)?;
+        for line in refused.lines() {
+            on_line(line);
+        }
+        Ok(ended.code == 0 && refused.ends_with(REFUSED))
+    }
 }
 
 /// The end of what [`old_kernel`] says when all is well; counted like a test program's.
@@ -227,12 +249,12 @@ backends = ["192.0.2.1:80"]
 /// Builds [`TESTS`] and the agent, and says how they are run.
 fn tests(workspace: &Path, profile: &[String]) -> Result<Job> {
     let mut agent = tasks::cargo(workspace);
-    agent.args(["build", "--package", "canary-agent", "--bins"]).args(profile);
+    agent.args(["build", "--bins"]).args(tasks::ALL).args(profile);
     if !supervise::run(&mut agent)?.success() {
         bail!("the agent does not build");
     }
     let mut build = tasks::cargo(workspace);
-    build.args(["test", "--package", "canary-tests", "--no-run"]).args(profile);
+    build.args(["test", "--no-run"]).args(tasks::ALL).args(profile);
     build.args(["--message-format", "json-render-diagnostics"]).stderr(Stdio::null());
     for (name, _) in TESTS {
         build.args(["--test", name]);
