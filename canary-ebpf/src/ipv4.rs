@@ -60,7 +60,7 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
         dst_port_be: transport.dst_port_be,
         protocol: u32::from(protocol),
     };
-    signals::note_v4::<RARE>(packet, service, &transport, &key);
+    signals::note_v4::<RARE>(service, &transport);
     if forward::translates(service) {
         return translate::<RARE>(packet, ip, &transport, service, &key);
     }
@@ -75,11 +75,11 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
     let backend = forward::usable(steering.backend)?;
     if tunnel::wraps(service) {
         // Before it is wrapped, wherever that is noted.
-        _ = signals::client_v4::<RARE>(service, backend, &transport);
+        _ = signals::client_v4::<RARE>(packet, service, backend, &transport);
         return tunnel::send::<RARE>(packet, service, steering, &transport);
     }
     forward::count_sent::<RARE>(packet, steering.backend, steering.opens);
-    let watched = signals::client_v4::<RARE>(service, backend, &transport);
+    let watched = signals::client_v4::<RARE>(packet, service, backend, &transport);
     let clamp = forward::clamp::<RARE>(&transport, backend);
     let way = Way { clamp, ..forward::to(steering.backend, backend) };
     let sent = forward::send::<RARE>(packet, way);
@@ -177,9 +177,12 @@ fn translate<const RARE: bool>(
     }
     let index = BackendIndex::new(flow.backend);
     let backend = forward::usable_for_flow(index)?;
-    rewrite(packet, ip, transport, flow)?;
+    // While the frame is still the client's.
+    let watched = signals::translated_v4::<RARE>(packet, service, backend, transport, flow);
+    if let Err(reason) = rewrite(packet, ip, transport, flow) {
+        return signals::let_go::<RARE>(watched, reason);
+    }
     forward::count_sent::<RARE>(packet, index, opens);
-    let watched = signals::translated_v4::<RARE>(service, backend, transport, flow);
     let clamp = forward::clamp::<RARE>(transport, backend);
     let way = Way { clamp, ..forward::to(index, backend) };
     let sent = forward::send::<RARE>(packet, way);

@@ -31,6 +31,19 @@ impl Packet {
         Self { start: *data as usize, end: *data_end as usize, ifindex: *ingress_ifindex, ctx }
     }
 
+    /// Where the frame begins and ends: what a function of its own, to which a reference to this
+    /// would be one to a place on the stack, makes a view of the frame of.
+    #[inline(always)]
+    pub(crate) fn bounds(&self) -> (usize, usize) {
+        (self.start, self.end)
+    }
+
+    /// A view of the frame with these bounds, by which its bytes alone are looked at.
+    #[inline(always)]
+    pub(crate) fn within(start: usize, end: usize) -> Self {
+        Self { start, end, ifindex: 0, ctx: core::ptr::null_mut() }
+    }
+
     /// The way that it came by, which answers go back; 0 where flows can't name it.
     #[inline(always)]
     pub(crate) fn way<const RARE: bool>(&self) -> u32 {
@@ -117,8 +130,7 @@ fn lower_mss(packet: &Packet, offset: usize, most: u16) -> Option<()> {
 #[inline(never)]
 #[unsafe(link_section = ".text")]
 fn classify(start: usize, end: usize) -> u64 {
-    let packet = Packet { start, end, ifindex: 0, ctx: core::ptr::null_mut() };
-    let (quic, seq) = datagram(&packet).unwrap_or((Quic::Other, 0));
+    let (quic, seq) = datagram(&Packet::within(start, end)).unwrap_or((Quic::Other, 0));
     u64::from(quic as u8) << 32 | u64::from(seq)
 }
 
@@ -127,9 +139,8 @@ fn classify(start: usize, end: usize) -> u64 {
 #[inline(never)]
 #[unsafe(link_section = ".text")]
 fn classify_at(start: usize, end: usize, offset: usize) -> u64 {
-    let packet = Packet { start, end, ifindex: 0, ctx: core::ptr::null_mut() };
     let offset = offset & TRANSPORT_MASK;
-    let (quic, seq) = datagram_at(&packet, offset).unwrap_or((Quic::Other, 0));
+    let (quic, seq) = datagram_at(&Packet::within(start, end), offset).unwrap_or((Quic::Other, 0));
     u64::from(quic as u8) << 32 | u64::from(seq)
 }
 

@@ -1,8 +1,9 @@
 //! Watching some of the connections: see `canary_ebpf_common::signals`.
 //!
 //! A packet of a connection that is watched is sent as any other. Then it is left to `watch_v4` or
-//! `watch_v6`, programs of their own, so that packets that are not watched carry nothing along for
-//! it. `judge_v4` and `judge_v6` are run by the agent itself (`BPF_PROG_TEST_RUN`) on a list of
+//! `watch_v6`, programs of their own. What they need of it is read from the frame once more, by
+//! functions of their own which only packets of services that are watched come to: the others
+//! carry nothing along for it. `judge_v4` and `judge_v6` are run by the agent itself (`BPF_PROG_TEST_RUN`) on a list of
 //! connections whose time is over, and are attached to nothing.
 
 use aya_ebpf::{
@@ -19,13 +20,14 @@ use canary_ebpf_common::{
         SignalEvent, VersionSignals, flow_state, outcome,
     },
     entry::BackendIndex,
-    headers::Frame as _,
+    headers::{ETH_BYTES, Frame as _, Ipv4, Ipv6, Tcp},
     nat,
     signals::{self, Seen, Step, Watchable as _},
     steer::Flows as _,
 };
 
 use crate::{
+    arrival::TRANSPORT_MASK,
     forward::Transport,
     maps::{self, FlowsV4, FlowsV6, Program},
     packet::Packet,
@@ -64,9 +66,11 @@ const FROM_SERVER: u32 = 1 << 3;
 const TAGS: u32 = 1 << 4;
 /// [`Pending::state`]: the frame is to be wrapped afterwards.
 const WRAP: u32 = 1 << 6;
-/// [`Pending::state`]: it is to be taken into account. Until it is known which version it is for,
-/// it is only noted.
+/// [`Pending::state`]: it is to be taken into account. Where few packets come by, one of a service
+/// that is watched is noted without this, until it is known which version it is for.
 const ARMED: u32 = 1 << 5;
+/// [`Pending::state`]: its connection was chosen before.
+const KNOWN: u32 = 1 << 7;
 
 /// Which connections of each version are watched.
 #[map]
@@ -166,6 +170,17 @@ fn go_on_before(packet: &Packet, what: u32) {
     }
 }
 
+/// Takes no account of a packet after all, which is not sent.
+#[inline(always)]
+pub(crate) fn let_go<const RARE: bool>(watched: bool, reason: Reason) -> Result<u32, Reason> {
+    if (RARE && watching() || watched)
+        && let Some(pending) = pending()
+    {
+        pending.state = NOT;
+    }
+    Err(reason)
+}
+
 #[inline(always)]
 fn leave(packet: &Packet, pending: &Pending) {
     if pending.state & IPV4 != 0 {
@@ -229,10 +244,19 @@ fn report(step: &Step, sampling: &Sampling, place: u32, now_ns: u64, client: Add
     }
 }
 
+/// Whether a client's packet is of a service whose connections may be watched.
+#[inline(always)]
+fn may_be_watched<const RARE: bool>(service: &Service, transport: &Transport, family: u32) -> bool {
+    if RARE {
+        return watching() && pending().is_some_and(|pending| pending.state == family);
+    }
+    watches(service) && transport.segment.protocol == IPPROTO_TCP
+}
+
 macro_rules! family {
     (
-        $key:ty, $field:ident, $family:ident, $samples:ident, $flows:ident, $client:expr, $copy:ident, $opposite:ident,
-        $watch:ident, $note:ident, $from_client:ident, $translated:ident, $returned:ident, $judge:ident
+        $key:ty, $field:ident, $family:ident, $samples:ident, $flows:ident, $client:expr, $copy:ident,
+        $watch:ident, $note:ident, $look:ident, $from_client:ident, $translated:ident, $returned:ident, $judge:ident
     ) => {
         /// Takes a packet into account that is being sent, and lets it go.
         #[xdp]
@@ -312,99 +336,106 @@ macro_rules! family {
                 }
             }
 
-            /// Notes a packet; its key is set afterwards.
+            /// Notes a packet whose TCP header is at `header`, if its connection is `KNOWN` to be
+            /// watched, or chosen.
             #[inline(always)]
-            pub(super) fn note(
+            pub(super) fn look(
                 packet: &Packet,
-                transport: &Transport,
+                header: usize,
+                place: u32,
                 state: u32,
-            ) -> Option<&'static mut Pending> {
+            ) -> Option<()> {
                 let pending = pending()?;
-                pending.state = state | super::$family;
-                pending.flags = u32::from(transport.segment.tcp_flags);
-                pending.seq = transport.segment.seq;
-                pending.ack = transport.ack(packet);
-                Some(pending)
-            }
-
-            /// Whether what is noted is watched: then it is taken into account behind sending it.
-            /// `known` says that it was chosen before.
-            #[inline(always)]
-            pub(super) fn arm<const RARE: bool>(
-                service: &Service,
-                backend: &Backend,
-                tcp: bool,
-                known: bool,
-                both: u32,
-            ) -> bool {
-                // Where few packets come by, it is looked up: there is no room to keep the service
-                // at hand.
-                if !watching() || (!RARE && (service.flags & SERVICE_SAMPLED == 0 || !tcp)) {
-                    return false;
+                pending.state = NOT;
+                let tcp: *mut Tcp = packet.at(header)?;
+                // SAFETY: `at` checked the bounds.
+                let tcp = unsafe { &*tcp };
+                let key = &mut pending.$field;
+                if state & FROM_SERVER != 0 {
+                    $copy(packet, true, key)?;
+                    key.src_port_be = tcp.ports.dst_be;
+                    key.dst_port_be = tcp.ports.src_be;
+                } else {
+                    $copy(packet, false, key)?;
+                    key.src_port_be = tcp.ports.src_be;
+                    key.dst_port_be = tcp.ports.dst_be;
                 }
-                let Some(pending) = pending() else { return false };
-                if RARE && pending.state != super::$family {
-                    return false;
-                }
-                let place = Sampling::place(u32::from(backend.service), backend.version);
-                let opens = signals::opens(pending.flags);
-                if (both != 0 && !opens && !known)
-                    || ((both == 0 || opens) && !chosen(place, pending.$field.sampling_hash()))
-                {
-                    return false;
+                key.protocol = u32::from(IPPROTO_TCP);
+                if state & KNOWN == 0 && !chosen(place, key.sampling_hash()) {
+                    return None;
                 }
                 pending.place = place;
-                pending.state |= both | ARMED;
-                true
+                pending.flags = u32::from(tcp.flags);
+                pending.seq = u32::from_be(tcp.seq_be);
+                pending.ack = u32::from_be(tcp.ack_be);
+                pending.state = super::$family | ARMED | state;
+                Some(())
             }
         }
 
-        /// Notes a client's packet, of a service that is watched: `client` or `translated` comes
-        /// when its backend is known, and `go_on` behind sending it.
+        /// A function of its own, which the verifier follows as if it stood where it is called.
+        /// For the section see `packet::classify`.
+        #[cold]
+        #[inline(never)]
+        #[unsafe(link_section = ".text")]
+        fn $look(start: usize, end: usize, header: usize, place: u32, state: u32) -> u32 {
+            let packet = Packet::within(start, end);
+            u32::from($field::look(&packet, header & TRANSPORT_MASK, place, state).is_some())
+        }
+
+        /// Where few packets come by: notes whether one of a client's is of a service that is
+        /// watched. There is no room to keep the service at hand until `client` or `translated`
+        /// asks.
         #[inline(always)]
-        pub(crate) fn $note<const RARE: bool>(
-            packet: &Packet,
-            service: &Service,
-            transport: &Transport,
-            key: &$key,
-        ) {
-            if watches(service) && transport.segment.protocol == IPPROTO_TCP {
-                if let Some(pending) = $field::note(packet, transport, 0) {
-                    $copy(&mut pending.$field, key);
-                }
-            } else if RARE
+        pub(crate) fn $note<const RARE: bool>(service: &Service, transport: &Transport) {
+            if RARE
                 && watching()
                 && let Some(pending) = pending()
             {
-                pending.state = NOT;
+                let tcp = transport.segment.protocol == IPPROTO_TCP;
+                pending.state = if watches(service) && tcp { $family } else { NOT };
             }
         }
 
-        /// Whether a client's packet to a backend that answers by another way is watched.
+        /// Whether a client's packet to a backend that answers by another way is watched: then it
+        /// is taken into account behind sending it, by `go_on`.
         #[inline(always)]
         pub(crate) fn $from_client<const RARE: bool>(
+            packet: &Packet,
             service: &Service,
             backend: &Backend,
             transport: &Transport,
         ) -> bool {
-            let tcp = transport.segment.protocol == IPPROTO_TCP;
-            $field::arm::<RARE>(service, backend, tcp, false, 0)
+            may_be_watched::<RARE>(service, transport, $family) && {
+                let place = Sampling::place(u32::from(backend.service), backend.version);
+                let (start, end) = packet.bounds();
+                $look(start, end, transport.offset, place, 0) != 0
+            }
         }
 
         /// The same of a client's packet on a translated flow.
         #[inline(always)]
         pub(crate) fn $translated<const RARE: bool>(
+            packet: &Packet,
             service: &Service,
             backend: &Backend,
             transport: &Transport,
             flow: &Flow,
         ) -> bool {
-            let tcp = transport.segment.protocol == IPPROTO_TCP;
-            let known = flow.state & flow_state::SAMPLED != 0;
-            $field::arm::<RARE>(service, backend, tcp, known, BOTH)
+            may_be_watched::<RARE>(service, transport, $family) && {
+                let opens = transport.segment.opens();
+                let known = !opens && flow.state & flow_state::SAMPLED != 0;
+                (opens || known) && {
+                    let place = Sampling::place(u32::from(backend.service), backend.version);
+                    let (start, end) = packet.bounds();
+                    let state = BOTH | if known { KNOWN } else { 0 };
+                    $look(start, end, transport.offset, place, state) != 0
+                }
+            }
         }
 
-        /// The same of a backend's packet on a translated flow.
+        /// The same of a backend's packet on a translated flow, which has the addresses and ports
+        /// that the client knows by now.
         #[inline(always)]
         pub(crate) fn $returned(packet: &Packet, transport: &Transport, flow: &Flow) -> bool {
             if !watching()
@@ -416,11 +447,10 @@ macro_rules! family {
             let Some(backend) = maps::backend(BackendIndex::new(flow.backend)) else {
                 return false;
             };
-            let state = BOTH | FROM_SERVER | ARMED;
-            let Some(pending) = $field::note(packet, transport, state) else { return false };
-            pending.place = Sampling::place(u32::from(flow.service), backend.version);
-            $opposite(&mut pending.$field, flow);
-            true
+            let place = Sampling::place(u32::from(flow.service), backend.version);
+            let (start, end) = packet.bounds();
+            let state = BOTH | FROM_SERVER | KNOWN;
+            $look(start, end, transport.offset, place, state) != 0
         }
 
         /// Looks again at connections whose time is over. Answers with how many are watched no
@@ -451,9 +481,9 @@ family!(
     FlowsV4,
     |key: &FlowKeyV4| [u64::from(key.src_be), 0],
     copy_v4,
-    opposite_v4,
     watch_v4,
     note_v4,
+    look_v4,
     client_v4,
     translated_v4,
     returned_v4,
@@ -467,63 +497,38 @@ family!(
     FlowsV6,
     |key: &FlowKeyV6| [key.src[0], key.src[1]],
     copy_v6,
-    opposite_v6,
     watch_v6,
     note_v6,
+    look_v6,
     client_v6,
     translated_v6,
     returned_v6,
     judge_v6
 );
 
-macro_rules! keys {
-    ($key:ty, $copy:ident, $opposite:ident, |$to:ident, $src:ident, $dst:ident| $addresses:block, |$from:ident| $of:expr) => {
-        // Word by word: a whole key would be made on the stack, where there is no room for it.
-
-        /// Makes `to` the same as `from`.
-        #[inline(always)]
-        fn $copy($to: &mut $key, $from: &$key) {
-            let ($src, $dst) = $of;
-            $addresses
-            $to.src_port_be = $from.src_port_be;
-            $to.dst_port_be = $from.dst_port_be;
-            $to.protocol = u32::from(IPPROTO_TCP);
-        }
-
-        /// Makes `to` the key of the client's packets on the flow of `from`, the backend's entry.
-        #[inline(always)]
-        fn $opposite($to: &mut $key, from: &Flow) {
-            let ($src, $dst) = (from.dst, from.src);
-            $addresses
-            $to.src_port_be = from.dst_port_be;
-            $to.dst_port_be = from.src_port_be;
-            $to.protocol = u32::from(IPPROTO_TCP);
-        }
-    };
+/// Copies the addresses of an IPv4 packet, or of one from the other end, into a key.
+#[inline(always)]
+fn copy_v4(packet: &Packet, swapped: bool, to: &mut FlowKeyV4) -> Option<()> {
+    let ip: *mut Ipv4 = packet.at(ETH_BYTES)?;
+    // SAFETY: `at` checked the bounds.
+    let (src, dst) = unsafe { ((*ip).src_be, (*ip).dst_be) };
+    (to.src_be, to.dst_be) = if swapped { (dst, src) } else { (src, dst) };
+    Some(())
 }
 
-keys!(
-    FlowKeyV4,
-    copy_v4,
-    opposite_v4,
-    |to, src, dst| {
-        to.src_be = src[0] as u32;
-        to.dst_be = dst[0] as u32;
-    },
-    |from| ([u64::from(from.src_be), 0], [u64::from(from.dst_be), 0])
-);
-keys!(
-    FlowKeyV6,
-    copy_v6,
-    opposite_v6,
-    |to, src, dst| {
-        to.src[0] = src[0];
-        to.src[1] = src[1];
-        to.dst[0] = dst[0];
-        to.dst[1] = dst[1];
-    },
-    |from| (from.src, from.dst)
-);
+/// The same of IPv6. Word by word: a whole address would be copied by a call.
+#[inline(always)]
+fn copy_v6(packet: &Packet, swapped: bool, to: &mut FlowKeyV6) -> Option<()> {
+    let ip: *mut Ipv6 = packet.at(ETH_BYTES)?;
+    // SAFETY: `at` checked the bounds.
+    let ip = unsafe { &*ip };
+    let (src, dst) = if swapped { (&ip.dst, &ip.src) } else { (&ip.src, &ip.dst) };
+    to.src[0] = src[0];
+    to.src[1] = src[1];
+    to.dst[0] = dst[0];
+    to.dst[1] = dst[1];
+    Some(())
+}
 
 /// Counts a connection that there was no room for.
 #[inline(always)]
