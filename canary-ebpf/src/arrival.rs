@@ -3,7 +3,8 @@
 //!
 //! `ingress` gives up what it does not know at sight by a tail call to `arrival`, so that plain
 //! packets pay for nothing of this. What follows is a tail call further, which has the verifier
-//! begin afresh: `steer_v4` and `steer_v6` are `ingress` again, with all that `arrival` may have found.
+//! begin afresh: `steer_v4` and `steer_v6` are `ingress` again, with all that `arrival` may have found,
+//! and with what opens translated flows, for which `ingress` leaves plain packets to them, too.
 
 use aya_ebpf::{bindings::xdp_action, macros::xdp, programs::XdpContext};
 use canary_ebpf_common::{
@@ -19,6 +20,7 @@ use canary_ebpf_common::{
 };
 
 use crate::{
+    forward::Transport,
     fragment, ipv4, ipv6,
     maps::{self, Program},
     packet::Packet,
@@ -61,6 +63,15 @@ pub(crate) struct Arrival {
 }
 
 impl Arrival {
+    /// Of a packet that has come by this interface, as long as nothing is found out about it.
+    #[inline(always)]
+    fn begin(&mut self, ifindex: u32) {
+        self.forget();
+        self.way = ifindex;
+        self.fragment_at = 0;
+        self.header = 0;
+    }
+
     /// Of a packet that came plain.
     #[inline(always)]
     pub(crate) fn forget(&mut self) {
@@ -106,6 +117,21 @@ pub(crate) fn steer_v6(ctx: XdpContext) -> u32 {
     steered(&packet, ipv6::ingress::<true>(&packet))
 }
 
+/// Leaves a plain packet to `steer_v4` or `steer_v6`, for what few packets need: the others would
+/// pay for it, since it would be in their way and keep room on the stack.
+#[inline(always)]
+pub(crate) fn steer_there(
+    packet: &Packet,
+    transport: &Transport,
+    program: Program,
+) -> Result<u32, Reason> {
+    let arrival = maps::arrival().ok_or(Reason::PassOther)?;
+    arrival.begin(packet.ifindex);
+    arrival.transport = transport.offset as u32;
+    arrival.protocol = u32::from(transport.segment.protocol);
+    packet.go_on(program)
+}
+
 #[inline(always)]
 fn steered(packet: &Packet, result: Result<u32, Reason>) -> u32 {
     match result {
@@ -135,13 +161,7 @@ pub(crate) fn leave(packet: &Packet, reason: Reason) -> u32 {
 #[inline(always)]
 fn try_arrival(packet: &Packet) -> Result<u32, Reason> {
     let arrival = maps::arrival().ok_or(Reason::PassOther)?;
-    arrival.tags = 0;
-    arrival.tag_bytes = 0;
-    arrival.vlan = 0;
-    arrival.way = packet.ifindex;
-    arrival.fragment = 0;
-    arrival.fragment_at = 0;
-    arrival.header = 0;
+    arrival.begin(packet.ifindex);
     let eth: *mut Eth = packet.at(0).ok_or(Reason::PassOther)?;
     // SAFETY: `at` checked the bounds.
     let (group, mut ethertype_be) = unsafe { ((*eth).addresses[0] & 1, (*eth).ethertype_be) };

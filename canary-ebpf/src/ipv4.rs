@@ -12,7 +12,7 @@ use canary_ebpf_common::{
 };
 
 use crate::{
-    answer,
+    answer, arrival,
     forward::{self, Transport, Way},
     maps::{self, FlowsV4, Program},
     packet::Packet,
@@ -140,6 +140,7 @@ fn translate<const RARE: bool>(
     let (flow, opens) = match nat::step(&FlowsV4, service, key, segment, transport.ack(packet)) {
         Step::NoFlow => return Err(Reason::PassNoFlow),
         Step::Follow(flow) => (flow, false),
+        Step::Open if !RARE => return arrival::steer_there(packet, transport, Program::SteerV4),
         Step::Open => {
             let (hash, entry) = bucket_entry(service, ip, transport)?;
             let backend = forward::usable(entry.current())?;

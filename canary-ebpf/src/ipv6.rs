@@ -13,7 +13,7 @@ use canary_ebpf_common::{
 
 use crate::{
     answer,
-    arrival::TRANSPORT_MASK,
+    arrival::{self, TRANSPORT_MASK},
     forward::{self, Transport, Way},
     maps::{self, FlowsV6, Program},
     packet::Packet,
@@ -138,6 +138,7 @@ fn translate<const RARE: bool>(
     let (flow, opens) = match nat::step(&FlowsV6, service, key, segment, transport.ack(packet)) {
         Step::NoFlow => return Err(Reason::PassNoFlow),
         Step::Follow(flow) => (flow, false),
+        Step::Open if !RARE => return arrival::steer_there(packet, transport, Program::SteerV6),
         Step::Open => {
             let (hash, entry) = bucket_entry(service, ip, transport)?;
             let backend = forward::usable(entry.current())?;

@@ -35,7 +35,7 @@ use crate::{answer::Quote, arrival::Arrival, packet::Packet};
 pub(crate) enum Program {
     /// Sorts packets that are not plain.
     Arrival = 0,
-    /// Steers those of IPv4 that are TCP or UDP after all.
+    /// Steers those of IPv4 that are TCP or UDP after all, and opens translated flows.
     SteerV4 = 1,
     /// The same of IPv6.
     SteerV6 = 2,
