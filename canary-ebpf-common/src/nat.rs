@@ -11,6 +11,8 @@
 //! client has acknowledged the server's SYN-ACK, and a FIN or RST counts only near the newest
 //! sequence number of its direction.
 
+use core::hint::cold_path;
+
 use crate::{
     abi::{
         Address, BACKEND_MAINT, Flow, FlowKeyV4, FlowKeyV6, Forget, IPPROTO_TCP, Service,
@@ -145,12 +147,14 @@ pub fn step<K: TupleKey, F: Pool<K>>(
     let was = bits(flow);
     if tcp && !segment.opens() {
         if half_open(was) {
+            cold_path();
             confirm::<K, F>(flows, flow, segment, ack, now);
             return Step::Follow(pointer);
         }
         let becomes = heard(flow, segment, state::CLOSING, state::RESET) & !state::PROVISIONAL;
         flow.last_ns = now;
         if flow.state != becomes {
+            cold_path();
             flow.state = becomes;
             mirror(flows, &opposite(flow, segment.protocol), CLIENT_BITS, becomes);
             if !closed(was) && closed(bits(flow)) {
@@ -313,6 +317,7 @@ pub fn returned<K: TupleKey, F: Pool<K>>(
         return;
     }
     if half_open(bits(flow)) {
+        cold_path();
         answered::<K, F>(flows, flow, segment, ack, now);
         return;
     }
@@ -320,6 +325,7 @@ pub fn returned<K: TupleKey, F: Pool<K>>(
     let becomes = heard(flow, segment, state::SERVER_CLOSING, state::SERVER_RESET);
     flow.last_ns = now;
     if flow.state != becomes {
+        cold_path();
         flow.state = becomes;
         let forward: K = opposite(flow, segment.protocol);
         mirror(flows, &forward, SERVER_BITS, becomes);

@@ -1,5 +1,7 @@
 //! The way out: counters, MAC addresses, interface, and rewritten ports.
 
+use core::hint::cold_path;
+
 use aya_ebpf::bindings::xdp_action;
 use canary_ebpf_common::{
     abi::{
@@ -155,6 +157,7 @@ impl Transport {
 pub(crate) fn usable(index: BackendIndex) -> Result<&'static Backend, Reason> {
     let backend = maps::backend(index).ok_or(Reason::DropNoBackend)?;
     if backend.flags & (BACKEND_USABLE | BACKEND_MAINT) != BACKEND_USABLE {
+        cold_path();
         return Err(Reason::DropNoBackend);
     }
     Ok(backend)
@@ -187,7 +190,12 @@ pub(crate) fn count_sent<const RARE: bool>(packet: &Packet, index: BackendIndex,
 /// to remember it.
 #[inline(always)]
 pub(crate) fn clamp<const RARE: bool>(transport: &Transport, backend: &Backend) -> u32 {
-    if !RARE && transport.is_syn() && backend.mss != 0 { transport.offset as u32 } else { 0 }
+    if !RARE && transport.is_syn() && backend.mss != 0 {
+        cold_path();
+        transport.offset as u32
+    } else {
+        0
+    }
 }
 
 /// Notes where the TCP header of a SYN is.
@@ -281,6 +289,7 @@ pub(crate) fn back(flow: &Flow) -> Way<'_> {
     if !way::has_tags(*way) {
         return Way { eth, ifindex: *way, vlan: 0, backend, returned: true, clamp: 0 };
     }
+    cold_path();
     let ifindex = maps::tagged_interface(way::place(*way));
     Way { eth, ifindex, vlan: way::vlan(*way), backend, returned: true, clamp: 0 }
 }
@@ -301,6 +310,7 @@ pub(crate) fn send<const RARE: bool>(packet: &Packet, way: Way<'_>) -> Result<u3
 pub(crate) fn out<const RARE: bool>(packet: &Packet, way: Way<'_>) -> Result<u32, Reason> {
     let noted = RARE && maps::arrival().is_some_and(|arrival| arrival.header != 0);
     if way.vlan | way.clamp != 0 || noted {
+        cold_path();
         return vlan::send::<RARE>(packet, way);
     }
     if way.ifindex == packet.ifindex {
@@ -352,6 +362,7 @@ pub(crate) fn follow_client<
     if differs == 0 {
         return Ok(());
     }
+    cold_path();
     flow.way = way;
     flow.eth = way_back;
     let reverse = flows.lookup(&nat::opposite::<K>(flow, protocol));

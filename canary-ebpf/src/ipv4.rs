@@ -1,5 +1,7 @@
 //! IPv4: from the header to a decision, and the header's rewriting.
 
+use core::hint::cold_path;
+
 use canary_ebpf_common::{
     abi::{Flow, FlowKeyV4, IPPROTO_TCP, IPPROTO_UDP, Reason, Service, VipKey, flow_state},
     checksum::Delta,
@@ -30,6 +32,7 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
             || (protocol != IPPROTO_TCP && protocol != IPPROTO_UDP)
             || ip.fragment_be & Ipv4::FRAGMENT_MASK_BE != 0)
     {
+        cold_path();
         return packet.go_on(Program::Arrival);
     }
     let header_bytes = usize::from(ip.version_ihl & 0xf) * 4;
@@ -45,12 +48,15 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
     let service = maps::service_v4(vip).ok_or(Reason::PassNoService)?;
 
     if !well_formed::<RARE>(packet, ip, &transport) {
+        cold_path();
         return Err(Reason::DropMalformed);
     }
     if ip.src_be == ip.dst_be {
+        cold_path();
         return Err(Reason::DropLand);
     }
     if !transport.segment.possible() {
+        cold_path();
         return Err(Reason::DropTcpFlags);
     }
     let key = FlowKeyV4 {
@@ -74,6 +80,7 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
     let steering = steer(&FlowsV4, service, entry, &key, segment);
     let backend = forward::usable(steering.backend)?;
     if tunnel::wraps(service) {
+        cold_path();
         // Before it is wrapped, wherever that is noted.
         _ = signals::client_v4::<RARE>(packet, service, backend, &transport);
         return tunnel::send::<RARE>(packet, service, steering, &transport);
@@ -134,13 +141,20 @@ fn translate<const RARE: bool>(
 ) -> Result<u32, Reason> {
     // Before anything is remembered: a packet that goes nowhere opens no flow.
     if ip.ttl_protocol[0] <= 1 {
+        cold_path();
         return answer::expired::<RARE>(packet, false);
     }
     let segment = transport.looked_up::<RARE>(packet, service, room(ip));
     let (flow, opens) = match nat::step(&FlowsV4, service, key, segment, transport.ack(packet)) {
-        Step::NoFlow => return Err(Reason::PassNoFlow),
+        Step::NoFlow => {
+            cold_path();
+            return Err(Reason::PassNoFlow);
+        }
         Step::Follow(flow) => (flow, false),
-        Step::Open if !RARE => return arrival::steer_there(packet, transport, Program::SteerV4),
+        Step::Open if !RARE => {
+            cold_path();
+            return arrival::steer_there(packet, transport, Program::SteerV4);
+        }
         Step::Open => {
             let (hash, entry) = bucket_entry(service, ip, transport)?;
             let backend = forward::usable(entry.current())?;
@@ -181,6 +195,7 @@ fn translate<const RARE: bool>(
     // While the frame is still the client's.
     let watched = signals::translated_v4::<RARE>(packet, service, backend, transport, flow);
     if let Err(reason) = rewrite(packet, ip, transport, flow) {
+        cold_path();
         return signals::let_go::<RARE>(watched, reason);
     }
     forward::count_sent::<RARE>(packet, index, opens);
@@ -214,17 +229,21 @@ fn returned<const RARE: bool>(
         return None;
     }
     if !well_formed::<RARE>(packet, ip, transport) {
+        cold_path();
         return Some(Err(Reason::DropMalformed));
     }
     if !transport.segment.possible() {
+        cold_path();
         return Some(Err(Reason::DropTcpFlags));
     }
     if ip.ttl_protocol[0] <= 1 {
+        cold_path();
         return Some(answer::expired::<RARE>(packet, false));
     }
     let segment = transport.measured(packet, room(ip));
     nat::returned::<FlowKeyV4, _>(&FlowsV4, flow, segment, transport.ack(packet), FlowsV4.now_ns());
     if let Err(reason) = rewrite(packet, ip, transport, flow) {
+        cold_path();
         return Some(Err(reason));
     }
     let index = BackendIndex::new(flow.backend);
@@ -234,6 +253,7 @@ fn returned<const RARE: bool>(
         && transport.is_syn()
         && let Ok(backend) = forward::usable(index)
     {
+        cold_path();
         way.clamp = forward::clamp::<RARE>(transport, backend);
     }
     let watched = signals::returned_v4(packet, transport, flow);

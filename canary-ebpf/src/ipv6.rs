@@ -1,5 +1,7 @@
 //! IPv6: from the header to a decision, and the header's rewriting.
 
+use core::hint::cold_path;
+
 use canary_ebpf_common::{
     abi::{Flow, FlowKeyV6, IPPROTO_TCP, IPPROTO_UDP, Reason, Service, VipKey, flow_state},
     checksum::Delta,
@@ -35,6 +37,7 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
         (ip.next_header, ETH_BYTES + size_of::<Ipv6>())
     };
     if !RARE && (version != 6 || (protocol != IPPROTO_TCP && protocol != IPPROTO_UDP)) {
+        cold_path();
         return packet.go_on(Program::Arrival);
     }
     let transport = Transport::read(packet, offset, protocol).ok_or(Reason::PassOther)?;
@@ -48,12 +51,15 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
     let service = maps::service_v6(dst, vip).ok_or(Reason::PassNoService)?;
 
     if !well_formed::<RARE>(packet, ip, &transport) {
+        cold_path();
         return Err(Reason::DropMalformed);
     }
     if (src[0] ^ dst[0]) | (src[1] ^ dst[1]) == 0 {
+        cold_path();
         return Err(Reason::DropLand);
     }
     if !transport.segment.possible() {
+        cold_path();
         return Err(Reason::DropTcpFlags);
     }
     let key = FlowKeyV6::tuple(src, dst, transport.src_port_be, transport.dst_port_be, protocol);
@@ -71,6 +77,7 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
     let steering = steer(&FlowsV6, service, entry, &key, segment);
     let backend = forward::usable(steering.backend)?;
     if tunnel::wraps(service) {
+        cold_path();
         // Before it is wrapped, wherever that is noted.
         _ = signals::client_v6::<RARE>(packet, service, backend, &transport);
         return tunnel::send::<RARE>(packet, service, steering, &transport);
@@ -132,13 +139,20 @@ fn translate<const RARE: bool>(
 ) -> Result<u32, Reason> {
     // Before anything is remembered: a packet that goes nowhere opens no flow.
     if ip.hop_limit <= 1 {
+        cold_path();
         return answer::expired::<RARE>(packet, true);
     }
     let segment = transport.looked_up::<RARE>(packet, service, room::<RARE>(ip, transport));
     let (flow, opens) = match nat::step(&FlowsV6, service, key, segment, transport.ack(packet)) {
-        Step::NoFlow => return Err(Reason::PassNoFlow),
+        Step::NoFlow => {
+            cold_path();
+            return Err(Reason::PassNoFlow);
+        }
         Step::Follow(flow) => (flow, false),
-        Step::Open if !RARE => return arrival::steer_there(packet, transport, Program::SteerV6),
+        Step::Open if !RARE => {
+            cold_path();
+            return arrival::steer_there(packet, transport, Program::SteerV6);
+        }
         Step::Open => {
             let (hash, entry) = bucket_entry(service, ip, transport)?;
             let backend = forward::usable(entry.current())?;
@@ -179,6 +193,7 @@ fn translate<const RARE: bool>(
     // While the frame is still the client's.
     let watched = signals::translated_v6::<RARE>(packet, service, backend, transport, flow);
     if let Err(reason) = rewrite(packet, ip, transport, flow) {
+        cold_path();
         return signals::let_go::<RARE>(watched, reason);
     }
     forward::count_sent::<RARE>(packet, index, opens);
@@ -212,17 +227,21 @@ fn returned<const RARE: bool>(
         return None;
     }
     if !well_formed::<RARE>(packet, ip, transport) {
+        cold_path();
         return Some(Err(Reason::DropMalformed));
     }
     if !transport.segment.possible() {
+        cold_path();
         return Some(Err(Reason::DropTcpFlags));
     }
     if ip.hop_limit <= 1 {
+        cold_path();
         return Some(answer::expired::<RARE>(packet, true));
     }
     let segment = transport.measured(packet, room::<RARE>(ip, transport));
     nat::returned::<FlowKeyV6, _>(&FlowsV6, flow, segment, transport.ack(packet), FlowsV6.now_ns());
     if let Err(reason) = rewrite(packet, ip, transport, flow) {
+        cold_path();
         return Some(Err(reason));
     }
     let index = BackendIndex::new(flow.backend);
@@ -232,6 +251,7 @@ fn returned<const RARE: bool>(
         && transport.is_syn()
         && let Ok(backend) = forward::usable(index)
     {
+        cold_path();
         way.clamp = forward::clamp::<RARE>(transport, backend);
     }
     let watched = signals::returned_v6(packet, transport, flow);

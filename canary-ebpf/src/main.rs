@@ -21,6 +21,8 @@ mod signals;
 mod tunnel;
 mod vlan;
 
+use core::hint::cold_path;
+
 use aya_ebpf::{macros::xdp, programs::XdpContext};
 use canary_ebpf_common::{
     abi::Reason,
@@ -46,12 +48,16 @@ fn try_ingress(packet: &Packet) -> Result<u32, Reason> {
     // SAFETY: `at` checked the bounds.
     let ethertype_be = unsafe { (*eth).ethertype_be };
     if !maps::at_first_sight(packet) {
+        cold_path();
         return packet.go_on(Program::Arrival);
     }
     match ethertype_be {
         ETHERTYPE_IPV4_BE => ipv4::ingress::<false>(packet),
         ETHERTYPE_IPV6_BE => ipv6::ingress::<false>(packet),
-        _ => packet.go_on(Program::Arrival),
+        _ => {
+            cold_path();
+            packet.go_on(Program::Arrival)
+        }
     }
 }
 

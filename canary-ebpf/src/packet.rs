@@ -1,5 +1,7 @@
 //! The packet at hand: its bytes and where it came in.
 
+use core::hint::cold_path;
+
 use aya_ebpf::{bindings::xdp_md, helpers::generated::bpf_xdp_load_bytes};
 use canary_ebpf_common::{
     abi::Reason,
@@ -175,6 +177,7 @@ unsafe impl Frame for Packet {
     fn at<T>(&self, offset: usize) -> Option<*mut T> {
         let pointer = self.start + offset;
         if pointer + size_of::<T>() > self.end {
+            cold_path();
             return None;
         }
         Some(pointer as *mut T)

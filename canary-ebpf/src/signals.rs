@@ -6,6 +6,8 @@
 //! carry nothing along for it. `judge_v4` and `judge_v6` are run by the agent itself (`BPF_PROG_TEST_RUN`) on a list of
 //! connections whose time is over, and are attached to nothing.
 
+use core::hint::cold_path;
+
 use aya_ebpf::{
     bindings::{BPF_NOEXIST, xdp_action},
     helpers::generated::bpf_ktime_get_ns,
@@ -133,6 +135,9 @@ pub(crate) fn go_on<const RARE: bool>(
 ) -> Result<u32, Reason> {
     // Where few packets come by, it is looked up again: there is no room to remember it.
     let looks = if RARE { watching() } else { watched };
+    if looks {
+        cold_path();
+    }
     if looks
         && let Some(pending) = pending()
         && pending.state & ARMED != 0
@@ -407,6 +412,7 @@ macro_rules! family {
             transport: &Transport,
         ) -> bool {
             may_be_watched::<RARE>(service, transport, $family) && {
+                cold_path();
                 let place = Sampling::place(u32::from(backend.service), backend.version);
                 let (start, end) = packet.bounds();
                 $look(start, end, transport.offset, place, 0) != 0
@@ -423,6 +429,7 @@ macro_rules! family {
             flow: &Flow,
         ) -> bool {
             may_be_watched::<RARE>(service, transport, $family) && {
+                cold_path();
                 let opens = transport.segment.opens();
                 let known = !opens && flow.state & flow_state::SAMPLED != 0;
                 (opens || known) && {
@@ -444,6 +451,7 @@ macro_rules! family {
             {
                 return false;
             }
+            cold_path();
             let Some(backend) = maps::backend(BackendIndex::new(flow.backend)) else {
                 return false;
             };
