@@ -342,10 +342,21 @@ impl Planned {
     /// The host finds the way to a backend, or does not any more.
     #[track_caller]
     pub fn reachable(&mut self, n: u16, reachable: bool) {
+        let known = |ip| if reachable { Ok(next_hop(ip)) } else { Err("no route".to_owned()) };
+        self.hop(n, known);
+    }
+
+    /// A backend's neighbour stops answering.
+    #[track_caller]
+    pub fn silent(&mut self, n: u16) {
+        self.hop(n, |ip| Ok(NextHop { silent: Some(ip), ..next_hop(ip) }));
+    }
+
+    #[track_caller]
+    fn hop(&mut self, n: u16, hop: impl Fn(IpAddr) -> Result<NextHop, String>) {
         for family in [Family::V4, Family::V6] {
             let ip = addr(Host::Backend(n), family);
-            let hop = if reachable { Ok(next_hop(ip)) } else { Err("no route".to_owned()) };
-            self.hops.insert(ip, hop);
+            self.hops.insert(ip, hop(ip));
         }
         self.planner.set_next_hops(&self.hops);
         self.settle();

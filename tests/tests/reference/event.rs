@@ -58,6 +58,8 @@ pub(crate) enum Event {
     Told { n: u16, admin: Admin },
     /// A backend's next hop goes or comes.
     Reachable { n: u16, reachable: bool },
+    /// A backend's next hop stops answering.
+    Silent { n: u16 },
     /// A backend's weight, by a reload (`live`) or a restart.
     Weight { n: u16, weight: u32, live: bool },
     /// A backend is removed or added, likewise.
@@ -151,7 +153,8 @@ fn event(kind: Kind, random: &mut Random) -> Event {
         940..950 => Event::Down { n, down: random.below(2) == 0 },
         950..956 => Event::Told { n, admin: random.one_of(&Admin::ALL) },
         956..962 => Event::Fails { version: (bits % 3) as u8, down: random.below(2) == 0 },
-        962..976 => Event::Reachable { n, reachable: random.below(2) > 0 },
+        962..972 => Event::Reachable { n, reachable: random.below(2) > 0 },
+        972..976 => Event::Silent { n },
         976..984 => Event::Weight { n, weight: random.below(4) as u32, live: random.below(2) == 0 },
         984..994 => {
             let (configured, live) = (random.below(2) == 0, random.below(2) == 0);

@@ -117,6 +117,8 @@ pub(crate) struct Reference {
     been: HashMap<Tuple, BTreeSet<u16>>,
     pub(crate) down: BTreeSet<u16>,
     pub(crate) unreachable: BTreeSet<u16>,
+    /// Backends that get what is open, and nothing new.
+    pub(crate) silent: BTreeSet<u16>,
     /// Backends that operators have taken out: without new connections, or, in maintenance,
     /// without any.
     pub(crate) out: BTreeMap<u16, Admin>,
@@ -143,6 +145,7 @@ impl Reference {
             been: HashMap::new(),
             down: BTreeSet::new(),
             unreachable: BTreeSet::new(),
+            silent: BTreeSet::new(),
             out: BTreeMap::new(),
             removed: HashMap::new(),
         }
@@ -275,25 +278,29 @@ impl Reference {
         let family = usize::from(tuple.src.is_ipv6());
         let (nat, small) = (self.rules.nat, self.rules.small);
         let bucket = self.buckets[family][number as usize].clone();
-        let fails: BTreeSet<u16> = self.down.union(&self.unreachable).copied().collect();
-        self.connection(tuple).is_some_and(|c| {
-            c.state == State::Open
-                && !small
-                && !fails.contains(&c.backend)
-                && (nat
-                    || c.syn_epoch == Some(bucket.epoch) && bucket.origin.is_some()
-                    || c.syn_epoch.is_none() && bucket.moved_ms < c.syn_ms)
-        })
+        let Some(c) = self.connection(tuple).map(|c| c.clone()) else { return false };
+        c.state == State::Open
+            && !small
+            && !self.fails(c.backend)
+            && (nat
+                || c.syn_epoch == Some(bucket.epoch) && bucket.origin.is_some()
+                || c.syn_epoch.is_none() && bucket.moved_ms < c.syn_ms)
+    }
+
+    /// Whether nothing new is to go to a backend: it fails its checks, or has no next hop.
+    pub(crate) fn fails(&self, n: u16) -> bool {
+        self.down.contains(&n) || self.is_away(n)
+    }
+
+    /// Whether a backend has no next hop, or one that does not answer.
+    pub(crate) fn is_away(&self, n: u16) -> bool {
+        self.unreachable.contains(&n) || self.silent.contains(&n)
     }
 
     /// Whether a forged SYN can't be told from a port that is used again.
     pub(crate) fn may_forge(&mut self, tuple: &Tuple) -> bool {
-        let (down, unreachable) = (self.down.clone(), self.unreachable.clone());
-        self.connection(tuple).is_some_and(|c| {
-            c.state == State::Open
-                && !down.contains(&c.backend)
-                && !unreachable.contains(&c.backend)
-        })
+        let known = self.connection(tuple).map(|c| (c.state, c.backend));
+        known.is_some_and(|(state, backend)| state == State::Open && !self.fails(backend))
     }
 
     /// Holds what a packet became against what it should.
@@ -391,7 +398,7 @@ impl Reference {
     ) -> Vec<Option<u16>> {
         let small = self.rules.small;
         let been = || self.been.get(tuple).into_iter().flatten().map(|n| Some(*n));
-        let fails = |n: u16| self.down.contains(&n) || self.unreachable.contains(&n);
+        let fails = |n: u16| self.fails(n);
         let mut allowed = match (sent, known) {
             (Sent::Open { .. }, None) => {
                 let mut allowed = vec![bucket.current];

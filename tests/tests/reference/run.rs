@@ -214,7 +214,13 @@ impl Run<'_> {
                 } else {
                     set.insert(n)
                 };
+                self.reference.silent.remove(&n);
                 self.planned.reachable(n, reachable);
+            }
+            Event::Silent { n } => {
+                self.reference.unreachable.remove(&n);
+                self.reference.silent.insert(n);
+                self.planned.silent(n);
             }
             Event::Weight { n, weight, live } => {
                 let weight = if ALWAYS.contains(&n) { weight.max(1) } else { weight };
@@ -337,7 +343,7 @@ impl Run<'_> {
 
     /// Whether versions have the shares that were asked for, and backends their weights.
     fn check_table(&self, family: Family) -> Result<(), String> {
-        let Reference { down, unreachable, out, .. } = &self.reference;
+        let Reference { out, .. } = &self.reference;
         let service = &self.planned.planner.services()[0];
         let table = self.planned.table(family);
         let buckets = &self.reference.buckets[usize::from(family == Family::V6)];
@@ -347,12 +353,12 @@ impl Run<'_> {
             backends.filter(|(n, w)| *w > 0 && !out.contains_key(n)).collect()
         };
         let up = |name: &str| -> Vec<(u16, u32)> {
-            let fails = |n: &u16| down.contains(n) || unreachable.contains(n);
-            weighted(name).into_iter().filter(|(n, _)| !fails(n)).collect()
+            weighted(name).into_iter().filter(|(n, _)| !self.reference.fails(*n)).collect()
         };
         // If none of control's is healthy, the checks are taken to be wrong.
         let control = self.shop.versions[0].name;
-        let reachable = || weighted(control).into_iter().filter(|(n, _)| !unreachable.contains(n));
+        let away = |n: u16| self.reference.is_away(n);
+        let reachable = || weighted(control).into_iter().filter(|(n, _)| !away(*n));
         let of_control = [up(control), reachable().collect(), weighted(control)];
         let of_control = of_control.into_iter().find(|b| !b.is_empty()).unwrap_or_default();
         for (slot, name) in (0_u8..).zip(&table.versions) {
