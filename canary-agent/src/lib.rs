@@ -5,6 +5,7 @@
 //! difference. No other task writes a map.
 
 pub mod api;
+pub mod audience;
 pub mod cli;
 pub mod config;
 pub mod daemon;

@@ -4,14 +4,18 @@
 //! that ends in `_be` is in network byte order. Whatever changes here changes
 //! [`ABI_VERSION`] too: an agent never reinterprets maps of another version.
 
+mod classes;
 mod watched;
 
+pub use self::classes::{
+    CLASS_BLOCKS, CLASS_NETWORKS, CLASS_TABLES, ClassState, NetworkV4, NetworkV6, TableKey,
+};
 pub use self::watched::{
     HANDSHAKE_BUCKETS, Sample, Sampling, SignalEvent, VersionSignals, outcome,
 };
 
 /// Version of every layout in this module and of the meaning of its flags.
-pub const ABI_VERSION: u32 = 4 + NEXT_ABI;
+pub const ABI_VERSION: u32 = 5 + NEXT_ABI;
 
 /// What the layout that only tests have (feature `next-abi`) adds to [`ABI_VERSION`]: they put
 /// it and the real one in each other's place. There, [`BackendCounters`] lie elsewhere.
@@ -156,6 +160,11 @@ pub const SERVICE_HASH_CONNECTION: u32 = 1 << 3;
 pub const SERVICE_QUIC: u32 = 1 << 4;
 /// [`Service::flags`]: some of its connections are watched: see [`Sampling`].
 pub const SERVICE_SAMPLED: u32 = 1 << 8;
+/// [`Service::flags`]: some of its clients have tables of their own: see [`TableKey`].
+pub const SERVICE_ROUTED: u32 = 1 << 9;
+/// [`Service::flags`]: it is the table of an audience's clients. What may send them elsewhere for
+/// want of room must not: see [`crate::class::refuses`].
+pub const SERVICE_OF_AUDIENCE: u32 = 1 << 10;
 /// [`Service::flags`]: a bucket that moves takes its open connections along. Like the next one, it
 /// says nothing to the program: whoever moves buckets while no agent does goes by it.
 pub const SERVICE_FORGETS: u32 = 1 << 16;
@@ -806,7 +815,7 @@ reasons! {
     DropMalformed = 3, "drop_malformed", Drop;
     /// The bucket's backend has no usable next hop, is in maintenance, or there is none.
     DropNoBackend = 4, "drop_no_backend", Drop;
-    /// The flow table is full (translated services).
+    /// The flow table is full: a new flow of a translated service, or of a client whose class has just changed.
     DropFlowTableFull = 5, "drop_flow_table_full", Drop;
     /// No free source port towards the backend (translated services).
     DropNoPort = 6, "drop_no_port", Drop;
@@ -858,6 +867,10 @@ const _: () = {
     assert!(size_of::<FlowKeyV6>() == 40);
     assert!(size_of::<Flow>() == 80);
     assert!(size_of::<MacKey>() == 12);
+    assert!(size_of::<TableKey>() == 8);
+    assert!(size_of::<NetworkV4>() == 8);
+    assert!(size_of::<NetworkV6>() == 20);
+    assert!(size_of::<ClassState>() == 8);
     assert!(size_of::<FragmentKey>() == 40);
     assert!(size_of::<FragmentRoute>() == 80);
     assert!(size_of::<BackendCounters>() == 56 + if NEXT_ABI == 0 { 0 } else { 8 });
