@@ -4,13 +4,14 @@
 //! `ingress` gives up what it does not know at sight by a tail call to `arrival`, so that plain
 //! packets pay for nothing of this. What follows is a tail call further, which has the verifier
 //! begin afresh: `steer_v4` and `steer_v6` are `ingress` again, with all that `arrival` may have found,
-//! and with what opens translated flows, for which `ingress` leaves plain packets to them, too.
+//! and with what opens translated flows, or has to know its client's class, for which `ingress` leaves
+//! plain packets to them, too.
 
 use aya_ebpf::{bindings::xdp_action, macros::xdp, programs::XdpContext};
 use canary_ebpf_common::{
     abi::{
-        FragmentKey, FragmentRoute, IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_TCP, IPPROTO_UDP, Reason,
-        ReasonVerdict,
+        FragmentKey, FragmentRoute, IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_TCP, IPPROTO_UDP,
+        NetworkV6, Reason, ReasonVerdict, TableKey,
     },
     extension::{self, Stray},
     headers::{
@@ -56,6 +57,15 @@ pub(crate) struct Arrival {
     /// Where the transport header is of packets that are wrapped, and of SYNs whose MSS may have to
     /// be lowered; 0 in other frames that are sent.
     pub(crate) header: u32,
+    /// Clients of a class that has changed: the entry of what is older, as `route` says; else 0.
+    pub(crate) older: u32,
+    /// The entry that it is steered by, if it is refused rather than sent elsewhere for want of room;
+    /// else 0.
+    pub(crate) guard: u32,
+    /// What classes are looked up by: here, there is room for it.
+    pub(crate) client: NetworkV6,
+    /// What their tables are looked up by.
+    pub(crate) table: TableKey,
     /// What the fragment has in common with others, as it came.
     pub(crate) key: FragmentKey,
     /// Where it goes, if it is a first fragment or gets tags.

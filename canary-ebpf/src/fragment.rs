@@ -6,7 +6,7 @@
 
 use aya_ebpf::{macros::xdp, programs::XdpContext};
 use canary_ebpf_common::{
-    abi::{FragmentKey, FragmentRoute, IPPROTO_TCP, Reason, Service, fragment as flags},
+    abi::{FlowKeyV4, FragmentKey, FragmentRoute, IPPROTO_TCP, Reason, Service, fragment as flags},
     checksum::Delta,
     entry::BackendIndex,
     extension,
@@ -20,7 +20,7 @@ use crate::{
     forward::{self, Way},
     maps,
     packet::Packet,
-    tunnel,
+    route, tunnel,
 };
 
 /// Has fragments after the first follow it.
@@ -202,7 +202,16 @@ fn v4(packet: &Packet, arrival: &Arrival) -> Result<u32, Reason> {
         if !alone(any) {
             return Err(Reason::DropFragmentEarly);
         }
-        return by_itself(packet, any, hash_v4(any, ip.src_be, ip.dst_be, 0, 0, protocol));
+        // What is hashed of it is the client alone.
+        let key = FlowKeyV4 {
+            src_be: ip.src_be,
+            dst_be: ip.dst_be,
+            src_port_be: 0,
+            dst_port_be: 0,
+            protocol: u32::from(protocol),
+        };
+        let hash = hash_v4(any, ip.src_be, ip.dst_be, 0, 0, protocol);
+        return by_itself(packet, route::followed_v4(any, &key)?, hash);
     };
     let whole;
     if route.flags & flags::TRANSLATED != 0 {
@@ -256,7 +265,8 @@ fn v6(packet: &Packet, arrival: &Arrival) -> Result<u32, Reason> {
         if !alone(any) {
             return Err(Reason::DropFragmentEarly);
         }
-        return by_itself(packet, any, hash_v6(any, src, dst, 0, 0, protocol));
+        let hash = hash_v6(any, src, dst, 0, 0, protocol);
+        return by_itself(packet, route::client_v6(any, src, dst, 0, 0, protocol)?, hash);
     };
     let whole;
     if route.flags & flags::TRANSLATED != 0 {
@@ -314,6 +324,7 @@ fn send(packet: &Packet, route: &FragmentRoute, last: Option<&FragmentKey>) -> R
 #[inline(always)]
 fn by_itself(packet: &Packet, any: &Service, hash: u64) -> Result<u32, Reason> {
     let entry = maps::entry(any, bucket(any, hash)).ok_or(Reason::DropNoBackend)?;
+    let entry = route::with_older::<true>(entry);
     if entry.tracked() {
         return Err(Reason::DropFragmentEarly);
     }

@@ -31,7 +31,7 @@ use crate::{
     forward,
     maps::{self, FlowsV4, FlowsV6},
     packet::Packet,
-    tunnel,
+    route, tunnel,
 };
 
 /// What ICMP has to do with services.
@@ -266,8 +266,10 @@ fn error_v4(
     if forward::translates(service) {
         return Err(Reason::PassNoFlow);
     }
+    let service = route::followed_v4(service, &key)?;
     let hash = hash_v4(service, key.src_be, key.dst_be, client_port_be, vip_port_be, protocol);
     let entry = maps::entry(service, bucket(service, hash)).ok_or(Reason::DropNoBackend)?;
+    let entry = route::with_older::<true>(entry);
     let index = related(&FlowsV4, service, entry, &key, protocol, quoted.acked(packet));
     send_to(packet, service, index, entropy(key.src_be, client_port_be, vip_port_be))
 }
@@ -381,8 +383,10 @@ fn error_v6(
     if forward::translates(service) {
         return Err(Reason::PassNoFlow);
     }
+    let service = route::client_v6(service, dst, src, client_port_be, vip_port_be, protocol)?;
     let hash = hash_v6(service, dst, src, client_port_be, vip_port_be, protocol);
     let entry = maps::entry(service, bucket(service, hash)).ok_or(Reason::DropNoBackend)?;
+    let entry = route::with_older::<true>(entry);
     let index = related(&FlowsV6, service, entry, &key, protocol, quoted.acked(packet));
     send_to(packet, service, index, entropy(folded(dst), client_port_be, vip_port_be))
 }

@@ -18,7 +18,7 @@ use crate::{
     forward::{self, Transport, Way},
     maps::{self, FlowsV4, Program},
     packet::Packet,
-    signals, tunnel,
+    route, signals, tunnel,
 };
 
 #[inline(always)]
@@ -46,6 +46,10 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
     }
     let vip = VipKey::v4(ip.dst_be, transport.dst_port_be, protocol);
     let service = maps::service_v4(vip).ok_or(Reason::PassNoService)?;
+    if !RARE && route::concerns_v4(service, ip.src_be) {
+        cold_path();
+        return arrival::steer_there(packet, &transport, Program::SteerV4);
+    }
 
     if !well_formed::<RARE>(packet, ip, &transport) {
         cold_path();
@@ -66,18 +70,22 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
         dst_port_be: transport.dst_port_be,
         protocol: u32::from(protocol),
     };
+    let service = if RARE { route::followed_v4(service, &key)? } else { service };
     signals::note_v4::<RARE>(service, &transport);
     if forward::translates(service) {
         return translate::<RARE>(packet, ip, &transport, service, &key);
     }
     let (_, entry) = bucket_entry(service, ip, &transport)?;
+    let entry = route::with_older::<RARE>(entry);
     // What a payload says costs a look, which few packets need.
     let segment = if entry.tracked() {
         transport.looked_up::<RARE>(packet, service, room(ip))
     } else {
         transport.segment
     };
+    route::guard::<RARE>(service, entry, segment);
     let steering = steer(&FlowsV4, service, entry, &key, segment);
+    route::admit::<RARE>(steering)?;
     let backend = forward::usable(steering.backend)?;
     if tunnel::wraps(service) {
         cold_path();

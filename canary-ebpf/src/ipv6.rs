@@ -19,7 +19,7 @@ use crate::{
     forward::{self, Transport, Way},
     maps::{self, FlowsV6, Program},
     packet::Packet,
-    signals, tunnel,
+    route, signals, tunnel,
 };
 
 #[inline(always)]
@@ -49,6 +49,15 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
     }
     let vip = VipKey::v6(transport.dst_port_be, protocol);
     let service = maps::service_v6(dst, vip).ok_or(Reason::PassNoService)?;
+    if !RARE && route::concerns_v6(service, src[0]) {
+        cold_path();
+        return arrival::steer_there(packet, &transport, Program::SteerV6);
+    }
+    let service = if RARE {
+        route::followed_v6(service, ip, transport.src_port_be, transport.dst_port_be, protocol)?
+    } else {
+        service
+    };
 
     if !well_formed::<RARE>(packet, ip, &transport) {
         cold_path();
@@ -68,13 +77,16 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
         return translate::<RARE>(packet, ip, &transport, service, &key);
     }
     let (_, entry) = bucket_entry(service, ip, &transport)?;
+    let entry = route::with_older::<RARE>(entry);
     // What a payload says costs a look, which few packets need.
     let segment = if entry.tracked() {
         transport.looked_up::<RARE>(packet, service, room::<RARE>(ip, &transport))
     } else {
         transport.segment
     };
+    route::guard::<RARE>(service, entry, segment);
     let steering = steer(&FlowsV6, service, entry, &key, segment);
+    route::admit::<RARE>(steering)?;
     let backend = forward::usable(steering.backend)?;
     if tunnel::wraps(service) {
         cold_path();

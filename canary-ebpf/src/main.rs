@@ -17,6 +17,7 @@ mod ipv4;
 mod ipv6;
 mod maps;
 mod packet;
+mod route;
 mod signals;
 mod tunnel;
 mod vlan;

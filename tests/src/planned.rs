@@ -15,8 +15,8 @@ use std::{
 use canary_agent::{
     config::{Config, load_str, render},
     plan::{
-        Adopted, AdoptedService, DataPlane, Family, NextHop, Ownership, Planner, QUARANTINE_MS,
-        ServicePlan, ServiceState, Start, Tags,
+        Adopted, AdoptedClasses, AdoptedService, DataPlane, Family, NextHop, Ownership, Planner,
+        QUARANTINE_MS, ServicePlan, ServiceState, Start, Tags,
     },
     store::{Admin, ServiceRecord, Split},
 };
@@ -71,6 +71,19 @@ pub struct Shop {
     pub hash_key: Option<&'static str>,
     /// Its versions, control first.
     pub versions: Vec<Version>,
+    /// Its routes, the first one first.
+    pub routes: Vec<Route>,
+}
+
+/// A route for an audience of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// The audience's name.
+    pub audience: &'static str,
+    /// Its networks.
+    pub networks: Vec<String>,
+    /// Shares, as in the configuration.
+    pub split: &'static str,
 }
 
 impl Default for Shop {
@@ -90,6 +103,7 @@ impl Default for Shop {
                 Version { name: "stable", backends: vec![(1, 1), (2, 1)] },
                 Version { name: "v2", backends: vec![(3, 1), (4, 1)] },
             ],
+            routes: Vec::new(),
         }
     }
 }
@@ -101,9 +115,14 @@ impl Shop {
     /// When the agent would refuse it.
     #[track_caller]
     pub fn config(&self) -> Config {
-        let text = self.toml().expect("a string takes everything");
+        let text = self.text();
         let loaded = load_str("agent.toml", &text);
         loaded.unwrap_or_else(|errors| panic!("{text}\n{}", render(&errors))).config
+    }
+
+    /// The same as it stands in a file.
+    pub fn text(&self) -> String {
+        self.toml().expect("a string takes everything")
     }
 
     fn toml(&self) -> Result<String, std::fmt::Error> {
@@ -146,6 +165,12 @@ impl Shop {
                 }
             }
             writeln!(text, "]")?;
+        }
+        for Route { audience, split, networks: _ } in &self.routes {
+            writeln!(text, "\n[[service.route]]\naudience = \"{audience}\"\nsplit = {split}")?;
+        }
+        for Route { audience, networks, split: _ } in &self.routes {
+            writeln!(text, "\n[[audience]]\nname = \"{audience}\"\ncidr = {networks:?}")?;
         }
         Ok(text)
     }
@@ -232,7 +257,8 @@ impl Planned {
     /// The agent goes on with the configuration of `shop`, without a restart.
     #[track_caller]
     pub fn reload(&mut self, shop: &Shop) {
-        let baseline = self.planner.baseline(&shop.config(), &HashMap::new(), self.now_ms);
+        let config = self.planner.remembering(&shop.config());
+        let baseline = self.planner.baseline(&config, &HashMap::new(), self.now_ms);
         let mut prepared = baseline.prepare().unwrap_or_else(|error| panic!("no plan: {error}"));
         for ip in prepared.unknown_hops() {
             self.hops.entry(ip).or_insert_with(|| Ok(next_hop(ip)));
@@ -261,7 +287,7 @@ impl Planned {
     pub fn refused(&mut self, shop: &Shop) -> Option<String> {
         let stored = self.stored();
         let adopted = self.loaded.reopen().expect("the pinned maps");
-        let config = shop.config();
+        let config = adopted.remembering(&shop.config());
         let start = Start { config: &config, adopted, stored: &stored, now_ms: self.now_ms };
         Planner::begin(start).err().map(|error| error.to_string())
     }
@@ -546,6 +572,7 @@ pub fn tuple(n: u16, family: Family, port: u16, protocol: u8) -> Tuple {
 }
 
 fn begun(config: &Config, adopted: Adopted, stored: &[ServiceRecord], now_ms: u64) -> Planner {
+    let config = &adopted.remembering(config);
     let begun = Planner::begin(Start { config, adopted, stored, now_ms });
     begun.unwrap_or_else(|error| panic!("no plan: {error}")).0
 }
@@ -583,6 +610,10 @@ fn adopted(plane: &DataPlane) -> Adopted {
     Adopted {
         services: services.collect(),
         backends: plane.backends.iter().map(|(index, b)| (*index, b.record())).collect(),
+        classes: AdoptedClasses {
+            networks: plane.classes.networks.each_ref().map(|one| one.prefixes().to_vec()),
+            tables: plane.classes.tables.clone(),
+        },
         panics: Vec::new(),
     }
 }

@@ -126,7 +126,7 @@ impl From<ReloadError> for ApiError {
 /// the exit code, so that a refusal that is new to this table still fits.
 fn status_of(code: &str, exit_code: u8) -> StatusCode {
     match code {
-        "unknown_service" => StatusCode::NOT_FOUND,
+        "unknown_service" | "unknown_audience" => StatusCode::NOT_FOUND,
         "stopping" => StatusCode::SERVICE_UNAVAILABLE,
         _ if code.starts_with("unknown_") => StatusCode::UNPROCESSABLE_ENTITY,
         _ if code.starts_with("bad_") => StatusCode::BAD_REQUEST,
@@ -147,6 +147,7 @@ mod tests {
     fn a_refusal_gets_the_status_that_fits_it() {
         for (code, exit_code, status) in [
             ("unknown_service", 1, 404),
+            ("unknown_audience", 1, 404),
             ("unknown_version", 1, 422),
             ("bad_share", 2, 400),
             ("too_many_shares", 2, 400),

@@ -200,6 +200,32 @@ impl FromRequestParts<Api> for RolloutName {
     }
 }
 
+/// The `{name}` of the path: an audience.
+pub(super) struct AudienceName(pub(super) String);
+
+impl FromRequestParts<Api> for AudienceName {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, api: &Api) -> Result<Self, ApiError> {
+        path_part(parts, api, "name").await.map(Self)
+    }
+}
+
+/// The `{address}` of the path: a client.
+pub(super) struct ClientAddress(pub(super) std::net::IpAddr);
+
+impl FromRequestParts<Api> for ClientAddress {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, api: &Api) -> Result<Self, ApiError> {
+        let text = path_part(parts, api, "address").await?;
+        text.parse().map(Self).map_err(|_| {
+            ApiError::bad_request("bad_address", format!("`{text}` is no address"))
+                .help("write `192.0.2.1` or `2001:db8::1`")
+        })
+    }
+}
+
 /// The `{action}` of the path: what a rollout is told.
 pub(super) struct RolloutAction(pub(super) Action);
 

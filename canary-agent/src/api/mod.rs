@@ -8,6 +8,7 @@
 //! part of a request and of its answer, size of a body, how often a peer asks, and how often
 //! the loop is asked for a status ([`Limits`]).
 
+pub mod audience;
 mod deadline;
 mod error;
 mod events;

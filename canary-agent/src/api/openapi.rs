@@ -12,14 +12,14 @@ use utoipa::{
     },
 };
 
-use super::{events, model, routes};
+use super::{audience, events, model, routes};
 
 #[derive(OpenApi)]
 #[openapi(
     info(
         title = "canary-agent",
         description = "The control socket of an agent of canary-xdp. The TCP listener \
-                       (`agent.listen`) has the same routes for reading, but for `/v1/events` and the histories and plans of rollouts, and \
+                       (`agent.listen`) has the same routes for reading, but for `/v1/events`, audiences and clients, and the histories and plans of rollouts, and \
                        leaves out users and their reasons. Shares are fractions of 1. \
                        Every error is an `ErrorBody`."
     ),
@@ -40,6 +40,9 @@ use super::{events, model, routes};
         routes::rollout_history,
         routes::rollout_plan,
         routes::rollout,
+        audience::list,
+        audience::show,
+        audience::client,
         events::events,
         routes::undo,
         routes::panic,
@@ -166,6 +169,7 @@ mod tests {
             .method(method)
             .uri(
                 path.replace("{name}", "shop")
+                    .replace("{address}", "192.0.2.1")
                     .replace("{backend}", "10.0.1.1:80")
                     .replace("{action}", "start"),
             )

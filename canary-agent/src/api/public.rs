@@ -11,6 +11,9 @@ pub(super) fn socket_only(path: &str) -> Option<&'static str> {
     let of_rollout = path.strip_prefix("/v1/rollouts/").and_then(|rest| rest.split_once('/'));
     match (path, of_rollout) {
         ("/v1/events", _) | (_, Some((_, "history"))) => Some("says who has done what"),
+        _ if path.starts_with("/v1/audiences") || path.starts_with("/v1/clients/") => {
+            Some("says which networks people have")
+        }
         (_, Some((_, "plan"))) => Some("keeps a processor busy"),
         _ => None,
     }

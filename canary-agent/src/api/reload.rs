@@ -40,6 +40,10 @@ pub struct ReloadReport {
     pub services: Vec<ServiceChange>,
     /// Buckets that steer new connections elsewhere, in all services together.
     pub buckets_moved: u64,
+    /// How many clients go by another route, or by none any more; absent where audiences and routes
+    /// stay.
+    #[serde(default)]
+    pub audiences: Option<AudienceChange>,
     /// Keys that only a restart changes: with any of them, a reload is refused.
     pub needs_restart: Vec<String>,
     /// Why the reload is refused without `force`, each a sentence.
@@ -55,6 +59,17 @@ pub struct ReloadReport {
     pub took_us: u64,
     /// Microseconds of those in which the agent did nothing else.
     pub busy_us: u64,
+}
+
+/// Clients that go by another route.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct AudienceChange {
+    /// In how many networks they are.
+    pub networks: usize,
+    /// How many IPv4 addresses that is.
+    pub addresses_v4: u64,
+    /// How many IPv6 addresses that is, in decimal.
+    pub addresses_v6: String,
 }
 
 /// A key with another value.

@@ -14,7 +14,7 @@ use axum::{
 use bytes::Bytes;
 
 use super::{
-    Api,
+    Api, audience,
     error::{ApiError, exit},
     events::events,
     extract::{
@@ -44,7 +44,7 @@ use crate::{
 pub(super) const RELOAD: &str = "/v1/reload";
 
 /// Everything that can be asked: paths, parameters in braces, and their methods.
-pub(super) fn routes() -> [(&'static str, MethodRouter<Api>); 20] {
+pub(super) fn routes() -> [(&'static str, MethodRouter<Api>); 23] {
     [
         ("/v1/status", get(status)),
         ("/v1/health", get(health)),
@@ -57,6 +57,9 @@ pub(super) fn routes() -> [(&'static str, MethodRouter<Api>); 20] {
         ("/v1/rollouts/{name}/history", get(rollout_history)),
         ("/v1/rollouts/{name}/plan", get(rollout_plan)),
         ("/v1/rollouts/{name}/{action}", post(rollout)),
+        ("/v1/audiences", get(audience::list)),
+        ("/v1/audiences/{name}", get(audience::show)),
+        ("/v1/clients/{address}", get(audience::client)),
         ("/v1/events", get(events)),
         ("/v1/undo", post(undo)),
         ("/v1/panic", post(panic)),

@@ -114,6 +114,9 @@ pub(super) enum Command {
     Unfreeze(Freeze),
     /// Show who has changed what, when and why, and what else has happened
     Events(Events),
+    /// Show audiences, or which of them a client is in
+    #[command(subcommand)]
+    Audience(Audience),
     /// Say where a client's connections go, and why
     Explain(Explain),
     /// Run a gate over recorded windows
@@ -333,6 +336,23 @@ pub(super) enum Backend {
     Drain(Told),
     /// Give a backend nothing at all; its open connections are cut
     Maint(Told),
+}
+
+/// What is asked of audiences.
+#[derive(Debug, Subcommand)]
+pub(super) enum Audience {
+    /// Show all audiences, and the services that have routes for them
+    List,
+    /// Show an audience: where it comes from, how large it is, and a few of its networks
+    Show {
+        /// The audience
+        name: String,
+    },
+    /// Say which audiences a client is in, and by which route each service takes it
+    Test {
+        /// The client's address
+        address: IpAddr,
+    },
 }
 
 /// What a backend is told to be.

@@ -81,7 +81,7 @@ fn give_back(config: &Path, mut interfaces: BTreeSet<String>) -> Result<Vec<Stri
     };
     // A configuration with errors still has pins to remove; it just tells no more.
     if let Ok(loaded) = config::load(config) {
-        let Config { agent, services, gates: _, rollouts: _ } = loaded.config;
+        let Config { agent, services, audiences: _, gates: _, rollouts: _ } = loaded.config;
         interfaces.extend(agent.interfaces);
         if services.iter().any(|service| service.forward == Forward::Nat) {
             resolve::release_ports(&agent.nat_ports)

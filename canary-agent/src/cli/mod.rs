@@ -10,6 +10,7 @@
 //! gets JSON whatever happens.
 
 mod args;
+mod audience;
 mod backend;
 mod changes;
 mod check;
@@ -135,6 +136,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
             wait_for(changes::freeze(&client(&global), freeze, false, json))?;
         }
         Command::Events(asked) => wait_for(events::run(&client(&global), asked, json))?,
+        Command::Audience(asked) => wait_for(audience::run(&client(&global), asked, json))?,
         Command::Explain(query) => wait_for(explain::run(&client(&global), query, json))?,
         Command::Replay(asked) => replay::run(&global.config, &asked, json)?,
         Command::Detach(detach) => {

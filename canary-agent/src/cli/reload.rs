@@ -12,7 +12,8 @@ use super::{
 };
 use crate::{
     api::reload::{
-        BackendChange, ReloadReport, ReloadRequest, ServiceChange, SettingChange, VersionChange,
+        AudienceChange, BackendChange, ReloadReport, ReloadRequest, ServiceChange, SettingChange,
+        VersionChange,
     },
     config,
 };
@@ -47,6 +48,7 @@ fn shown(report: &ReloadReport) -> String {
         settings,
         services,
         buckets_moved,
+        audiences,
         needs_restart,
         needs_force,
         notes,
@@ -71,6 +73,13 @@ fn shown(report: &ReloadReport) -> String {
         settings.iter().for_each(|setting| out.push_str(&changed_setting(setting)));
     }
     services.iter().for_each(|service| out.push_str(&changed_service(service)));
+    if let Some(AudienceChange { networks, addresses_v4, addresses_v6 }) = audiences {
+        out.push_str(&format!(
+            "\n~ audiences: clients of {} go by another route ({addresses_v4} addresses of IPv4, \
+             {addresses_v6} of IPv6)\n",
+            counted(*networks as u64, "network"),
+        ));
+    }
     let mut end = String::new();
     if !needs_restart.is_empty() {
         end.push_str(&format!(

@@ -1,12 +1,17 @@
 //! What services must be together: names, addresses, and what they take of the
 //! capacity.
 
-use std::{collections::HashMap, net::IpAddr};
+use std::{
+    collections::{HashMap, HashSet},
+    net::IpAddr,
+};
 
 use super::{
     agent::{self, MAX_BACKENDS, MAX_BUCKETS, MAX_SERVICES, MAX_VIPS},
+    audience, derived,
     model::Port,
-    service::{Placed, port_text},
+    scalar::nearest,
+    service::{MAX_NAME_BYTES, Placed, port_text},
     sink::Sink,
     source::Span,
 };
@@ -16,6 +21,42 @@ pub(super) fn check(agent: &agent::Placed, services: &[Placed], sink: &mut Sink)
     names(services, sink);
     capacity(agent, services, sink);
     overlaps(services, sink);
+}
+
+/// Reports routes whose audience is not there, and audiences that no route names.
+pub(super) fn routes(services: &[Placed], audiences: &[audience::Placed], sink: &mut Sink) {
+    let mut routed: HashSet<&str> = HashSet::new();
+    let names = || audiences.iter().map(|placed| placed.audience.name.as_str());
+    let routes = services.iter().flat_map(|of| of.routes.items.iter().map(move |one| (of, one)));
+    for (of, placed) in routes {
+        let name = placed.route.audience.as_str();
+        routed.insert(name);
+        if names().any(|known| known == name) {
+            let table = derived::name(&of.service.name, name);
+            if table.len() > MAX_NAME_BYTES {
+                sink.error(
+                    placed.audience,
+                    format!(
+                        "the names of the service and of the audience have {} bytes together, and \
+                         {MAX_NAME_BYTES} is the most with the sign between them",
+                        table.len()
+                    ),
+                );
+            }
+            continue;
+        }
+        let finding = sink.absent(placed.audience, format!("there is no audience `{name}`"));
+        match nearest(name, names()) {
+            Some(near) => finding.help(format!("did you mean `{near}`?")),
+            None => finding.help(format!("describe it: `[[audience]]`, `name = \"{name}\"`")),
+        };
+    }
+    for placed in audiences {
+        let name = placed.audience.name.as_str();
+        if !name.is_empty() && !routed.contains(name) {
+            sink.warning(placed.span, format!("no route names the audience `{name}`"));
+        }
+    }
 }
 
 fn names(services: &[Placed], sink: &mut Sink) {
@@ -114,13 +155,15 @@ fn capacity(agent: &agent::Placed, services: &[Placed], sink: &mut Sink) {
         if placed.service.forward.wraps() { all * tables(placed) } else { all }
     };
     let buckets = |placed: &Placed| u64::from(placed.service.buckets) * tables(placed);
+    // Each route has tables, with records of all backends, beside those of its service.
+    let times = |placed: &Placed| 1 + placed.routes.items.len() as u64;
     let needs = [
         Need {
             key: "services",
             unit: "services",
             capacity: capacity.services,
             limit: MAX_SERVICES,
-            of: &|_| 1,
+            of: &times,
         },
         Need {
             key: "vips",
@@ -141,17 +184,19 @@ fn capacity(agent: &agent::Placed, services: &[Placed], sink: &mut Sink) {
             unit: "backends",
             capacity: capacity.backends,
             limit: MAX_BACKENDS,
-            of: &backends,
+            of: &|placed| backends(placed).saturating_mul(times(placed)),
         },
         Need {
             key: "buckets",
             unit: "buckets (a table for each family of each service)",
             capacity: capacity.buckets,
             limit: MAX_BUCKETS,
-            of: &buckets,
+            of: &|placed| buckets(placed).saturating_mul(times(placed)),
         },
     ];
+    let routed = services.iter().any(|placed| !placed.routes.items.is_empty());
     for Need { key, unit, capacity, limit, of } in needs {
+        let also = if routed && key != "vips" { ", counting each route as one more" } else { "" };
         let mut total: u64 = 0;
         let mut first_beyond = None;
         for placed in services {
@@ -167,7 +212,7 @@ fn capacity(agent: &agent::Placed, services: &[Placed], sink: &mut Sink) {
         let finding = sink.error(
             span,
             format!(
-                "the services need {total} {unit}, but `agent.capacity.{key}` is {capacity}{}",
+                "the services need {total} {unit}{also}, but `agent.capacity.{key}` is {capacity}{}",
                 match agent.capacity.contains_key(key) {
                     true => "",
                     false => " by default",

@@ -3,11 +3,13 @@
 //! Owns which keys a running agent can't change. Backends and versions are not among the
 //! settings here: they are compared one by one where a reload is planned.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
+
+use canary_ebpf_common::share::Share;
 
 use super::model::{
-    Agent, Ask, Capacity, Check, Existing, Fallback, Health, Http, Mss, Port, Protocol, Service,
-    Stickiness, Timing, Tls, Via, XdpMode,
+    Agent, Ask, Capacity, Check, Existing, Fallback, Health, Http, Mss, Port, Protocol, Route,
+    Service, Stickiness, Timing, Tls, Via, XdpMode,
 };
 
 /// Keys of `[agent]` that only a restart changes: what they are about is opened once, or has a
@@ -140,6 +142,9 @@ fn service(service: &Service) -> Settings {
         slow_start,
         fallback,
         split,
+        routes,
+        routed: _,
+        derived: _,
         health,
         buckets,
         hash_key: _,
@@ -163,7 +168,12 @@ fn service(service: &Service) -> Settings {
         Fallback::Control => "control",
         Fallback::None => "none",
     };
-    let split: Vec<String> = split.iter().map(|(name, share)| format!("{name}={share}")).collect();
+    let shares = |split: &BTreeMap<String, Share>| {
+        let words: Vec<String> =
+            split.iter().map(|(name, share)| format!("{name}={share}")).collect();
+        words.join(" ")
+    };
+    let route = |route: &Route| format!("{}: {}", route.audience, shares(&route.split));
     vec![
         ("vip", listed(vips)),
         ("ports", listed(&ports.iter().map(port).collect::<Vec<_>>())),
@@ -181,7 +191,8 @@ fn service(service: &Service) -> Settings {
         ("signals", signals.to_string()),
         ("slow_start", duration(*slow_start)),
         ("fallback", fallback.to_owned()),
-        ("split", split.join(" ")),
+        ("split", shares(split)),
+        ("route", listed(&routes.iter().map(route).collect::<Vec<_>>())),
         ("health", checks(health)),
         ("buckets", buckets.to_string()),
     ]

@@ -6,7 +6,8 @@
 //! keys; it changes together with this module.
 //!
 //! The way of a file: `source` reads it, the `toml` crate parses it into a
-//! document with spans, `agent`, `service`, `versions`, `health`, `gate` and `rollout` walk that with
+//! document with spans, `agent`, `service`, `route`, `versions`, `health`, `audience`, `gate` and
+//! `rollout` walk that with
 //! the combinators of `walk` and the texts of `scalar`, `across` compares
 //! services, `rollout` finds the service and the gates that it names, and `sink` collects what they find into [`Diagnostic`]s.
 //!
@@ -22,6 +23,8 @@ use toml::de::DeTable;
 
 mod across;
 mod agent;
+mod audience;
+pub mod derived;
 mod diagnostic;
 pub mod difference;
 mod gate;
@@ -30,6 +33,7 @@ pub mod model;
 mod opening;
 mod outside;
 mod rollout;
+mod route;
 mod scalar;
 mod service;
 mod sink;
@@ -71,6 +75,14 @@ pub struct Loaded {
 /// What is wrong with the text.
 pub fn duration(text: &str) -> Result<std::time::Duration, String> {
     scalar::duration(text).map_err(|problem| problem.message)
+}
+
+/// The candidate that a misspelt `word` was probably meant to be.
+pub(crate) fn nearest_word<'c>(
+    word: &str,
+    candidates: impl IntoIterator<Item = &'c str>,
+) -> Option<&'c str> {
+    scalar::nearest(word, candidates)
 }
 
 /// Reads the configuration whose main file is `path`.
@@ -172,6 +184,7 @@ fn build(
     let mut services = Vec::new();
     let mut gates = Vec::new();
     let mut rollouts = Vec::new();
+    let mut audiences = Vec::new();
     let mut no_service = true;
     for (file, document) in &documents {
         let mut root = Fields::new("", Span::whole(*file));
@@ -185,6 +198,17 @@ fn build(
             }
             for item in node.items() {
                 services.extend(service::read(&item, outside, &mut sink));
+            }
+        }
+        let path = sources.paths().nth(*file).unwrap_or(Path::new(""));
+        let beside = path.parent().unwrap_or(Path::new(""));
+        for node in root.take_all("audience") {
+            if node.is_table() {
+                sink.error(node.span, "audiences are a list, not one table")
+                    .help("write `[[audience]]`, with two brackets on each side");
+            }
+            for item in node.items() {
+                audiences.extend(audience::read(&item, beside, outside, &mut sink));
             }
         }
         read_gates(&mut root, &mut gates, &mut sink);
@@ -208,6 +232,8 @@ fn build(
         );
     }
     across::check(&agent, &services, &mut sink);
+    across::routes(&services, &audiences, &mut sink);
+    audience::together(&audiences, &mut sink);
     gate::distinct(&gates, &mut sink);
     let samples = agent.agent.capacity.samples;
     let rollouts = rollout::resolve(rollouts, &mut services, &gates, samples, &mut sink);
@@ -220,7 +246,8 @@ fn build(
     Ok(Loaded {
         config: Config {
             agent: agent.agent,
-            services: services.into_iter().map(|placed| placed.service).collect(),
+            services: derived::all(services.into_iter().map(|placed| placed.service)),
+            audiences: audiences.into_iter().map(|placed| placed.audience).collect(),
             gates: gates.into_iter().map(|placed| placed.gate).collect(),
             rollouts: rollouts.into_iter().map(Arc::new).collect(),
         },

@@ -17,6 +17,7 @@ use ipnet::IpNet;
 use tokio_rustls::rustls::pki_types::CertificateDer;
 
 pub use super::opening::Opening;
+use crate::audience::{Networks, expression::Expression};
 
 /// Everything that the configuration files say.
 #[derive(Clone, Debug, PartialEq)]
@@ -25,10 +26,56 @@ pub struct Config {
     pub agent: Agent,
     /// `[[service]]`, in the order of the files.
     pub services: Vec<Service>,
+    /// `[[audience]]`, in the order of the files.
+    pub audiences: Vec<Audience>,
     /// `[[gate]]`, in the order of the files.
     pub gates: Vec<Gate>,
     /// `[[rollout]]`, in the order of the files.
     pub rollouts: Vec<Arc<Rollout>>,
+}
+
+/// `[[audience]]`: a named set of client networks.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Audience {
+    /// Its name.
+    pub name: String,
+    /// Its networks: those of the configuration, of its file, and those that its MaxMind DB file
+    /// answers with, as they were when the configuration was read.
+    pub networks: Arc<Networks>,
+    /// A file of networks.
+    pub file: Option<PathBuf>,
+    /// Networks by what is known of them.
+    pub mmdb: Option<Mmdb>,
+}
+
+/// `audience.mmdb`: networks by what a MaxMind DB file knows of them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mmdb {
+    /// The file.
+    pub file: PathBuf,
+    /// Which of its records are meant.
+    pub filter: Expression,
+}
+
+/// Of which service and whose clients a table is that follows from a route.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Derived {
+    /// The service.
+    pub service: String,
+    /// The audience.
+    pub audience: String,
+}
+
+/// Shares by version name, control left out.
+pub type SplitOf = BTreeMap<String, Share>;
+
+/// `[[service.route]]`: the split of an audience's clients.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Route {
+    /// The audience.
+    pub audience: String,
+    /// By version name, control left out.
+    pub split: BTreeMap<String, Share>,
 }
 
 /// `[agent]`: where the agent works and what it may use.
@@ -136,6 +183,14 @@ pub struct Service {
     pub fallback: Fallback,
     /// Initial split by version name, control left out.
     pub split: BTreeMap<String, Share>,
+    /// Other splits by audience: the first one whose audience holds the client counts.
+    pub routes: Vec<Route>,
+    /// Whether some of its clients have tables of their own: those of routes, or of routes that
+    /// are gone and whose connections may be open still.
+    pub routed: bool,
+    /// What it follows from, if the configuration does not name it: it is then the table of an
+    /// audience's clients in another service, whose addresses these are.
+    pub derived: Option<Derived>,
     /// How backends are checked.
     pub health: Health,
     /// Number of buckets: a power of two from 4,096 to 1,048,576.

@@ -13,6 +13,7 @@ use super::{
         Via,
     },
     outside::Outside,
+    route,
     scalar::{self, Problem, nearest, quote},
     sink::Sink,
     source::{At, Span},
@@ -33,7 +34,7 @@ const MAX_BUCKETS: u32 = 1 << 20;
 /// A backend's record counts its sources in eight bits.
 const MAX_NAT_SOURCES: usize = 255;
 /// One byte is for the zero at the end.
-const MAX_NAME_BYTES: usize = abi::SERVICE_NAME_BYTES - 1;
+pub(super) const MAX_NAME_BYTES: usize = abi::SERVICE_NAME_BYTES - 1;
 
 /// A service and what later checks need to point at. Where something could not
 /// be read, an error is known and a default stands in.
@@ -51,6 +52,8 @@ pub(super) struct Placed {
     pub ports: List<At<Port>>,
     /// Where it says that its connections are not to be watched.
     pub unwatched: Option<Span>,
+    /// Its routes.
+    pub routes: List<route::Placed>,
 }
 
 /// `tcp/443`.
@@ -129,6 +132,7 @@ pub(super) fn read(node: &Node<'_>, outside: &dyn Outside, sink: &mut Sink) -> O
 
     let control_node = fields.take("control", sink);
     let split_node = fields.take("split", sink);
+    let route_node = fields.take("route", sink);
     let versions_node = fields.take("versions", sink);
     fields.finish(sink);
 
@@ -150,6 +154,10 @@ pub(super) fn read(node: &Node<'_>, outside: &dyn Outside, sink: &mut Sink) -> O
         },
         sink,
     );
+    let routes = route_node.map_or_else(List::default, |node| {
+        let of = |node: &Node<'_>, sink: &mut Sink| split(node, &versions, control, sink);
+        route::read(&node, &label, of, sink)
+    });
     let split = match split_node {
         Some(node) => split(&node, &versions, control, sink),
         None => BTreeMap::new(),
@@ -176,6 +184,9 @@ pub(super) fn read(node: &Node<'_>, outside: &dyn Outside, sink: &mut Sink) -> O
             slow_start: slow_start.unwrap_or_default(),
             fallback: fallback.unwrap_or(Fallback::Control),
             split,
+            routes: routes.items.iter().map(|placed| placed.route.clone()).collect(),
+            routed: false,
+            derived: None,
             health: health.unwrap_or_else(health::default),
             buckets: buckets.unwrap_or(DEFAULT_BUCKETS),
             hash_key: hash_key.unwrap_or_else(|| scalar::derived_hash_key(&name_text)),
@@ -190,6 +201,7 @@ pub(super) fn read(node: &Node<'_>, outside: &dyn Outside, sink: &mut Sink) -> O
         name: name_node.map(|node| node.span),
         vips,
         ports,
+        routes,
     })
 }
 

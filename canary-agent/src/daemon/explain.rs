@@ -3,13 +3,20 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use canary_ebpf_common::{abi, hash};
+use canary_ebpf_common::{
+    abi,
+    class::{self, ClassEntry},
+    hash,
+};
 
 use super::{ExplainQuery, Refusal};
 use crate::{
     api::model::Explain,
-    config::model::{Port, Protocol, Stickiness},
-    plan::{Family, Planner, Table, protocol_number},
+    config::{
+        derived,
+        model::{Port, Protocol, Stickiness},
+    },
+    plan::{Family, Planner, Table, followed, protocol_number},
 };
 
 /// Answers `query` about `service` from the plan that is in force.
@@ -85,14 +92,33 @@ pub(super) fn explain(
         return Ok(answer);
     };
     let from = SocketAddr::new(client, client_port.unwrap_or(0));
-    let bucket = bucket(&record.record, port.protocol, from, to);
+    let classes = &planner.plane().classes;
+    let (class, steered_by, before) = followed(classes, &record.record, client);
+    let mut own = (state, table);
+    if let Some(audience) = planner.audience(class.current(), service) {
+        answer.audience = Some(audience.to_owned());
+        answer.why.push(format!(
+            "audience `{audience}` is that of the first route of service `{service}` that holds {client}"
+        ));
+        let steered_by = |table: &&Table| u32::from(table.id()) == steered_by.id;
+        let its = planner
+            .service(&derived::name(service, audience))
+            .and_then(|(_, state)| Some((state, state.tables().iter().find(steered_by)?)));
+        own = its.unwrap_or(own);
+    } else if config.routed {
+        answer.why.push(format!("no route of service `{service}` holds {client}"));
+    }
+    let bucket = bucket(&steered_by, port.protocol, from, to);
     answer.bucket = Some(bucket);
     answer.why.push(format!(
         "{} falls into bucket {bucket} of {}",
         what_is_hashed(config.stickiness, family, from, to),
         config.buckets
     ));
-    describe(&mut answer, state, table, bucket);
+    describe(&mut answer, own.0, own.1, bucket);
+    if let Some(before) = before {
+        class_before(&mut answer, planner, service, (class, own.1, before), bucket);
+    }
     Ok(answer)
 }
 
@@ -142,6 +168,34 @@ fn describe(answer: &mut Explain, state: &crate::plan::ServiceState, table: &Tab
             answer.why.push(format!("{flows} are still being learned: new ones go there as well"));
         }
     }
+}
+
+/// What is left of the class before for a client whose class has changed: all buckets of the
+/// service are the same ones, in whichever table.
+fn class_before(
+    answer: &mut Explain,
+    planner: &Planner,
+    service: &str,
+    (class, own, before): (ClassEntry, &Table, abi::Service),
+    bucket: u32,
+) {
+    let tables = || planner.services().iter().flat_map(|state| state.tables());
+    let earlier = tables().find(|table| u32::from(table.id()) == before.id);
+    let at = bucket as usize;
+    let entries = (own.entries().get(at), earlier.and_then(|table| table.entries().get(at)));
+    let (Some(current), Some(previous)) = entries else { return };
+    let entry = class::with_older(*current, class::older(class, *previous));
+    let addr = |index| tables().find_map(|table| table.addr(index)).map(|addr| addr.to_string());
+    answer.tracked = true;
+    answer.previous = addr(entry.previous());
+    let was = match planner.audience(class.previous(), service) {
+        Some(audience) => format!("was of audience `{audience}`"),
+        None => "was of no audience".to_owned(),
+    };
+    answer.why.push(format!(
+        "the client {was} until a while ago: connections older than that stay at {}, those that came since stay where they went",
+        answer.previous.as_deref().unwrap_or("nowhere")
+    ));
 }
 
 /// The bucket of a connection, as the program computes it.

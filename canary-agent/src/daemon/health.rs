@@ -22,7 +22,8 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let mut targets = Vec::new();
         for state in self.planner.services() {
             let config = state.config();
-            if config.health == model::Health::None {
+            // What serves an audience is checked for its service.
+            if config.health == model::Health::None || config.derived.is_some() {
                 continue;
             }
             let service: Arc<str> = config.name.as_str().into();

@@ -1,5 +1,6 @@
 //! The one loop that owns the state, and the handle by which others reach it.
 
+mod audiences;
 mod backends;
 mod changes;
 mod explain;
@@ -23,7 +24,7 @@ mod state;
 mod status;
 mod sweep;
 
-use std::{sync::Arc, time::Instant};
+use std::{net::IpAddr, sync::Arc, time::Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -38,6 +39,7 @@ pub use self::{
 
 use crate::{
     api::{
+        audience::{AudienceStatus, Audiences, ClientReport},
         model::{
             BackendReport, BackendRequest, Backends, ChangeReport, ConfirmReport, ConfirmRequest,
             Explain, FreezeReport, FreezeRequest, SplitRequest, Status, UndoReport, UndoRequest,
@@ -178,6 +180,25 @@ pub enum Request {
         name: String,
         /// Where the answer goes.
         reply: oneshot::Sender<Result<Prospect, Refusal>>,
+    },
+    /// All audiences.
+    Audiences {
+        /// Where the answer goes.
+        reply: oneshot::Sender<Audiences>,
+    },
+    /// One audience.
+    Audience {
+        /// Its name.
+        name: String,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<AudienceStatus, Refusal>>,
+    },
+    /// What a client is.
+    Client {
+        /// Its address.
+        address: IpAddr,
+        /// Where the answer goes.
+        reply: oneshot::Sender<ClientReport>,
     },
     /// What has happened.
     Events {
@@ -428,6 +449,30 @@ impl Handle {
     /// An unknown rollout.
     pub async fn prospect(&self, name: String) -> Result<Prospect, Refusal> {
         self.ask(|reply| Request::Prospect { name, reply }).await?
+    }
+
+    /// All audiences.
+    ///
+    /// # Errors
+    /// [`Refusal`] `stopping` when the loop has ended.
+    pub async fn audiences(&self) -> Result<Audiences, Refusal> {
+        self.ask(|reply| Request::Audiences { reply }).await
+    }
+
+    /// One audience, with a few of its networks.
+    ///
+    /// # Errors
+    /// An unknown audience.
+    pub async fn audience(&self, name: String) -> Result<AudienceStatus, Refusal> {
+        self.ask(|reply| Request::Audience { name, reply }).await?
+    }
+
+    /// What a client is.
+    ///
+    /// # Errors
+    /// [`Refusal`] `stopping` when the loop has ended.
+    pub async fn client(&self, address: IpAddr) -> Result<ClientReport, Refusal> {
+        self.ask(|reply| Request::Client { address, reply }).await
     }
 
     /// What has happened.

@@ -186,7 +186,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         }
         let targets: Vec<usize> = match service {
             Some(name) => match self.planner.service(name.as_str()) {
-                Some((at, _)) => vec![at],
+                Some((at, _)) => self.planner.with_derived(at).collect(),
                 None => return Err(split::unknown_service(&self.planner, name)),
             },
             None => (0..self.planner.services().len()).collect(),

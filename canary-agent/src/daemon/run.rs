@@ -123,6 +123,8 @@ pub fn run(options: RunOptions) -> anyhow::Result<ExitCode> {
         backends = adopted.backends.len(),
         "the data plane is open"
     );
+    // Audiences that have lost their routes while nobody ran keep their open connections.
+    let config = adopted.remembering(&config);
     if adopted.lacks_backends(&config) {
         // New backends get indices that an earlier agent may have freed just before its end.
         let rest = Duration::from_millis(QUARANTINE_MS).saturating_sub(locked.elapsed());
@@ -528,7 +530,7 @@ fn links(update: &resolve::Update) -> LinkStates {
 
 /// What the service manager shows of an agent that runs.
 pub(super) fn steering(config: &Config) -> String {
-    match config.services.len() {
+    match config.services.iter().filter(|service| service.derived.is_none()).count() {
         1 => "steering 1 service".to_owned(),
         services => format!("steering {services} services"),
     }

@@ -34,7 +34,7 @@ use super::{
 };
 use crate::{
     api::model::{InterfaceStatus, MapStatus},
-    config::model::{Config, Forward},
+    config::model::{Audience, Config, Forward},
     datapath::{PanicOrder, Swept},
     failpoint::Failpoint,
     health,
@@ -224,6 +224,8 @@ pub enum BeginError {
 /// The state, and the two things that it acts on.
 pub struct State<S, K> {
     pub(super) planner: Planner,
+    /// `[[audience]]`, as it was read last.
+    pub(super) audiences: Vec<Audience>,
     pub(super) checks: health::Reports,
     pub(super) store: S,
     pub(super) kernel: K,
@@ -315,6 +317,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let boot_id = kernel.boot_id();
         let mut state = Self {
             planner,
+            audiences: config.audiences.clone(),
             checks: health::Reports::default(),
             store,
             kernel,
@@ -596,7 +599,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         if let Some(sweep) = self.sweep_failed.take() {
             self.kernel.sweep(sweep);
         }
-        if self.planner.services().iter().any(keeps_flows) {
+        if self.planner.tracks_classes() || self.planner.services().iter().any(keeps_flows) {
             self.kernel.expire();
         }
         if now_ms < self.attach_ms + ATTACH_MS {
@@ -650,6 +653,9 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 drop(reply.send(self.rollout_history(&name, evidence)));
             }
             Request::Prospect { name, reply } => drop(reply.send(self.prospect(&name, now))),
+            Request::Audiences { reply } => drop(reply.send(self.list_audiences())),
+            Request::Audience { name, reply } => drop(reply.send(self.show_audience(&name))),
+            Request::Client { address, reply } => drop(reply.send(self.client_report(address))),
             Request::Events { asked, reply } => drop(reply.send(self.events(&asked, now))),
         }
     }

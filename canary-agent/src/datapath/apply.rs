@@ -18,6 +18,7 @@ use canary_ebpf_common::{
 
 use super::{
     Error,
+    classes::ClassMaps,
     mapping::{Mapping, Pages, store},
     panic::Marks,
     pod,
@@ -38,6 +39,8 @@ pub struct Applied {
     pub backends: usize,
     /// Buckets whose tracking ended.
     pub untracked: usize,
+    /// Networks of clients whose class became another, or is remembered no more.
+    pub networks: usize,
 }
 
 /// The maps that the loop writes.
@@ -54,6 +57,7 @@ pub(super) struct Maps {
     pub(super) tagged: Array<MapData, u32>,
     pub(super) counters: PerCpuArray<MapData, pod::BackendCounters>,
     pub(super) tx_ports: DevMapHash<MapData>,
+    pub(super) classes: ClassMaps,
     pub(super) marks: Marks,
     /// How often tables had been written behind our back when they were read.
     pub(super) known: u64,
@@ -113,7 +117,7 @@ impl Maps {
         before: Option<&DataPlane>,
         desired: &DataPlane,
     ) -> Result<Applied, Error> {
-        let DataPlane { services, backends, nat_sources, sweep: _ } = desired;
+        let DataPlane { services, backends, nat_sources, classes, sweep: _ } = desired;
         let mut applied = Applied::default();
         if before.is_none_or(|b| b.nat_sources != *nat_sources) {
             for (i, source) in nat_sources.iter().enumerate() {
@@ -165,6 +169,8 @@ impl Maps {
             self.vips_v6.store(&v6)?;
             Failpoint::AddressesWritten.pass();
         }
+        // Of services that are found by now, to tables that are written; and before what is gone.
+        applied.networks += self.classes.store(before.map(|b| &b.classes), classes)?;
         // Records that nothing names any more.
         let named: HashSet<_> = backends.iter().map(|(index, _)| *index).collect();
         let gone: Vec<_> = match before {

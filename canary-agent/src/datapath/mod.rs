@@ -7,6 +7,7 @@
 mod apply;
 mod attach;
 mod census;
+mod classes;
 mod decap;
 mod directory;
 pub mod flows;
@@ -561,7 +562,7 @@ impl Datapath {
             ("TABLE", pages(desired)),
             ("LEDGER", pages(desired)),
         ]);
-        if before.is_none_or(|b| !same_records(&b, desired)) {
+        if before.is_none_or(|b| !same_rules(&b, desired)) {
             self.set_rules(desired);
         }
         Ok(applied)
@@ -629,7 +630,8 @@ impl Datapath {
             }
             services[id] = Some(service.record);
         }
-        *self.rules.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(Rules { services });
+        *self.rules.lock().unwrap_or_else(PoisonError::into_inner) =
+            Arc::new(Rules { services, classes: plane.classes.clone() });
     }
 
     /// What looks after the flow tables, for another thread: it goes by the plan that was
@@ -760,9 +762,12 @@ fn memory_bytes(pin: &Path) -> u64 {
     read().unwrap_or(0)
 }
 
-/// Whether two plans have the same services under the same ids.
-fn same_records(a: &DataPlane, b: &DataPlane) -> bool {
+/// Whether two plans have the same services under the same ids, and the same classes of clients.
+fn same_rules(a: &DataPlane, b: &DataPlane) -> bool {
+    let networks = a.classes.networks.iter().zip(&b.classes.networks);
     a.services.iter().map(|s| s.record).eq(b.services.iter().map(|s| s.record))
+        && (&a.classes.tables, &a.classes.bases) == (&b.classes.tables, &b.classes.bases)
+        && networks.into_iter().all(|(a, b)| Arc::ptr_eq(a, b))
 }
 
 fn pages(plane: &DataPlane) -> u64 {
@@ -812,6 +817,7 @@ fn take_maps(ebpf: &mut Ebpf, options: &Options) -> Result<Maps, Error> {
         tagged: take(ebpf, "TAGGED")?.try_into()?,
         counters: take(ebpf, "BACKEND_COUNTERS")?.try_into()?,
         tx_ports: take(ebpf, "TX_PORTS")?.try_into()?,
+        classes: classes::ClassMaps::take(ebpf)?,
         marks,
         known: 0,
     })
@@ -830,6 +836,7 @@ fn read(maps: &Maps) -> Result<Adopted, Error> {
         adopted.services.push(table);
     }
     let tables = adopted.services.iter().map(|table| (table.id, table.name.as_str()));
+    adopted.classes = maps.classes.read()?;
     adopted.panics = maps.marks.all_waiting(tables);
     Ok(adopted)
 }

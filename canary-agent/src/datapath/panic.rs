@@ -41,6 +41,7 @@ use super::{
     vips::VipTable,
 };
 use crate::{
+    config::derived,
     failpoint::Failpoint,
     parallel,
     plan::{BootMs, Diverted, GivenBack, NobodyLeft, PanicMark, Panicking},
@@ -200,9 +201,13 @@ pub struct PanicOrder {
 }
 
 impl PanicOrder {
-    /// Whether it is about a service of that name.
+    /// Whether it is about a service of that name. What an audience has of a service goes with
+    /// that, unless it is about a version's share alone.
     pub(super) fn names(&self, service: &str) -> bool {
-        self.services.as_ref().is_none_or(|some| some.contains(service))
+        let of = derived::parts(service).filter(|_| self.back.is_none());
+        self.services.as_ref().is_none_or(|some| {
+            some.contains(service) || of.is_some_and(|(service, _)| some.contains(service))
+        })
     }
 
     fn mark(&self) -> abi::Panic {

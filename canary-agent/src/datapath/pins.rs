@@ -96,6 +96,7 @@ impl Readable {
 }
 
 const MMAPABLE: u32 = 1 << 10;
+const NO_PREALLOC: u32 = 1 << 0;
 /// Bytes that the kernel keeps with each element of a hash map, about.
 const HASH_ELEMENT_BYTES: u64 = 64;
 
@@ -109,6 +110,8 @@ impl Layout {
                 value + (*key_bytes as u64).next_multiple_of(8) + HASH_ELEMENT_BYTES
             }
             MapType::PerCpuArray => value * u64::from(cpus()),
+            // It takes memory as it is used.
+            MapType::LpmTrie => 0,
             // Its size is said in bytes.
             MapType::RingBuf => 1,
             _ => value,
@@ -191,6 +194,31 @@ fn layouts_of(c: &Capacity) -> Vec<Layout> {
             backends,
         ),
         layout("TAGGED", MapType::Array, 4, 4, 0, abi::way::PLACES),
+        layout(
+            "CLASSES_V4",
+            MapType::LpmTrie,
+            size_of::<abi::NetworkV4>(),
+            size_of::<abi::ClassState>(),
+            NO_PREALLOC,
+            abi::CLASS_NETWORKS,
+        ),
+        layout(
+            "CLASSES_V6",
+            MapType::LpmTrie,
+            size_of::<abi::NetworkV6>(),
+            size_of::<abi::ClassState>(),
+            NO_PREALLOC,
+            abi::CLASS_NETWORKS,
+        ),
+        layout("CLASS_BLOCKS", MapType::Array, 4, 8, 0, abi::CLASS_BLOCKS),
+        layout(
+            "CLASS_TABLES",
+            MapType::Hash,
+            size_of::<abi::TableKey>(),
+            size_of::<abi::Service>(),
+            0,
+            abi::CLASS_TABLES,
+        ),
         layout("FIRST_MACS", MapType::Array, 4, 8, 0, abi::FIRST_MACS),
         layout("MACS", MapType::Hash, size_of::<abi::MacKey>(), 4, 0, MACS),
         layout(

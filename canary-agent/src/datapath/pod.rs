@@ -26,6 +26,9 @@ pod! {
     FlowKeyV6(abi::FlowKeyV6);
     Flow(abi::Flow);
     MacKey(abi::MacKey);
+    TableKey(abi::TableKey);
+    ClassState(abi::ClassState);
+    Service(abi::Service);
     Sampling(abi::Sampling);
     Sample(abi::Sample);
     VersionSignals(abi::VersionSignals);

@@ -8,6 +8,7 @@
 
 use std::{
     io,
+    net::IpAddr,
     os::fd::{AsRawFd as _, OwnedFd},
     sync::{Arc, Mutex, PoisonError},
 };
@@ -26,6 +27,7 @@ use super::{
     mapping::Pages,
     monotonic_ns, pod,
 };
+use crate::plan::{ClassPlan, followed};
 
 /// `BPF_PROG_TEST_RUN` (linux/bpf.h; kernel 4.12, commit 1cf1cae963c2).
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
@@ -37,6 +39,22 @@ const PRESSED: (u64, u64) = (3, 4);
 #[derive(Debug, Default)]
 pub(super) struct Rules {
     pub(super) services: Vec<Option<abi::Service>>,
+    /// Classes of clients, which say what table of theirs the program looks at.
+    pub(super) classes: ClassPlan,
+}
+
+impl Rules {
+    /// What the program makes of a client by now whose flow was stored for the service `id`: the
+    /// table that it is steered by, unless its class has changed and its flows are looked up anyway.
+    fn table(&self, id: u32, client: IpAddr) -> Option<abi::Service> {
+        let service = |id: u32| self.services.get(id as usize).and_then(Option::as_ref);
+        let base = self.classes.bases.get(&id).and_then(|base| service(*base));
+        let base = base.or_else(|| service(id))?;
+        match followed(&self.classes, base, client) {
+            (_, _, Some(_)) => None,
+            (_, table, None) => Some(table),
+        }
+    }
 }
 
 /// The rules in force, which the loop changes and the sweeper reads.
@@ -128,8 +146,8 @@ impl Sweeper {
     }
 
     /// Goes through both tables once. Afterwards there is no entry that was there before and
-    /// names a backend of `gone`, nor one of a bucket that was not tracked all the while and
-    /// does not translate.
+    /// names a backend of `gone`, nor one of a bucket that was not tracked all the while, whose
+    /// client's class has not changed lately, and that does not translate.
     ///
     /// # Errors
     /// When the kernel refuses to walk a table or to run a program. What was found
@@ -141,7 +159,10 @@ impl Sweeper {
         let rules = Arc::clone(&self.rules.lock().unwrap_or_else(PoisonError::into_inner));
         let mut names = vec![false; abi::BACKEND_INDICES as usize];
         gone.iter().for_each(|index| names[usize::from(index.get())] = true);
-        let tracked = |service: &abi::Service, hash: u64| {
+        let looked_up = |service: &abi::Service, client, hash: &dyn Fn(&abi::Service) -> u64| {
+            let Some(service) = rules.table(service.id, client) else { return true };
+            let hash = hash(&service);
+            let service = &service;
             let bucket = hash::bucket(service, hash) as usize;
             let word = service.first_page as usize * PAGE_BUCKETS as usize + bucket;
             let load = std::sync::atomic::Ordering::Acquire;
@@ -150,11 +171,16 @@ impl Sweeper {
         let mut open = vec![0_u32; abi::BACKEND_INDICES as usize];
         let v4 = self.v4.pass(&rules, &names, &mut open, |service, pod::FlowKeyV4(k)| {
             let (ports, protocol) = ((k.src_port_be, k.dst_port_be), k.protocol as u8);
-            tracked(service, hash::hash_v4(service, k.src_be, k.dst_be, ports.0, ports.1, protocol))
+            let client = abi::ip([k.src_be.into(), 0], false);
+            looked_up(service, client, &|service| {
+                hash::hash_v4(service, k.src_be, k.dst_be, ports.0, ports.1, protocol)
+            })
         })?;
         let v6 = self.v6.pass(&rules, &names, &mut open, |service, pod::FlowKeyV6(k)| {
             let (ports, protocol) = ((k.src_port_be, k.dst_port_be), k.protocol as u8);
-            tracked(service, hash::hash_v6(service, k.src, k.dst, ports.0, ports.1, protocol))
+            looked_up(service, abi::ip(k.src, true), &|service| {
+                hash::hash_v6(service, k.src, k.dst, ports.0, ports.1, protocol)
+            })
         })?;
         let swept = Swept { kept: [v4.0, v6.0], half_open: [v4.1, v6.1], removed: [v4.2, v6.2] };
         self.reader.set_flows(swept, open);

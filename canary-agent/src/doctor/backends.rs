@@ -20,7 +20,8 @@ pub(super) fn checks(config: &Config, facts: &Facts) -> Vec<Check> {
     };
     let mut seen = BTreeSet::new();
     let mut checks = Vec::new();
-    for service in &config.services {
+    // Audiences have the backends of their service.
+    for service in config.services.iter().filter(|service| service.derived.is_none()) {
         for backend in service.versions.iter().flat_map(|version| &version.backends) {
             let address = backend.addr.ip();
             if seen.insert(address) {

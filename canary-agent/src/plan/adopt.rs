@@ -19,7 +19,7 @@ use canary_ebpf_common::{
 };
 
 use super::{
-    BootMs, Family, NextHop, PanicMark, Tags,
+    AdoptedClasses, BootMs, Family, NextHop, PanicMark, Tags,
     ownership::{Ownership, ProposeError, share_of},
 };
 use crate::{
@@ -34,6 +34,8 @@ pub struct Adopted {
     pub services: Vec<AdoptedService>,
     /// Backend records that are in use, by ascending index.
     pub backends: Vec<(BackendIndex, abi::Backend)>,
+    /// Classes of clients.
+    pub classes: AdoptedClasses,
     /// What was sent to control since an agent last looked, by table.
     pub panics: Vec<PanicMark>,
 }
@@ -66,6 +68,18 @@ pub struct AdoptedService {
 }
 
 impl Adopted {
+    /// `config` with the tables that it does not ask for any more and that connections go by.
+    pub fn remembering(&self, config: &Config) -> Config {
+        let tables = self.classes.remembered(|id| self.table_name(id));
+        config.remembering(tables.iter().map(|(service, audience)| (&**service, &**audience)))
+    }
+
+    /// The name of a table's service.
+    pub(super) fn table_name(&self, id: u32) -> Option<String> {
+        let of = |table: &&AdoptedService| u32::from(table.id) == id;
+        self.services.iter().find(of).map(|table| table.name.clone())
+    }
+
     /// Whether something is adopted, and `config` has backends that it lacks.
     ///
     /// They are given indices that an earlier agent may have freed as the last

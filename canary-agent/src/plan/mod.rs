@@ -21,6 +21,7 @@ mod planner;
 mod prepare;
 mod record;
 mod reload;
+mod routing;
 mod slow_start;
 mod table;
 mod undo;
@@ -52,6 +53,7 @@ pub use planner::{News, PlanError, Planner, Preview, ServiceState, Start, Step};
 pub use prepare::LEARN_MS;
 pub use record::tunnel_of;
 pub use reload::{Baseline, Hops, Made, Prepared, Ready, Removal, Upheaval};
+pub use routing::{AdoptedClasses, ClassChange, ClassPlan, followed};
 pub use slow_start::{STEPS as SLOW_START_STEPS, SlowStart};
 pub use table::{BackendState, LiveBackend, Removed, Table};
 pub use undo::{UndoError, Undone};
@@ -95,6 +97,8 @@ pub struct DataPlane {
     pub backends: Vec<(BackendIndex, BackendPlan)>,
     /// Elements of `NAT_SOURCES`.
     pub nat_sources: Vec<IpAddr>,
+    /// Classes of clients, and their tables.
+    pub classes: ClassPlan,
     /// What flow entries must go once everything above is in force.
     pub sweep: Sweep,
 }
@@ -111,6 +115,9 @@ pub struct Sweep {
     pub buckets: Vec<(u16, Vec<u32>)>,
     /// Indices whose records are gone: all entries that name them.
     pub backends: Vec<BackendIndex>,
+    /// How many networks have clients whose class before is remembered no more: entries of theirs,
+    /// but for those that their bucket is looked up for.
+    pub networks: usize,
 }
 
 /// One service's records and its table for one family.

@@ -17,6 +17,7 @@ use super::{
     ownership::{Ownership, ProposeError},
     placements::Placements,
     prepare, record,
+    routing::Routing,
     table::{Inputs, Table, TableStep},
 };
 use crate::{
@@ -81,6 +82,12 @@ pub enum PlanError {
         service: String,
         /// Addresses of all lists up to its own, each list once.
         needed: usize,
+    },
+    /// Clients can't be told apart.
+    #[error("{reason}")]
+    Classes {
+        /// Why.
+        reason: String,
     },
     /// Another plan has come first.
     #[error("another reload was made meanwhile: ask again")]
@@ -326,6 +333,7 @@ pub struct Planner {
     pub(super) indices: Indices,
     pub(super) nat_ranges: HashMap<Vec<IpAddr>, u16>,
     pub(super) plane: DataPlane,
+    pub(super) routing: Routing,
     /// Indices that nothing names any more but flow entries.
     pub(super) released: Vec<BackendIndex>,
     /// Those of them that the sweep under way is about.
@@ -362,7 +370,10 @@ impl Planner {
     /// # Errors
     /// When the configuration does not fit into `agent.capacity`.
     pub fn begin(start: Start<'_>) -> Result<(Self, Vec<News>), PlanError> {
-        let Start { config, adopted, stored, now_ms } = start;
+        let Start { config, mut adopted, stored, now_ms } = start;
+        let classes = std::mem::take(&mut adopted.classes);
+        let named = |id: u32| adopted.table_name(id);
+        let routing = Routing::begin(config, classes, named, adopted.services.is_empty())?;
         record::configured_nat_sources(config.services.iter())
             .map_err(|(service, needed)| PlanError::NatSources { service, needed })?;
         let mut claims = Claims::new(config);
@@ -389,6 +400,11 @@ impl Planner {
                 .map(|(_, backend)| backend)
                 .filter(|backend| tables.iter().any(|(_, table)| table.id == backend.service));
             let admins = adopt::admins(service, record, records);
+            // What is told to a backend of a service is told to it everywhere.
+            let base = service.derived.as_ref().and_then(|of| {
+                services.iter().find(|state: &&ServiceState| state.config.name == of.service)
+            });
+            let admins = base.map_or(admins, |state| state.admins.clone());
             let control_name = &service.versions[service.control].name;
             let mut state = ServiceState {
                 config: Arc::new(service.clone()),
@@ -441,6 +457,7 @@ impl Planner {
             indices: claims.indices,
             nat_ranges: HashMap::new(),
             plane: DataPlane::default(),
+            routing,
             released: orphans,
             releasing: Vec::new(),
             sweeping: false,
@@ -488,6 +505,12 @@ impl Planner {
 
     /// Takes over what an operator has told a backend of a service to be, in all versions.
     pub fn set_admin(&mut self, service: usize, addr: SocketAddr, admin: Admin) {
+        for at in self.with_derived(service) {
+            self.set_admin_of(at, addr, admin);
+        }
+    }
+
+    fn set_admin_of(&mut self, service: usize, addr: SocketAddr, admin: Admin) {
         let Some(state) = self.services.get_mut(service) else {
             return;
         };
@@ -558,6 +581,12 @@ impl Planner {
     /// Takes over which backends of a service fail their checks. Those that `down` does not
     /// name keep what was known of them.
     pub fn set_health(&mut self, service: usize, down: &HashMap<SocketAddr, bool>) {
+        for at in self.with_derived(service) {
+            self.set_health_of(at, down);
+        }
+    }
+
+    fn set_health_of(&mut self, service: usize, down: &HashMap<SocketAddr, bool>) {
         let Some(state) = self.services.get_mut(service) else {
             return;
         };
@@ -605,11 +634,16 @@ impl Planner {
             done.changed |= backends != self.plane.backends;
             self.plane.backends = backends;
         }
+        let routed = self.routing.step(&self.services, done.changed, now_ms);
+        if routed.changed {
+            done.changed = true;
+            self.plane.classes = self.routing.plan.clone();
+        }
         let sweep = self.unswept();
         done.changed |= sweep != self.plane.sweep;
         self.plane.sweep = sweep;
         let tables = self.services.iter().flat_map(|s| &s.tables);
-        done.next_wakeup_ms = tables.filter_map(Table::due_ms).min();
+        done.next_wakeup_ms = tables.filter_map(Table::due_ms).chain(routed.due_ms).min();
         done
     }
 
@@ -652,6 +686,7 @@ impl Planner {
                 .chain(&self.cutting)
                 .copied()
                 .collect(),
+            networks: self.routing.unswept(),
         }
     }
 
@@ -663,6 +698,7 @@ impl Planner {
             return None;
         }
         self.sweeping = true;
+        self.routing.begin_sweep();
         self.releasing = std::mem::take(&mut self.released);
         self.cut = std::mem::take(&mut self.cutting);
         for state in &mut self.services {
@@ -691,7 +727,7 @@ impl Planner {
         self.cut.clear();
         self.sweeping = false;
         self.vacate(now_ms);
-        let mut waiting = false;
+        let mut waiting = self.routing.swept();
         for state in &mut self.services {
             for table in &mut state.tables {
                 // What is not swept is not tracked again: it can't have been cleared twice.

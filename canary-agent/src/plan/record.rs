@@ -39,6 +39,8 @@ pub(super) fn service_record(service: &Service, id: u16, first_page: u32) -> abi
     let mut set = |bit: u32, on: bool| flags |= if on { bit } else { 0 };
     set(SERVICE_QUIC, service.quic);
     set(abi::SERVICE_SAMPLED, service.signals);
+    set(abi::SERVICE_ROUTED, service.routed);
+    set(abi::SERVICE_OF_AUDIENCE, service.derived.is_some());
     set(abi::SERVICE_FORGETS, existing == Existing::Move || drain_ms == Some(0));
     set(abi::SERVICE_LEARNS, learn_ms.is_some());
     abi::Service {
@@ -88,13 +90,16 @@ pub(super) fn service_plan(
     control: u8,
     table: &Table,
 ) -> ServicePlan {
+    // The table of an audience is found by its clients, not by an address.
+    let vips = config.vips.iter().copied().filter(|_| config.derived.is_none());
+    let vips = vips.filter(|vip| Family::of(*vip) == table.family);
     ServicePlan {
         name: config.name.clone(),
         family: table.family,
         versions: slots.to_vec(),
         control,
         record: service_record(config, table.id, table.first_page),
-        vips: config.vips.iter().copied().filter(|vip| Family::of(*vip) == table.family).collect(),
+        vips: vips.collect(),
         ports: config.ports.clone(),
         entries: Arc::clone(&table.entries),
         ledger: Arc::clone(&table.ledger),
@@ -305,6 +310,9 @@ mod tests {
             slow_start: std::time::Duration::ZERO,
             fallback: crate::config::model::Fallback::Control,
             split: Default::default(),
+            routes: Vec::new(),
+            routed: false,
+            derived: None,
             health: crate::config::model::Health::None,
             buckets: 4096,
             hash_key: [0; 2],

@@ -22,8 +22,8 @@ use canary_ebpf_common::{
 };
 
 use super::{
-    Adopted, AdoptedService, BootMs, BucketSet, Family, NextHop, PlanError, Planner, Preview,
-    SlowStart, Tags,
+    Adopted, AdoptedService, BootMs, BucketSet, ClassChange, Family, NextHop, PlanError, Planner,
+    Preview, SlowStart, Tags,
     adopt::{self, slot},
     alloc::{Ids, Indices, Pages},
     begin::Claims,
@@ -31,6 +31,7 @@ use super::{
     placements::Placements,
     planner::{NOT_ASKED_YET, ServiceState, Vacated, inputs, release_slots, set_service},
     record,
+    routing::{Compiled, RoutingBase},
     table::{Draining, LiveBackend, Table, TableStep},
 };
 use crate::{
@@ -79,6 +80,7 @@ enum Before {
 pub struct Baseline {
     services: Vec<(Arc<Service>, Before)>,
     removed: Vec<Removal>,
+    routing: RoutingBase,
     claims: Claims,
     epoch: u64,
     now_ms: BootMs,
@@ -142,6 +144,7 @@ enum Next {
 /// A plan for another configuration.
 pub struct Prepared {
     services: Vec<Next>,
+    classes: Option<Compiled>,
     removed: Vec<Removal>,
     hops: Hops,
     epoch: u64,
@@ -187,6 +190,7 @@ impl Planner {
             removed: gone
                 .map(|state| Removal { config: Arc::clone(&state.config), records: records(state) })
                 .collect(),
+            routing: self.routing.base(config),
             claims: self.claims(),
             epoch: self.epoch,
             now_ms,
@@ -276,6 +280,9 @@ impl Planner {
         self.plane.services.retain(|plan| there.contains(&plan.record.id));
         let names = self.services.iter().enumerate();
         self.by_name = names.map(|(at, state)| (state.config.name.clone(), at)).collect();
+        if let Some(classes) = prepared.classes {
+            self.routing.want(classes);
+        }
         self.epoch += 1;
     }
 }
@@ -293,7 +300,8 @@ impl Baseline {
     /// # Errors
     /// When there is no room for what is new.
     pub fn prepare(self) -> Result<Prepared, PlanError> {
-        let Self { services, removed, mut claims, epoch, now_ms } = self;
+        let Self { services, removed, routing, mut claims, epoch, now_ms } = self;
+        let classes = routing.compile()?;
         record::configured_nat_sources(services.iter().map(|(config, _)| &**config))
             .map_err(|(service, needed)| PlanError::NatSources { service, needed })?;
         let mut prepared = Vec::with_capacity(services.len());
@@ -309,7 +317,7 @@ impl Baseline {
             let made = make(config, before, parked, &mut claims, now_ms)?;
             prepared.push(Next::Made(Box::new(made)));
         }
-        Ok(Prepared { services: prepared, removed, hops: Hops::new(), epoch })
+        Ok(Prepared { services: prepared, classes, removed, hops: Hops::new(), epoch })
     }
 }
 
@@ -325,6 +333,11 @@ impl Prepared {
     /// The services that go.
     pub fn removed(&self) -> &[Removal] {
         &self.removed
+    }
+
+    /// How many clients are in other classes, if routes or audiences have changed.
+    pub fn classes(&self) -> Option<ClassChange> {
+        self.classes.as_ref().map(|classes| classes.change)
     }
 
     /// Addresses whose next hops nobody has asked for yet.
@@ -362,6 +375,11 @@ impl Ready {
     /// The services that go.
     pub fn removed(&self) -> &[Removal] {
         self.prepared.removed()
+    }
+
+    /// How many clients are in other classes, if routes or audiences have changed.
+    pub fn classes(&self) -> Option<ClassChange> {
+        self.prepared.classes()
     }
 }
 

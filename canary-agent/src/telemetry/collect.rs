@@ -10,9 +10,12 @@ use prometheus_client::{
     metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
 };
 
-use crate::api::{
-    model::{BackendStatus, FlowStatus, ServiceStatus, SignalsStatus, Status, VersionStatus},
-    rollout::RolloutStatus,
+use crate::{
+    api::{
+        model::{BackendStatus, FlowStatus, ServiceStatus, SignalsStatus, Status, VersionStatus},
+        rollout::RolloutStatus,
+    },
+    config::derived,
 };
 
 /// The states of a rollout, as its status names them.
@@ -90,7 +93,7 @@ fn agent(page: &mut DescriptorEncoder, status: &Status) -> fmt::Result {
 
 fn services(page: &mut DescriptorEncoder, services: &[ServiceStatus]) -> fmt::Result {
     let of_service = |value: fn(&ServiceStatus) -> u32| -> Samples<u32> {
-        let labels = |service: &ServiceStatus| vec![("service", service.name.clone())];
+        let labels = |service: &ServiceStatus| of(&service.name);
         services.iter().map(|service| (labels(service), value(service))).collect()
     };
     let of_version = |value: fn(&VersionStatus) -> Option<f64>| -> Samples<f64> {
@@ -277,7 +280,7 @@ fn signals(page: &mut DescriptorEncoder, services: &[ServiceStatus]) -> fmt::Res
         }),
     )?;
     let of_service = |value: fn(&SignalsStatus) -> Option<f64>| -> Samples<f64> {
-        let labels = |service: &ServiceStatus| vec![("service", service.name.clone())];
+        let labels = |service: &ServiceStatus| of(&service.name);
         let value = |service: &ServiceStatus| value(service.signals.as_ref()?);
         services.iter().filter_map(|s| Some((labels(s), value(s)?))).collect()
     };
@@ -461,11 +464,22 @@ fn rollouts(page: &mut DescriptorEncoder, rollouts: &[RolloutStatus]) -> fmt::Re
     )
 }
 
+/// The label `service`, and `audience` of what an audience has of one.
+fn of(service: &str) -> Labels {
+    match derived::parts(service) {
+        None => vec![("service", service.to_owned())],
+        Some((service, audience)) => {
+            vec![("service", service.to_owned()), ("audience", audience.to_owned())]
+        }
+    }
+}
+
 /// Every version with the labels `service` and `version`.
 fn versions(services: &[ServiceStatus]) -> impl Iterator<Item = (Labels, &VersionStatus)> {
     services.iter().flat_map(|service| {
         service.versions.iter().map(|version| {
-            let labels = vec![("service", service.name.clone()), ("version", version.name.clone())];
+            let mut labels = of(&service.name);
+            labels.push(("version", version.name.clone()));
             (labels, version)
         })
     })

@@ -213,6 +213,26 @@ async fn split_shows_changes_and_tries() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn audiences_are_shown_and_a_client_is_tested() {
+    let agent = Agent::start(Limits::default()).await;
+    let output = ask(&agent, &["audience", "list"]);
+    let told = stdout(&output);
+    assert!(told.contains("staff") && told.contains("256"), "{told}");
+    let output = ask(&agent, &["audience", "show", "staff"]);
+    let told = stdout(&output);
+    for words in ["1 network, 256 addresses", "such as: 198.51.100.0/24", "`split shop@staff …`"]
+    {
+        assert!(told.contains(words), "{words}: {told}");
+    }
+    let output = ask(&agent, &["audience", "test", "192.0.2.7"]);
+    let told = stdout(&output);
+    assert_eq!(told, "192.0.2.7 is in no audience\n  shop: the service's own split\n");
+    let unknown = ask(&agent, &["audience", "show", "crew", "--json"]);
+    assert_eq!(json_error(&unknown).error.code, "unknown_audience");
+    assert_eq!(code(&ask(&agent, &["audience", "test", "somebody"])), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn explain_speaks_in_sentences() {
     let agent = Agent::start(Limits::default()).await;
     let told = ask(&agent, &["explain", "shop", "--from", "192.0.2.7:40000"]);
@@ -429,7 +449,7 @@ fn every_shell_gets_its_completions() {
     assert_eq!(code(&run(&["completions", "tcsh"])), 2);
 }
 
-const COMMANDS: [&str; 22] = [
+const COMMANDS: [&str; 23] = [
     "run",
     "check",
     "doctor",
@@ -447,6 +467,7 @@ const COMMANDS: [&str; 22] = [
     "freeze",
     "unfreeze",
     "events",
+    "audience",
     "explain",
     "decap",
     "detach",
@@ -455,7 +476,10 @@ const COMMANDS: [&str; 22] = [
 ];
 
 /// Commands of commands, which have pages of their own too.
-const BELOW: [&str; 13] = [
+const BELOW: [&str; 16] = [
+    "audience-list",
+    "audience-show",
+    "audience-test",
     "backend-list",
     "backend-ready",
     "backend-drain",

@@ -16,6 +16,7 @@ use std::{
 use canary_agent::{
     api::{
         self, Api, ControlSocket, Limits,
+        audience::{AudienceRoute, AudienceStatus, Audiences, ClientReport, ClientRoute},
         model::{
             AgentStatus, BackendDetail, BackendReport, BackendRequest, BackendStatus, BackendTold,
             Backends, ChangeReport, CheckStatus, ConfirmReport, Event, Events, Explain, FlowStatus,
@@ -239,6 +240,29 @@ async fn scripted_loop(
                 };
                 drop(reply.send(answer));
             }
+            Request::Audiences { reply } => {
+                drop(reply.send(Audiences { audiences: vec![staff()] }));
+            }
+            Request::Audience { name, reply } => {
+                let unknown = || Refusal {
+                    code: "unknown_audience",
+                    message: format!("there is no audience `{name}`"),
+                    help: Some("there are `staff`".to_owned()),
+                    exit_code: 1,
+                };
+                let found = Some(staff()).filter(|staff| staff.name == name);
+                drop(reply.send(found.ok_or_else(unknown)));
+            }
+            Request::Client { address, reply } => {
+                drop(reply.send(ClientReport {
+                    address: address.to_string(),
+                    audiences: Vec::new(),
+                    services: vec![ClientRoute {
+                        service: "shop".to_owned(),
+                        ..ClientRoute::default()
+                    }],
+                }));
+            }
             Request::Undo { request, peer: _, reply } => drop(reply.send(undo(&request))),
             Request::Panic { request, peer: _, reply } => drop(reply.send(panic(&request))),
             Request::Confirm { request, peer: _, reply } => {
@@ -267,6 +291,23 @@ async fn scripted_loop(
                 drop(reply.send(events(&asked, happened.subscribe())));
             }
         }
+    }
+}
+
+fn staff() -> AudienceStatus {
+    AudienceStatus {
+        name: "staff".to_owned(),
+        networks_v4: 1,
+        addresses_v4: 256,
+        addresses_v6: "0".to_owned(),
+        examples: vec!["198.51.100.0/24".to_owned()],
+        routes: vec![AudienceRoute {
+            service: "shop".to_owned(),
+            place: 1,
+            split: "v2=100%".to_owned(),
+            table: "shop@staff".to_owned(),
+        }],
+        ..AudienceStatus::default()
     }
 }
 

@@ -53,6 +53,31 @@ fn drop_ins_follow_in_the_order_of_their_names() {
 }
 
 #[test]
+fn every_bad_line_of_an_audience_is_named() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let text = format!(
+        "{AGENT}{SERVICE}[[service.route]]\naudience = \"staff\"\nsplit = {{}}\n\
+         [[audience]]\nname = \"staff\"\nfile = \"staff.cidr\"\n"
+    );
+    let main = write(directory.path(), MAIN, &text);
+    write(directory.path(), "staff.cidr", "# staff\n198.51.100.0/24\n");
+    let loaded = load(&main).unwrap_or_else(|errors| panic!("{}", render(&errors)));
+    assert_eq!(loaded.config.audiences[0].networks.len(), 1);
+    assert_eq!(loaded.config.services[0].routes[0].audience, "staff");
+
+    write(directory.path(), "staff.cidr", "198.51.100.0/24\n  office\n\n10.0.0.1/8 # x\n");
+    let errors = refused(&main);
+    for line in
+        ["staff.cidr`, line 2, column 3: `office` is not", "line 4, column 1: `10.0.0.1/8` has"]
+    {
+        assert!(errors.contains(line), "{errors}");
+    }
+    write(directory.path(), "staff.cidr", "x\n".repeat(1000));
+    let errors = refused(&main);
+    assert!(errors.contains("900 more lines are no networks: 101, 102"), "{errors}");
+}
+
+#[test]
 fn what_is_wrong_with_a_file_is_said_with_its_name() {
     let directory = tempfile::tempdir().expect("a directory");
     let at = |name: &str| directory.path().join(name);

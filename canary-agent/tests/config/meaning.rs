@@ -88,6 +88,9 @@ fn the_contracts_example_is_read_whole() {
         slow_start: Duration::ZERO,
         fallback: Fallback::Control,
         split: [("v2".to_owned(), "5%".parse().expect("a share"))].into(),
+        routes: Vec::new(),
+        routed: false,
+        derived: None,
         health: tcp(),
         buckets: 65_536,
         hash_key: DERIVED_FOR_SHOP,
@@ -106,6 +109,7 @@ fn the_contracts_example_is_read_whole() {
     let expected = Config {
         agent: default_agent(&["eth0", "eth1"]),
         services: vec![service],
+        audiences: Vec::new(),
         gates: vec![l4()],
         rollouts: Vec::new(),
     };

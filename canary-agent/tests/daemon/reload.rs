@@ -48,6 +48,7 @@ impl Agent {
             prepared,
             interfaces: wanted.agent.interfaces.clone(),
             rollouts: wanted.rollouts.clone(),
+            audiences: wanted.audiences.clone(),
             peer: Some(Peer { uid: 1000, gid: 1000, pid: None }),
             reason: Some("because".to_owned()),
             settings: settings.iter().map(|one| (*one).to_owned()).collect(),

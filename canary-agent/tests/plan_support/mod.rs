@@ -35,6 +35,7 @@ pub(crate) fn config(services: Vec<Service>) -> Config {
             log: "info".to_owned(),
         },
         services,
+        audiences: Vec::new(),
         gates: Vec::new(),
         rollouts: Vec::new(),
     }
@@ -64,6 +65,9 @@ pub(crate) fn service(name: &str, versions: &[(&str, &[(&str, u32)])]) -> Servic
         slow_start: Duration::ZERO,
         fallback: Fallback::Control,
         split: Default::default(),
+        routes: Vec::new(),
+        routed: false,
+        derived: None,
         health: Health::None,
         buckets: 4096,
         hash_key: [name.len() as u64, 7],
@@ -122,6 +126,7 @@ pub(crate) fn maps(plane: &DataPlane) -> Adopted {
                 packets: 1,
             })
             .collect(),
+        classes: Default::default(),
         backends: plane.backends.iter().map(|(index, b)| (*index, b.record())).collect(),
         panics: Vec::new(),
     }

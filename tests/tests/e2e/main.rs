@@ -1,6 +1,7 @@
 //! End to end: the real agent on a real balancer, real servers and clients, real
 //! packets between them, in network namespaces of each test's own.
 
+mod audiences;
 mod backends;
 mod bad_input;
 mod changes;

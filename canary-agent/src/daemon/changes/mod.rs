@@ -16,7 +16,7 @@ use std::{collections::HashMap, net::SocketAddr, time::Duration};
 use super::{Kernel, Moment, Peer, Refusal, State};
 use crate::{
     api::panic::PanicStatus,
-    config,
+    config::{self, derived},
     plan::{BootMs, Proposal, ServiceState},
     store::{Change, Commit, Deadline, Freeze, Pending, StateStore, StoreError},
 };
@@ -88,9 +88,11 @@ pub(super) struct Control {
 }
 
 impl Control {
-    /// The freeze of a service, or of all.
+    /// The freeze of a service, which its audiences have part in, or of all.
     pub(super) fn frozen(&self, service: &str) -> Option<&Freeze> {
-        self.freezes.iter().find(|freeze| freeze.service.is_empty() || freeze.service == service)
+        let of = derived::parts(service).map_or(service, |(of, _)| of);
+        let about = |name: &str| name.is_empty() || name == service || name == of;
+        self.freezes.iter().find(|freeze| about(&freeze.service))
     }
 
     /// Takes over what a stored change says of confirmations and freezes.

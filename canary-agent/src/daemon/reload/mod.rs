@@ -283,7 +283,8 @@ impl Reloader {
         arrived: Instant,
         takes_back: Option<u64>,
     ) -> Result<ReloadReport, ReloadError> {
-        let survey = self.handle.survey(Arc::clone(&config), request.if_revision).await?;
+        let survey = self.handle.survey(config, request.if_revision).await?;
+        let config = Arc::clone(&survey.config);
         let (running, wanted) = (Arc::clone(&self.running), Arc::clone(&config));
         let planned = beside(move || survey.plan(&running, &wanted)).await??;
         let Planned { mut prepared, mut report, addresses } = planned;
@@ -319,6 +320,7 @@ impl Reloader {
                     prepared,
                     interfaces,
                     rollouts: config.rollouts.clone(),
+                    audiences: config.audiences.clone(),
                     peer,
                     reason: request.reason,
                     settings: report.settings.iter().map(in_words).collect(),

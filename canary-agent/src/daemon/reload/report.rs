@@ -7,14 +7,16 @@ use std::{
 
 use super::Traffic;
 use crate::{
-    api::reload::{BackendChange, ReloadReport, ServiceChange, SettingChange, VersionChange},
+    api::reload::{
+        AudienceChange, BackendChange, ReloadReport, ServiceChange, SettingChange, VersionChange,
+    },
     config::{
         difference::{self, Difference},
         model::{Backend, Config, Existing, Forward, Gate, Rollout, Service},
     },
     daemon::held::NOT_COUNTED,
     datapath::{Census, Counted},
-    plan::{BootMs, BucketSet, Family, Made, Prepared, Removal, Upheaval},
+    plan::{BootMs, BucketSet, ClassChange, Family, Made, Prepared, Removal, Upheaval},
     rollout::drive::recipe,
 };
 
@@ -106,7 +108,9 @@ pub(super) fn report(
             ids.filter_map(|id| census.by_table.get(&id)).sum()
         });
         let name = &removal.config.name;
-        if let Some(why) = in_use(of(name), held) {
+        // The table of an audience goes when its connections have had their drain.
+        let waited = removal.config.derived.is_some();
+        if let Some(why) = in_use(of(name), held).filter(|_| !waited) {
             report.needs_force.push(format!(
                 "service `{name}` is removed and {why}: its packets would pass to the host, and its \
                  connections break"
@@ -118,7 +122,14 @@ pub(super) fn report(
     if report.services.iter().any(|service| service.buckets_moved > 0 && dsr(service)) {
         report.notes.push(NOT_COUNTED.to_owned());
     }
-    report.differs = !report.settings.is_empty() || !report.services.is_empty();
+    report.audiences = prepared.classes().map(|change| {
+        let ClassChange { networks, addresses: [v4, v6] } = change;
+        AudienceChange { networks, addresses_v4: v4 as u64, addresses_v6: v6.to_string() }
+    });
+    report.differs = !report.settings.is_empty()
+        || !report.services.is_empty()
+        || running.audiences != wanted.audiences
+        || report.audiences.is_some();
     report
 }
 

@@ -15,7 +15,7 @@ use canary_ebpf_common::compile;
 use super::report::{self, TrafficByService};
 use crate::{
     api::{model::InterfaceStatus, reload::ReloadReport},
-    config::model::{Config, Rollout},
+    config::model::{Audience, Config, Rollout},
     daemon::{
         AttachError, Attachment, Counter, Kernel, Moment, Peer, Refusal, State,
         changes::{Terms, Thing},
@@ -23,12 +23,14 @@ use crate::{
         saving::refused,
     },
     health::Target,
-    plan::{Baseline, BootMs, Family, Made, PlanError, Prepared, Removal},
+    plan::{Baseline, BootMs, ClassChange, Family, Made, PlanError, Prepared, Removal},
     store::{Change, Commit, Split, StateStore},
 };
 
 /// What a reload is planned from.
 pub struct Survey {
+    /// The configuration with what is remembered of the one before it.
+    pub(super) config: Arc<Config>,
     pub(super) baseline: Baseline,
     /// What was seen of the tables of the services that change or go.
     pub(super) traffic: TrafficByService,
@@ -59,7 +61,8 @@ impl Survey {
     /// # Errors
     /// When there is no room for what is new.
     pub fn plan(self, running: &Config, wanted: &Config) -> Result<Planned, Refusal> {
-        let Self { baseline, traffic, addresses, reordered, counter, revision, busy_us } = self;
+        let Self { config: _, baseline, traffic, addresses, reordered, counter, revision, busy_us } =
+            self;
         let prepared = baseline.prepare().map_err(|error| no_room(&error))?;
         let asked = report::counted(&prepared);
         let census = counter.filter(|_| !asked.is_empty()).and_then(|count| {
@@ -126,6 +129,8 @@ pub struct Order {
     pub interfaces: Vec<String>,
     /// `[[rollout]]`.
     pub rollouts: Vec<Arc<Rollout>>,
+    /// `[[audience]]`.
+    pub audiences: Vec<Audience>,
     /// Who asks; `None` for a signal.
     pub peer: Option<Peer>,
     /// Kept in the audit trail.
@@ -190,6 +195,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         if let Some(expected) = if_revision {
             self.refuse_stale(None, expected, now)?;
         }
+        let config = &self.planner.remembering(config);
         let baseline = self.planner.baseline(config, &self.parked, now.boot_ms);
         let before = self.planner.services().iter().map(|s| s.config().name.as_str());
         let wanted: Vec<&str> = config.services.iter().map(|s| s.name.as_str()).collect();
@@ -203,6 +209,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             traffic.insert(name, seen);
         }
         Ok(Survey {
+            config: Arc::new(config.clone()),
             baseline,
             traffic,
             addresses: self.planner.addresses(),
@@ -260,6 +267,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             prepared,
             interfaces,
             rollouts,
+            audiences,
             peer,
             reason,
             settings,
@@ -280,7 +288,11 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         if takes_back.is_none() {
             let concerned = ready.made().map(|made| made.record.name.as_str());
             let gone = ready.removed().iter().map(|removal| removal.config.name.as_str());
-            self.may_be_configured(concerned.chain(gone), now)?;
+            // Clients go by another route of all services that have any.
+            let routed = self.planner.services().iter().filter(|_| ready.classes().is_some());
+            let routed = routed.map(|state| state.config()).filter(|config| config.routed);
+            let routed = routed.map(|config| config.name.as_str());
+            self.may_be_configured(concerned.chain(gone).chain(routed), now)?;
         }
         let attached = self.attach_new(&interfaces)?;
         let changed = ready.made().map(|made| self.change_of(made, peer, reason.as_deref(), now));
@@ -324,12 +336,20 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             .into_iter()
             .map(|news| (self.planner.services()[news.service].config().name.clone(), news))
             .collect();
+        let classes = ready.classes();
         self.planner.install(ready);
         for (name, mut news) in unsaved {
             if let Some((at, _)) = self.planner.service(&name) {
                 news.service = at;
                 self.unsaved.push(news);
             }
+        }
+        self.audiences = audiences;
+        if let Some(ClassChange { networks, addresses: [v4, v6] }) = classes {
+            let text = format!(
+                "clients of {networks} networks go by another route ({v4} addresses of IPv4, {v6} of IPv6)"
+            );
+            self.notices.add(now, "reload", "", text);
         }
         self.follow_services();
         self.reconfigure_rollouts(rollouts, now);

@@ -1,12 +1,12 @@
-//! Figures of the packet path (`cargo xtask bench packet`, `bench flows`) and of the agent
+//! Figures of the packet path (`cargo xtask bench packet`, `bench flows`, `bench audiences`) and of the agent
 //! (`bench control`).
 //!
 //! What a packet costs over an empty program, by `BPF_PROG_TEST_RUN` with a repeat of one,
 //! so that each run starts with the packet as it arrived: median, mean and 99th percentile of
 //! many runs, and the least of some rounds. Within a round the programs take turns in blocks, so
-//! that noise hits all alike. All of it several times with the programs loaded anew, the median of
-//! which counts: where they and their maps come to lie in memory is worth several nanoseconds.
+//! that noise hits all alike.
 
+mod audiences;
 mod control;
 
 use std::{
@@ -43,6 +43,8 @@ enum Command {
     Packet(Packet),
     /// A table full of flows: its memory, the time of a pass over it, and packets meanwhile
     Flows(Flows),
+    /// Packets of clients with routes, and networks on their way into the kernel
+    Audiences(audiences::Arguments),
     /// The agent itself: start, memory, idle time, splits and reloads
     Control(control::Arguments),
 }
@@ -56,11 +58,8 @@ struct Flows {
 
 #[derive(clap::Args)]
 struct Packet {
-    /// How often the programs are loaded, the median of which counts
-    #[arg(long, default_value_t = 5)]
-    loads: usize,
     /// Runs of each kind of packet in a round
-    #[arg(long, default_value_t = 40_000)]
+    #[arg(long, default_value_t = 200_000)]
     runs: usize,
     /// Rounds, the least of which counts
     #[arg(long, default_value_t = 3)]
@@ -210,7 +209,6 @@ struct Row {
 #[derive(Serialize)]
 struct Report {
     kernel: String,
-    loads: usize,
     runs: usize,
     rounds: usize,
     block: usize,
@@ -225,12 +223,11 @@ fn main() -> Result<()> {
     let options = match Command::parse() {
         Command::Packet(options) => options,
         Command::Flows(options) => return flows(&options),
+        Command::Audiences(arguments) => return audiences::run(&arguments),
         Command::Control(arguments) => return control::run(&arguments),
     };
     ensure!(
-        [options.loads, options.runs, options.rounds, options.flows, options.block]
-            .iter()
-            .all(|n| *n > 0),
+        options.runs > 0 && options.rounds > 0 && options.flows > 0 && options.block > 0,
         "nothing to measure"
     );
     let report = measure(&options)?;
@@ -455,16 +452,6 @@ fn least(rounds: &[Figures]) -> Figures {
     Figures { median_ns: of(|f| f.median_ns), mean_ns: of(|f| f.mean_ns), p99_ns: of(|f| f.p99_ns) }
 }
 
-/// What is in the middle of several loads, for each figure by itself.
-fn middle(loads: &[Figures]) -> Figures {
-    let of = |field: fn(&Figures) -> f64| {
-        let mut values: Vec<f64> = loads.iter().map(field).collect();
-        values.sort_by(f64::total_cmp);
-        values[values.len() / 2]
-    };
-    Figures { median_ns: of(|f| f.median_ns), mean_ns: of(|f| f.mean_ns), p99_ns: of(|f| f.p99_ns) }
-}
-
 /// The empty program.
 struct Empty {
     program: OwnedFd,
@@ -479,24 +466,6 @@ impl Empty {
 }
 
 fn measure(options: &Packet) -> Result<Report> {
-    let mut report = measure_one_load(options)?;
-    let mut empties = vec![report.empty];
-    let mut loads: Vec<_> = report.rows.iter().map(|row| vec![row.net]).collect();
-    for _ in 1..options.loads {
-        let another = measure_one_load(options)?;
-        empties.push(another.empty);
-        for (loads, row) in loads.iter_mut().zip(another.rows) {
-            loads.push(row.net);
-        }
-    }
-    report.empty = middle(&empties);
-    for (row, loads) in report.rows.iter_mut().zip(&loads) {
-        row.net = middle(loads);
-    }
-    Ok(report)
-}
-
-fn measure_one_load(options: &Packet) -> Result<Report> {
     let measured = world(options.flows);
     let plane = measured.plane(|name| anyhow::bail!("no interface {name}"))?;
     // On one processor: the other's caches are cold.
@@ -507,7 +476,6 @@ fn measure_one_load(options: &Packet) -> Result<Report> {
         kernel: nix::sys::utsname::uname()
             .map(|u| u.release().to_string_lossy().into_owned())
             .unwrap_or_default(),
-        loads: options.loads,
         runs: options.runs,
         rounds: options.rounds,
         block: options.block,
@@ -589,7 +557,6 @@ fn measure_one_load(options: &Packet) -> Result<Report> {
 fn print(report: &Report) {
     let Report {
         kernel,
-        loads,
         runs,
         rounds,
         block,
@@ -600,7 +567,7 @@ fn print(report: &Report) {
         jited_bytes,
     } = report;
     println!(
-        "net ns a packet over an empty program; kernel {kernel}, {runs} runs in blocks of {block}, least of {rounds} rounds, median of {loads} loads"
+        "net ns a packet over an empty program; kernel {kernel}, {runs} runs in blocks of {block}, least of {rounds} rounds"
     );
     println!(
         "(the empty program: median {:.0}, mean {:.0}, p99 {:.0})\n",

@@ -1,0 +1,132 @@
+//! What is asked and said of audiences.
+
+use std::net::IpAddr;
+
+use axum::{Json, extract::State};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::{
+    Api,
+    error::ApiError,
+    extract::{AudienceName, ClientAddress, NoQuery},
+    openapi::ServiceErrors,
+};
+use crate::api::openapi::ReadErrors;
+
+/// `GET /v1/audiences`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Audiences {
+    /// In the order of the configuration.
+    pub audiences: Vec<AudienceStatus>,
+}
+
+/// An audience.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct AudienceStatus {
+    /// Its name.
+    pub name: String,
+    /// IPv4 networks, those beside and inside each other counted once.
+    pub networks_v4: usize,
+    /// IPv4 addresses in them.
+    pub addresses_v4: u64,
+    /// IPv6 networks.
+    pub networks_v6: usize,
+    /// IPv6 addresses in them, in decimal: there may be more than a number can hold.
+    pub addresses_v6: String,
+    /// The file of networks.
+    pub file: Option<String>,
+    /// The MaxMind DB file.
+    pub mmdb: Option<String>,
+    /// What its records are asked.
+    pub expression: Option<String>,
+    /// A few of the networks; empty in a list.
+    pub examples: Vec<String>,
+    /// The routes that name it.
+    pub routes: Vec<AudienceRoute>,
+}
+
+/// A route of a service for an audience.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct AudienceRoute {
+    /// The service.
+    pub service: String,
+    /// Its place among the service's routes, from 1.
+    pub place: usize,
+    /// The shares that are asked for now, `v2=100%`; empty for control alone.
+    pub split: String,
+    /// What these shares are set by: the name that stands for the service in commands.
+    pub table: String,
+}
+
+/// `GET /v1/clients/{address}`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ClientReport {
+    /// The client.
+    pub address: String,
+    /// The audiences that hold it, in the order of the configuration.
+    pub audiences: Vec<HoldingAudience>,
+    /// What it is to the services that have routes.
+    pub services: Vec<ClientRoute>,
+}
+
+/// An audience that holds a client.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct HoldingAudience {
+    /// Its name.
+    pub name: String,
+    /// The network that the client is in.
+    pub network: String,
+}
+
+/// What a client is to a service.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ClientRoute {
+    /// The service.
+    pub service: String,
+    /// The first audience of its routes that holds the client, as is in force; absent where the
+    /// service's own split counts.
+    pub audience: Option<String>,
+    /// Whether that has changed within the drain time, so that older connections go by what was.
+    pub tracked: bool,
+    /// The audience before, while that is remembered.
+    pub previous: Option<String>,
+}
+
+/// All audiences.
+///
+/// Not answered over TCP: networks are about people.
+#[utoipa::path(get, path = "/v1/audiences", tag = "reading",
+    responses((status = 200, description = "The audiences.", body = Audiences), ReadErrors))]
+pub(super) async fn list(State(api): State<Api>, _: NoQuery) -> Result<Json<Audiences>, ApiError> {
+    Ok(Json(api.handle.audiences().await?))
+}
+
+/// One audience, with a few of its networks.
+///
+/// Not answered over TCP: networks are about people.
+#[utoipa::path(get, path = "/v1/audiences/{name}", tag = "reading",
+    params(("name" = String, Path, description = "The audience.")),
+    responses((status = 200, description = "The audience.", body = AudienceStatus), ServiceErrors))]
+pub(super) async fn show(
+    State(api): State<Api>,
+    AudienceName(name): AudienceName,
+    _: NoQuery,
+) -> Result<Json<AudienceStatus>, ApiError> {
+    Ok(Json(api.handle.audience(name).await?))
+}
+
+/// Which audiences a client is in, and what it is to the services with routes.
+///
+/// Not answered over TCP: networks are about people.
+#[utoipa::path(get, path = "/v1/clients/{address}", tag = "reading",
+    params(("address" = String, Path, description = "The client's address.")),
+    responses((status = 200, description = "What it is.", body = ClientReport), ReadErrors))]
+pub(super) async fn client(
+    State(api): State<Api>,
+    ClientAddress(address): ClientAddress,
+    _: NoQuery,
+) -> Result<Json<ClientReport>, ApiError> {
+    let address: IpAddr = address;
+    Ok(Json(api.handle.client(address).await?))
+}

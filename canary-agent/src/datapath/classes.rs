@@ -1,0 +1,227 @@
+//! Classes of clients, in the maps.
+
+use std::collections::BTreeMap;
+
+use aya::{
+    Ebpf,
+    maps::{Array, HashMap, LpmTrie, MapData, MapError, lpm_trie::Key},
+};
+use canary_ebpf_common::{
+    abi::{self, ClassState, TableKey},
+    class::{self, BLOCKS},
+    networks::{Labelled, Prefix, Width, Write, difference},
+};
+
+use super::{Error, pod, take};
+use crate::plan::{AdoptedClasses, ClassPlan};
+
+/// Where classes are.
+pub(super) struct ClassMaps {
+    v4: LpmTrie<MapData, u32, pod::ClassState>,
+    v6: LpmTrie<MapData, [u32; 4], pod::ClassState>,
+    blocks: Array<MapData, u64>,
+    tables: HashMap<MapData, pod::TableKey, pod::Service>,
+}
+
+impl ClassMaps {
+    pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self, Error> {
+        Ok(Self {
+            v4: take(ebpf, "CLASSES_V4")?.try_into()?,
+            v6: take(ebpf, "CLASSES_V6")?.try_into()?,
+            blocks: take(ebpf, "CLASS_BLOCKS")?.try_into()?,
+            tables: take(ebpf, "CLASS_TABLES")?.try_into()?,
+        })
+    }
+
+    /// What the maps hold.
+    pub(super) fn read(&self) -> Result<AdoptedClasses, Error> {
+        let mut adopted = AdoptedClasses::default();
+        for item in self.v4.iter() {
+            let (key, pod::ClassState(state)) = item?;
+            let (bits, addr_be) = (key.prefix_len(), key.data());
+            adopted.networks[0].push((prefix_v4(bits, addr_be), state));
+        }
+        for item in self.v6.iter() {
+            let (key, pod::ClassState(state)) = item?;
+            adopted.networks[1].push((prefix_v6(key.prefix_len(), key.data()), state));
+        }
+        for item in self.tables.iter() {
+            let (pod::TableKey(key), pod::Service(record)) = item?;
+            adopted.tables.push((key, record));
+        }
+        adopted.networks.iter_mut().for_each(|networks| networks.sort_unstable());
+        adopted.tables.sort_unstable_by_key(|(key, _)| *key);
+        Ok(adopted)
+    }
+
+    /// Brings the maps from `before`, or whatever they hold, to `desired`. The tables that are
+    /// named have to be written by then, and no other may be in use yet that was named `before`.
+    ///
+    /// Tables first, then networks, so that no client is of a class that has none; and the other
+    /// way round what goes.
+    pub(super) fn store(
+        &mut self,
+        before: Option<&ClassPlan>,
+        desired: &ClassPlan,
+    ) -> Result<usize, Error> {
+        if before
+            .is_some_and(|before| before.tables == desired.tables && same_networks(before, desired))
+        {
+            return Ok(0);
+        }
+        let found = match before {
+            Some(_) => None,
+            None => Some(self.read()?),
+        };
+        let present: BTreeMap<TableKey, abi::Service> = match (&found, before) {
+            (Some(found), _) => found.tables.iter().copied().collect(),
+            (None, Some(before)) => before.tables.iter().copied().collect(),
+            (None, None) => BTreeMap::new(),
+        };
+        let wanted: BTreeMap<TableKey, abi::Service> = desired.tables.iter().copied().collect();
+        for (key, record) in &wanted {
+            if present.get(key) != Some(record) {
+                self.tables.insert(pod::TableKey(*key), pod::Service(*record), 0)?;
+            }
+        }
+        let mut written = 0;
+        let old: [Labelled<ClassState>; 2] = match (found, before) {
+            (Some(found), _) => {
+                let [v4, v6] = found.networks;
+                [Labelled::found(Width::V4, v4), Labelled::found(Width::V6, v6)]
+            }
+            (None, Some(before)) => before.networks.each_ref().map(|one| (**one).clone()),
+            (None, None) => return Ok(0),
+        };
+        let (blocks_before, blocks) = (blocks(&old.each_ref()), {
+            let [v4, v6] = &desired.networks;
+            blocks(&[v4, v6])
+        });
+        self.set_blocks(&blocks_before, |at| blocks_before[at] | blocks[at])?;
+        for (at, old) in old.iter().enumerate() {
+            let writes = difference(old, &desired.networks[at]).writes;
+            written += writes.len();
+            for write in writes {
+                match write {
+                    Write::Set(prefix, state) => self.set(at == 1, prefix, state)?,
+                    Write::Remove(prefix) => self.remove(at == 1, prefix)?,
+                }
+            }
+        }
+        let both: Vec<u64> = blocks_before.iter().zip(&blocks).map(|(a, b)| a | b).collect();
+        self.set_blocks(&both, |at| blocks[at])?;
+        for key in present.keys().filter(|key| !wanted.contains_key(key)) {
+            gone(self.tables.remove(&pod::TableKey(*key)))?;
+        }
+        Ok(written)
+    }
+
+    fn set_blocks(&mut self, present: &[u64], wanted: impl Fn(usize) -> u64) -> Result<(), Error> {
+        for (at, present) in present.iter().enumerate() {
+            // What the map holds may be less than what is known: it is written all the same.
+            let wanted = wanted(at);
+            if wanted != *present || wanted != self.blocks.get(&(at as u32), 0)? {
+                self.blocks.set(at as u32, wanted, 0)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn set(&mut self, v6: bool, prefix: Prefix, state: ClassState) -> Result<(), Error> {
+        let bits = u32::from(prefix.len());
+        match v6 {
+            false => self.v4.insert(&Key::new(bits, addr_v4(prefix)), pod::ClassState(state), 0)?,
+            true => self.v6.insert(&Key::new(bits, addr_v6(prefix)), pod::ClassState(state), 0)?,
+        }
+        Ok(())
+    }
+
+    fn remove(&mut self, v6: bool, prefix: Prefix) -> Result<(), Error> {
+        let bits = u32::from(prefix.len());
+        gone(match v6 {
+            false => self.v4.remove(&Key::new(bits, addr_v4(prefix))),
+            true => self.v6.remove(&Key::new(bits, addr_v6(prefix))),
+        })
+    }
+}
+
+/// What is gone already need not go.
+fn gone(removed: Result<(), MapError>) -> Result<(), Error> {
+    match removed {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error))
+            if error.io_error.raw_os_error() == Some(libc::ENOENT) =>
+        {
+            Ok(())
+        }
+        other => Ok(other?),
+    }
+}
+
+fn same_networks(a: &ClassPlan, b: &ClassPlan) -> bool {
+    a.networks.iter().zip(&b.networks).all(|(a, b)| std::sync::Arc::ptr_eq(a, b))
+}
+
+fn addr_v4(prefix: Prefix) -> u32 {
+    ((prefix.bits() >> 96) as u32).to_be()
+}
+
+fn addr_v6(prefix: Prefix) -> [u32; 4] {
+    std::array::from_fn(|at| ((prefix.bits() >> (96 - 32 * at)) as u32).to_be())
+}
+
+fn prefix_v4(bits: u32, addr_be: u32) -> Prefix {
+    Prefix::new(u128::from(u32::from_be(addr_be)) << 96, bits.min(32) as u8)
+}
+
+fn prefix_v6(bits: u32, addr_be: [u32; 4]) -> Prefix {
+    let mut addr = 0_u128;
+    for word in addr_be {
+        addr = addr << 32 | u128::from(u32::from_be(word));
+    }
+    Prefix::new(addr, bits.min(128) as u8)
+}
+
+/// The bitmap of blocks that have anybody in a class, of IPv4 and then of IPv6.
+fn blocks(networks: &[&Labelled<ClassState>; 2]) -> Vec<u64> {
+    let mut words = vec![0; abi::CLASS_BLOCKS as usize];
+    let mut mark = |block: u32| words[block as usize / 64] |= 1 << (block % 64);
+    for (prefix, _) in networks[0].prefixes() {
+        let first = (prefix.bits() >> 112) as u32;
+        let count = 1_u32 << 16_u8.saturating_sub(prefix.len());
+        (first..first + count).for_each(&mut mark);
+    }
+    for (prefix, _) in networks[1].prefixes() {
+        let free = 32_u8.saturating_sub(prefix.len());
+        // What is shorter has as many /32s as there are bits, or more: hardly one is spared.
+        if free >= 16 {
+            (0..BLOCKS).for_each(|block| mark(BLOCKS + block));
+            continue;
+        }
+        for at in 0..1_u128 << free {
+            let addr = prefix.bits() | at << 96;
+            let first = ((addr >> 64) as u64).to_be();
+            mark(BLOCKS + class::block_v6([first, 0]));
+        }
+    }
+    words
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use super::*;
+
+    #[test]
+    fn keys_read_back() {
+        for text in ["198.51.100.0", "0.0.0.0", "255.255.255.255"] {
+            let prefix = Prefix::of(text.parse::<IpAddr>().unwrap(), 24);
+            assert_eq!(prefix_v4(24, addr_v4(prefix)), prefix, "{text}");
+        }
+        for text in ["2001:db8:aa::", "::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"] {
+            let prefix = Prefix::of(text.parse::<IpAddr>().unwrap(), 61);
+            assert_eq!(prefix_v6(61, addr_v6(prefix)), prefix, "{text}");
+        }
+    }
+}

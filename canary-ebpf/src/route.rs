@@ -1,0 +1,188 @@
+//! Clients of audiences: which table of a service steers them, and where their older connections go.
+//!
+//! `ingress` asks a bitmap alone, of services that have routes. A client that may be in an audience
+//! is left to `steer_v4` or `steer_v6`, which look its class up; keys lie beside what is known of
+//! the packet, since the stack has no room for them.
+
+use aya_ebpf::{
+    macros::map,
+    maps::{Array, HashMap, LpmTrie, lpm_trie::Key},
+};
+use canary_ebpf_common::{
+    abi::{
+        self, Address, ClassState, FlowKeyV4, NetworkV4, NetworkV6, Reason, SERVICE_FORGETS,
+        SERVICE_OF_AUDIENCE, SERVICE_ROUTED, Service, TableKey,
+    },
+    class::{self, BLOCKS, Class, ClassEntry},
+    entry::Entry,
+    hash::{bucket, hash_v4, hash_v6},
+    headers::Ipv6,
+    steer::{Segment, Steering},
+};
+
+use crate::{arrival::Arrival, forward, maps};
+
+/// Classes of IPv4 clients.
+#[map]
+static CLASSES_V4: LpmTrie<u32, ClassState> = LpmTrie::with_max_entries(1, 0);
+/// Classes of IPv6 clients.
+#[map]
+static CLASSES_V6: LpmTrie<[u32; 4], ClassState> = LpmTrie::with_max_entries(1, 0);
+/// Which blocks of addresses have anybody in a class: a bit each.
+#[map]
+static CLASS_BLOCKS: Array<u64> = Array::with_max_entries(abi::CLASS_BLOCKS, 0);
+/// The tables of services for clients of a class.
+#[map]
+static CLASS_TABLES: HashMap<TableKey, Service> = HashMap::with_max_entries(1, 0);
+
+/// Whether an IPv4 client of `service` may be in a class.
+#[inline(always)]
+pub(crate) fn concerns_v4(service: &Service, src_be: u32) -> bool {
+    service.flags & SERVICE_ROUTED != 0 && marked(class::block_v4(src_be))
+}
+
+/// The same of an IPv6 client, of which the first half of the address is enough.
+#[inline(always)]
+pub(crate) fn concerns_v6(service: &Service, first: u64) -> bool {
+    service.flags & SERVICE_ROUTED != 0 && marked(BLOCKS + class::block_v6([first, 0]))
+}
+
+#[inline(always)]
+fn marked(block: u32) -> bool {
+    CLASS_BLOCKS.get(block / 64).is_some_and(|word| word >> (block % 64) & 1 != 0)
+}
+
+/// The service that steers a packet with this key to `base`: that one, or the table of its
+/// client's class. What is left of the class before is noted for [`with_older`].
+#[inline(always)]
+pub(crate) fn followed_v4(
+    base: &'static Service,
+    key: &FlowKeyV4,
+) -> Result<&'static Service, Reason> {
+    let arrival = maps::arrival().ok_or(Reason::DropNoBackend)?;
+    arrival.older = 0;
+    if !concerns_v4(base, key.src_be) {
+        return Ok(base);
+    }
+    arrival.client.bits = 32;
+    arrival.client.addr_be[0] = key.src_be;
+    let network: *const NetworkV6 = &raw const arrival.client;
+    const _: () = assert!(size_of::<NetworkV4>() == size_of::<Key<u32>>());
+    // SAFETY: the shorter key is laid out as the longer one begins.
+    let found = CLASSES_V4.get(unsafe { &*network.cast::<Key<u32>>() });
+    let class = found.map_or(ClassEntry::default(), |state| state.entry);
+    if let Some(previous) = previous(base, class, arrival) {
+        let FlowKeyV4 { src_be, dst_be, src_port_be, dst_port_be, protocol } = *key;
+        let hash = hash_v4(previous, src_be, dst_be, src_port_be, dst_port_be, protocol as u8);
+        note(arrival, class, previous, hash);
+    }
+    Ok(table(base, class.current(), arrival))
+}
+
+/// The same of IPv6.
+#[inline(always)]
+pub(crate) fn followed_v6(
+    base: &'static Service,
+    ip: &Ipv6,
+    src_port_be: u16,
+    dst_port_be: u16,
+    protocol: u8,
+) -> Result<&'static Service, Reason> {
+    let (src, dst) = ([ip.src[0], ip.src[1]], [ip.dst[0], ip.dst[1]]);
+    client_v6(base, src, dst, src_port_be, dst_port_be, protocol)
+}
+
+/// The same of a client's packet that is not at hand.
+#[inline(always)]
+pub(crate) fn client_v6(
+    base: &'static Service,
+    src: Address,
+    dst: Address,
+    src_port_be: u16,
+    dst_port_be: u16,
+    protocol: u8,
+) -> Result<&'static Service, Reason> {
+    let arrival = maps::arrival().ok_or(Reason::DropNoBackend)?;
+    arrival.older = 0;
+    if !concerns_v6(base, src[0]) {
+        return Ok(base);
+    }
+    let [first, second] = [src[0], src[1]];
+    arrival.client.bits = 128;
+    arrival.client.addr_be[0] = first as u32;
+    arrival.client.addr_be[1] = (first >> 32) as u32;
+    arrival.client.addr_be[2] = second as u32;
+    arrival.client.addr_be[3] = (second >> 32) as u32;
+    let network: *const NetworkV6 = &raw const arrival.client;
+    const _: () = assert!(size_of::<NetworkV6>() == size_of::<Key<[u32; 4]>>());
+    // SAFETY: both are laid out alike.
+    let found = CLASSES_V6.get(unsafe { &*network.cast::<Key<[u32; 4]>>() });
+    let class = found.map_or(ClassEntry::default(), |state| state.entry);
+    if let Some(previous) = previous(base, class, arrival) {
+        let hash = hash_v6(previous, src, dst, src_port_be, dst_port_be, protocol);
+        note(arrival, class, previous, hash);
+    }
+    Ok(table(base, class.current(), arrival))
+}
+
+/// The table of the class before, where connections of its time may be open: translated ones have
+/// entries of their own, and some services take open connections along.
+#[inline(always)]
+fn previous(
+    base: &'static Service,
+    class: ClassEntry,
+    arrival: &mut Arrival,
+) -> Option<&'static Service> {
+    let looks = class.tracked() && base.flags & SERVICE_FORGETS == 0 && !forward::translates(base);
+    looks.then(|| table(base, class.previous(), arrival))
+}
+
+#[inline(always)]
+fn note(arrival: &mut Arrival, class: ClassEntry, previous: &Service, hash: u64) {
+    if let Some(entry) = maps::entry(previous, bucket(previous, hash)) {
+        arrival.older = class::older(class, entry).0;
+    }
+}
+
+/// What steers clients of `class` in `base`.
+#[inline(always)]
+fn table(base: &'static Service, class: Class, arrival: &mut Arrival) -> &'static Service {
+    arrival.table = TableKey { service: base.id, class: u32::from(class.get()) };
+    // SAFETY: an element of a preallocated map, which stays valid memory of it while the program
+    // runs; integers only. A key is given to another table only after it has rested.
+    unsafe { CLASS_TABLES.get(&arrival.table) }.unwrap_or(base)
+}
+
+/// The entry that steers a packet, `current` being its bucket's in the table that
+/// [`followed_v4`] or [`followed_v6`] has found.
+#[inline(always)]
+pub(crate) fn with_older<const RARE: bool>(current: Entry) -> Entry {
+    if !RARE {
+        return current;
+    }
+    maps::arrival().map_or(current, |arrival| class::with_older(current, Entry(arrival.older)))
+}
+
+/// Notes how a packet with this entry may be steered only if there is room to remember it: see
+/// [`admit`]. Beside the packet: the stack has no room for it.
+#[inline(always)]
+pub(crate) fn guard<const RARE: bool>(service: &Service, entry: Entry, segment: Segment) {
+    if RARE && let Some(arrival) = maps::arrival() {
+        let of_audience = service.flags & SERVICE_OF_AUDIENCE != 0 || arrival.older != 0;
+        let guards = of_audience && class::remembers(entry, segment);
+        arrival.guard = if guards { entry.0 } else { 0 };
+    }
+}
+
+/// Refuses a connection that the full flow table can't hold, and that the class before might give
+/// to a version which the one of now must not see.
+#[inline(always)]
+pub(crate) fn admit<const RARE: bool>(steering: Steering) -> Result<(), Reason> {
+    if RARE
+        && let Some(arrival) = maps::arrival()
+        && class::refuses(Entry(arrival.guard), steering)
+    {
+        return Err(Reason::DropFlowTableFull);
+    }
+    Ok(())
+}
