@@ -187,10 +187,18 @@ pub(crate) fn count_sent<const RARE: bool>(packet: &Packet, index: BackendIndex,
 
 /// Where the TCP header is of a SYN on its way to `backend`, or from it, whose MSS is to be lowered;
 /// 0 in other packets. Where few packets come by, that is noted with the packet: there is no room
-/// to remember it.
+/// to remember it. It is taken back where there is nothing to be lowered to.
 #[inline(always)]
 pub(crate) fn clamp<const RARE: bool>(transport: &Transport, backend: &Backend) -> u32 {
-    if !RARE && transport.is_syn() && backend.mss != 0 {
+    if RARE {
+        if backend.mss == 0
+            && let Some(arrival) = maps::arrival()
+        {
+            arrival.header = 0;
+        }
+        return 0;
+    }
+    if transport.is_syn() && backend.mss != 0 {
         cold_path();
         transport.offset as u32
     } else {

@@ -22,8 +22,8 @@ use canary_ebpf_common::{
         SignalEvent, VersionSignals, flow_state, outcome,
     },
     entry::BackendIndex,
-    headers::{ETH_BYTES, Frame as _, Ipv4, Ipv6, Tcp},
-    nat,
+    headers::{ETH_BYTES, Frame as _, Ipv4, Ipv6, Ports, Tcp},
+    nat::{self, TupleKey as _},
     signals::{self, Seen, Step, Watchable as _},
     steer::Flows as _,
 };
@@ -260,7 +260,7 @@ fn may_be_watched<const RARE: bool>(service: &Service, transport: &Transport, fa
 
 macro_rules! family {
     (
-        $key:ty, $field:ident, $family:ident, $samples:ident, $flows:ident, $client:expr, $copy:ident,
+        $key:ty, $field:ident, $family:ident, $samples:ident, $flows:ident, $client:expr, $ends:ident, $copy:ident,
         $watch:ident, $note:ident, $look:ident, $from_client:ident, $translated:ident, $returned:ident, $judge:ident
     ) => {
         /// Takes a packet into account that is being sent, and lets it go.
@@ -350,25 +350,21 @@ macro_rules! family {
                 place: u32,
                 state: u32,
             ) -> Option<()> {
-                let pending = pending()?;
-                pending.state = NOT;
                 let tcp: *mut Tcp = packet.at(header)?;
                 // SAFETY: `at` checked the bounds.
                 let tcp = unsafe { &*tcp };
-                let key = &mut pending.$field;
-                if state & FROM_SERVER != 0 {
-                    $copy(packet, true, key)?;
-                    key.src_port_be = tcp.ports.dst_be;
-                    key.dst_port_be = tcp.ports.src_be;
+                let Ports { src_be, dst_be } = tcp.ports;
+                let (src, dst) = $ends(packet)?;
+                let key = if state & FROM_SERVER != 0 {
+                    <$key>::tuple(dst, src, dst_be, src_be, IPPROTO_TCP)
                 } else {
-                    $copy(packet, false, key)?;
-                    key.src_port_be = tcp.ports.src_be;
-                    key.dst_port_be = tcp.ports.dst_be;
-                }
-                key.protocol = u32::from(IPPROTO_TCP);
+                    <$key>::tuple(src, dst, src_be, dst_be, IPPROTO_TCP)
+                };
                 if state & KNOWN == 0 && !chosen(place, key.sampling_hash()) {
                     return None;
                 }
+                let pending = pending()?;
+                $copy(&mut pending.$field, &key);
                 pending.place = place;
                 pending.flags = u32::from(tcp.flags);
                 pending.seq = u32::from_be(tcp.seq_be);
@@ -488,6 +484,7 @@ family!(
     SAMPLES_V4,
     FlowsV4,
     |key: &FlowKeyV4| [u64::from(key.src_be), 0],
+    ends_v4,
     copy_v4,
     watch_v4,
     note_v4,
@@ -504,6 +501,7 @@ family!(
     SAMPLES_V6,
     FlowsV6,
     |key: &FlowKeyV6| [key.src[0], key.src[1]],
+    ends_v6,
     copy_v6,
     watch_v6,
     note_v6,
@@ -514,28 +512,44 @@ family!(
     judge_v6
 );
 
-/// Copies the addresses of an IPv4 packet, or of one from the other end, into a key.
+/// The addresses of an IPv4 packet, source first.
 #[inline(always)]
-fn copy_v4(packet: &Packet, swapped: bool, to: &mut FlowKeyV4) -> Option<()> {
+fn ends_v4(packet: &Packet) -> Option<(Address, Address)> {
     let ip: *mut Ipv4 = packet.at(ETH_BYTES)?;
     // SAFETY: `at` checked the bounds.
-    let (src, dst) = unsafe { ((*ip).src_be, (*ip).dst_be) };
-    (to.src_be, to.dst_be) = if swapped { (dst, src) } else { (src, dst) };
-    Some(())
+    let ip = unsafe { &*ip };
+    Some(([u64::from(ip.src_be), 0], [u64::from(ip.dst_be), 0]))
 }
 
-/// The same of IPv6. Word by word: a whole address would be copied by a call.
+/// The same of IPv6.
 #[inline(always)]
-fn copy_v6(packet: &Packet, swapped: bool, to: &mut FlowKeyV6) -> Option<()> {
+fn ends_v6(packet: &Packet) -> Option<(Address, Address)> {
     let ip: *mut Ipv6 = packet.at(ETH_BYTES)?;
     // SAFETY: `at` checked the bounds.
     let ip = unsafe { &*ip };
-    let (src, dst) = if swapped { (&ip.dst, &ip.src) } else { (&ip.src, &ip.dst) };
-    to.src[0] = src[0];
-    to.src[1] = src[1];
-    to.dst[0] = dst[0];
-    to.dst[1] = dst[1];
-    Some(())
+    Some(([ip.src[0], ip.src[1]], [ip.dst[0], ip.dst[1]]))
+}
+
+/// Makes `to` the same as `from`: field by field, a whole key would be copied by a call.
+#[inline(always)]
+fn copy_v4(to: &mut FlowKeyV4, from: &FlowKeyV4) {
+    to.src_be = from.src_be;
+    to.dst_be = from.dst_be;
+    to.src_port_be = from.src_port_be;
+    to.dst_port_be = from.dst_port_be;
+    to.protocol = from.protocol;
+}
+
+/// The same of IPv6.
+#[inline(always)]
+fn copy_v6(to: &mut FlowKeyV6, from: &FlowKeyV6) {
+    to.src[0] = from.src[0];
+    to.src[1] = from.src[1];
+    to.dst[0] = from.dst[0];
+    to.dst[1] = from.dst[1];
+    to.src_port_be = from.src_port_be;
+    to.dst_port_be = from.dst_port_be;
+    to.protocol = from.protocol;
 }
 
 /// Counts a connection that there was no room for.
