@@ -33,65 +33,66 @@ impl Class {
     pub const fn get(self) -> u16 {
         self.0
     }
+
+    /// What stands for it where an [`Entry`] has a backend: a number of as many bits.
+    #[inline(always)]
+    const fn in_place(self) -> BackendIndex {
+        BackendIndex::new(self.0)
+    }
 }
 
 /// What stands under a client's prefix, as the kernel reads it in a single load.
 ///
-/// Bits 0–14 the class, 15–29 the one before, 30 `tracked`, 31 `learning`: as in a bucket's
-/// [`Entry`]. What is not written down is the class [`Class::REST`], untracked.
+/// The same word as a bucket's [`Entry`], with classes in the place of backends. What is not written
+/// down is the class [`Class::REST`], untracked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(transparent)]
-pub struct ClassEntry(pub u32);
-
-const TRACKED: u32 = 1 << 30;
-const LEARNING: u32 = 1 << 31;
+pub struct ClassEntry(u32);
 
 impl ClassEntry {
     /// `class`, since long ago.
     #[inline(always)]
     pub const fn steady(class: Class) -> Self {
-        Self(class.0 as u32)
+        Self(Entry::steady(class.in_place()).0)
     }
 
     /// `class` now, `previous` for connections that are older.
     #[inline(always)]
     pub const fn tracking(class: Class, previous: Class, learning: bool) -> Self {
-        Self(
-            class.0 as u32
-                | (previous.0 as u32) << 15
-                | TRACKED
-                | if learning { LEARNING } else { 0 },
-        )
+        Self(Entry::tracking(class.in_place(), previous.in_place(), learning).0)
     }
 
     /// The class of new connections.
     #[inline(always)]
     pub const fn current(self) -> Class {
-        Class::new(self.0 as u16)
+        Class::new(Entry(self.0).current().get())
     }
 
     /// The class of those from before its change; meaningful while [`tracked`](Self::tracked).
     #[inline(always)]
     pub const fn previous(self) -> Class {
-        Class::new((self.0 >> 15) as u16)
+        Class::new(Entry(self.0).previous().get())
     }
 
     /// Whether it has changed and connections are looked up.
     #[inline(always)]
     pub const fn tracked(self) -> bool {
-        self.0 & TRACKED != 0
+        Entry(self.0).tracked()
     }
 
     /// Whether UDP flows without an entry still go where the class before sends them.
     #[inline(always)]
     pub const fn learning(self) -> bool {
-        self.0 & LEARNING != 0
+        Entry(self.0).learning()
     }
 
     /// The same without its time of learning.
     #[inline(always)]
     pub const fn learned(self) -> Self {
-        Self(self.0 & !LEARNING)
+        match self.tracked() {
+            true => Self::tracking(self.current(), self.previous(), false),
+            false => self,
+        }
     }
 }
 
