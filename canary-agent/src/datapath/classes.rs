@@ -93,11 +93,16 @@ impl ClassMaps {
             (None, Some(before)) => before.networks.each_ref().map(|one| (**one).clone()),
             (None, None) => return Ok(0),
         };
-        let (blocks_before, blocks) = (blocks(&old.each_ref()), {
-            let [v4, v6] = &desired.networks;
-            blocks(&[v4, v6])
-        });
-        self.set_blocks(&blocks_before, |at| blocks_before[at] | blocks[at])?;
+        let old_blocks = blocks(&old.each_ref());
+        let new_blocks = blocks(&desired.networks.each_ref().map(|networks| &**networks));
+        // While networks change, a block of either is asked.
+        let both: Vec<u64> = old_blocks.iter().zip(&new_blocks).map(|(a, b)| a | b).collect();
+        let held = match before {
+            Some(_) => old_blocks,
+            // What was left half done may be anything.
+            None => self.held_blocks()?,
+        };
+        self.set_blocks(&held, &both)?;
         for (at, old) in old.iter().enumerate() {
             let writes = difference(old, &desired.networks[at]).writes;
             written += writes.len();
@@ -108,20 +113,22 @@ impl ClassMaps {
                 }
             }
         }
-        let both: Vec<u64> = blocks_before.iter().zip(&blocks).map(|(a, b)| a | b).collect();
-        self.set_blocks(&both, |at| blocks[at])?;
+        self.set_blocks(&both, &new_blocks)?;
         for key in present.keys().filter(|key| !wanted.contains_key(key)) {
             gone(self.tables.remove(&pod::TableKey(*key)))?;
         }
         Ok(written)
     }
 
-    fn set_blocks(&mut self, present: &[u64], wanted: impl Fn(usize) -> u64) -> Result<(), Error> {
-        for (at, present) in present.iter().enumerate() {
-            // What the map holds may be less than what is known: it is written all the same.
-            let wanted = wanted(at);
-            if wanted != *present || wanted != self.blocks.get(&(at as u32), 0)? {
-                self.blocks.set(at as u32, wanted, 0)?;
+    fn held_blocks(&self) -> Result<Vec<u64>, Error> {
+        let words = (0..abi::CLASS_BLOCKS).map(|at| self.blocks.get(&at, 0));
+        Ok(words.collect::<Result<_, _>>()?)
+    }
+
+    fn set_blocks(&mut self, held: &[u64], wanted: &[u64]) -> Result<(), Error> {
+        for (at, (held, wanted)) in (0..).zip(held.iter().zip(wanted)) {
+            if held != wanted {
+                self.blocks.set(at, *wanted, 0)?;
             }
         }
         Ok(())
