@@ -1,7 +1,5 @@
 //! What is asked and said of audiences.
 
-use std::net::IpAddr;
-
 use axum::{Json, extract::State};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -10,9 +8,8 @@ use super::{
     Api,
     error::ApiError,
     extract::{AudienceName, ClientAddress, NoQuery},
-    openapi::ServiceErrors,
+    openapi::{ReadErrors, ServiceErrors},
 };
-use crate::api::openapi::ReadErrors;
 
 /// `GET /v1/audiences`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -127,6 +124,5 @@ pub(super) async fn client(
     ClientAddress(address): ClientAddress,
     _: NoQuery,
 ) -> Result<Json<ClientReport>, ApiError> {
-    let address: IpAddr = address;
     Ok(Json(api.handle.client(address).await?))
 }
