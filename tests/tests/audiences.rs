@@ -280,3 +280,31 @@ fn an_excluded_audience_never_sees_the_canary_for_want_of_room() {
         }
     }
 }
+
+#[test]
+fn the_few_of_an_audience_are_among_the_few_of_everybody() {
+    let test = "the_few_of_an_audience_are_among_the_few_of_everybody";
+    if !canary_tests::host::ready(test) {
+        return;
+    }
+    let mut planned = Planned::new(&shop(staff("{}", &BOTH)), &sizes());
+    let mut owners = |name: &str, share: &str| {
+        let split = [("v1".to_owned(), share.parse().expect("a share"))].into();
+        let (at, state) = planned.planner.service(name).expect("a table");
+        let proposal = state.propose(split).expect("shares that fit");
+        planned.planner.set_ownership(at, proposal.ownership);
+        planned.settle();
+        let (_, state) = planned.planner.service(name).expect("a table");
+        let owners = state.tables()[0].ledger().iter().map(|entry| entry.owner());
+        owners.collect::<Vec<u8>>()
+    };
+    let everybody = owners("shop", "5%");
+    assert_eq!(owners("shop@staff", "5%"), everybody, "the same clients");
+    let more = owners("shop@staff", "20%");
+    let canary = planned.planner.service("shop").and_then(|(_, state)| state.slot("v1"));
+    let canary = canary.expect("a version");
+    let of = |owners: &[u8]| owners.iter().filter(|owner| **owner == canary).count();
+    // Of 4,096 buckets.
+    assert!((204..=205).contains(&of(&everybody)) && (819..=820).contains(&of(&more)));
+    assert!(everybody.iter().zip(&more).all(|(few, more)| *few != canary || *more == canary));
+}
