@@ -11,10 +11,10 @@ use std::{
 };
 
 use canary_agent::{
-    config::model::{Config, Existing, Forward, Service},
+    config::model::{Ask, Check, Config, Existing, Forward, Health, Service, Timing, Via},
     plan::{
-        Adopted, BackendPlan, DataPlane, Family, NextHop, Planner, QUARANTINE_MS, ServiceState,
-        Start, Table, clear_due_ms,
+        Adopted, BackendPlan, BackendState, DataPlane, Family, NextHop, Planner, QUARANTINE_MS,
+        ServiceState, Start, Table, clear_due_ms,
     },
     store::{Admin, ServiceRecord, Split},
 };
@@ -466,6 +466,38 @@ fn a_backend_whose_neighbour_is_silent_keeps_what_is_open_and_gets_nothing_new()
     planner.set_next_hops(&[(at.ip(), Ok(hop(at)))].into());
     planner.step(3_000);
     assert_eq!(record(&planner).1, well);
+}
+
+#[test]
+fn under_the_next_agent_a_backend_that_did_not_answer_is_down_until_its_checks_say_otherwise() {
+    let mut shop = three();
+    let timing = Timing {
+        interval: Duration::from_secs(2),
+        jitter_percent: 10,
+        timeout: Duration::from_secs(1),
+        rise: 2,
+        fall: 3,
+    };
+    shop.health = Health::Check(Check { ask: Ask::Tcp, via: Via::Backend, timing });
+    let configured = config(vec![shop]);
+    let mut planner = started(&configured);
+    let at: SocketAddr = "10.0.1.2:80".parse().unwrap();
+    let state = |planner: &Planner| {
+        let table = &planner.services()[0].tables()[0];
+        table.backends().iter().find(|b| b.addr == at).unwrap().state()
+    };
+    let silent = NextHop { silent: Some(at.ip()), ..hop(at) };
+    planner.set_next_hops(&[(at.ip(), Ok(silent))].into());
+    planner.step(2_000);
+    planner.applied(2_000);
+    assert_eq!(state(&planner), BackendState::NoNextHop);
+
+    let (mut next, _) = restarted(&configured, &planner, 5_000);
+    assert_eq!(state(&next), BackendState::Down);
+    assert_eq!(next.plane().services[0].entries, planner.plane().services[0].entries);
+    next.set_down(0, at, false);
+    next.step(6_000);
+    assert_eq!(state(&next), BackendState::Up);
 }
 
 #[test]

@@ -288,10 +288,12 @@ impl Run<'_> {
         }
     }
 
-    /// Nobody really checks here: what begins as up is told again that it is not.
+    /// Nobody really checks here, so what the checks find is told again: a reload begins with up,
+    /// and the next agent with down for what fails its checks or did not answer.
     fn recall_checks(&mut self) {
-        for n in self.reference.down.clone() {
-            self.planned.down(n, true);
+        let configured = self.shop.versions.iter().flat_map(|v| &v.backends);
+        for n in configured.map(|(n, _)| *n).collect::<Vec<_>>() {
+            self.planned.down(n, self.reference.down.contains(&n));
         }
     }
 
