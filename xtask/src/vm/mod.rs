@@ -282,6 +282,11 @@ fn tests(workspace: &Path, profile: &[String]) -> Result<Job> {
     job.env.insert("CI".to_owned(), "true".to_owned());
     job.env.insert("CANARY_VM".to_owned(), "1".to_owned());
     job.env.insert("RUST_BACKTRACE".to_owned(), "1".to_owned());
+    for seed in ["CANARY_SEED", "PROPTEST_RNG_SEED"] {
+        if let Ok(value) = std::env::var(seed) {
+            job.env.insert(seed.to_owned(), value);
+        }
+    }
     if !machine::kvm() {
         job.env.insert("CANARY_SLOWNESS".to_owned(), "10".to_owned());
     }
