@@ -134,6 +134,8 @@ fn try_wrap(ctx: *mut xdp_md) -> Result<u32, Reason> {
     }
     let gue = wrapping & GUE != 0;
     fragment::keep_wrapped(&packet, arrival, gue).ok_or(Reason::DropMalformed)?;
+    // What gives it tags would keep the way of the outer packet.
+    arrival.fragment = 0;
     let wrapped = match (backend.is_v6(), gue) {
         (false, false) => v4_outside::<false>(ctx, backend, inner),
         (false, true) => v4_outside::<true>(ctx, backend, inner),
