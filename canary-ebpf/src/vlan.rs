@@ -165,20 +165,20 @@ fn push(ctx: *mut xdp_md, tags: u64, bytes: u32) -> u64 {
         return 1;
     }
     let packet = Packet::of(ctx);
-    let (Some(to), Some(from)) = (packet.at::<[u32; 5]>(0), packet.at::<[u32; 3]>(at as usize))
+    // No more than there is in the shortest frame.
+    let (Some(to), Some(from)) = (packet.at::<[u32; 4]>(0), packet.at::<[u32; 3]>(at as usize))
     else {
         return 1;
     };
     // SAFETY: `at` checked the bounds; all is read before any is written.
     unsafe {
         let [a, b, c] = *from;
-        (*to)[0] = a;
-        (*to)[1] = b;
-        (*to)[2] = c;
-        (*to)[3] = tags as u32;
-        if at != TAG_BYTES {
-            (*to)[4] = (tags >> 32) as u32;
-        }
+        *to = [a, b, c, tags as u32];
+    }
+    if at != TAG_BYTES {
+        let Some(inner) = packet.at::<[u32; 1]>(size_of::<[u32; 4]>()) else { return 1 };
+        // SAFETY: as above.
+        unsafe { *inner = [(tags >> 32) as u32] };
     }
     0
 }
