@@ -139,7 +139,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::headers::tests::Bytes;
+    use crate::headers::Bytes;
 
     proptest! {
         /// Whatever the bytes are, the walk ends within them.

@@ -196,14 +196,16 @@ const _: () = {
     assert!(size_of::<Icmp>() == 8);
 };
 
-#[cfg(test)]
-pub(crate) mod tests {
-    //! A frame in memory.
+#[cfg(any(test, feature = "user"))]
+pub use memory::Bytes;
 
+#[cfg(any(test, feature = "user"))]
+mod memory {
     use super::Frame;
 
-    /// Bytes that stand for a frame.
-    pub(crate) struct Bytes(pub(crate) Vec<u8>);
+    /// A frame in memory of our own.
+    #[derive(Clone, Debug, Default)]
+    pub struct Bytes(pub Vec<u8>);
 
     // SAFETY: `at` stays within the vector, which nothing resizes and nobody else reads meanwhile;
     // x86-64 and aarch64 load unaligned words as they are.

@@ -2,7 +2,7 @@
 //!
 //! Owns the ABI (map keys and values), the bucket hash, the forwarding-table
 //! entry, incremental checksums, outer headers, what unwrapping looks at, the steering decision, what is
-//! watched of connections and, with the feature `user`, shares, the table compiler and that of networks. Must
+//! watched of connections and, with the feature `user`, shares, the table compiler, that of networks and a model of what becomes of frames. Must
 //! not know of aya, of the kernel's helpers, of clocks or of the network: everything it needs
 //! is an argument.
 #![cfg_attr(not(any(test, feature = "user")), no_std)]
@@ -31,6 +31,8 @@ pub mod vips;
 pub mod compile;
 #[cfg(feature = "user")]
 mod differing;
+#[cfg(feature = "user")]
+pub mod model;
 #[cfg(feature = "user")]
 pub mod networks;
 #[cfg(feature = "user")]

@@ -72,7 +72,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::headers::tests::Bytes;
+    use crate::headers::Bytes;
 
     fn checksum(bytes: &[u8]) -> u16 {
         let mut sum: u32 = 0;

@@ -21,6 +21,8 @@ use aya::{
 const BPF_MAP_CREATE: libc::c_long = 0;
 /// `BPF_OBJ_PIN` (linux/bpf.h).
 const BPF_OBJ_PIN: libc::c_long = 6;
+/// `BPF_MAP_LOOKUP_ELEM` (linux/bpf.h).
+const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 /// `BPF_MAP_UPDATE_ELEM` (linux/bpf.h).
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 /// `BPF_MAP_DELETE_ELEM` (linux/bpf.h).
@@ -162,6 +164,23 @@ pub fn clear(map: &MapData) -> io::Result<()> {
         // SAFETY: `key` is a key of the map's and outlives the call.
         unsafe { bpf(BPF_MAP_DELETE_ELEM, &mut attr)? };
     }
+}
+
+/// The sum over all CPUs of a counter in a per-CPU array of 64-bit integers. `values` has a place
+/// for each of them: whoever asks often has it ready.
+///
+/// # Errors
+/// When the kernel refuses to read.
+pub fn per_cpu_sum(map: &MapData, index: u32, values: &mut [u64]) -> io::Result<u64> {
+    let mut attr = ElementAttr {
+        map_fd: map.fd().as_fd().as_raw_fd() as u32,
+        key: &raw const index as u64,
+        value_or_next_key: values.as_mut_ptr() as u64,
+        ..ElementAttr::default()
+    };
+    // SAFETY: key and values are memory that outlives the call, of the map's sizes.
+    unsafe { bpf(BPF_MAP_LOOKUP_ELEM, &mut attr)? };
+    Ok(values.iter().sum())
 }
 
 /// Makes an array of values of `value_bytes` that can be mapped, and pins it at `path`.

@@ -19,6 +19,7 @@ pub mod cases;
 pub mod chatter;
 pub mod client;
 pub mod control;
+pub mod differential;
 pub mod door;
 pub mod faulty;
 pub mod flood;

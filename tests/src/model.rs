@@ -1,18 +1,19 @@
-//! What the loaded program should do, decided in user space by the very code of
-//! `canary-ebpf-common`: hash, bucket, `steer` and `nat` over a flow table of the model's own.
+//! What the loaded program should do with a packet that is described, decided in user space by
+//! `canary-ebpf-common` over a data plane. What becomes of a frame's bytes: [`mod@model`] there.
 
 use std::{collections::HashMap, hash::Hash, net::IpAddr, sync::Arc, time::Duration};
 
 use canary_agent::plan::{BackendPlan, DataPlane, Family, ServicePlan};
 use canary_ebpf_common::{
-    abi::{self, Address, Backend, ForwardMode},
+    abi::{self, Address, Backend, ForwardMode, ReasonVerdict},
     entry::BackendIndex,
     hash::{bucket, hash_v4, hash_v6},
-    headers::Frame,
-    nat::{self, Step, TupleKey},
-    ports::{self, Client, PortRange},
-    quic::{self, Quic},
-    steer::{Flows as _, Segment, model::ModelFlows, steer},
+    headers::Bytes,
+    model,
+    nat::{self, TupleKey},
+    ports::{Client, PortRange},
+    quic,
+    steer::{Flows as _, Segment, model::ModelFlows},
 };
 
 /// An address as map keys and values hold it.
@@ -60,27 +61,9 @@ impl Tuple {
     }
 }
 
-/// A frame's bytes in memory of our own.
-struct Bytes<'a>(&'a mut [u8]);
-
-// SAFETY: `at` stays within the slice, which is borrowed mutably; x86-64 and aarch64 load unaligned
-// words as they are.
-unsafe impl Frame for Bytes<'_> {
-    fn at<T>(&self, offset: usize) -> Option<*mut T> {
-        let inside = offset.checked_add(size_of::<T>())? <= self.0.len();
-        // SAFETY: inside the slice.
-        inside.then(|| unsafe { self.0.as_ptr().add(offset).cast_mut().cast() })
-    }
-
-    fn len_bytes(&self) -> usize {
-        self.0.len()
-    }
-}
-
 /// What a datagram with `payload` is to a service with QUIC.
 pub fn datagram(payload: &[u8]) -> Segment {
-    let mut copy = payload.to_vec();
-    let (quic, seq) = quic::classify(&Bytes(&mut copy), 0, payload.len());
+    let (quic, seq) = quic::classify(&Bytes(payload.to_vec()), 0, payload.len());
     Segment { seq, quic, ..Segment::udp() }
 }
 
@@ -102,13 +85,28 @@ pub enum Verdict {
     },
 }
 
+/// What the program knows of a backend, as far as decisions depend on it.
+fn record(plan: &BackendPlan) -> Backend {
+    Backend {
+        addr: address(plan.addr.ip()),
+        port_be: plan.addr.port().to_be(),
+        version: plan.version,
+        nat_first: plan.nat_first,
+        nat_count: plan.nat_count,
+        flags: (if plan.next_hop.is_some() { abi::BACKEND_USABLE } else { 0 })
+            | (if plan.down { abi::BACKEND_DOWN } else { 0 })
+            | (if plan.maint { abi::BACKEND_MAINT } else { 0 }),
+        ..Backend::default()
+    }
+}
+
 /// One family's decisions.
 pub struct Model<K> {
     /// Its flow table.
     pub flows: ModelFlows<K>,
     /// Source ports for translated flows.
     pub ports: PortRange,
-    backends: HashMap<BackendIndex, BackendPlan>,
+    backends: HashMap<BackendIndex, Backend>,
 }
 
 impl<K: TupleKey + Eq + Hash> Model<K> {
@@ -122,20 +120,10 @@ impl<K: TupleKey + Eq + Hash> Model<K> {
 
     /// Takes another data plane.
     pub fn apply(&mut self, plane: &DataPlane) {
-        self.backends = plane.backends.iter().copied().collect();
+        self.backends = plane.backends.iter().map(|(i, b)| (*i, record(b))).collect();
         *self.flows.sources.borrow_mut() =
             plane.nat_sources.iter().map(|source| address(*source)).collect();
-        let flags = |b: &BackendPlan| {
-            (if b.next_hop.is_some() { abi::BACKEND_USABLE } else { 0 })
-                | (if b.down { abi::BACKEND_DOWN } else { 0 })
-                | (if b.maint { abi::BACKEND_MAINT } else { 0 })
-        };
-        *self.flows.flags.borrow_mut() =
-            self.backends.iter().map(|(i, b)| (*i, flags(b))).collect();
-    }
-
-    fn usable(&self, index: BackendIndex) -> Option<&BackendPlan> {
-        self.backends.get(&index).filter(|b| b.next_hop.is_some() && !b.maint)
+        *self.flows.flags.borrow_mut() = self.backends.iter().map(|(i, b)| (*i, b.flags)).collect();
     }
 
     /// The bucket of a client's well-formed packet, and what becomes of it.
@@ -150,71 +138,40 @@ impl<K: TupleKey + Eq + Hash> Model<K> {
         let record = &service.record;
         let hash = tuple.hash(record);
         let bucket = bucket(record, hash);
-        if tuple.src == tuple.dst || !segment.possible() {
+        let translated = record.flags & ForwardMode::MASK == ForwardMode::Nat as u32;
+        if tuple.src == tuple.dst || !segment.possible() || translated && ttl <= 1 {
             return (bucket, Verdict::Drop);
         }
-        let entry = service.entries[bucket as usize];
-        let key: K = tuple.key();
-        let sent = |backend: BackendIndex, port| match self.usable(backend) {
-            Some(plan) => Verdict::Sent { backend, version: plan.version, port },
-            None => Verdict::Drop,
+        let client = Client {
+            addr: address(tuple.src),
+            vip: address(tuple.dst),
+            port_be: tuple.src_port.to_be(),
+            vip_port_be: tuple.dst_port.to_be(),
+            eth: [0; 3],
+            way: 1,
         };
-        if record.flags & ForwardMode::MASK != ForwardMode::Nat as u32 {
-            // The program does not look at the payload where nothing depends on it.
-            let quic = if entry.tracked() { segment.quic } else { Quic::Other };
-            let steering = steer(&self.flows, record, entry, &key, Segment { quic, ..segment });
-            return (bucket, sent(steering.backend, None));
-        }
-        if ttl <= 1 {
-            return (bucket, Verdict::Drop);
-        }
-        let flow = match nat::step(&self.flows, record, &key, segment, ack) {
-            Step::NoFlow => return (bucket, Verdict::Pass),
-            Step::Follow(flow) => flow,
-            Step::Open => {
-                let Some(plan) = self.usable(entry.current()) else {
-                    return (bucket, Verdict::Drop);
-                };
-                let backend = Backend {
-                    addr: address(plan.addr.ip()),
-                    port_be: plan.addr.port().to_be(),
-                    nat_first: plan.nat_first,
-                    nat_count: plan.nat_count,
-                    ..Backend::default()
-                };
-                let client = Client {
-                    addr: address(tuple.src),
-                    vip: address(tuple.dst),
-                    port_be: tuple.src_port.to_be(),
-                    vip_port_be: tuple.dst_port.to_be(),
-                    eth: [0; 3],
-                    way: 0,
-                };
-                let opened = ports::open(
-                    &self.flows,
-                    record,
-                    entry.current(),
-                    &backend,
-                    self.ports,
-                    &client,
-                    &key,
-                    segment,
-                    hash,
-                );
-                match opened {
-                    Ok(flow) => flow,
-                    Err(_) => return (bucket, Verdict::Drop),
-                }
-            }
+        let decided = model::decide(
+            &self.flows,
+            self.ports,
+            |index| self.backends.get(&index),
+            record,
+            service.entries[bucket as usize],
+            hash,
+            &tuple.key(),
+            segment,
+            ack,
+            &client,
+        );
+        let verdict = match decided {
+            Ok((backend, flow)) => Verdict::Sent {
+                backend,
+                version: self.backends[&backend].version,
+                port: flow.map(|flow| u16::from_be(flow.src_port_be)),
+            },
+            Err(reason) if matches!(reason.verdict(), ReasonVerdict::Pass) => Verdict::Pass,
+            Err(_) => Verdict::Drop,
         };
-        // SAFETY: `step` and `open` return entries of the model's table, which nothing has changed
-        // since.
-        let flow = unsafe { &*flow };
-        let index = BackendIndex::new(flow.backend);
-        if self.backends.get(&index).is_some_and(|backend| backend.maint) {
-            return (bucket, Verdict::Pass);
-        }
-        (bucket, sent(index, Some(u16::from_be(flow.src_port_be))))
+        (bucket, verdict)
     }
 
     /// Takes a backend's answer on the translated flow of `tuple`. Returns whether there is one.

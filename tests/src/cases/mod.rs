@@ -36,7 +36,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde::Deserialize;
 
 pub use self::run::Stage;
-use crate::world::World;
+use crate::{notation, world::World};
 
 /// A case as it stands in its file.
 #[derive(Clone, Debug, Deserialize)]
@@ -67,6 +67,16 @@ impl Case {
     /// those that need no such host.
     pub fn needs_age(&self) -> bool {
         self.steps.lines().any(|line| line.starts_with("! silence"))
+    }
+
+    /// The frames that come in, but for those that depend on what has come out.
+    pub fn frames(&self) -> Vec<Vec<u8>> {
+        let steps = trace::parse(&self.steps).unwrap_or_default();
+        let packets = steps.iter().filter_map(|step| match &step.kind {
+            trace::Kind::Packet { input, .. } => notation::parse(input).ok(),
+            _ => None,
+        });
+        packets.collect()
     }
 }
 
@@ -136,6 +146,17 @@ fn families(case: Case) -> Vec<Case> {
             ..case.clone()
         })
         .collect()
+}
+
+/// The world of that name in a directory of cases.
+///
+/// # Errors
+/// When there is none, or it is not well written.
+pub fn world_named(directory: &Path, name: &str) -> Result<World> {
+    let path = directory.join("worlds.toml");
+    let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    let worlds: toml::Table = text.parse()?;
+    Ok(worlds.get(name).with_context(|| format!("no world `{name}`"))?.clone().try_into()?)
 }
 
 /// A case's world.

@@ -1,0 +1,79 @@
+//! The loaded program and the model agree on random frames, byte by byte.
+//!
+//! `CANARY_SEED` begins where a run has said that it began; `CANARY_FRAMES` says how many frames
+//! there are.
+
+use std::{
+    path::Path,
+    sync::atomic::{AtomicU64, Ordering},
+    time::{Duration, Instant},
+};
+
+use canary_tests::{
+    cases::Suite,
+    differential::{Corpus, Frames, LIFE, Pair},
+};
+
+/// Frames, unless it is said otherwise.
+const FRAMES: u64 = 5_000_000;
+fn set(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|text| !text.is_empty())
+}
+
+/// Where lives begin.
+fn seed() -> u64 {
+    let clock =
+        || std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(1, |now| now.as_micros() as u64);
+    set("CANARY_SEED").map_or_else(clock, |text| text.parse().expect("CANARY_SEED is a number"))
+}
+
+#[test]
+fn program_and_model_agree_on_random_frames() {
+    let frames: u64 =
+        set("CANARY_FRAMES").map_or(FRAMES, |text| text.parse().expect("a number of frames"));
+    let first = seed();
+    println!("differential: CANARY_SEED={first} CANARY_FRAMES={frames}");
+    let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("cases");
+    let suite = Suite::read(&cases).expect("the cases");
+    let mut corpus = Corpus::default();
+    suite.cases.iter().flat_map(|(case, _)| case.frames()).for_each(|frame| corpus.add(&frame));
+    println!("{} frames to begin with", corpus.len());
+    let lives = frames.div_ceil(LIFE as u64);
+    let (next, sent) = (AtomicU64::new(0), AtomicU64::new(0));
+    let begun = Instant::now();
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                let mut pair = Pair::new(&cases).expect("root, and a program");
+                loop {
+                    let life = next.fetch_add(1, Ordering::Relaxed);
+                    if life >= lives {
+                        break;
+                    }
+                    let count = (frames - life * LIFE as u64).min(LIFE as u64) as usize;
+                    // A seed for each: lives do not depend on which thread they are of.
+                    let seed = first.wrapping_add(life);
+                    let mut made = Frames::new(&corpus, seed);
+                    match pair.live(&mut made, count).expect("a life") {
+                        Ok(out) => _ = sent.fetch_add(out as u64, Ordering::Relaxed),
+                        Err(difference) => {
+                            next.store(lives, Ordering::Relaxed);
+                            let told = pair.told(&difference).expect("a smaller one");
+                            panic!(
+                                "frame {} of CANARY_SEED={seed} CANARY_FRAMES={}:\n{}\n{told}",
+                                difference.nth,
+                                difference.nth + 1,
+                                difference.what,
+                            );
+                        }
+                    }
+                }
+            });
+        }
+    });
+    let took = begun.elapsed();
+    let each = took.checked_div(frames.try_into().unwrap_or(u32::MAX)).unwrap_or(Duration::ZERO);
+    println!("{frames} frames in {took:.1?}, {each:?} each; {sent:?} came out otherwise");
+    assert!(sent.into_inner() > frames / 10, "frames that show little");
+}
