@@ -259,8 +259,23 @@ impl Gate {
         self.verdict()
     }
 
+    /// The deciding signals that have not let the canary pass.
+    pub fn waiting(&self) -> impl Iterator<Item = &SignalProgress> {
+        let pass_at = self.ln_pass_at();
+        let all = self.signals.iter().zip(&self.progress.signals);
+        all.filter(move |(terms, seen)| !terms.observe && seen.pass.ln() < pass_at)
+            .map(|(_, seen)| seen)
+    }
+
+    /// Whether it waits for signals, and none of them has had an event on either side.
+    pub fn hears_nothing(&self) -> bool {
+        let mut waiting = self.waiting().peekable();
+        waiting.peek().is_some()
+            && waiting.all(|seen| seen.control_events == 0 && seen.canary_events == 0)
+    }
+
     fn judge(&mut self) {
-        let (fail_at, pass_at) = (self.ln_fail_at(), self.ln_pass_at());
+        let fail_at = self.ln_fail_at();
         let progress = &self.progress;
         let deciding: Vec<&SignalProgress> = self
             .signals
@@ -270,26 +285,16 @@ impl Gate {
             .collect();
         let worst = deciding.iter().map(|seen| (seen.fail.ln(), seen.signal));
         let worst = worst.max_by(|(a, _), (b, _)| a.total_cmp(b));
-        let waiting: Vec<(f64, &SignalProgress)> = deciding
-            .iter()
-            .map(|seen| (seen.pass.ln(), *seen))
-            .filter(|(ln_pass, _)| *ln_pass < pass_at)
-            .collect();
-        let least = waiting.iter().min_by(|(a, _), (b, _)| a.total_cmp(b));
-        let least = least.map(|(_, seen)| seen.signal);
+        let waiting = self.waiting().map(|seen| (seen.pass.ln(), seen.signal));
+        let least = waiting.min_by(|(a, _), (b, _)| a.total_cmp(b));
+        let least = least.map(|(_, signal)| signal);
         let long_enough = progress.watched_ms >= millis(self.min_duration);
         let (verdict, signal) = match worst {
             Some((ln_fail, signal)) if ln_fail >= fail_at => (Verdict::Fail, Some(signal)),
-            Some(_) if long_enough && waiting.is_empty() => (Verdict::Pass, None),
-            _ if progress.elapsed_ms >= millis(self.deadline) => {
-                let silent =
-                    |seen: &SignalProgress| seen.control_events == 0 && seen.canary_events == 0;
-                match !waiting.is_empty() && waiting.iter().all(|(_, seen)| silent(seen)) {
-                    true => (Verdict::NoData, least),
-                    false => (Verdict::Inconclusive, least),
-                }
-            }
-            _ => return,
+            Some(_) if long_enough && least.is_none() => (Verdict::Pass, None),
+            _ if progress.elapsed_ms < millis(self.deadline) => return,
+            _ if self.hears_nothing() => (Verdict::NoData, least),
+            _ => (Verdict::Inconclusive, least),
         };
         let (elapsed_ms, windows) = (progress.elapsed_ms, progress.windows);
         self.progress.decision = Some(Decision { verdict, signal, elapsed_ms, windows });

@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::{gate::Name, watch::Counted};
+use crate::config::model::SignalKind;
 
 /// So many connections each version has in a window.
 pub const ENOUGH: u64 = 10;
@@ -31,9 +32,9 @@ impl Pool {
         self.watched_ms == 0 && self.connections == [0, 0] && self.events.is_empty()
     }
 
-    /// Whether there is a bad event in it.
-    pub fn has_events(&self) -> bool {
-        self.events.iter().any(|(_, events)| *events != [0, 0])
+    /// Whether there is a bad event of a signal in it.
+    pub fn has_events(&self, of: SignalKind) -> bool {
+        self.events.iter().any(|(kind, events)| kind.0 == of && *events != [0, 0])
     }
 
     /// Takes a window in. Gives back all that is in it once that is enough, and a window in which

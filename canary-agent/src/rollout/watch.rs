@@ -11,7 +11,7 @@ use std::{sync::Arc, time::Duration};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    gate::{self, Changed, Counts, Gate, Progress, Verdict, Window},
+    gate::{Changed, Counts, Gate, Progress, SignalProgress, Verdict, Window},
     pool::Pool,
 };
 use crate::config::model::{self, Probe, Signal, SignalKind};
@@ -269,7 +269,7 @@ impl Watch {
             _ if late => {
                 let silent = deciding.iter().all(|(_, heard)| heard.good + heard.bad == 0);
                 let nothing = (counts || !deciding.is_empty())
-                    && (!counts || counted == Some(Verdict::NoData) || self.no_events())
+                    && (!counts || counted == Some(Verdict::NoData) || self.hears_nothing())
                     && silent;
                 let verdict = if nothing { Verdict::NoData } else { Verdict::Inconclusive };
                 let because = match waits {
@@ -293,25 +293,41 @@ impl Watch {
         self.kept.verdict
     }
 
-    fn no_events(&self) -> bool {
-        let silent = |seen: &gate::SignalProgress| seen.control_events + seen.canary_events == 0;
-        self.gate.progress().signals.iter().all(silent) && !self.kept.pool.has_events()
+    /// Nothing has happened of what it waits for, in the window that is not over either.
+    fn hears_nothing(&self) -> bool {
+        let pool = &self.kept.pool;
+        self.gate.hears_nothing() && !self.gate.waiting().any(|one| pool.has_events(one.signal.0))
     }
 
+    /// What a signal has failed by, or which ones have not let it pass.
     fn counted_because(&self) -> String {
         let progress = self.gate.progress();
-        let decision = progress.decision.and_then(|decision| decision.signal);
-        let seen = decision.and_then(|name| progress.signals.iter().find(|s| s.signal == name));
-        match seen {
-            Some(seen) => format!(
-                "{}: {} on the canary, {} on control; evidence {:.1} of {:.1} that it is worse",
-                seen.signal.0.name(),
-                seen.canary_events,
-                seen.control_events,
-                seen.fail.ln(),
+        let seen = |seen: &SignalProgress| {
+            let SignalProgress { signal, canary_events, control_events, .. } = seen;
+            format!(
+                "{}: {canary_events} on the canary, {control_events} on control",
+                signal.0.name()
+            )
+        };
+        let decision = progress.decision.filter(|decision| decision.verdict == Verdict::Fail);
+        let failed = decision.and_then(|decision| decision.signal);
+        let failed = progress.signals.iter().find(|one| Some(one.signal) == failed);
+        if let Some(failed) = failed {
+            return format!(
+                "{}; evidence {:.1} of {:.1} that it is worse",
+                seen(failed),
+                failed.fail.ln(),
                 self.gate.ln_fail_at()
-            ),
-            None => "the deadline came before the evidence".to_owned(),
+            );
+        }
+        let pass_at = self.gate.ln_pass_at();
+        let short = |one: &SignalProgress| {
+            format!("{}; evidence {:.1} of {pass_at:.1} that it is good", seen(one), one.pass.ln())
+        };
+        let waiting: Vec<String> = self.gate.waiting().map(short).collect();
+        match waiting.is_empty() {
+            true => "it was not watched for its `min_duration`".to_owned(),
+            false => waiting.join("; "),
         }
     }
 }

@@ -1,10 +1,13 @@
 //! What a gate makes of its signals' evidence.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use canary_agent::{
     config::model::{self, KernelSignal, Probe, ProbeAsk, Signal, SignalKind},
-    rollout::gate::{Changed, Counts, Decision, Gate, Name, Progress, Verdict, Window},
+    rollout::{
+        gate::{Changed, Counts, Decision, Gate, Name, Progress, Verdict, Window},
+        watch::{Counted, Watch},
+    },
 };
 use proptest::prelude::*;
 
@@ -64,6 +67,33 @@ impl Shown {
     fn decision(&self) -> Decision {
         self.gate.progress().decision.expect("decided")
     }
+}
+
+#[test]
+fn one_that_can_not_decide_says_what_it_has_waited_for() {
+    let signals = vec![signal(ConnectFailed, false), signal(ServerReset, false)];
+    let observed = signal(SlowHandshake, true);
+    let terms = Arc::new(config([signals, vec![observed]].concat()));
+    let mut watch = Watch::new(&terms);
+    let (connections, events) = ([1_900, 100], vec![(ServerReset, [400, 20])]);
+    let window = |at: u64| Counted {
+        service: "shop".to_owned(),
+        canary: "v2".to_owned(),
+        watched: Duration::from_secs(1),
+        complete: true,
+        slow_ns: at,
+        connections,
+        events: events.clone(),
+    };
+    for second in 0..terms.deadline.as_secs() {
+        watch.pass_time(1_000);
+        watch.count(&window(second));
+    }
+    assert_eq!(watch.verdict(), Some(Verdict::NoData));
+    assert_eq!(
+        watch.kept().because.as_deref(),
+        Some("connect_failed: 0 on the canary, 0 on control; evidence 0.0 of 3.0 that it is good")
+    );
 }
 
 #[test]

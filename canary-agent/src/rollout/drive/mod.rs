@@ -664,16 +664,16 @@ impl Run {
                 match &self.approach.confirmed {
                     Confirmed::Yes => {}
                     Confirmed::Asked => {
-                        self.waits = Some("its hook is being asked to confirm".to_owned());
+                        self.waits = Some("the answer of its hook".to_owned());
                         return (false, wishes);
                     }
                     Confirmed::No(until, why) if now.boot_ms < *until => {
-                        self.waits = Some(format!("its hook has not confirmed: {why}"));
+                        self.waits = Some(format!("its hook, which has not confirmed: {why}"));
                         return (false, wishes);
                     }
                     Confirmed::NotAsked | Confirmed::No(..) => {
                         self.approach.confirmed = Confirmed::Asked;
-                        self.waits = Some("its hook is being asked to confirm".to_owned());
+                        self.waits = Some("the answer of its hook".to_owned());
                         return (false, vec![Wish::Confirm]);
                     }
                 }
@@ -681,7 +681,7 @@ impl Run {
             if raises && view.learns {
                 if !self.approach.prepares {
                     self.approach.prepares = true;
-                    self.waits = Some("its buckets are being watched".to_owned());
+                    self.waits = Some("its buckets, which are watched before they move".to_owned());
                     return (false, vec![Wish::Prepare(share)]);
                 }
                 if view.prepared {
@@ -689,7 +689,7 @@ impl Run {
                 }
                 let since = self.approach.prepared_ms;
                 if since.is_none_or(|since| now.boot_ms < since + PREPARE_MS) {
-                    self.waits = Some("its buckets are watched before they move".to_owned());
+                    self.waits = Some("its buckets, which are watched before they move".to_owned());
                     return (false, wishes);
                 }
             }
