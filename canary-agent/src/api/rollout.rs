@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::model::ChangeReport;
+
 /// `POST /v1/rollouts/{name}/{action}`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -30,6 +32,13 @@ pub struct RolloutReport {
     pub revision: u64,
     /// What is, or would be, done, in a sentence.
     pub text: String,
+    /// The share that its version is, or would be, given for it; absent where that stays.
+    #[serde(default)]
+    pub share: Option<String>,
+    /// Only said what would happen: what that share would move. Absent where it stays, or where
+    /// nobody could set it now.
+    #[serde(default)]
+    pub change: Option<ChangeReport>,
     /// How the rollout stands.
     pub rollout: RolloutStatus,
     /// Begun: what its gates can't do at the present rate of connections, in sentences.
@@ -81,7 +90,7 @@ pub struct RolloutStatus {
     pub watched_seconds: f64,
     /// Seconds that the step lasts at least from now on.
     pub left_seconds: Option<f64>,
-    /// The gate of its step at work.
+    /// The gate of its step at work, or as it was when it was aborted.
     pub gate: Option<GateStatus>,
 }
 
@@ -96,7 +105,7 @@ pub struct RolloutStep {
     pub gate: Option<String>,
     /// Whether it waits for an operator.
     pub pause: bool,
-    /// `done`, `current`, or `to come`.
+    /// `done`, `current`, `to come`, or `ended` for the one in which it was aborted.
     pub state: String,
 }
 

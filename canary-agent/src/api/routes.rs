@@ -3,6 +3,8 @@
 //! Handlers turn a request into a question to the loop and its answer into JSON.
 //! They decide nothing themselves. Must not know of connections.
 
+use std::collections::BTreeMap;
+
 use axum::{
     Json, Router,
     extract::{Request, State},
@@ -32,7 +34,7 @@ use super::{
     plan::{self, Instead},
     public,
     reload::{ReloadReport, ReloadRequest},
-    rollout::{RolloutHistory, RolloutReport, RolloutRequest, Rollouts},
+    rollout::{RolloutHistory, RolloutReport, RolloutRequest, RolloutStatus, Rollouts},
 };
 use crate::{
     daemon::{Action, ExplainQuery, Refusal},
@@ -378,7 +380,15 @@ async fn rollout(
     Operator(peer): Operator,
     Body(request): Body<RolloutRequest>,
 ) -> Result<Json<RolloutReport>, ApiError> {
+    let dry_run = request.dry_run;
     let mut report = api.handle.rollout(name.clone(), action, request, peer).await?;
+    if let (true, Some(share)) = (dry_run, &report.share) {
+        let RolloutStatus { service, to, .. } = &report.rollout;
+        let split = BTreeMap::from([(to.clone(), share.clone())]);
+        let request = SplitRequest { split, dry_run, ..SplitRequest::default() };
+        // What a freeze is in the way of is no reason to say nothing.
+        report.change = api.handle.split(service.clone(), request, peer).await.ok();
+    }
     // It has begun already, or would: what follows delays nothing but the answer.
     if matches!(action, Action::Start | Action::Retry) {
         report.warnings = plan::warnings(&api, &name).await;

@@ -265,7 +265,7 @@ pub(super) struct Plan {
     /// The rollout
     pub(super) rollout: String,
     /// New connections a second of the service [default: as counted over the last ten seconds]
-    #[arg(long, value_name = "NUMBER")]
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
     pub(super) rate: Option<String>,
     /// How often a signal is usual, as connect_failed=0.2% [default: as counted]; may be
     /// repeated

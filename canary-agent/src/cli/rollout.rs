@@ -12,7 +12,7 @@ use super::{
     args::{self, RolloutBegun, RolloutTold},
     client::{Client, encoded},
     failure::{Failure, exit},
-    plan, print,
+    plan, print, split,
     text::{self, Align, Table, age, maybe_percent, percent},
     watch,
 };
@@ -108,7 +108,8 @@ pub(super) async fn run(
 }
 
 fn reported(report: &RolloutReport) -> String {
-    let RolloutReport { applied, revision, text: what, rollout, took_us, warnings } = report;
+    let RolloutReport { applied, revision, text: what, share, change, rollout, took_us, warnings } =
+        report;
     let mut out = format!("{}\n", text::plain(what));
     match applied {
         true => {
@@ -116,7 +117,15 @@ fn reported(report: &RolloutReport) -> String {
             out.push_str(&format!("done after {took:?} (revision {revision})\n\n"));
             out.push_str(&drawn(rollout, None));
         }
-        false => out.push_str("nothing was changed (--dry-run)\n"),
+        false => match (change, share) {
+            (Some(change), _) => out.push_str(&split::reported(change)),
+            (None, share) => {
+                let would =
+                    share.iter().map(|share| format!("`{}` would have {share}", rollout.to));
+                let lines = would.chain(["nothing was changed (--dry-run)".to_owned()]);
+                out.extend(lines.map(|line| format!("{}\n", text::plain(&line))));
+            }
+        },
     }
     out + &plan::warned(warnings)
 }
@@ -335,6 +344,7 @@ fn drawn_steps(status: &RolloutStatus) -> String {
         let sign = match state.as_str() {
             "done" => "✔",
             "current" => "▶",
+            "ended" => "✖",
             _ => "",
         };
         let mut does = Vec::new();

@@ -65,7 +65,8 @@ fn shown(split: &Split) -> String {
     table.render("")
 }
 
-fn reported(report: &ChangeReport) -> String {
+/// What has moved, or would move.
+pub(super) fn reported(report: &ChangeReport) -> String {
     let ChangeReport {
         applied,
         revision,

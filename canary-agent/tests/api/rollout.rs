@@ -57,6 +57,16 @@ async fn a_rollout_is_told_and_waited_for() {
         assert_eq!(code(&told), 0, "{told:?}");
         assert!(stdout(&told).lines().any(|shown| shown == line), "{told:?}");
     }
+    // What it would move is told as of a split, if its share would be another.
+    let tried = ask(&agent, &["rollout", "abort", "shop-v2", "--dry-run"]);
+    for part in ["buckets would move", "backends touched"] {
+        assert!(stdout(&tried).contains(part), "{tried:?}");
+    }
+    let tried = ask(&agent, &["rollout", "abort", "shop-v2", "--dry-run", "--json"]);
+    let tried: Value = serde_json::from_str(stdout(&tried)).expect("JSON");
+    assert_eq!((&tried["share"], &tried["change"]["applied"]), (&"0%".into(), &false.into()));
+    let tried = ask(&agent, &["rollout", "pause", "shop-v2", "--dry-run"]);
+    assert!(!stdout(&tried).contains("would move"), "{tried:?}");
     let unknown = ask(&agent, &["rollout", "resume", "shop-v9", "--json"]);
     assert_eq!(json_error(&unknown).error.code, "unknown_rollout");
     // It is under way for longer than anybody waits, and the other was aborted.

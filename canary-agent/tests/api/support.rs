@@ -724,6 +724,8 @@ fn rollout(name: &str, action: Action, request: &RolloutRequest) -> Result<Rollo
         applied: !request.dry_run,
         revision: 8,
         text: format!("rollout `{name}` at step 2: {}", action.name()),
+        share: (action == Action::Abort).then(|| "0%".to_owned()),
+        change: None,
         rollout: under_way(),
         warnings: Vec::new(),
         took_us: 1_500,

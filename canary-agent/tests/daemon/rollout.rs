@@ -316,6 +316,11 @@ fn a_gate_that_fails_aborts_and_one_that_passes_goes_on() {
     let over = status(&mut agent, "shop-v2");
     assert_eq!(over.state, "aborted");
     assert!(over.reason.unwrap().contains("worse"));
+    // What it has come to its end by is still there.
+    let states: Vec<&str> = over.steps.iter().map(|step| step.state.as_str()).collect();
+    assert_eq!(states, ["done", "ended", "to come"]);
+    let gate = over.gate.unwrap();
+    assert_eq!((gate.verdict.as_deref(), gate.probes[0].bad), (Some("fail"), 2));
     let history = agent
         .ask(|reply| Request::RolloutHistory { name: "shop-v2".to_owned(), evidence: true, reply })
         .unwrap();
@@ -323,6 +328,59 @@ fn a_gate_that_fails_aborts_and_one_that_passes_goes_on() {
     // Another begins from the first step.
     tell(&mut agent, "shop-v2", Action::Retry).unwrap();
     assert_eq!(status(&mut agent, "shop-v2").step, Some(1));
+}
+
+/// The share that would be set.
+fn tried(agent: &mut Agent, action: Action, full: bool) -> Option<String> {
+    let request = RolloutRequest { dry_run: true, full, ..RolloutRequest::default() };
+    let name = "shop-v2".to_owned();
+    let asked = |reply| Request::Rollout { name, action, request, peer: PEER, reply };
+    let report: RolloutReport = agent.ask(asked).unwrap();
+    assert!(!report.applied);
+    report.share
+}
+
+#[test]
+fn what_would_be_set_is_said_beforehand() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut agent = start(&dir, &with(vec![step("5%", 1_000), step("50%", 0), step("80%", 0)]));
+    assert_eq!(tried(&mut agent, Action::Start, false).as_deref(), Some("5%"));
+    tell(&mut agent, "shop-v2", Action::Start).unwrap();
+    seconds(&mut agent, 10);
+    let before = (asked(&mut agent), status(&mut agent, "shop-v2"));
+    for (action, full, share) in [
+        (Action::Promote, false, Some("50%")),
+        (Action::Promote, true, Some("80%")),
+        (Action::Abort, false, Some("0%")),
+        (Action::Pause, false, None),
+    ] {
+        assert_eq!(tried(&mut agent, action, full).as_deref(), share, "{action:?}");
+    }
+    assert_eq!((asked(&mut agent), status(&mut agent, "shop-v2")), before);
+}
+
+#[test]
+fn evidence_that_waits_for_a_disk_is_bounded() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut agent = start(&dir, &with(vec![gated("5%"), step("100%", 0)]));
+    let (errands, mut sent) = tokio::sync::mpsc::unbounded_channel();
+    agent.state.send_errands_to(errands);
+    tell(&mut agent, "shop-v2", Action::Start).unwrap();
+    seconds(&mut agent, 9);
+    let Ok(Errand::Measure { turn, .. }) = sent.try_recv() else { panic!("somebody is asked") };
+    agent.host.with(|host| host.refuse_store = true);
+    for _ in 0..25_000 {
+        let (rollout, answer) = ("shop-v2".to_owned(), Answer::None("nobody is there".to_owned()));
+        agent.event(Event::Said(Said::Measured { rollout, turn, probe: 0, answer }));
+    }
+    seconds(&mut agent, 7);
+    agent.host.with(|host| host.refuse_store = false);
+    seconds(&mut agent, 2);
+    let history = agent
+        .ask(|reply| Request::RolloutHistory { name: "shop-v2".to_owned(), evidence: true, reply })
+        .unwrap();
+    let kept = &history.runs[0].evidence;
+    assert_eq!(kept.len(), 20_000);
 }
 
 #[test]

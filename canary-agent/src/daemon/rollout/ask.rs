@@ -94,7 +94,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             (Action::Retry, None) => self.may_retry(name)?,
             _ => false,
         };
-        let text = if begins {
+        let (text, share) = if begins {
             let Some(config) = config else { return Err(self.unknown_rollout(name)) };
             self.start_rollout(&config, request, peer, now)?
         } else {
@@ -108,6 +108,8 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             applied: !request.dry_run,
             revision: self.revision,
             text,
+            share: share.map(|share| share.to_string()),
+            change: None,
             rollout: self.rollout_status(name).unwrap_or_default(),
             warnings: Vec::new(),
             took_us: crate::daemon::state::micros(arrived.elapsed()),
@@ -154,21 +156,22 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         request: &RolloutRequest,
         peer: Peer,
         now: Moment,
-    ) -> Result<String, Refusal> {
+    ) -> Result<(String, Option<Share>), Refusal> {
         let share = self.may_start(config, request, peer, now)?;
         let text =
             format!("rollout `{}` of `{}` begins: {}", config.name, config.to, recipe(config));
+        let run = Run::start(config, share, self.revision, at(now));
+        let next = next_share(&run, Some(config));
         if request.dry_run {
-            return Ok(text);
+            return Ok((text, next));
         }
         self.line(&config.service, &config.name, Action::Start, request, peer, now)?;
-        let run = Run::start(config, share, self.revision, at(now));
         self.rollouts.over.remove(&config.name);
         self.rollouts.active.push(Active::new(None, run));
         let told = Told { kind: "started", text: recipe(config) };
         let wishes = vec![Wish::Save, Wish::Tell(told)];
         self.fulfil(self.rollouts.active.len() - 1, wishes, now);
-        Ok(text)
+        Ok((text, next))
     }
 
     /// Refuses to begin what could not go on. Returns the share that the version has.
@@ -250,7 +253,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         request: &RolloutRequest,
         peer: Peer,
         now: Moment,
-    ) -> Result<String, Refusal> {
+    ) -> Result<(String, Option<Share>), Refusal> {
         let record = self.rollouts.active[at].run.position().clone();
         let reason = request.reason.as_deref();
         let mut run = self.rollouts.active[at].run.clone();
@@ -279,8 +282,13 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         })?;
         let text =
             format!("rollout `{}` at step {}: {}", record.name, record.step + 1, action.name());
+        let [_, mine] = record.shares;
+        let next = match action {
+            Action::Abort => Some(Share::ZERO).filter(|share| *share != mine),
+            _ => next_share(&run, config.as_deref()),
+        };
         if request.dry_run {
-            return Ok(text);
+            return Ok((text, next));
         }
         if action == Action::Abort {
             // It waits for no disk.
@@ -292,12 +300,12 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             {
                 tracing::error!("{refusal}");
             }
-            return Ok(text);
+            return Ok((text, next));
         }
         self.line(&record.service, &record.name, action, request, peer, now)?;
         self.rollouts.active[at].run = run;
         self.fulfil(at, wishes, now);
-        Ok(text)
+        Ok((text, next))
     }
 
     /// Who has told a rollout what: a line of the audit trail that moves nothing.
@@ -389,6 +397,14 @@ impl<S: StateStore, K: Kernel> State<S, K> {
     fn rollout_status(&self, name: &str) -> Option<RolloutStatus> {
         self.rollout_statuses().into_iter().find(|status| status.name == name)
     }
+}
+
+/// The share that a rollout is about to set, if that is another one.
+fn next_share(run: &Run, config: Option<&Rollout>) -> Option<Share> {
+    let record = run.position();
+    let [_, mine] = record.shares;
+    let step = config.filter(|_| record.stage == Stage::Entering)?.steps.get(record.step)?;
+    step.split.filter(|share| *share != mine)
 }
 
 fn evidence_row(line: EvidenceLine) -> EvidenceRow {

@@ -42,6 +42,8 @@ pub(super) const ACTION: &str = "rollout";
 const KEEP_MS: u64 = 5_000;
 /// What could not be kept is kept after this time.
 const KEEP_AGAIN_MS: u64 = 1_000;
+/// So many lines of evidence wait for a disk that takes them; older ones are let go of.
+const OWED_EVIDENCE: usize = 20_000;
 /// Wishes lead to others: so often in a row.
 const TURNS: usize = 32;
 /// So many changes of a service are looked through for those of a rollout.
@@ -328,6 +330,9 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             }
             Err(error) => {
                 active.keep_ms = Some(now.boot_ms + KEEP_AGAIN_MS);
+                // A disk may be full for days.
+                let above = active.evidence.len().saturating_sub(OWED_EVIDENCE);
+                active.evidence.drain(..above);
                 let alert = format!(
                     "rollout {}: where it stands can't be kept, and a restart would go on from before: {error}",
                     stored.name

@@ -68,7 +68,12 @@ fn of_record(
     number: Option<u64>,
     config: Option<&std::sync::Arc<Rollout>>,
 ) -> RolloutStatus {
+    // What it has come to its end by, if that is still what is configured.
+    let step = config.and_then(|config| config.steps.get(record.step));
+    let ended = step.and_then(|step| step.gate.as_ref()).zip(record.evidence.clone());
+    let ended = ended.filter(|_| record.stage == Stage::Aborted);
     RolloutStatus {
+        gate: ended.and_then(|(gate, kept)| Watch::resume(gate, kept).ok()).as_ref().map(gate),
         name: record.name.clone(),
         service: record.service.clone(),
         to: record.to.clone(),
@@ -89,7 +94,8 @@ fn of_record(
 fn steps(config: &Rollout, record: Option<&Record>) -> Vec<RolloutStep> {
     let state = |at: usize| match record {
         Some(record) if record.stage == Stage::Completed || at < record.step => "done",
-        Some(record) if at == record.step && !record.stage.is_over() => "current",
+        Some(record) if at == record.step && record.stage == Stage::Aborted => "ended",
+        Some(record) if at == record.step => "current",
         _ => "to come",
     };
     let all = config.steps.iter().enumerate();
