@@ -29,6 +29,7 @@ mod packaged;
 mod panic;
 mod passes;
 mod payloads;
+mod plans;
 mod pressure;
 mod quic;
 mod quic_peer;
