@@ -99,6 +99,8 @@ other {
     NoticesWritten = "notices-written",
     /// Where a rollout stands is written and not committed.
     RolloutWritten = "rollout-written",
+    /// What has become of members is written and not committed.
+    MembersWritten = "members-written",
 }
 handover {
     /// Maps stand beside those in force, and hold nothing.

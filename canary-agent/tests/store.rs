@@ -5,7 +5,7 @@ use std::{fs, os::unix::fs::FileExt, path::Path, thread};
 use canary_agent::store::{
     Admin, BackendChange, Change, Commit, Deadline, Event, EventQuery, EvidenceLine, KEPT_CHANGES,
     KEPT_LISTS, KEPT_NOTICES, Notice, PlacementRecord, ServiceRecord, SqliteStore, StateStore,
-    StoreError, StoredRollout,
+    StoreError, StoredMember, StoredRollout,
 };
 use nix::{
     mount::{MsFlags, mount},
@@ -165,10 +165,46 @@ fn a_file_of_each_schema_there_was_is_brought_up_to_date() {
             assert_eq!((counted.share, counted.events), (Some(0.05), Some([7, 2])));
             assert_eq!(asked.answer.as_deref(), Some("good: 0.5"));
         }
+        if schema >= 6 {
+            let [one, other] = &snapshot.members[..] else { panic!("two members") };
+            assert_eq!(
+                (one.audience.as_str(), one.network.to_string()),
+                ("beta", "192.0.2.7/32".into())
+            );
+            assert_eq!((other.boot_ms, other.unix_ms), (5_500_000, 1_700_000_503_000));
+        }
         let next = snapshot.revision + 1;
         let stored = store.commit(snapshot.revision, &[commit("shop", "7%", &[8])]);
         assert_eq!(stored.unwrap(), next, "schema {schema}");
     }
+}
+
+#[test]
+fn members_are_kept_in_place_of_what_was_kept_of_them_and_forgotten() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut store = SqliteStore::new(dir.path());
+    let one = |network: &str, boot_ms| StoredMember {
+        audience: "beta".to_owned(),
+        network: network.parse().unwrap(),
+        boot_ms,
+        boot_id: "a-boot".to_owned(),
+        unix_ms: u64::MAX >> 12,
+    };
+    let gone = |network: &str| ("beta".to_owned(), network.parse().unwrap());
+    let [a, b] = ["192.0.2.1/32", "2001:db8::/64"];
+    store.keep_members(&[one(a, 5), one(b, 6)], &[gone(a)], true).unwrap();
+    assert_eq!(store.load().unwrap().members, [one(b, 6)]);
+    store.keep_members(&[one(a, 7), one(b, 8)], &[], false).unwrap();
+    let other = ("other".to_owned(), a.parse().unwrap());
+    store.keep_members(&[], &[other, gone("192.0.2.9/32")], false).unwrap();
+    assert_eq!(SqliteStore::new(dir.path()).load().unwrap().members, [one(a, 7), one(b, 8)]);
+    raw(dir.path()).execute("UPDATE member SET network = 'somebody'", ()).unwrap_err();
+    raw(dir.path())
+        .execute("UPDATE member SET network = 'somebody' WHERE boot_ms = 7", ())
+        .unwrap();
+    let mut damaged = SqliteStore::new(dir.path());
+    assert!(damaged.load().unwrap().members.is_empty());
+    assert_eq!(damaged.take_set_aside().len(), 1, "a file that says nonsense is set aside");
 }
 
 #[test]

@@ -7,19 +7,19 @@ use utoipa::ToSchema;
 use super::{
     Api,
     error::ApiError,
-    extract::{AudienceName, ClientAddress, NoQuery},
-    openapi::{ReadErrors, ServiceErrors},
+    extract::{AudienceName, Body, ClientAddress, NoQuery, Operator},
+    openapi::{ChangeErrors, ReadErrors, ServiceErrors},
 };
 
 /// `GET /v1/audiences`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Audiences {
     /// In the order of the configuration.
     pub audiences: Vec<AudienceStatus>,
 }
 
 /// An audience.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct AudienceStatus {
     /// Its name.
     pub name: String,
@@ -37,10 +37,76 @@ pub struct AudienceStatus {
     pub mmdb: Option<String>,
     /// What its records are asked.
     pub expression: Option<String>,
+    /// Members with a lifetime; absent where there can't be any.
+    #[serde(default)]
+    pub members: Option<AudienceMembers>,
     /// A few of the networks; empty in a list.
     pub examples: Vec<String>,
     /// The routes that name it.
     pub routes: Vec<AudienceRoute>,
+}
+
+/// The members of an audience.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct AudienceMembers {
+    /// How many there are.
+    pub members: usize,
+    /// How many there may be.
+    pub room: usize,
+    /// How long one lives that is not renewed, if whoever adds it does not say.
+    pub ttl_seconds: u64,
+    /// Seconds until the next one's end.
+    pub next_ends_in_seconds: Option<f64>,
+}
+
+/// `POST /v1/audiences/{name}/members`: all of it is done, or nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MembersRequest {
+    /// Addresses and networks that become members, or are renewed if they are. An IPv6 address
+    /// counts as its /64; with `/128` behind it, as itself. With `remove`, 10,000 at most.
+    #[serde(default)]
+    pub add: Vec<String>,
+    /// Those that are members no more.
+    #[serde(default)]
+    pub remove: Vec<String>,
+    /// How long those that are added stay, such as `8h`; without it, as the configuration says.
+    /// Nobody's life becomes shorter by this.
+    #[serde(default)]
+    pub ttl: Option<String>,
+    /// Kept in the audit trail.
+    #[serde(default)]
+    pub reason: Option<String>,
+    /// Only say what would happen.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// What has become, or would become, of members.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MembersReport {
+    /// Whether it was done.
+    pub applied: bool,
+    /// The audience.
+    pub audience: String,
+    /// Members that were none before.
+    pub added: usize,
+    /// Members whose lives were prolonged.
+    pub renewed: usize,
+    /// Members whose lives go on for longer than was asked for.
+    pub kept: usize,
+    /// Members that were taken out.
+    pub removed: usize,
+    /// Those that were to be taken out and were no members.
+    pub not_there: usize,
+    /// How long those that were added or renewed stay; absent where nobody was.
+    pub ttl_seconds: Option<u64>,
+    /// How many members there are then.
+    pub members: usize,
+    /// How many there may be.
+    pub room: usize,
+    /// Microseconds until it was in force.
+    pub took_us: u64,
 }
 
 /// A route of a service for an audience.
@@ -57,7 +123,7 @@ pub struct AudienceRoute {
 }
 
 /// `GET /v1/clients/{address}`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ClientReport {
     /// The client.
     pub address: String,
@@ -68,12 +134,15 @@ pub struct ClientReport {
 }
 
 /// An audience that holds a client.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct HoldingAudience {
     /// Its name.
     pub name: String,
     /// The network that the client is in.
     pub network: String,
+    /// A member with a lifetime: seconds until its end.
+    #[serde(default)]
+    pub ends_in_seconds: Option<f64>,
 }
 
 /// What a client is to a service.
@@ -111,6 +180,26 @@ pub(super) async fn show(
     _: NoQuery,
 ) -> Result<Json<AudienceStatus>, ApiError> {
     Ok(Json(api.handle.audience(name).await?))
+}
+
+/// Adds members to an audience, renews them and takes them out; or says what that would do.
+///
+/// Needs what a change of the split needs.
+#[utoipa::path(post, path = "/v1/audiences/{name}/members", tag = "changing",
+    params(("name" = String, Path, description = "The audience.")),
+    request_body = MembersRequest,
+    responses(
+        (status = 200, description = "What has become, or would become, of members.",
+            body = MembersReport),
+        ChangeErrors))]
+pub(super) async fn change_members(
+    State(api): State<Api>,
+    AudienceName(name): AudienceName,
+    _: NoQuery,
+    Operator(peer): Operator,
+    Body(request): Body<MembersRequest>,
+) -> Result<Json<MembersReport>, ApiError> {
+    Ok(Json(api.handle.members(name, request, peer).await?))
 }
 
 /// Which audiences a client is in, and what it is to the services with routes.

@@ -33,6 +33,32 @@ pub struct Status {
     /// Rollouts in the order of the configuration; those that are not configured any more, last.
     #[serde(default)]
     pub rollouts: Vec<super::rollout::RolloutStatus>,
+    /// Audiences in the order of the configuration.
+    #[serde(default)]
+    pub audiences: Vec<AudienceSummary>,
+}
+
+/// How large an audience is, and what has become of its members since the agent began.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct AudienceSummary {
+    /// Its name.
+    pub name: String,
+    /// Networks of the configuration, those beside and inside each other counted once.
+    pub networks: usize,
+    /// Members with a lifetime.
+    pub members: usize,
+    /// How many of them there may be; 0 where there are none by configuration.
+    pub room: usize,
+    /// Members that were added.
+    pub added: u64,
+    /// Those whose lives were prolonged.
+    pub renewed: u64,
+    /// Those that were taken out.
+    pub removed: u64,
+    /// Those whose time was over.
+    pub expired: u64,
+    /// Requests that were refused.
+    pub refused: u64,
 }
 
 /// A change of [`Status`] that is taken back unless it is confirmed.

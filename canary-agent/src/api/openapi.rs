@@ -42,6 +42,7 @@ use super::{audience, events, model, routes};
         routes::rollout,
         audience::list,
         audience::show,
+        audience::change_members,
         audience::client,
         events::events,
         routes::undo,
@@ -86,7 +87,8 @@ const READING: [(&str, &str); 8] = [
 ];
 
 /// Errors of a route about one service, besides those.
-const SERVICE: [(&str, &str); 1] = [("404", "There is no such service (`unknown_service`).")];
+const SERVICE: [(&str, &str); 1] =
+    [("404", "There is no such service (`unknown_service`), or audience (`unknown_audience`).")];
 
 /// Errors of a change, besides those.
 const CHANGE: [(&str, &str); 4] = [

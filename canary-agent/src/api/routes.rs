@@ -46,7 +46,7 @@ use crate::{
 pub(super) const RELOAD: &str = "/v1/reload";
 
 /// Everything that can be asked: paths, parameters in braces, and their methods.
-pub(super) fn routes() -> [(&'static str, MethodRouter<Api>); 23] {
+pub(super) fn routes() -> [(&'static str, MethodRouter<Api>); 24] {
     [
         ("/v1/status", get(status)),
         ("/v1/health", get(health)),
@@ -61,6 +61,7 @@ pub(super) fn routes() -> [(&'static str, MethodRouter<Api>); 23] {
         ("/v1/rollouts/{name}/{action}", post(rollout)),
         ("/v1/audiences", get(audience::list)),
         ("/v1/audiences/{name}", get(audience::show)),
+        ("/v1/audiences/{name}/members", post(audience::change_members)),
         ("/v1/clients/{address}", get(audience::client)),
         ("/v1/events", get(events)),
         ("/v1/undo", post(undo)),

@@ -2,7 +2,10 @@
 
 use ipnet::IpNet;
 
-use super::network::{self, NetworkError};
+use super::{
+    members::{self, MemberError},
+    network::{self, NetworkError},
+};
 
 /// Most networks of one file, and of all audiences together.
 pub const MAX_NETWORKS: usize = 1_000_000;
@@ -18,7 +21,7 @@ pub struct BadLine {
     /// Where in it the text stands, in characters from 1.
     pub column: usize,
     /// What is wrong.
-    pub error: NetworkError,
+    pub error: MemberError,
 }
 
 /// Why a file of networks can't be used.
@@ -57,6 +60,21 @@ pub enum FileError {
 /// # Errors
 /// Every line that is wrong; there are too many.
 pub fn parse(bytes: &[u8]) -> Result<Vec<IpNet>, FileError> {
+    read(bytes, |text| network::parse(text).map_err(MemberError::from))
+}
+
+/// The same of members with a lifetime.
+///
+/// # Errors
+/// Every line that is wrong; there are too many.
+pub fn parse_members(bytes: &[u8]) -> Result<Vec<IpNet>, FileError> {
+    read(bytes, members::member)
+}
+
+fn read(
+    bytes: &[u8],
+    one: impl Fn(&str) -> Result<IpNet, MemberError>,
+) -> Result<Vec<IpNet>, FileError> {
     if bytes.len() > MAX_BYTES {
         return Err(FileError::TooLarge);
     }
@@ -69,10 +87,10 @@ pub fn parse(bytes: &[u8]) -> Result<Vec<IpNet>, FileError> {
             continue;
         }
         let parsed = match std::str::from_utf8(text) {
-            Ok(text) => network::parse(text),
+            Ok(text) => one(text),
             Err(_) => {
                 let shown = text.iter().take(64).flat_map(|b| b.escape_ascii()).map(char::from);
-                Err(NetworkError::NotANetwork(shown.collect()))
+                Err(NetworkError::NotANetwork(shown.collect()).into())
             }
         };
         match parsed {

@@ -5,7 +5,6 @@
 //! refers to it: the kernel knows clients by it, and old connections by that of before.
 
 use std::{
-    borrow::Borrow,
     cell::RefCell,
     collections::{BTreeMap, BTreeSet, HashMap},
 };
@@ -14,8 +13,6 @@ use canary_ebpf_common::{
     class::Class,
     networks::{Labelled, Prefix, Width, flatten},
 };
-
-use super::network::Networks;
 
 /// What a class says: by service, the audience whose route is the first that holds the client.
 /// Services without such a route are left out.
@@ -66,6 +63,17 @@ impl Numbers {
     pub fn audience(&self, class: Class, service: &str) -> Option<&str> {
         let (_, meaning) = self.iter().find(|(known, _)| *known == class)?;
         meaning.get(service).map(String::as_str)
+    }
+
+    /// Both together; `None` where they contradict each other.
+    pub fn with(&self, other: &Self) -> Option<Self> {
+        let mut both = self.clone();
+        both.by_meaning.extend(other.by_meaning.clone());
+        let agrees = |one: &Self| {
+            one.by_meaning.iter().all(|(meaning, class)| both.by_meaning[meaning] == *class)
+        };
+        let distinct: BTreeSet<Class> = both.by_meaning.values().copied().collect();
+        (agrees(self) && distinct.len() == both.by_meaning.len()).then_some(both)
     }
 
     /// Forgets the numbers that are not in `used`: nothing refers to them.
@@ -145,26 +153,26 @@ impl Sets<'_> {
     }
 }
 
-/// The classes of one family's clients. New ones take free numbers.
+/// The classes of one family's clients. New ones take free numbers. An audience is what all its
+/// `parts` hold together.
 ///
 /// Audiences that no route names, and routes whose audience is not there, hold nobody.
 ///
 /// # Errors
 /// There are too many classes; `numbers` is as it was.
-pub fn classes(
+pub fn classes<'p>(
     width: Width,
-    audiences: &BTreeMap<String, impl Borrow<Networks>>,
+    parts: impl IntoIterator<Item = (&'p str, &'p [Prefix])>,
     routes: &[ServiceRoutes],
     numbers: &mut Numbers,
 ) -> Result<Labelled<Class>, RoutesError> {
     let routed: BTreeSet<&str> =
         routes.iter().flat_map(|routes| &routes.audiences).map(String::as_str).collect();
-    let names: Vec<&str> =
-        audiences.keys().map(String::as_str).filter(|name| routed.contains(name)).collect();
+    let names: Vec<&str> = routed.into_iter().collect();
     let mut items: Vec<(Prefix, u32)> = Vec::new();
-    for (at, name) in (0..).zip(&names) {
-        if let Some(networks) = audiences.get(*name) {
-            items.extend(networks.borrow().of(width).iter().map(|prefix| (*prefix, at)));
+    for (name, prefixes) in parts {
+        if let Ok(at) = names.binary_search(&name) {
+            items.extend(prefixes.iter().map(|prefix| (*prefix, at as u32)));
         }
     }
     let mut taken = numbers.clone();
@@ -201,7 +209,14 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::audience::network::parse;
+    use crate::audience::network::{Networks, parse};
+
+    fn parts(
+        audiences: &BTreeMap<String, Networks>,
+        width: Width,
+    ) -> impl Iterator<Item = (&str, &[Prefix])> {
+        audiences.iter().map(move |(name, networks)| (name.as_str(), networks.of(width)))
+    }
 
     fn networks(texts: &[&str]) -> Networks {
         Networks::new(texts.iter().map(|text| parse(text).unwrap()))
@@ -221,8 +236,8 @@ mod tests {
         ]);
         let lists = [routes("blog", &["testers"]), routes("shop", &["staff", "testers", "gone"])];
         let mut numbers = Numbers::default();
-        let v4 = classes(Width::V4, &audiences, &lists, &mut numbers).unwrap();
-        let v6 = classes(Width::V6, &audiences, &lists, &mut numbers).unwrap();
+        let v4 = classes(Width::V4, parts(&audiences, Width::V4), &lists, &mut numbers).unwrap();
+        let v6 = classes(Width::V6, parts(&audiences, Width::V6), &lists, &mut numbers).unwrap();
         let at = |text: &str, service: &str| {
             let addr: IpAddr = text.parse().unwrap();
             let class = if addr.is_ipv4() { v4.at(addr) } else { v6.at(addr) };
@@ -236,11 +251,17 @@ mod tests {
         assert_eq!((v4.prefixes().len(), v6.prefixes().len(), numbers.iter().count()), (2, 1, 3));
         // Numbers stay, and are given out again when nobody uses them.
         let before = numbers.clone();
-        let again = classes(Width::V4, &audiences, &lists, &mut numbers).unwrap();
+        let again = classes(Width::V4, parts(&audiences, Width::V4), &lists, &mut numbers).unwrap();
         assert_eq!((again, &numbers), (v4.clone(), &before));
         numbers.retain(&v4.prefixes().iter().map(|(_, class)| *class).collect());
         assert_eq!(numbers.iter().count(), 2);
         assert_eq!(Numbers::adopted(before.iter().map(|(class, m)| (class, m.clone()))), before);
+        // Two that were given out apart are one, unless a number means two things.
+        assert_eq!(before.with(&numbers), Some(before.clone()));
+        let other = [routes("blog", &["staff"])];
+        classes(Width::V4, parts(&audiences, Width::V4), &other, &mut numbers).unwrap();
+        let differs = before.with(&numbers).is_none();
+        assert!(differs || before.with(&numbers).is_some_and(|both| both.iter().count() == 4));
     }
 
     proptest! {
@@ -268,7 +289,7 @@ mod tests {
                 })
                 .collect();
             let mut numbers = Numbers::default();
-            let found = classes(Width::V4, &audiences, &lists, &mut numbers).unwrap();
+            let found = classes(Width::V4, parts(&audiences, Width::V4), &lists, &mut numbers).unwrap();
             for last in 0..=u8::MAX {
                 let addr = IpAddr::from([192, 0, 2, last]);
                 for list in &lists {

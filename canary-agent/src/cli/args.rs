@@ -343,6 +343,25 @@ pub(super) enum Backend {
 pub(super) enum Audience {
     /// Show all audiences, and the services that have routes for them
     List,
+    /// Make clients members of an audience for some time, or renew them
+    ///
+    /// An IPv6 address counts as its /64: hosts change the rest by themselves. To have one address
+    /// alone, write /128 behind it. Nobody's time becomes shorter by this. More than 10,000 go in
+    /// several requests; each is done whole or not at all.
+    Add {
+        /// Whom, and on what terms
+        #[command(flatten)]
+        members: Members,
+        /// How long they stay unless they are renewed; as the configuration says if left out
+        #[arg(long, visible_alias = "for", value_name = "DURATION")]
+        ttl: Option<String>,
+    },
+    /// End memberships before their time
+    Remove {
+        /// Whom, and on what terms
+        #[command(flatten)]
+        members: Members,
+    },
     /// Show an audience: where it comes from, how large it is, and a few of its networks
     Show {
         /// The audience
@@ -353,6 +372,25 @@ pub(super) enum Audience {
         /// The client's address
         address: IpAddr,
     },
+}
+
+/// Members of an audience.
+#[derive(Args, Debug)]
+pub(super) struct Members {
+    /// The audience
+    pub(super) name: String,
+    /// Addresses and networks
+    #[arg(value_name = "NETWORK", required_unless_present = "from")]
+    pub(super) networks: Vec<String>,
+    /// Read more from this file, one a line, `#` before comments; `-` for standard input
+    #[arg(long, value_name = "FILE")]
+    pub(super) from: Option<PathBuf>,
+    /// Kept in the audit trail
+    #[arg(long, value_name = "TEXT")]
+    pub(super) reason: Option<String>,
+    /// Only say what would happen
+    #[arg(long)]
+    pub(super) dry_run: bool,
 }
 
 /// What a backend is told to be.

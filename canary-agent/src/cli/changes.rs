@@ -16,7 +16,7 @@ use crate::api::model::{
 };
 
 /// Said where nothing was asked for but what would be.
-const DRY_RUN: &str = "nothing was changed (--dry-run)\n";
+pub(super) const DRY_RUN: &str = "nothing was changed (--dry-run)\n";
 
 /// Takes changes back, and says what became of it.
 pub(super) async fn undo(client: &Client, undo: args::Undo, json: bool) -> Result<(), Failure> {

@@ -7,12 +7,13 @@ use std::{
     collections::HashMap,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use ipnet::IpNet;
 
 use super::{
-    model::{Audience, Mmdb},
+    model::{Audience, Dynamic, Mmdb},
     outside::Outside,
     scalar::{self, Problem, quote},
     sink::Sink,
@@ -23,6 +24,7 @@ use crate::audience::{
     Networks,
     expression::{Expression, ExpressionError},
     file::{self, FileError, MAX_NETWORKS},
+    members,
     mmdb::{Database, MmdbError},
     network,
 };
@@ -30,6 +32,8 @@ use crate::audience::{
 /// Longest name of an audience.
 pub(super) const MAX_NAME_BYTES: usize = 63;
 const MAX_AUDIENCES: usize = 1024;
+/// Members that an audience may have, unless it says otherwise.
+const DEFAULT_MEMBERS: u32 = 100_000;
 /// Bad lines of one file that are shown each; of more it is enough to know how many.
 const SHOWN_LINES: usize = 100;
 
@@ -63,17 +67,27 @@ pub(super) fn together(audiences: &[Placed], sink: &mut Sink) {
         );
     }
     let mut total = 0;
+    let mut members = 0;
     for placed in audiences {
         let before = total;
-        total += placed.audience.networks.len();
+        let room = placed.audience.dynamic.as_ref().map_or(0, |dynamic| dynamic.max);
+        members += room;
+        total += placed.audience.networks.len() + room;
         if before <= MAX_NETWORKS && total > MAX_NETWORKS {
-            sink.error(
+            let of_them = match members {
+                0 => String::new(),
+                members => format!(", counting {members} members that there may be"),
+            };
+            let finding = sink.error(
                 placed.span,
                 format!(
-                    "the audiences up to this one have {total} networks; {MAX_NETWORKS} is the most for \
-                     all of them together"
+                    "the audiences up to this one have {total} networks{of_them}; {MAX_NETWORKS} is the \
+                     most for all of them together"
                 ),
             );
+            if members > 0 {
+                finding.help("`dynamic = { max = … }` says how many members an audience may have");
+            }
         }
     }
 }
@@ -100,12 +114,13 @@ pub(super) fn read(
         None => "this audience".to_owned(),
     };
     let (cidr_node, file_node) = (fields.take("cidr", sink), fields.take("file", sink));
-    let mmdb_node = fields.take("mmdb", sink);
+    let (mmdb_node, dynamic_node) = (fields.take("mmdb", sink), fields.take("dynamic", sink));
     fields.finish(sink);
-    if [cidr_node, file_node, mmdb_node].iter().all(Option::is_none) {
+    if [cidr_node, file_node, mmdb_node, dynamic_node].iter().all(Option::is_none) {
         sink.absent(span, format!("{label} has no networks"))
-            .help("give it `cidr`, `file` or `mmdb`");
+            .help("give it `cidr`, `file` or `mmdb`, or members: `dynamic = { ttl = \"8h\" }`");
     }
+    let dynamic = dynamic_node.and_then(|node| dynamic(&node, sink));
     let mut nets: Vec<IpNet> = Vec::new();
     if let Some(node) = cidr_node {
         let list = node.list(sink, |item, sink| {
@@ -135,8 +150,27 @@ pub(super) fn read(
             networks: Arc::new(networks),
             file,
             mmdb,
+            dynamic,
         },
     })
+}
+
+/// How members live that are added while the agent runs.
+fn dynamic(node: &Node<'_>, sink: &mut Sink) -> Option<Dynamic> {
+    let mut fields = node.table("audience.dynamic", sink)?;
+    let help = "such as `dynamic = { ttl = \"8h\" }`: how long a member stays that is not renewed";
+    let ttl_node = required(&mut fields, "dynamic", "ttl", help, sink);
+    let max_node = fields.take("max", sink);
+    fields.finish(sink);
+    let ttl = ttl_node.and_then(|node| node.parse_loose(sink, lifetime));
+    let most = MAX_NETWORKS as u32;
+    let max = max_node.map_or(Some(DEFAULT_MEMBERS), |node| node.integer(sink, 1..=most));
+    Some(Dynamic { ttl: ttl?, max: max? as usize })
+}
+
+fn lifetime(text: &str) -> Result<Duration, Problem> {
+    let ttl = scalar::duration(text)?;
+    members::lifetime_ms(ttl).map(|_| ttl).map_err(|error| Problem::new(error.to_string()))
 }
 
 /// The file that a key names; a relative one lies beside the configuration that names it.
@@ -200,9 +234,15 @@ fn mmdb(
     sink: &mut Sink,
 ) -> Option<(Mmdb, Networks)> {
     let mut fields = node.table("audience.mmdb", sink)?;
-    let file_node = required(&mut fields, "file", "`mmdb = { file = \"/…/City.mmdb\", … }`", sink);
-    let where_node =
-        required(&mut fields, "where", "such as `where = 'country.iso_code == \"US\"'`", sink);
+    let file_node =
+        required(&mut fields, "mmdb", "file", "`mmdb = { file = \"/…/City.mmdb\", … }`", sink);
+    let where_node = required(
+        &mut fields,
+        "mmdb",
+        "where",
+        "such as `where = 'country.iso_code == \"US\"'`",
+        sink,
+    );
     fields.finish(sink);
     let file = file_node.and_then(|node| located(&node, beside, sink));
     let filter = where_node.and_then(|node| {
@@ -242,13 +282,14 @@ fn mmdb(
 
 fn required<'a>(
     fields: &mut Fields<'a>,
+    of: &str,
     key: &'static str,
     help: &str,
     sink: &mut Sink,
 ) -> Option<Node<'a>> {
     let node = fields.take(key, sink);
     if node.is_none() {
-        sink.absent(fields.span, format!("`mmdb` has no `{key}`")).help(help);
+        sink.absent(fields.span, format!("`{of}` has no `{key}`")).help(help);
     }
     node
 }

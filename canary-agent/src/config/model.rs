@@ -46,6 +46,17 @@ pub struct Audience {
     pub file: Option<PathBuf>,
     /// Networks by what is known of them.
     pub mmdb: Option<Mmdb>,
+    /// Members may be added while the agent runs.
+    pub dynamic: Option<Dynamic>,
+}
+
+/// `audience.dynamic`: members with a lifetime.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dynamic {
+    /// How long one lives that is not renewed, if whoever adds it does not say.
+    pub ttl: Duration,
+    /// How many there may be.
+    pub max: usize,
 }
 
 /// `audience.mmdb`: networks by what a MaxMind DB file knows of them.

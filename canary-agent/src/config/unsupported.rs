@@ -4,7 +4,7 @@
 //! something. A release that brings one deletes its line here.
 
 /// Keys, with the tables that they are in.
-const KEYS: &[&str] = &["audience.dynamic", "rollout.steps.audience"];
+const KEYS: &[&str] = &["rollout.steps.audience"];
 
 /// Whether `path` is a key of a later release.
 pub(super) fn is_key(path: &str) -> bool {

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use canary_ebpf_common::networks::Width;
 
-use super::{Kernel, Refusal, State, split::suggestion};
+use super::{Kernel, Moment, Refusal, State, split::suggestion};
 use crate::{
     api::audience::{
         AudienceRoute, AudienceStatus, Audiences, ClientReport, ClientRoute, HoldingAudience,
@@ -22,36 +22,46 @@ const EXAMPLES: usize = 5;
 
 impl<S: StateStore, K: Kernel> State<S, K> {
     /// All audiences.
-    pub(super) fn list_audiences(&self) -> Audiences {
-        Audiences {
-            audiences: self.audiences.iter().map(|one| self.audience_status(one)).collect(),
-        }
+    pub(super) fn list_audiences(&self, now: Moment) -> Audiences {
+        let audiences = self.audiences.iter();
+        Audiences { audiences: audiences.map(|one| self.audience_status(one, now)).collect() }
     }
 
     /// One of them, with a few of its networks.
     ///
     /// # Errors
     /// There is none of that name.
-    pub(super) fn show_audience(&self, name: &str) -> Result<AudienceStatus, Refusal> {
-        let Some(audience) = self.audiences.iter().find(|one| one.name == name) else {
-            let names: Vec<&str> = self.audiences.iter().map(|one| one.name.as_str()).collect();
-            let help = match names.is_empty() {
-                true => "describe one in the configuration: `[[audience]]`".to_owned(),
-                false => suggestion(name, &names, "there are"),
-            };
-            return Err(Refusal {
-                code: "unknown_audience",
-                message: format!("there is no audience `{name}`"),
-                help: Some(help),
-                exit_code: 1,
-            });
-        };
-        let examples = audience.networks.iter().take(EXAMPLES).map(|net| net.to_string());
-        Ok(AudienceStatus { examples: examples.collect(), ..self.audience_status(audience) })
+    pub(super) fn show_audience(&self, name: &str, now: Moment) -> Result<AudienceStatus, Refusal> {
+        let audience = self.find_audience(name)?;
+        let members = self.members.of(name).into_iter().flat_map(|members| members.iter());
+        let networks = audience.networks.iter().chain(members.map(|(network, _)| network));
+        let examples = networks.take(EXAMPLES).map(|net| net.to_string()).collect();
+        Ok(AudienceStatus { examples, ..self.audience_status(audience, now) })
     }
 
-    fn audience_status(&self, audience: &Audience) -> AudienceStatus {
-        let Audience { name, networks, file, mmdb } = audience;
+    /// The audience of that name.
+    ///
+    /// # Errors
+    /// There is none.
+    pub(super) fn find_audience(&self, name: &str) -> Result<&Audience, Refusal> {
+        if let Some(audience) = self.audiences.iter().find(|one| one.name == name) {
+            return Ok(audience);
+        }
+        let names: Vec<&str> = self.audiences.iter().map(|one| one.name.as_str()).collect();
+        let help = match names.is_empty() {
+            true => "describe one in the configuration: `[[audience]]`".to_owned(),
+            false => suggestion(name, &names, "there are"),
+        };
+        Err(Refusal {
+            code: "unknown_audience",
+            message: format!("there is no audience `{name}`"),
+            help: Some(help),
+            exit_code: 1,
+        })
+    }
+
+    fn audience_status(&self, audience: &Audience, now: Moment) -> AudienceStatus {
+        let Audience { name, networks, file, mmdb, dynamic: _ } = audience;
         let mut routes = Vec::new();
         for state in self.planner.services() {
             let its = state.config().routes.iter();
@@ -76,17 +86,26 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             file: file.as_deref().map(path),
             mmdb: mmdb.as_ref().map(|Mmdb { file, filter: _ }| path(file)),
             expression: mmdb.as_ref().map(|Mmdb { file: _, filter }| filter.text().to_owned()),
+            members: self.members_status(audience, now),
             examples: Vec::new(),
             routes,
         }
     }
 
     /// What a client is.
-    pub(super) fn client_report(&self, address: IpAddr) -> ClientReport {
+    pub(super) fn client_report(&self, address: IpAddr, now: Moment) -> ClientReport {
         let address = address.to_canonical();
         let holding = self.audiences.iter().filter_map(|audience| {
-            let network = audience.networks.find(address)?;
-            Some(HoldingAudience { name: audience.name.clone(), network: network.to_string() })
+            let name = audience.name.clone();
+            if let Some(network) = audience.networks.find(address) {
+                let network = network.to_string();
+                return Some(HoldingAudience { name, network, ends_in_seconds: None });
+            }
+            audience.dynamic.as_ref()?;
+            let (network, until_ms) = self.members.of(&name)?.find(address)?;
+            let left = until_ms.saturating_sub(now.boot_ms) as f64 / 1_000.0;
+            let network = network.to_string();
+            Some(HoldingAudience { name, network, ends_in_seconds: Some(left) })
         });
         let plane = self.planner.plane();
         let mut services = Vec::new();

@@ -10,6 +10,7 @@ mod interfaces;
 mod learn;
 mod listing;
 pub mod lock;
+mod members;
 mod memory;
 mod notify;
 pub(crate) mod panic;
@@ -39,7 +40,7 @@ pub use self::{
 
 use crate::{
     api::{
-        audience::{AudienceStatus, Audiences, ClientReport},
+        audience::{AudienceStatus, Audiences, ClientReport, MembersReport, MembersRequest},
         model::{
             BackendReport, BackendRequest, Backends, ChangeReport, ConfirmReport, ConfirmRequest,
             Explain, FreezeReport, FreezeRequest, SplitRequest, Status, UndoReport, UndoRequest,
@@ -192,6 +193,17 @@ pub enum Request {
         name: String,
         /// Where the answer goes.
         reply: oneshot::Sender<Result<AudienceStatus, Refusal>>,
+    },
+    /// Adds members to an audience, renews them and takes them out.
+    Members {
+        /// The audience's name.
+        audience: String,
+        /// What is asked.
+        request: MembersRequest,
+        /// Who asks.
+        peer: Peer,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<MembersReport, Refusal>>,
     },
     /// What a client is.
     Client {
@@ -465,6 +477,20 @@ impl Handle {
     /// An unknown audience.
     pub async fn audience(&self, name: String) -> Result<AudienceStatus, Refusal> {
         self.ask(|reply| Request::Audience { name, reply }).await?
+    }
+
+    /// Adds members to an audience, renews them and takes them out; or says what that would do.
+    ///
+    /// # Errors
+    /// An unknown audience or one without members, what is no member, no room; state that can't
+    /// be stored.
+    pub async fn members(
+        &self,
+        audience: String,
+        request: MembersRequest,
+        peer: Peer,
+    ) -> Result<MembersReport, Refusal> {
+        self.ask(|reply| Request::Members { audience, request, peer, reply }).await?
     }
 
     /// What a client is.

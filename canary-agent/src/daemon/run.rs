@@ -419,7 +419,10 @@ async fn drive<S: StateStore, K: Kernel>(
         let event = tokio::select! {
             request = requests.recv() => match request {
                 Some(request) => Event::Request { request, arrived: Instant::now() },
-                None => return Ok(()),
+                None => {
+                state.end(moment()?);
+                return Ok(());
+            }
             },
             Some(event) = events.recv() => event,
             _ = ticks.tick() => Event::Tick,

@@ -75,6 +75,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         match stored {
             Ok(revision) => {
                 if another {
+                    self.members.is_unknown();
                     self.control.pending.clear();
                 }
                 let first = revision + 1 - all.len() as u64;

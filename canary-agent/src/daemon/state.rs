@@ -24,6 +24,7 @@ use super::{
     explain,
     interfaces::NO_SUCH_INTERFACE,
     learn::{Asked, Learning},
+    members::Book,
     panic::Panics,
     pressure::{Pressure, Reading},
     reload::{LastPackets, TakeBack},
@@ -226,6 +227,8 @@ pub struct State<S, K> {
     pub(super) planner: Planner,
     /// `[[audience]]`, as it was read last.
     pub(super) audiences: Vec<Audience>,
+    /// Members of audiences.
+    pub(super) members: Book,
     pub(super) checks: health::Reports,
     pub(super) store: S,
     pub(super) kernel: K,
@@ -315,9 +318,11 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             .map(|name| InterfaceStatus { name: name.clone(), ..InterfaceStatus::default() })
             .collect();
         let boot_id = kernel.boot_id();
+        let members = Book::begin(snapshot.members, &config.audiences, &boot_id, now);
         let mut state = Self {
             planner,
             audiences: config.audiences.clone(),
+            members,
             checks: health::Reports::default(),
             store,
             kernel,
@@ -355,6 +360,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             // Beginning takes more than what is kept.
             lets_go: true,
         };
+        state.begin_members();
         let readable = !state.alerts.contains_key("store");
         if readable {
             state.find_panicked();
@@ -408,7 +414,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
     pub fn go(&mut self, now: Moment) -> Result<Option<BootMs>, BeginError> {
         self.in_force = true;
         // What was not confirmed while nobody ran is never in force again.
-        let due = self.unconfirmed(now);
+        let due = [self.unconfirmed(now), self.expire_members(now)].into_iter().flatten().min();
         self.planner.step(now.boot_ms);
         // A bucket may be tracked by the first plan already.
         self.kernel.clean(self.planner.plane()).map_err(BeginError::Apply)?;
@@ -462,6 +468,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         if !self.in_force {
             return None;
         }
+        let ends = self.expire_members(now);
         let due = self.unconfirmed(now);
         let mut wakeup = self.settle(now);
         if !self.learning.is_empty() {
@@ -474,7 +481,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             rolled = self.drive_rollouts(now);
             wakeup = [self.settle(now), wakeup].into_iter().flatten().min();
         }
-        [wakeup, due, rolled].into_iter().flatten().min()
+        [wakeup, due, rolled, ends].into_iter().flatten().min()
     }
 
     /// Whether the plan is in the maps.
@@ -574,12 +581,19 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         }
     }
 
+    /// Stores what has not been yet, at the end.
+    pub(super) fn end(&mut self, now: Moment) {
+        self.tell_tallies(now, true);
+        self.store_notices(now);
+    }
+
     fn tick(&mut self, now: Moment) {
         let now_ms = now.boot_ms;
         // What was let go is free since the plan was applied that does without it.
         if std::mem::replace(&mut self.lets_go, self.planner.rest(now_ms)) {
             self.kernel.give_memory_back();
         }
+        self.tick_members(now);
         self.store_notices(now);
         // What can't be stored yet is tried again with the next.
         let _ = self.store_panics(now);
@@ -653,9 +667,15 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 drop(reply.send(self.rollout_history(&name, evidence)));
             }
             Request::Prospect { name, reply } => drop(reply.send(self.prospect(&name, now))),
-            Request::Audiences { reply } => drop(reply.send(self.list_audiences())),
-            Request::Audience { name, reply } => drop(reply.send(self.show_audience(&name))),
-            Request::Client { address, reply } => drop(reply.send(self.client_report(address))),
+            Request::Audiences { reply } => drop(reply.send(self.list_audiences(now))),
+            Request::Audience { name, reply } => drop(reply.send(self.show_audience(&name, now))),
+            Request::Members { audience, request, peer, reply } => {
+                let done = self.change_members(&audience, &request, peer, (arrived, now));
+                drop(reply.send(done));
+            }
+            Request::Client { address, reply } => {
+                drop(reply.send(self.client_report(address, now)))
+            }
             Request::Events { asked, reply } => drop(reply.send(self.events(&asked, now))),
         }
     }

@@ -283,7 +283,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 now_ms: now.boot_ms,
             },
         );
-        Status { rollouts, ..status }
+        Status { rollouts, audiences: self.audience_summaries(), ..status }
     }
 
     pub(super) fn counters(&self) -> HashMap<BackendIndex, BackendCounters> {

@@ -235,6 +235,9 @@ impl Planner {
             again.state.set_next_hops(&prepared.hops);
             **made = again;
         }
+        if let Some(classes) = prepared.classes.take() {
+            prepared.classes = Some(self.routing.renumbered(classes)?);
+        }
         let Claims { pages, ids, indices, .. } = claims;
         Ok(Ready { prepared, pages, ids, indices })
     }

@@ -11,13 +11,17 @@ use std::{
 use canary_ebpf_common::{
     abi::{self, ClassState, TableKey},
     class::{Class, ClassEntry},
-    networks::{Classes, Labelled, Pace, Prefix, Width, combine},
+    networks::{Classes, Labelled, Pace, Prefix, Width, combine, flatten, union},
 };
+
+use ipnet::IpNet;
 
 use super::{BootMs, Family, PlanError, Planner, ServiceState, record};
 use crate::{
     audience::{
         Networks,
+        members::Present,
+        network,
         routes::{self, Numbers, ServiceRoutes},
     },
     config::{
@@ -25,6 +29,12 @@ use crate::{
         model::{Config, Protocol},
     },
 };
+
+/// So many networks that stand in the kernel are gone through in a millisecond, about: members are
+/// taken in so seldom that this is a small part of the loop's time.
+const NETWORKS_A_MS: usize = 4_000;
+/// As often as that at most, milliseconds.
+const MEMBERS_MS: BootMs = 50;
 
 /// The families, in the order in which their networks are kept.
 const WIDTHS: [Width; 2] = [Width::V4, Width::V6];
@@ -103,12 +113,18 @@ impl AdoptedClasses {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Sources {
     audiences: BTreeMap<String, Arc<Networks>>,
+    /// Audiences that may have members.
+    dynamic: BTreeSet<String>,
+    /// Members with a lifetime, by audience, also of those that may have none just now.
+    members: MembersOf,
     routes: Vec<ServiceRoutes>,
 }
 
+type MembersOf = BTreeMap<String, Arc<Present>>;
+
 impl Sources {
-    /// What `config` says.
-    pub(super) fn of(config: &Config) -> Self {
+    /// What `config` says, with `members`.
+    fn of(config: &Config, members: MembersOf) -> Self {
         let with_routes = config.services.iter().filter(|service| !service.routes.is_empty());
         let routes: Vec<ServiceRoutes> = with_routes
             .map(|service| ServiceRoutes {
@@ -118,9 +134,70 @@ impl Sources {
             .collect();
         let routed = |name: &String| routes.iter().any(|one| one.audiences.contains(name));
         let audiences = config.audiences.iter().filter(|audience| routed(&audience.name));
+        let dynamic = audiences.clone().filter(|audience| audience.dynamic.is_some());
+        let dynamic = dynamic.map(|one| one.name.clone()).collect();
         let audiences = audiences.map(|one| (one.name.clone(), Arc::clone(&one.networks)));
-        Self { audiences: audiences.collect(), routes }
+        Self { audiences: audiences.collect(), dynamic, members, routes }
     }
+
+    /// The members that count.
+    fn members(&self) -> impl Iterator<Item = (&str, &Present)> {
+        let members = self.members.iter().filter(|(name, _)| self.dynamic.contains(*name));
+        members.map(|(name, present)| (name.as_str(), &**present))
+    }
+
+    /// The classes of all clients.
+    fn classes(&self, width: Width, numbers: &mut Numbers) -> Result<Labelled<Class>, PlanError> {
+        let audiences = self.audiences.iter().map(|(name, nets)| (name.as_str(), nets.of(width)));
+        let members: Vec<(&str, Vec<Prefix>)> = self
+            .members()
+            .map(|(name, present)| (name, present.of(width).iter().copied().collect()))
+            .collect();
+        let members = members.iter().map(|(name, networks)| (*name, networks.as_slice()));
+        numbered(width, audiences.chain(members), &self.routes, numbers)
+    }
+
+    /// The same of those in `within`, which is sorted and has nothing inside another. Others are
+    /// left out.
+    fn classes_within(
+        &self,
+        width: Width,
+        within: &[Prefix],
+        numbers: &mut Numbers,
+    ) -> Result<Labelled<Class>, PlanError> {
+        let audiences = self.audiences.iter();
+        let audiences =
+            audiences.map(|(name, nets)| (name.as_str(), clipped(nets.of(width), within)));
+        let members = self.members().map(|(name, present)| (name, present.within(width, within)));
+        let parts: Vec<(&str, Vec<Prefix>)> = audiences.chain(members).collect();
+        let parts = parts.iter().map(|(name, networks)| (*name, networks.as_slice()));
+        numbered(width, parts, &self.routes, numbers)
+    }
+}
+
+fn numbered<'p>(
+    width: Width,
+    parts: impl IntoIterator<Item = (&'p str, &'p [Prefix])>,
+    routes: &[ServiceRoutes],
+    numbers: &mut Numbers,
+) -> Result<Labelled<Class>, PlanError> {
+    routes::classes(width, parts, routes, numbers)
+        .map_err(|reason| PlanError::Classes { reason: reason.to_string() })
+}
+
+/// What `networks` and `within` have in common. Both are sorted, and have nothing inside another.
+fn clipped(networks: &[Prefix], within: &[Prefix]) -> Vec<Prefix> {
+    let mut both = Vec::new();
+    for part in within {
+        let from = networks.partition_point(|network| network < part);
+        if from.checked_sub(1).is_some_and(|before| networks[before].contains(*part)) {
+            both.push(*part);
+            continue;
+        }
+        let inside = networks[from..].iter().take_while(|network| part.contains(**network));
+        both.extend(inside);
+    }
+    both
 }
 
 /// How many clients an other set of classes concerns.
@@ -165,22 +242,9 @@ fn compile(
     mut numbers: Numbers,
     before: [&Labelled<Class>; 2],
 ) -> Result<Compiled, PlanError> {
-    let Sources { audiences, routes } = &sources;
-    let mut one = |width| {
-        routes::classes(width, audiences, routes, &mut numbers)
-            .map_err(|reason| PlanError::Classes { reason: reason.to_string() })
-    };
+    let mut one = |width| sources.classes(width, &mut numbers);
     let classes = [one(Width::V4)?, one(Width::V6)?];
-    let tables: usize = numbers.iter().map(|(_, meaning)| 2 * meaning.len()).sum();
-    if tables > abi::CLASS_TABLES as usize {
-        return Err(PlanError::Classes {
-            reason: format!(
-                "the routes and audiences overlap in so many ways that {tables} tables of services would have \
-                 to be found by them, and {} is the most; let audiences overlap less",
-                abi::CLASS_TABLES
-            ),
-        });
-    }
+    room_for_tables(&numbers)?;
     let mut change = ClassChange::default();
     for (at, (before, after)) in before.into_iter().zip(&classes).enumerate() {
         let changed = combine(before, after, |before, after| before != after);
@@ -191,12 +255,32 @@ fn compile(
     Ok(Compiled { sources, numbers, classes, change })
 }
 
+fn room_for_tables(numbers: &Numbers) -> Result<(), PlanError> {
+    let tables: usize = numbers.iter().map(|(_, meaning)| 2 * meaning.len()).sum();
+    if tables > abi::CLASS_TABLES as usize {
+        return Err(PlanError::Classes {
+            reason: format!(
+                "the routes and audiences overlap in so many ways that {tables} tables of services would have \
+                 to be found by them, and {} is the most; let audiences overlap less",
+                abi::CLASS_TABLES
+            ),
+        });
+    }
+    Ok(())
+}
+
 /// Classes as they are, and on their way.
 pub(super) struct Routing {
     sources: Sources,
     numbers: Numbers,
     wanted: [Arc<Labelled<Class>>; 2],
     networks: [Classes; 2],
+    /// Networks whose members have changed since `wanted` was made, and from when on they are
+    /// taken in.
+    pending: [Vec<Prefix>; 2],
+    members_ms: BootMs,
+    /// Nobody has a connection from before.
+    new: bool,
     /// Tables of classes may have come or gone.
     stale: bool,
     pub(super) plan: ClassPlan,
@@ -209,7 +293,8 @@ pub(super) struct RoutingStep {
 }
 
 impl Routing {
-    /// Goes on from what the maps hold; `name` is that of a table's service.
+    /// Goes on from what the maps hold; `name` is that of a table's service. Members come with
+    /// [`change_members`](Self::change_members), before the first step.
     pub(super) fn begin(
         config: &Config,
         adopted: AdoptedClasses,
@@ -222,7 +307,7 @@ impl Routing {
             [(Width::V4, v4), (Width::V6, v6)].map(|(width, found)| Classes::adopted(width, found));
         numbers.retain(&used(&networks));
         let nobody = WIDTHS.map(|width| Labelled::new(width, Class::REST));
-        let compiled = compile(Sources::of(config), numbers, nobody.each_ref())?;
+        let compiled = compile(Sources::of(config, MembersOf::new()), numbers, nobody.each_ref())?;
         let Compiled { sources, numbers, classes, change: _ } = compiled;
         for (networks, wanted) in networks.iter_mut().zip(&classes) {
             match new {
@@ -233,32 +318,164 @@ impl Routing {
         }
         let wanted = classes.map(Arc::new);
         let plan = ClassPlan::default();
-        Ok(Self { sources, numbers, wanted, networks, stale: true, plan })
+        let pending = Default::default();
+        Ok(Self {
+            sources,
+            numbers,
+            wanted,
+            networks,
+            pending,
+            members_ms: 0,
+            new,
+            stale: true,
+            plan,
+        })
     }
 
-    /// What classes for `config` are compiled from.
-    pub(super) fn base(&self, config: &Config) -> RoutingBase {
+    /// The numbers that somebody refers to.
+    fn used_numbers(&self) -> Numbers {
         let mut numbers = self.numbers.clone();
         let mut used = used(&self.networks);
         used.extend(self.wanted.iter().flat_map(|w| w.prefixes()).map(|(_, class)| *class));
         numbers.retain(&used);
+        numbers
+    }
+
+    /// What classes for `config` are compiled from.
+    pub(super) fn base(&self, config: &Config) -> RoutingBase {
         RoutingBase {
             present: self.sources.clone(),
-            wanted: Sources::of(config),
-            numbers,
+            wanted: Sources::of(config, self.sources.members.clone()),
+            numbers: self.used_numbers(),
             classes: self.wanted.clone(),
         }
+    }
+
+    /// Makes sure that `compiled` fits to the numbers that have been given out since it was begun.
+    pub(super) fn renumbered(&self, compiled: Compiled) -> Result<Compiled, PlanError> {
+        if let Some(numbers) = self.numbers.with(&compiled.numbers) {
+            return Ok(Compiled { numbers, ..compiled });
+        }
+        let before = self.wanted.each_ref().map(|classes| &**classes);
+        compile(compiled.sources, self.used_numbers(), before)
     }
 
     /// Goes on with other classes from the next step on.
     pub(super) fn want(&mut self, compiled: Compiled) {
         let Compiled { sources, numbers, classes, change: _ } = compiled;
+        let present = std::mem::take(&mut self.sources.members);
         (self.sources, self.numbers) = (sources, numbers);
+        let known = std::mem::replace(&mut self.sources.members, present);
+        self.pending = Default::default();
+        // What has come and gone since it was begun.
+        let nobody = Arc::default();
+        for (name, present) in &self.sources.members {
+            let known = known.get(name).unwrap_or(&nobody);
+            if !Arc::ptr_eq(known, present) {
+                for (width, pending) in WIDTHS.into_iter().zip(&mut self.pending) {
+                    pending.extend(known.of(width).symmetric_difference(present.of(width)));
+                }
+            }
+        }
+        self.go_on_with(classes);
+    }
+
+    fn go_on_with(&mut self, classes: [Labelled<Class>; 2]) {
         self.stale = true;
         self.wanted = classes.map(Arc::new);
         for (networks, wanted) in self.networks.iter_mut().zip(&self.wanted) {
-            networks.want((**wanted).clone());
+            match self.new {
+                true => *networks = Classes::first((**wanted).clone()),
+                false => networks.want((**wanted).clone()),
+            }
         }
+    }
+
+    /// Adds members to an audience, and takes others out. They count from one of the next steps on.
+    ///
+    /// # Errors
+    /// They would make too many classes: nothing has changed then.
+    pub(super) fn change_members(
+        &mut self,
+        audience: &str,
+        added: &[IpNet],
+        removed: &[IpNet],
+    ) -> Result<(), PlanError> {
+        self.put_members(audience, added, removed);
+        if !self.sources.dynamic.contains(audience) {
+            return Ok(());
+        }
+        let mut changed = self.pending.clone();
+        for net in added.iter().chain(removed) {
+            changed[usize::from(matches!(net, IpNet::V6(_)))].push(network::prefix(*net));
+        }
+        let changed = changed.map(union);
+        // Numbers that nobody has any more are given out again only where there are no others.
+        let numbers = self
+            .numbered(&changed, self.numbers.clone())
+            .or_else(|_| self.numbered(&changed, self.used_numbers()));
+        match numbers {
+            Ok(numbers) => {
+                self.stale |= numbers != self.numbers;
+                self.numbers = numbers;
+                self.pending = changed;
+                Ok(())
+            }
+            Err(error) => {
+                self.put_members(audience, removed, added);
+                Err(error)
+            }
+        }
+    }
+
+    fn put_members(&mut self, audience: &str, added: &[IpNet], removed: &[IpNet]) {
+        let present = self.sources.members.entry(audience.to_owned()).or_default();
+        let present = Arc::make_mut(present);
+        added.iter().for_each(|net| present.insert(*net));
+        removed.iter().for_each(|net| present.remove(*net));
+    }
+
+    /// `numbers` with those that clients in `changed` need.
+    fn numbered(
+        &self,
+        changed: &[Vec<Prefix>; 2],
+        mut numbers: Numbers,
+    ) -> Result<Numbers, PlanError> {
+        for (width, changed) in WIDTHS.into_iter().zip(changed) {
+            self.sources.classes_within(width, changed, &mut numbers)?;
+        }
+        room_for_tables(&numbers)?;
+        Ok(numbers)
+    }
+
+    /// Takes in what has become of members, unless that was done a moment ago. Returns when it is
+    /// due then.
+    fn take_members_in(&mut self, now_ms: BootMs) -> Option<BootMs> {
+        if self.pending.iter().all(Vec::is_empty) {
+            return None;
+        }
+        if now_ms < self.members_ms {
+            return Some(self.members_ms);
+        }
+        let size: usize = self.networks.iter().map(|one| one.states().prefixes().len()).sum();
+        self.members_ms = now_ms + MEMBERS_MS + (size / NETWORKS_A_MS) as BootMs;
+        let mut classes = self.wanted.each_ref().map(|wanted| (**wanted).clone());
+        for ((width, classes), pending) in WIDTHS.into_iter().zip(&mut classes).zip(&self.pending) {
+            let within = union(pending.clone());
+            // Numbers for all of them were given out when they came.
+            let inside = self.sources.classes_within(width, &within, &mut self.numbers);
+            let Ok(inside) = inside else { return Some(now_ms + 1_000) };
+            let within = within.into_iter().map(|prefix| (prefix, true)).collect();
+            let within = flatten(width, within, false, |_, within| within, |within| within);
+            let inside = combine(&inside, &within, |class, within| (class, within));
+            *classes = combine(classes, &inside, |before, (class, within)| match within {
+                true => class,
+                false => before,
+            });
+        }
+        self.pending = Default::default();
+        self.go_on_with(classes);
+        None
     }
 
     /// The tables that clients and their older connections are steered by: services and audiences.
@@ -286,6 +503,8 @@ impl Routing {
         others: bool,
         now_ms: BootMs,
     ) -> RoutingStep {
+        let members_ms = self.take_members_in(now_ms);
+        self.new = false;
         let pace = pace(services);
         let now_s = u32::try_from(now_ms / 1000).unwrap_or(u32::MAX);
         let mut due_s: Option<u32> = None;
@@ -302,7 +521,8 @@ impl Routing {
             changed |= tables != self.plan.tables || bases != self.plan.bases;
             (self.plan.tables, self.plan.bases) = (tables, bases);
         }
-        RoutingStep { changed, due_ms: due_s.map(|at| BootMs::from(at) * 1000) }
+        let due_ms = due_s.map(|at| BootMs::from(at) * 1000);
+        RoutingStep { changed, due_ms: [due_ms, members_ms].into_iter().flatten().min() }
     }
 
     fn tables(
@@ -365,6 +585,20 @@ impl Planner {
     /// The audience whose route holds clients of `class` in `service`.
     pub fn audience(&self, class: Class, service: &str) -> Option<&str> {
         self.routing.audience(class, service)
+    }
+
+    /// Adds members to an audience, and takes others out: those that it has not and those that it
+    /// has. They count from one of the next steps on.
+    ///
+    /// # Errors
+    /// They would make too many classes of clients: nothing has changed then.
+    pub fn change_members(
+        &mut self,
+        audience: &str,
+        added: &[IpNet],
+        removed: &[IpNet],
+    ) -> Result<(), PlanError> {
+        self.routing.change_members(audience, added, removed)
     }
 
     /// `config` with the tables that it does not ask for any more and that connections go by.

@@ -1,4 +1,4 @@
-//! Splits, owners, placements, rollouts and the audit trail, kept over restarts.
+//! Splits, owners, placements, rollouts, members and the audit trail, kept over restarts.
 //!
 //! Owns what is durable and the order of changes: every change has a revision,
 //! and a change that was made against another revision is refused. Must not
@@ -6,6 +6,7 @@
 //! opaque bytes here, encoded by the table compiler.
 
 mod json;
+mod members;
 mod rollouts;
 mod rows;
 mod schema;
@@ -121,6 +122,24 @@ pub struct Snapshot {
     pub freezes: Vec<Freeze>,
     /// Rollouts that are not over, and the last of each name; the oldest first.
     pub rollouts: Vec<StoredRollout>,
+    /// Members of audiences, also those whose time is over.
+    pub members: Vec<StoredMember>,
+}
+
+/// A member of an audience, and until when.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredMember {
+    /// The audience.
+    pub audience: String,
+    /// The member.
+    pub network: ipnet::IpNet,
+    /// Until then, in milliseconds of `CLOCK_BOOTTIME`.
+    pub boot_ms: u64,
+    /// Of which start of the host that is.
+    pub boot_id: String,
+    /// About until then, in milliseconds since 1970: what is left of it counts after the host
+    /// was started again.
+    pub unix_ms: u64,
 }
 
 /// Why state was not read or stored. Nothing was changed by the call.
@@ -203,6 +222,18 @@ pub trait StateStore: Send {
         evidence: &[EvidenceLine],
         durable: bool,
     ) -> Result<u64, StoreError>;
+
+    /// Keeps members in place of what was kept of them, and forgets those that are `gone`: all of
+    /// it or nothing. With `durable` it outlives a failure of power when this returns.
+    ///
+    /// # Errors
+    /// [`StoreError`] when it can't be written.
+    fn keep_members(
+        &mut self,
+        kept: &[StoredMember],
+        gone: &[(String, ipnet::IpNet)],
+        durable: bool,
+    ) -> Result<(), StoreError>;
 
     /// Rollouts of a name, the newest first, at most `limit`.
     ///

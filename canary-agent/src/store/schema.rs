@@ -96,6 +96,14 @@ const MIGRATIONS: &[&str] = &[
         answer TEXT
     ) STRICT;
     CREATE INDEX evidence_by_rollout ON evidence (rollout, id);",
+    "CREATE TABLE member (
+        audience TEXT NOT NULL,
+        network TEXT NOT NULL,
+        boot_ms INTEGER NOT NULL,
+        boot_id TEXT NOT NULL,
+        unix_ms INTEGER NOT NULL,
+        PRIMARY KEY (audience, network)
+    ) STRICT, WITHOUT ROWID;",
 ];
 
 /// The newest schema known here.

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 
 use super::{
     Change, Commit, Event, EventQuery, EvidenceLine, KEPT_LISTS, Notice, Snapshot, StateStore,
-    StoreError, StoredRollout, rollouts, rows,
+    StoreError, StoredMember, StoredRollout, members, rollouts, rows,
     schema::{self, Schema},
 };
 use crate::failpoint::Failpoint;
@@ -114,6 +114,7 @@ impl StateStore for SqliteStore {
                 pending: rows::pending(&transaction)?,
                 freezes: rows::freezes(&transaction)?,
                 rollouts: rollouts::current(&transaction)?,
+                members: members::all(&transaction)?,
             };
             Ok((snapshot, rows::last_event(&transaction)?))
         })?;
@@ -177,6 +178,21 @@ impl StateStore for SqliteStore {
                 let kept = rollouts::keep(transaction, rollout, evidence)?;
                 Failpoint::RolloutWritten.pass();
                 Ok(kept)
+            })
+        })
+    }
+
+    fn keep_members(
+        &mut self,
+        kept: &[StoredMember],
+        gone: &[(String, ipnet::IpNet)],
+        durable: bool,
+    ) -> Result<(), StoreError> {
+        self.with(|connection| {
+            written(connection, durable, |transaction| {
+                members::keep(transaction, kept, gone)?;
+                Failpoint::MembersWritten.pass();
+                Ok(())
             })
         })
     }

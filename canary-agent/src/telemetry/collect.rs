@@ -12,7 +12,10 @@ use prometheus_client::{
 
 use crate::{
     api::{
-        model::{BackendStatus, FlowStatus, ServiceStatus, SignalsStatus, Status, VersionStatus},
+        model::{
+            AudienceSummary, BackendStatus, FlowStatus, ServiceStatus, SignalsStatus, Status,
+            VersionStatus,
+        },
         rollout::RolloutStatus,
     },
     config::derived,
@@ -52,6 +55,7 @@ impl Collector for StatusCollector {
         signals(page, &status.services)?;
         maps(page, status)?;
         flows(page, status)?;
+        audiences(page, &status.audiences)?;
         rollouts(page, &status.rollouts)
     }
 }
@@ -461,6 +465,58 @@ fn rollouts(page: &mut DescriptorEncoder, rollouts: &[RolloutStatus]) -> fmt::Re
             });
             each.collect::<Samples<f64>>()
         }),
+    )
+}
+
+fn audiences(page: &mut DescriptorEncoder, audiences: &[AudienceSummary]) -> fmt::Result {
+    let of = |one: &AudienceSummary| vec![("audience", one.name.clone())];
+    let each = |value: fn(&AudienceSummary) -> usize| -> Samples<f64> {
+        audiences.iter().map(|one| (of(one), value(one) as f64)).collect()
+    };
+    gauge(
+        page,
+        "canary_audience_networks",
+        "Networks of the audience by configuration",
+        each(|one| one.networks),
+    )?;
+    let dynamic = || audiences.iter().filter(|one| one.room > 0);
+    let members = |value: fn(&AudienceSummary) -> usize| -> Samples<f64> {
+        dynamic().map(|one| (of(one), value(one) as f64)).collect()
+    };
+    gauge(
+        page,
+        "canary_audience_members",
+        "Members of the audience with a lifetime",
+        members(|one| one.members),
+    )?;
+    gauge(
+        page,
+        "canary_audience_members_max",
+        "Members that the audience may have",
+        members(|one| one.room),
+    )?;
+    counter(
+        page,
+        "canary_audience_member_changes",
+        "What has become of members since the agent began",
+        dynamic().flat_map(|one| {
+            let AudienceSummary { added, renewed, removed, expired, .. } = *one;
+            let each = [
+                ("added", added),
+                ("renewed", renewed),
+                ("removed", removed),
+                ("expired", expired),
+            ];
+            each.map(|(change, count)| {
+                (vec![("audience", one.name.clone()), ("change", change.to_owned())], count)
+            })
+        }),
+    )?;
+    counter(
+        page,
+        "canary_audience_refused_requests",
+        "Requests to change members that were refused since the agent began",
+        dynamic().map(|one| (of(one), one.refused)),
     )
 }
 

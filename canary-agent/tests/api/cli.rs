@@ -9,7 +9,10 @@ use std::{
     process::Output,
 };
 
-use canary_agent::{api::Limits, config::model::Operators};
+use canary_agent::{
+    api::{Limits, audience::MembersReport},
+    config::model::Operators,
+};
 use serde_json::Value;
 
 use crate::{
@@ -230,6 +233,18 @@ async fn audiences_are_shown_and_a_client_is_tested() {
     let unknown = ask(&agent, &["audience", "show", "crew", "--json"]);
     assert_eq!(json_error(&unknown).error.code, "unknown_audience");
     assert_eq!(code(&ask(&agent, &["audience", "test", "somebody"])), 2);
+    let added = ask(&agent, &["audience", "add", "beta", "192.0.2.7", "--for", "8h"]);
+    assert_eq!(stdout(&added), "beta: 1 added, for 8h\n  20000 of at most 30000 members\n");
+    let dir = tempfile::tempdir().expect("a directory");
+    let list = dir.path().join("list");
+    let each = (0..10_005).map(|n| format!("10.0.{}.{}\n", n >> 8, n & 255));
+    fs::write(&list, each.collect::<String>()).expect("a file");
+    let list = list.to_str().expect("a path");
+    let removed = ask(&agent, &["audience", "remove", "beta", "--from", list, "--json"]);
+    let report: MembersReport = serde_json::from_slice(&removed.stdout).expect("JSON");
+    assert_eq!((report.removed, report.members), (10_005, 20_000), "in two requests");
+    let wrong = ask(&agent, &["audience", "add", "beta", "10.0.0.1/8"]);
+    assert_eq!(code(&wrong), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -476,8 +491,10 @@ const COMMANDS: [&str; 23] = [
 ];
 
 /// Commands of commands, which have pages of their own too.
-const BELOW: [&str; 16] = [
+const BELOW: [&str; 18] = [
+    "audience-add",
     "audience-list",
+    "audience-remove",
     "audience-show",
     "audience-test",
     "backend-list",

@@ -16,13 +16,15 @@ use std::{
 use canary_agent::{
     api::{
         self, Api, ControlSocket, Limits,
-        audience::{AudienceRoute, AudienceStatus, Audiences, ClientReport, ClientRoute},
+        audience::{
+            AudienceRoute, AudienceStatus, Audiences, ClientReport, ClientRoute, MembersReport,
+        },
         model::{
-            AgentStatus, BackendDetail, BackendReport, BackendRequest, BackendStatus, BackendTold,
-            Backends, ChangeReport, CheckStatus, ConfirmReport, Event, Events, Explain, FlowStatus,
-            FreezeReport, FreezeStatus, InterfaceStatus, MapStatus, PendingStatus, ReasonCount,
-            ServiceStatus, ServiceUndo, ShareChange, SplitRequest, Status, UndoReport, UndoRequest,
-            VersionBackends, VersionStatus,
+            AgentStatus, AudienceSummary, BackendDetail, BackendReport, BackendRequest,
+            BackendStatus, BackendTold, Backends, ChangeReport, CheckStatus, ConfirmReport, Event,
+            Events, Explain, FlowStatus, FreezeReport, FreezeStatus, InterfaceStatus, MapStatus,
+            PendingStatus, ReasonCount, ServiceStatus, ServiceUndo, ShareChange, SplitRequest,
+            Status, UndoReport, UndoRequest, VersionBackends, VersionStatus,
         },
         panic::{PanicReport, PanicRequest, PanicService},
         rollout::{
@@ -243,6 +245,18 @@ async fn scripted_loop(
             Request::Audiences { reply } => {
                 drop(reply.send(Audiences { audiences: vec![staff()] }));
             }
+            Request::Members { audience, request, peer: _, reply } => drop(reply.send(Ok({
+                MembersReport {
+                    applied: !request.dry_run,
+                    audience,
+                    added: request.add.len(),
+                    removed: request.remove.len(),
+                    ttl_seconds: request.ttl.map(|_| 28_800),
+                    members: 20_000,
+                    room: 30_000,
+                    ..MembersReport::default()
+                }
+            }))),
             Request::Audience { name, reply } => {
                 let unknown = || Refusal {
                     code: "unknown_audience",
@@ -636,6 +650,14 @@ pub(crate) fn status() -> Status {
         }],
         alerts: vec!["eth1 does not exist: the other interfaces work".to_owned()],
         pending: vec![PendingStatus { left_seconds: 61.2, change: event(7, 7) }],
+        audiences: vec![AudienceSummary {
+            name: "beta".to_owned(),
+            networks: 2,
+            members: 512,
+            room: 100_000,
+            expired: 3,
+            ..AudienceSummary::default()
+        }],
         rollouts: vec![
             under_way(),
             RolloutStatus {

@@ -3,6 +3,7 @@
 mod backends;
 mod changes;
 mod clients;
+mod members;
 mod panic;
 #[path = "../plan_support/mod.rs"]
 mod plan_support;

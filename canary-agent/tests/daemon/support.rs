@@ -21,7 +21,7 @@ use canary_agent::{
     plan::{Adopted, DataPlane, InterfaceMacs, PanicMark, Sweep},
     store::{
         Change, Commit, Event as Stored, EventQuery, EvidenceLine, Notice, Snapshot, SqliteStore,
-        StateStore, StoreError, StoredRollout,
+        StateStore, StoreError, StoredMember, StoredRollout,
     },
     telemetry::Metrics,
 };
@@ -231,6 +231,19 @@ impl StateStore for Watched {
             return Err(StoreError::Unavailable { path: "/state.db".into(), reason });
         }
         self.0.keep_rollout(rollout, evidence, durable)
+    }
+
+    fn keep_members(
+        &mut self,
+        kept: &[StoredMember],
+        gone: &[(String, ipnet::IpNet)],
+        durable: bool,
+    ) -> Result<(), StoreError> {
+        if self.1.with(|host| host.refuse_store) {
+            let reason = "database or disk is full".to_owned();
+            return Err(StoreError::Unavailable { path: "/state.db".into(), reason });
+        }
+        self.0.keep_members(kept, gone, durable)
     }
 
     fn rollouts(&mut self, name: &str, limit: usize) -> Result<Vec<StoredRollout>, StoreError> {

@@ -22,6 +22,7 @@ mod killed;
 mod lacking;
 mod latency;
 mod lifecycle;
+mod members;
 mod movement;
 mod networks;
 mod open_connections;

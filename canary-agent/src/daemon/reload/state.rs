@@ -345,6 +345,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             }
         }
         self.audiences = audiences;
+        self.members.resize(&self.audiences);
         if let Some(ClassChange { networks, addresses: [v4, v6] }) = classes {
             let text = format!(
                 "clients of {networks} networks go by another route ({v4} addresses of IPv4, {v6} of IPv6)"
