@@ -257,6 +257,19 @@ fn transport(frame: &[u8]) -> Option<usize> {
     (frame.len() >= at + 20).then_some(at)
 }
 
+/// Sends a frame of TCP or UDP to another port.
+pub(super) fn to_port(frame: &mut [u8], port: u16) {
+    let protocol = match frame.get(12..14) {
+        Some(ethertype) if ethertype == IPV6 => frame.get(20),
+        _ => frame.get(23),
+    };
+    if matches!(protocol, Some(6 | 17))
+        && let Some(at) = transport(frame)
+    {
+        frame[at + 2..at + 4].copy_from_slice(&port.to_be_bytes());
+    }
+}
+
 /// Exchanges two parts of a frame of `bytes` each.
 fn exchange(frame: &mut [u8], a: usize, b: usize, bytes: usize) {
     for n in 0..bytes {

@@ -7,6 +7,7 @@
 //! case, with as few frames before it as show it.
 
 mod frames;
+mod real;
 
 use std::{
     fmt::Write as _,
@@ -28,7 +29,10 @@ use canary_ebpf_common::{
     steer::model::ModelFlows,
 };
 
-pub use self::frames::{Corpus, Frames};
+pub use self::{
+    frames::{Corpus, Frames},
+    real::record,
+};
 use crate::{
     bpf,
     cases::world_named,
