@@ -36,6 +36,9 @@ const BPF_PROG_TEST_RUN: libc::c_long = 10;
 /// `BPF_PROG_TYPE_XDP` (linux/bpf.h).
 const BPF_PROG_TYPE_XDP: u32 = 6;
 
+/// `BPF_MAP_FREEZE` (linux/bpf.h; kernel 5.2, commit 87df15de441b).
+const BPF_MAP_FREEZE: libc::c_long = 22;
+
 /// The part of `union bpf_attr` for elements of maps.
 #[repr(C)]
 #[derive(Default)]
@@ -181,6 +184,17 @@ pub fn per_cpu_sum(map: &MapData, index: u32, values: &mut [u64]) -> io::Result<
     // SAFETY: key and values are memory that outlives the call, of the map's sizes.
     unsafe { bpf(BPF_MAP_LOOKUP_ELEM, &mut attr)? };
     Ok(values.iter().sum())
+}
+
+/// Has the kernel refuse every further write to a map from outside.
+///
+/// # Errors
+/// When the kernel refuses that.
+pub fn freeze(map: &MapData) -> io::Result<()> {
+    let mut map_fd = map.fd().as_fd().as_raw_fd() as u32;
+    // SAFETY: no pointer is in it.
+    unsafe { bpf(BPF_MAP_FREEZE, &mut map_fd)? };
+    Ok(())
 }
 
 /// Makes an array of values of `value_bytes` that can be mapped, and pins it at `path`.

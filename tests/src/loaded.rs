@@ -17,7 +17,7 @@ use aya::{
 };
 use canary_agent::{
     config::model::{Capacity, XdpMode},
-    datapath::{Datapath, Options, Sweeper, Swept},
+    datapath::{Applied, Datapath, Options, Sweeper, Swept},
     plan::{Adopted, DataPlane},
 };
 use canary_ebpf_common::{
@@ -302,7 +302,7 @@ impl Loaded {
                 bpf::clear(&MapData::from_pin(map.path())?)?;
             }
         }
-        self.apply(plane)
+        self.apply(plane).map(drop)
     }
 
     /// Loads the program anew over the pinned maps, as the next agent does, and gives what
@@ -322,10 +322,10 @@ impl Loaded {
     ///
     /// # Errors
     /// When the plan exceeds the maps.
-    pub fn apply(&mut self, plane: &DataPlane) -> Result<()> {
-        self.datapath.apply(plane)?;
+    pub fn apply(&mut self, plane: &DataPlane) -> Result<Applied> {
+        let applied = self.datapath.apply(plane)?;
         self.sweeper.pass(&plane.sweep.backends)?;
-        Ok(())
+        Ok(applied)
     }
 
     /// Lets expired flow entries go, as the agent does every second.

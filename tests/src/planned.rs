@@ -14,6 +14,7 @@ use std::{
 
 use canary_agent::{
     config::{Config, load_str, render},
+    datapath::Applied,
     plan::{
         Adopted, AdoptedClasses, AdoptedService, DataPlane, Family, NextHop, Ownership, Planner,
         QUARANTINE_MS, ServicePlan, ServiceState, Start, Tags,
@@ -257,7 +258,14 @@ impl Planned {
     /// The agent goes on with the configuration of `shop`, without a restart.
     #[track_caller]
     pub fn reload(&mut self, shop: &Shop) {
-        let config = self.planner.remembering(&shop.config());
+        self.plan(&shop.config());
+        self.settle();
+    }
+
+    /// The same without putting it in force.
+    #[track_caller]
+    pub fn plan(&mut self, config: &Config) {
+        let config = self.planner.remembering(config);
         let baseline = self.planner.baseline(&config, &HashMap::new(), self.now_ms);
         let mut prepared = baseline.prepare().unwrap_or_else(|error| panic!("no plan: {error}"));
         for ip in prepared.unknown_hops() {
@@ -266,7 +274,18 @@ impl Planned {
         prepared.warm(self.hops.clone(), self.now_ms);
         let ready = self.planner.ready(prepared, self.now_ms);
         self.planner.install(ready.unwrap_or_else(|error| panic!("no plan: {error}")));
-        self.settle();
+    }
+
+    /// Tries to put in force what is planned, once; says what the kernel has against it.
+    ///
+    /// # Errors
+    /// What the kernel has refused.
+    pub fn try_once(&mut self) -> Result<Applied, String> {
+        self.wakeup_ms = self.planner.step(self.now_ms).next_wakeup_ms;
+        let plane = self.planner.plane().clone();
+        let applied = self.loaded.apply(&plane).map_err(|error| format!("{error:#}"))?;
+        self.in_force = plane;
+        Ok(applied)
     }
 
     /// As [`restart`](Self::restart), with the program loaded anew over the pinned maps, and

@@ -4,15 +4,18 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    time::Duration,
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
-use canary_agent::plan::Family;
+use aya::maps::{HashMap, Map, MapData};
+use canary_agent::{audience::Networks, plan::Family};
 use canary_ebpf_common::{
-    abi::{IPPROTO_TCP, IPPROTO_UDP},
+    abi::{self, IPPROTO_TCP, IPPROTO_UDP},
     steer::{Segment, TCP_ACK, TCP_SYN},
 };
 use canary_tests::{
+    bpf,
     loaded::Sizes,
     model::{Random, Tuple},
     names::Host,
@@ -307,4 +310,267 @@ fn the_few_of_an_audience_are_among_the_few_of_everybody() {
     // Of 4,096 buckets.
     assert!((204..=205).contains(&of(&everybody)) && (819..=820).contains(&of(&more)));
     assert!(everybody.iter().zip(&more).all(|(few, more)| *few != canary || *more == canary));
+}
+
+/// The backend of a new connection of a client.
+fn begins(planned: &mut Planned, family: Family, last: u8, port: u16) -> Went {
+    planned.send(&from(client(family, last), port, IPPROTO_TCP), syn(port))
+}
+
+#[test]
+fn what_the_kernel_refuses_lets_nobody_in() {
+    let test = "what_the_kernel_refuses_lets_nobody_in";
+    if !canary_tests::host::ready(test) {
+        return;
+    }
+    // Everybody but the excluded gets v1, which is backend 2.
+    let routes = |names: &[&'static str], networks: &[[&str; 2]]| -> Vec<Route> {
+        let each = names.iter().zip(networks).map(|(audience, networks)| Route {
+            audience,
+            networks: networks.map(str::to_owned).into(),
+            split: "{}",
+        });
+        each.collect()
+    };
+    let inner = ["198.51.100.0/25", "2001:db8:aa::/49"];
+    let excluded = shop(routes(&["staff"], &[BOTH]));
+    // Half of them are of another audience now, and others are excluded besides.
+    let other = shop(routes(&["crew", "staff"], &[inner, BOTH]));
+    let wider = ["198.51.100.0/23", "2001:db8:aa::/47"];
+    let more = shop(routes(&["crew", "staff"], &[inner, wider]));
+    let beside = |family| match family {
+        Family::V4 => IpAddr::from([198, 51, 101, 1]),
+        Family::V6 => "2001:db8:ab::1".parse().expect("an address"),
+    };
+    let mut planned = Planned::new(&excluded, &sizes());
+    planned.split(&[("v1", "100%")]);
+    planned.pass(Duration::from_secs(1001));
+    planned.pass(Duration::from_secs(2));
+    let mut port = 1_000;
+    let mut nobody_gets_in = |planned: &mut Planned, when: &str| {
+        for family in [Family::V4, Family::V6] {
+            for last in [1, 130, 200] {
+                port += 1;
+                let went = begins(planned, family, last, port);
+                assert_eq!(went, Went::To(1), "{when}: {family:?} {last}");
+            }
+            let outside = from(addr(Host::Client(9), family), port, IPPROTO_TCP);
+            assert_eq!(planned.send(&outside, syn(port)), Went::To(2), "{when}");
+        }
+    };
+    nobody_gets_in(&mut planned, "before");
+
+    // The map of classes' tables is full: a class that has no table is nobody's.
+    let pins = planned.loaded.pins();
+    let open = |name: &str| MapData::from_pin(pins.join("maps").join(name)).expect("a pinned map");
+    let mut tables: HashMap<MapData, [u8; 8], [u8; size_of::<abi::Service>()]> =
+        Map::HashMap(open("CLASS_TABLES")).try_into().expect("a hash map");
+    let mut filling = 0_u64;
+    while tables
+        .insert((u64::MAX - filling).to_ne_bytes(), [0; size_of::<abi::Service>()], 0)
+        .is_ok()
+    {
+        filling += 1;
+    }
+    assert!(filling > 8_000, "{filling}");
+    planned.plan(&other.config());
+    for _ in 0..3 {
+        let refused = planned.try_once().expect_err("there is no room");
+        assert!(!refused.is_empty(), "{refused}");
+        nobody_gets_in(&mut planned, "the tables' map is full");
+    }
+    let explained = planned.planner.audience(
+        planned.planner.plane().classes.class(client(Family::V4, 1)).entry.current(),
+        "shop",
+    );
+    assert_eq!(explained, Some("crew"), "that is what is wanted");
+    (0..filling).for_each(|at| tables.remove(&(u64::MAX - at).to_ne_bytes()).expect("a table"));
+    planned.settle();
+    assert!(planned.in_force().classes.tables.len() > 2, "it is made up for when there is room");
+    nobody_gets_in(&mut planned, "there is room again");
+
+    // No network of IPv6 can be written any more: those of IPv4 are, the others stay what they were.
+    bpf::freeze(&open("CLASSES_V6")).expect("a kernel that freezes maps");
+    planned.plan(&more.config());
+    for _ in 0..3 {
+        planned.try_once().expect_err("the map is frozen");
+        nobody_gets_in(&mut planned, "a family is half written");
+        for (family, backend) in [(Family::V4, 1), (Family::V6, 2)] {
+            port_of_its_own(&mut planned, beside(family), backend);
+        }
+    }
+    planned.plan(&excluded.config());
+    planned.try_once().expect_err("the map is frozen");
+    nobody_gets_in(&mut planned, "back, half written");
+}
+
+/// A client that is newly excluded is where its class of now or before sends it.
+fn port_of_its_own(planned: &mut Planned, client: IpAddr, backend: u16) {
+    let port = 20_000 + planned.flows() as u16;
+    let went = planned.send(&from(client, port, IPPROTO_TCP), syn(port));
+    assert_eq!(went, Went::To(backend), "{client}");
+}
+
+#[test]
+fn open_connections_go_along_where_they_are_to_move() {
+    let test = "open_connections_go_along_where_they_are_to_move";
+    if !canary_tests::host::ready(test) {
+        return;
+    }
+    let pinned = Some(Duration::from_secs(1000));
+    for (kind, forward, existing, drain) in [
+        ("existing = move", "dsr", "move", pinned),
+        ("drain = 0s", "dsr", "pin", Some(Duration::ZERO)),
+        ("drain = 0s in nat", "nat", "pin", Some(Duration::ZERO)),
+    ] {
+        let kind_of = |routes| Shop { forward, existing, drain, ..shop(routes) };
+        let goes_along = forward == "dsr";
+        for family in [Family::V4, Family::V6] {
+            let case = format!("{kind} {family:?}");
+            let routed = kind_of(staff("{ v1 = \"100%\" }", &BOTH));
+            let other = kind_of(vec![Route {
+                audience: "crew",
+                networks: BOTH.map(str::to_owned).into(),
+                split: "{ v2 = \"100%\" }",
+            }]);
+            let mut planned = Planned::new(&kind_of(Vec::new()), &sizes());
+            let open = from(client(family, 1), 1, IPPROTO_TCP);
+            let flow = from(client(family, 1), 1, IPPROTO_UDP);
+            assert_eq!(planned.send(&open, syn(1)), Went::To(1), "{case}");
+            assert_eq!(planned.send(&flow, Segment::udp()), Went::To(1), "{case}");
+            let flows = planned.flows();
+            for (shop, backend) in [(&routed, 2), (&other, 3), (&kind_of(Vec::new()), 1)] {
+                planned.reload(shop);
+                let expected = if goes_along { backend } else { 1 };
+                assert_eq!(planned.send(&open, later(1)), Went::To(expected), "{case}");
+                assert_eq!(planned.send(&flow, Segment::udp()), Went::To(expected), "{case}");
+                assert_eq!(planned.flows(), flows, "{case}: nothing is remembered besides");
+                let port = 10 + backend;
+                let new = from(client(family, 1), port, IPPROTO_TCP);
+                assert_eq!(planned.send(&new, syn(port)), Went::To(backend), "{case}: new ones");
+                if !goes_along {
+                    assert_eq!(planned.send(&new, later(port)), Went::To(backend), "{case}");
+                }
+                if !goes_along {
+                    // Every flow has its own entry there: one change says it all.
+                    break;
+                }
+            }
+        }
+    }
+}
+
+fn number(name: &str, default: usize) -> usize {
+    std::env::var(name).map_or(default, |text| text.parse().expect("a number"))
+}
+
+/// A network of IPv4 of some length, in a part of the world without anybody else.
+fn somewhere(random: &mut Random) -> IpNet {
+    let length = 22 + random.below(11) as u8;
+    let addr = Ipv4Addr::from(0x2000_0000 | random.below(0x5000_0000) as u32);
+    IpNet::new(addr.into(), length).expect("a length of IPv4").trunc()
+}
+
+#[test]
+fn a_year_of_daily_updates_writes_what_differs_and_breaks_nothing() {
+    let test = "a_year_of_daily_updates_writes_what_differs_and_breaks_nothing";
+    if !canary_tests::host::ready(test) {
+        return;
+    }
+    const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+    let (count, days) = (number("CANARY_NETWORKS", 5_000), number("CANARY_DAYS", 10));
+    let mut random = Random::from_environment(test);
+    let mut networks: Vec<IpNet> = (0..count).map(|_| somewhere(&mut random)).collect();
+    let mut config = shop(staff("{ v1 = \"100%\" }", &[STAFF])).config();
+    let mut of_day = |networks: &[IpNet]| {
+        config.audiences[0].networks = Arc::new(Networks::new(networks.iter().copied()));
+        config.clone()
+    };
+    let mut planned = Planned::new(&shop(staff("{ v1 = \"100%\" }", &[STAFF])), &sizes());
+    planned.plan(&of_day(&networks));
+    planned.settle();
+    planned.pass(DAY);
+    planned.pass(DAY);
+    let (mut written, mut compiled, mut applied, mut longest) =
+        (0, Duration::ZERO, Duration::ZERO, Duration::ZERO);
+    let changes = (count / 100).max(1);
+    for day in 0..days {
+        // Connections of the day: some of them of clients that the update is about.
+        let leave: Vec<usize> =
+            (0..changes).map(|_| random.below(networks.len() as u64) as usize).collect();
+        let come: Vec<IpNet> = (0..changes).map(|_| somewhere(&mut random)).collect();
+        let stay = (0..20).map(|_| networks[random.below(networks.len() as u64) as usize]);
+        let concerned = leave.iter().take(20).map(|at| networks[*at]);
+        let concerned: Vec<IpNet> =
+            concerned.chain(come.iter().take(20).copied()).chain(stay).collect();
+        let mut open = Vec::new();
+        for (port, net) in (1_000..).zip(&concerned) {
+            let tuple = from(net.network(), port, IPPROTO_TCP);
+            open.push((tuple, port, planned.send(&tuple, syn(port))));
+        }
+        leave.iter().zip(&come).for_each(|(at, net)| networks[*at] = *net);
+
+        let began = Instant::now();
+        planned.plan(&of_day(&networks));
+        compiled += began.elapsed();
+        let before = planned.in_force().classes.networks[0].prefixes().to_vec();
+        let began = Instant::now();
+        let touched = planned.try_once().expect("a plan").networks;
+        applied += began.elapsed();
+        longest = longest.max(began.elapsed());
+        // What stands under prefixes that differ, before and after.
+        let after = planned.in_force().classes.networks[0].prefixes();
+        let (mut old, mut new) = (before.iter().peekable(), after.iter().peekable());
+        let mut differ = 0;
+        while old.peek().is_some() || new.peek().is_some() {
+            match (old.peek(), new.peek()) {
+                (Some(a), Some(b)) if a == b => (old.next(), new.next()),
+                (Some((a, _)), Some((b, _))) if a == b => {
+                    differ += 1;
+                    (old.next(), new.next())
+                }
+                (Some((a, _)), Some((b, _))) if a < b => {
+                    differ += 1;
+                    (old.next(), None)
+                }
+                (Some(_), None) => {
+                    differ += 1;
+                    (old.next(), None)
+                }
+                _ => {
+                    differ += 1;
+                    (None, new.next())
+                }
+            };
+        }
+        written += touched;
+        assert_eq!(touched, differ, "day {day}: the difference, and nothing else");
+        assert!(differ <= 6 * changes + 40, "day {day}: {differ} entries for {changes} networks");
+
+        // Nothing breaks, and who is in goes by the route.
+        for (tuple, port, went) in &open {
+            assert_eq!(planned.send(tuple, later(*port)), *went, "day {day}: {tuple:?}");
+        }
+        let present = Networks::new(networks.iter().copied());
+        for port in 5_000..5_200 {
+            let at = random.below(networks.len() as u64) as usize;
+            let IpAddr::V4(inside) = networks[at].network() else { continue };
+            let beside = random.one_of(&[0, 0x5a11]);
+            let client = Ipv4Addr::from(u32::from(inside) ^ beside);
+            let backend = if present.find(client.into()).is_some() { 2 } else { 1 };
+            let tuple = from(client.into(), port, IPPROTO_TCP);
+            assert_eq!(planned.send(&tuple, syn(port)), Went::To(backend), "day {day}: {client}");
+        }
+        planned.settle();
+        planned.pass(DAY);
+        planned.pass(Duration::from_secs(2));
+    }
+    let each = u32::try_from(days.max(1)).expect("days");
+    println!(
+        "{test}: {days} days, {changes} of {count} networks a day: planned in {:?}, taken over and \
+         written in {:?} (the longest {longest:?}), {} entries a day",
+        compiled / each,
+        applied / each,
+        written / days.max(1)
+    );
 }

@@ -9,9 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use canary_agent::api::model::Status;
+use canary_agent::api::{model::Status, reload::ReloadReport};
 use canary_tests::{
-    client::Connection,
+    agent::{Agent, AgentOptions},
+    client::{Connection, connect_within},
     flood::{Flood, SOURCES, mac_of},
     host,
     server::HTTP_PORT,
@@ -19,7 +20,7 @@ use canary_tests::{
     wait,
 };
 
-use crate::support::{Bench, Way};
+use crate::support::{Bench, SHOP, Way, version};
 
 /// Connections that are open before it begins.
 const OPEN: u32 = 200;
@@ -37,6 +38,12 @@ const CLIENTS: u32 = 8;
 
 /// From one new connection of a client to its next.
 const PACE: Duration = Duration::from_millis(20);
+
+/// Clients of an audience that is excluded, and as many others.
+const EXCLUDED: u32 = 20;
+
+/// How long each of these is waited for: who is refused will be so again.
+const TRIED: Duration = Duration::from_millis(500);
 
 /// What came of new connections.
 #[derive(Clone, Copy, Debug, Default)]
@@ -98,7 +105,7 @@ fn exercise(test: &str, way: Way, least: f64) {
         })
         .collect();
     let steered = |status: &Status| -> u64 {
-        let backends = crate::support::backends(status, crate::support::SHOP);
+        let backends = crate::support::backends(status, SHOP);
         backends.map(|backend| backend.connections).sum()
     };
     while !over.load(Ordering::Relaxed) {
@@ -129,6 +136,98 @@ fn exercise(test: &str, way: Way, least: f64) {
     assert!(arrived >= ENOUGH, "{arrived} of {sent} SYNs were steered: it is no flood");
     let succeeded = (all.tried - all.failed) as f64 / all.tried as f64;
     assert!(all.tried > 20 && succeeded >= least, "{succeeded} of the new connections succeeded");
+}
+
+/// A flood from within an audience that must not see the canary, whose clients have just become
+/// its: there is no room to remember them, and none of them gets in for that.
+#[test]
+fn a_syn_flood_lets_nobody_of_an_excluded_audience_in() {
+    let test = "a SYN flood beside an excluded audience";
+    if !host::ready(test) {
+        return;
+    }
+    let bench = Bench::new(Way::Dsr, &[("stable", 2), ("v2", 2)]);
+    for backend in &bench.topology.backends {
+        backend.namespace.ip(&format!("route add {SOURCES} via {CLIENT_V4}"));
+    }
+    let options = AgentOptions {
+        extra: "[agent.capacity]\nflows = 4096\n".to_owned(),
+        ..AgentOptions::native(&bench.topology)
+    };
+    let service = |route: &str| {
+        let keys = "buckets = 4096\nsplit = { v2 = \"50%\" }";
+        bench.service(SHOP, HTTP_PORT, &["tcp"], keys) + route
+    };
+    let agent = Agent::start(&bench.topology, &options, &service(""));
+    bench.wait_answered();
+    let mut pool = bench.connect(Family::V4, 0..OPEN);
+    // Of the clients every second one is of it, too.
+    let excluded = (0..EXCLUDED).map(|n| Family::V4.client(20_000 + 2 * n).to_string());
+    let mut networks: Vec<String> = excluded.collect();
+    networks.push(SOURCES.to_owned());
+    let route = format!(
+        "[[service.route]]\naudience = \"out\"\nsplit = {{}}\n\
+         [[audience]]\nname = \"out\"\ncidr = {networks:?}\n"
+    );
+    agent.configure(&options, &service(&route));
+    let _: ReloadReport = agent.json(&["reload"]);
+
+    let to = SocketAddr::new(VIP_V4.into(), HTTP_PORT);
+    let balancer = mac_of(&bench.topology.balancer, "eth0").expect("a MAC address");
+    let over = Arc::new(AtomicBool::new(false));
+    let flood = {
+        let over = Arc::clone(&over);
+        let (namespace, interface) = bench.topology.towards_balancer();
+        namespace.spawn_thread("flood", move || {
+            Flood::new(interface, balancer, VIP_V4, HTTP_PORT).and_then(|flood| {
+                flood.send(u64::MAX, || !wait::interrupted() && !over.load(Ordering::Relaxed))
+            })
+        })
+    };
+    let table = format!("{SHOP}@out");
+    let (mut seen, mut refused, mut others) = (0, 0, [0; 2]);
+    let full = |status: &Status| -> u64 {
+        let reasons = status.reasons.iter().filter(|one| one.reason == "drop_flow_table_full");
+        reasons.map(|one| one.packets).sum()
+    };
+    wait::until("a table that is full, and clients beside it", || {
+        for n in 0..EXCLUDED {
+            let name = |client: u32| {
+                let source = Family::V4.client(client);
+                let asked = bench.client().run(move || {
+                    let stream = connect_within(TRIED, SocketAddr::new(source, 0), to)?;
+                    Connection::from(stream).name()
+                });
+                asked.ok()
+            };
+            match name(20_000 + 2 * n) {
+                Some(backend) if backend.starts_with("v2") => {
+                    panic!("client {n} of an excluded audience has met {backend}")
+                }
+                Some(_) => seen += 1,
+                None => refused += 1,
+            }
+            if let Some(backend) = name(20_001 + 2 * n) {
+                others[usize::from(backend.starts_with("v2"))] += 1;
+            }
+        }
+        let dropped = full(&agent.status());
+        match dropped > 1_000 && others.iter().all(|count| *count > 10) {
+            true => Ok(()),
+            false => Err(format!("{dropped} packets refused, {others:?} others served")),
+        }
+    });
+    over.store(true, Ordering::Relaxed);
+    let sent = flood.join().expect("the flood's thread").expect("a flood");
+    let status = agent.status();
+    let met = version(&status, &table, "v2").connections;
+    println!(
+        "{test}: {sent} SYNs, {} refused for want of room; of the excluded {seen} were served by \
+         control and {refused} not; others: {others:?}",
+        full(&status)
+    );
+    assert_eq!(met, 0, "connections of the audience on the canary");
+    pool.assert_where_they_were("after the flood");
 }
 
 #[test]
