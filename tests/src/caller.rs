@@ -9,7 +9,7 @@ use std::{
         atomic::{AtomicBool, AtomicU16, Ordering},
     },
     thread::{self, JoinHandle},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use crate::netns::Namespace;
@@ -23,6 +23,10 @@ pub struct Call {
     pub fields: Vec<(String, String)>,
     /// Its body.
     pub body: String,
+    /// The status that it was answered with; 0 for nothing.
+    pub status: u16,
+    /// When that was.
+    pub answered: Instant,
 }
 
 impl Call {
@@ -115,11 +119,11 @@ impl Shared {
         let mut body = vec![0; length.min(1 << 20)];
         reader.read_exact(&mut body).ok()?;
         let body = String::from_utf8_lossy(&body).into_owned();
+        let status = self.status.load(Ordering::Relaxed);
         let mut calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
-        calls.push_back(Call { path, fields, body });
+        calls.push_back(Call { path, fields, body, status, answered: Instant::now() });
         drop(calls);
         let mut stream = reader.into_inner();
-        let status = self.status.load(Ordering::Relaxed);
         if status == 0 {
             return Some(stream);
         }

@@ -36,6 +36,7 @@ mod quic;
 mod quic_peer;
 mod reload;
 mod reused;
+mod rollback;
 mod rollouts;
 mod service;
 mod signals;
