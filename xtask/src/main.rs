@@ -3,6 +3,7 @@
 //! Compiled before anything else, so it depends on little, and on no other
 //! crate of the workspace.
 
+mod fuzz;
 mod mutate;
 mod package;
 mod progress;
@@ -60,6 +61,8 @@ enum Task {
     /// Takes rules of tracking out of the code, one after the other, and looks that their tests
     /// fail.
     Mutate(mutate::Request),
+    /// Runs the targets of `fuzz/`, each for a while; needs a compiler for C++.
+    Fuzz(fuzz::Request),
     /// Runs the tests, or a command, on another kernel in a virtual machine.
     Vm(vm::Request),
     /// Builds a Debian package of the agent, and tests it.
@@ -103,6 +106,7 @@ fn dispatch(task: Task) -> Result<ExitCode> {
         Task::Lint => tasks::lint(&workspace),
         Task::Bench { args } => tasks::bench(&workspace, &args),
         Task::Mutate(request) => mutate::run(&workspace, &request),
+        Task::Fuzz(request) => fuzz::run(&workspace, &request),
         Task::Vm(request) => vm::run(&workspace, &request),
         Task::Package(request) => package::run(&workspace, &request),
         Task::Demo { args } => tasks::demo(&workspace, &args),
