@@ -9,7 +9,7 @@ use std::{
 };
 
 use aya::maps::{HashMap, Map, MapData};
-use canary_agent::{audience::Networks, plan::Family};
+use canary_agent::{audience::Networks, config::model::Dynamic, plan::Family};
 use canary_ebpf_common::{
     abi::{self, IPPROTO_TCP, IPPROTO_UDP},
     steer::{Segment, TCP_ACK, TCP_SYN},
@@ -573,4 +573,40 @@ fn a_year_of_daily_updates_writes_what_differs_and_breaks_nothing() {
         applied / each,
         written / days.max(1)
     );
+}
+
+#[test]
+fn a_member_among_many_networks_is_written_alone() {
+    let test = "a_member_among_many_networks_is_written_alone";
+    if !canary_tests::host::ready(test) {
+        return;
+    }
+    let count = number("CANARY_NETWORKS", 5_000);
+    let mut random = Random::from_environment(test);
+    let networks: Vec<IpNet> = (0..count).map(|_| somewhere(&mut random)).collect();
+    let base = shop(staff("{ v1 = \"100%\" }", &[STAFF]));
+    let mut config = base.config();
+    config.audiences[0].networks = Arc::new(Networks::new(networks));
+    config.audiences[0].dynamic = Some(Dynamic { ttl: Duration::from_secs(1), max: 1_000 });
+    let mut planned = Planned::new(&base, &sizes());
+    planned.plan(&config);
+    planned.settle();
+    planned.pass(Duration::from_secs(1001));
+    planned.pass(Duration::from_secs(2));
+    let (mut longest, mut all) = (Duration::ZERO, Duration::ZERO);
+    for last in 1..=20 {
+        let member: IpNet = IpNet::from(IpAddr::from([203, 0, 114, last * 2]));
+        let tuple = from(member.addr(), 1, IPPROTO_TCP);
+        assert_eq!(planned.send(&tuple, syn(1)), Went::To(1));
+        planned.pass(Duration::from_secs(1));
+        let began = Instant::now();
+        planned.planner.change_members("staff", &[member], &[]).expect("few classes");
+        let written = planned.try_once().expect("a plan").networks;
+        (longest, all) = (longest.max(began.elapsed()), all + began.elapsed());
+        assert_eq!(written, 1, "{member}");
+        assert_eq!(planned.send(&tuple, later(1)), Went::To(1), "it is open");
+        let new = from(member.addr(), 2, IPPROTO_TCP);
+        assert_eq!(planned.send(&new, syn(2)), Went::To(2));
+    }
+    println!("{test}: {count} networks, a member in {:?} (the longest {longest:?})", all / 20);
 }
