@@ -84,10 +84,13 @@ pub(super) fn run(global: &Global, panic: args::Panic, json: bool) -> Result<Exi
         };
         match through_maps(&global.config, &request, begun, Some(&why)) {
             // It may only be slow, and is all that is left.
-            Err(denied) if denied.exit_code() == exit::NOT_PERMITTED && why.is_late() => {
+            Err(without)
+                if why.is_late()
+                    && matches!(without.exit_code(), exit::NOT_PERMITTED | exit::UNREACHABLE) =>
+            {
                 match asking.await {
                     Ok(answer) => Ok((Some(answer.text()), answer.read()?, true)),
-                    Err(failure) if failure.is_silence() => Err(denied),
+                    Err(failure) if failure.is_silence() => Err(without),
                     Err(failure) => Err(failure),
                 }
             }
@@ -173,10 +176,13 @@ fn through_maps(
     };
     let open = || Pinned::open(&bpffs).map_err(failed);
     let Some(mut pinned) = open()? else {
-        let message =
-            format!("{why}; and nothing is pinned under {}: nothing is steered", bpffs.display());
+        let message = format!(
+            "{why}; and nothing is pinned under {}: nothing is steered from there",
+            bpffs.display()
+        );
         return Err(Failure::new("unreachable", exit::UNREACHABLE, message).help(
-            "start the agent with `canary-agent run`, or name its configuration with --config",
+            "if the agent's `bpffs` is another, name its configuration with --config; else start it with \
+             `canary-agent run`",
         ));
     };
     let known = pinned.services().map_err(failed)?;

@@ -65,6 +65,9 @@ async fn changes_are_taken_back_and_confirmed_and_say_so() {
     ] {
         assert!(stdout(&panic).contains(part), "{part}: {}", stdout(&panic));
     }
+    // Where nothing is pinned that could be changed instead, the agent is waited for.
+    let late = ask(&agent, &["panic", "--agent-timeout", "0s", "--reason", "bad"]);
+    assert_eq!(stdout(&late), stdout(&panic), "{late:?}");
     let unknown = ask(&agent, &["panic", "shpo", "--agent-timeout", "20s"]);
     assert!(stderr(&unknown).contains("did you mean `shop`?"), "{unknown:?}");
 
