@@ -13,8 +13,8 @@ use std::{
 use canary_agent::{
     config::model::{Ask, Check, Config, Existing, Forward, Health, Service, Timing, Via},
     plan::{
-        Adopted, BackendPlan, BackendState, DataPlane, Family, NextHop, Planner, QUARANTINE_MS,
-        ServiceState, Start, Table, clear_due_ms,
+        Adopted, BackendPlan, DataPlane, Family, NextHop, Planner, QUARANTINE_MS, ServiceState,
+        Start, Table, clear_due_ms,
     },
     store::{Admin, ServiceRecord, Split},
 };
@@ -441,7 +441,11 @@ fn a_backend_without_a_next_hop_gets_no_new_connections() {
 
 #[test]
 fn a_backend_whose_neighbour_is_silent_keeps_what_is_open_and_gets_nothing_new() {
-    let configured = config(vec![three()]);
+    let mut shop = three();
+    let second = Duration::from_secs(1);
+    let timing = Timing { interval: second, timeout: second, rise: 1, fall: 1, jitter_percent: 0 };
+    shop.health = Health::Check(Check { ask: Ask::Tcp, via: Via::Backend, timing });
+    let configured = config(vec![shop]);
     let mut planner = started(&configured);
     let at: SocketAddr = "10.0.1.2:80".parse().unwrap();
     let before = planner.plane().services[0].entries.clone();
@@ -456,48 +460,23 @@ fn a_backend_whose_neighbour_is_silent_keeps_what_is_open_and_gets_nothing_new()
     let (_, now) = record(&planner);
     assert_eq!(now.next_hop.unwrap().destination_mac, well.next_hop.unwrap().destination_mac);
     assert!(now.down && !well.down);
-    let after = &planner.plane().services[0].entries;
+    let after = planner.plane().services[0].entries.clone();
     for (old, new) in before.iter().zip(after.iter()) {
         match old.current() == index {
             true => assert!(new.current() != index && new.tracked() && new.previous() == index),
             false => assert_eq!(old, new, "buckets of others stay"),
         }
     }
+    // Under the next agent it is down until its checks say otherwise.
+    planner.applied(2_000);
+    let (mut next, _) = restarted(&configured, &planner, 3_000);
+    assert!(record(&next).1.down && next.plane().services[0].entries == after);
+    next.set_down(0, at, false);
+    next.step(4_000);
+    assert!(!record(&next).1.down);
     planner.set_next_hops(&[(at.ip(), Ok(hop(at)))].into());
     planner.step(3_000);
     assert_eq!(record(&planner).1, well);
-}
-
-#[test]
-fn under_the_next_agent_a_backend_that_did_not_answer_is_down_until_its_checks_say_otherwise() {
-    let mut shop = three();
-    let timing = Timing {
-        interval: Duration::from_secs(2),
-        jitter_percent: 10,
-        timeout: Duration::from_secs(1),
-        rise: 2,
-        fall: 3,
-    };
-    shop.health = Health::Check(Check { ask: Ask::Tcp, via: Via::Backend, timing });
-    let configured = config(vec![shop]);
-    let mut planner = started(&configured);
-    let at: SocketAddr = "10.0.1.2:80".parse().unwrap();
-    let state = |planner: &Planner| {
-        let table = &planner.services()[0].tables()[0];
-        table.backends().iter().find(|b| b.addr == at).unwrap().state()
-    };
-    let silent = NextHop { silent: Some(at.ip()), ..hop(at) };
-    planner.set_next_hops(&[(at.ip(), Ok(silent))].into());
-    planner.step(2_000);
-    planner.applied(2_000);
-    assert_eq!(state(&planner), BackendState::NoNextHop);
-
-    let (mut next, _) = restarted(&configured, &planner, 5_000);
-    assert_eq!(state(&next), BackendState::Down);
-    assert_eq!(next.plane().services[0].entries, planner.plane().services[0].entries);
-    next.set_down(0, at, false);
-    next.step(6_000);
-    assert_eq!(state(&next), BackendState::Up);
 }
 
 #[test]
