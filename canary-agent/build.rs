@@ -12,6 +12,10 @@ use std::{
     process::{Command, ExitCode},
 };
 
+use object::{
+    build::elf::{Builder, SectionData},
+    elf::SHT_STRTAB,
+};
 use serde::Deserialize;
 
 /// Version of the toolchain file's fields that this script understands.
@@ -64,15 +68,37 @@ fn run() -> Result<(), String> {
         if finished.is_some() {
             println!("cargo::rerun-if-changed={}", from.display());
         }
-        copy_if_different(&from, &to).map_err(|error| format!("{}: {error}", from.display()))?;
+        let object = fs::read(&from).map_err(|error| format!("{}: {error}", from.display()))?;
+        let object =
+            without_dwarf(&object).map_err(|error| format!("{}: {error}", from.display()))?;
+        write_if_different(&object, &to).map_err(|error| format!("{}: {error}", to.display()))?;
         println!("cargo::rustc-env=CANARY_EBPF_{}={}", program.to_uppercase(), to.display());
     }
     Ok(())
 }
 
-/// Copies a file, and leaves a copy that is the same already as it is, time and all.
-fn copy_if_different(from: &Path, to: &Path) -> std::io::Result<()> {
-    let object = fs::read(from)?;
+/// An object without what debuggers read. The kernel reads BTF, which is made from it, and an
+/// agent would have the rest in its memory: it is four fifths of the object.
+fn without_dwarf(object: &[u8]) -> Result<Vec<u8>, object::build::Error> {
+    let mut object = Builder::read(object)?;
+    let is_dwarf = |name: &str| name.trim_start_matches(".rel").starts_with(".debug_");
+    for section in &mut object.sections {
+        section.delete = is_dwarf(&String::from_utf8_lossy(&section.name));
+    }
+    object.delete_orphans();
+    // LLVM keeps names of sections and of symbols in one table, which can't be written so.
+    let names = object.sections.add();
+    names.name = ".shstrtab".into();
+    names.sh_type = SHT_STRTAB;
+    names.sh_addralign = 1;
+    names.data = SectionData::SectionString;
+    let mut stripped = Vec::new();
+    object.write(&mut stripped)?;
+    Ok(stripped)
+}
+
+/// Writes a file, and leaves one that is the same already as it is, time and all.
+fn write_if_different(object: &[u8], to: &Path) -> std::io::Result<()> {
     if fs::read(to).is_ok_and(|present| present == object) {
         return Ok(());
     }
