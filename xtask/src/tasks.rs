@@ -179,7 +179,7 @@ fn beside_other_kernels(
     tests: impl FnOnce(&mut Tally) -> Result<bool>,
 ) -> Result<bool> {
     // What keeps machines from being made has failed, and does not keep the rest from being run.
-    let missing = |tally: &mut Tally, why: &dyn std::fmt::Display| {
+    let missing = |tally: &mut Tally, why: &dyn fmt::Display| {
         eprintln!("xtask: no virtual machines: {why}");
         tally.failed += 1;
         Ok(false)
