@@ -11,9 +11,9 @@
 //! outer headers, so that routers and the backend's queues spread flows, is [`entropy`].
 
 use crate::{
-    abi::{Backend, IPPROTO_TCP, IPPROTO_UDP},
-    checksum::{self, fold},
-    headers::{Frame, Ipv4, Ipv6, Ports, Udp},
+    abi::{Backend, IPPROTO_UDP},
+    checksum::fold,
+    headers::{Ipv4, Ipv6, Ports, Udp},
 };
 
 /// IP protocol number of IPv4 in something (RFC 2003).
@@ -43,9 +43,6 @@ pub struct Inner {
     pub tos: u8,
     /// [`entropy`] of its flow.
     pub entropy: u32,
-    /// The one's-complement sum over it, if its own checksums are right; 0 where it is not known,
-    /// which no packet's is.
-    pub sum: u16,
 }
 
 /// Bytes that wrapping adds.
@@ -60,74 +57,6 @@ pub const fn largest_inner_bytes(mtu: u32, outer_v6: bool, gue: bool) -> u16 {
     // No IPv4 packet is larger, and no wrapped one may be (RFC 791, 3.1).
     let mtu = if mtu > 0xffff { 0xffff } else { mtu as u16 };
     mtu.saturating_sub(overhead_bytes(outer_v6, gue))
-}
-
-/// The sum over the IPv4 packet at `offset`, for [`Inner::sum`].
-///
-/// Known from its headers alone: with a right checksum a header adds up to nothing, and what a
-/// transport checksum covers to the complement of its pseudo-header (as Linux's local checksum
-/// offload has it). One that is wrong makes the outer checksum wrong as well, so that the packet is
-/// dropped by its receiver, as it would be for its own. Not known of fragments, of what has no
-/// checksum, and of datagrams that leave bytes of their packet over.
-#[inline(always)]
-pub fn sum_v4<F: Frame>(frame: &F, offset: usize) -> Option<u16> {
-    let ip: *mut Ipv4 = frame.at(offset)?;
-    // SAFETY: `at` checked the bounds.
-    let ip = unsafe { &*ip };
-    if ip.fragment_be & Ipv4::FRAGMENT_MASK_BE != 0 {
-        return None;
-    }
-    let header_bytes = u16::from(ip.version_ihl & 0xf) * 4;
-    let bytes = u16::from_be(ip.total_length_be).wrapping_sub(header_bytes);
-    let protocol = ip.ttl_protocol[1];
-    covered(frame, offset + usize::from(header_bytes), protocol, bytes)?;
-    let addresses = u64::from(ip.src_be) + u64::from(ip.dst_be);
-    Some(known(behind(addresses, protocol, bytes)))
-}
-
-/// The same of an IPv6 packet. Not known of one with extension headers.
-#[inline(always)]
-pub fn sum_v6<F: Frame>(frame: &F, offset: usize) -> Option<u16> {
-    let ip: *mut Ipv6 = frame.at(offset)?;
-    // SAFETY: `at` checked the bounds.
-    let ip = unsafe { &*ip };
-    let (protocol, bytes) = (ip.next_header, u16::from_be(ip.payload_length_be));
-    covered(frame, offset + size_of::<Ipv6>(), protocol, bytes)?;
-    // The addresses are in the header as well as in the pseudo-header, and cancel out.
-    let header = u64::from(ip.version_class_flow_be)
-        + u64::from(ip.payload_length_be)
-        + u64::from(u16::from_ne_bytes([protocol, ip.hop_limit]));
-    Some(known(header + behind(0, protocol, bytes)))
-}
-
-/// Whether the transport checksum at `offset` covers all of a packet's `bytes` from there on.
-#[inline(always)]
-fn covered<F: Frame>(frame: &F, offset: usize, protocol: u8, bytes: u16) -> Option<()> {
-    if protocol == IPPROTO_TCP {
-        return Some(());
-    }
-    if protocol != IPPROTO_UDP {
-        return None;
-    }
-    let udp: *mut Udp = frame.at(offset)?;
-    // SAFETY: `at` checked the bounds.
-    let udp = unsafe { &*udp };
-    (udp.checksum != 0 && udp.length_be == bytes.to_be()).then_some(())
-}
-
-/// What all that a transport checksum covers adds up to.
-#[inline(always)]
-const fn behind(addresses: u64, protocol: u8, bytes: u16) -> u64 {
-    !fold(addresses + (protocol as u16).to_be() as u64 + bytes.to_be() as u64) as u64
-}
-
-/// A sum that is not 0: 0 is written as ones.
-#[inline(always)]
-const fn known(sum: u64) -> u16 {
-    match fold(sum) {
-        0 => 0xffff,
-        sum => sum,
-    }
 }
 
 /// Bits that differ from flow to flow and are the same for all packets of one.
@@ -199,32 +128,18 @@ pub const fn outer_v6(backend: &Backend, protocol: u8, payload_bytes: u16, inner
     }
 }
 
-/// The outer UDP header. Over IPv4 without a checksum, as is usual (RFC 768). Over IPv6 with the
-/// right one where the packet's [sum](Inner::sum) is known, and otherwise without, as RFC 6935, 5
-/// allows tunnels: what is inside has its own, over the addresses that count.
+/// The outer UDP header. Without a checksum: over IPv4 as is usual (RFC 768), over IPv6 as
+/// RFC 6935, 5 allows tunnels; what is inside has its own, over the addresses that count, and a
+/// packet that a damaged outer address leads elsewhere is for nobody there. Linux's `fou` takes
+/// such packets.
 #[inline(always)]
 pub const fn outer_udp(backend: &Backend, inner: Inner) -> Udp {
     let src = FIRST_PORT | inner.entropy as u16 & !FIRST_PORT;
-    let length_be = (inner.len_bytes + size_of::<Udp>() as u16).to_be();
-    let ports = Ports { src_be: src.to_be(), dst_be: backend.gue_port_be };
-    if inner.sum == 0 {
-        return Udp { ports, length_be, checksum: 0 };
+    Udp {
+        ports: Ports { src_be: src.to_be(), dst_be: backend.gue_port_be },
+        length_be: (inner.len_bytes + size_of::<Udp>() as u16).to_be(),
+        checksum: 0,
     }
-    let bits_be = (inner.entropy & backend.source_mask_be) as u64;
-    let sum = checksum::address([backend.source[0], backend.source[1] | bits_be << 32])
-        + checksum::address([backend.addr[0], backend.addr[1]])
-        + (IPPROTO_UDP as u16).to_be() as u64
-        // In the pseudo-header, and in the header.
-        + 2 * length_be as u64
-        + ports.src_be as u64
-        + ports.dst_be as u64
-        + inner.sum as u64;
-    // RFC 768: 0 would say that there is none.
-    let checksum = match !fold(sum) {
-        0 => 0xffff,
-        sum => sum,
-    };
-    Udp { ports, length_be, checksum }
 }
 
 /// What follows the outer IP header.
@@ -237,8 +152,6 @@ pub const fn outer_protocol(gue: bool, inner: u8) -> u8 {
 /// what is no IP packet.
 #[cfg(feature = "user")]
 pub fn wrapped(backend: &Backend, gue: bool, packet: &[u8], entropy: u32) -> Option<Vec<u8>> {
-    use crate::headers::Bytes;
-
     /// # Safety
     /// A header: integers without gaps between them.
     unsafe fn bytes<T>(header: &T) -> &[u8] {
@@ -251,13 +164,7 @@ pub fn wrapped(backend: &Backend, gue: bool, packet: &[u8], entropy: u32) -> Opt
         [first, second, ..] if first >> 4 == 6 => (IPPROTO_IPV6, first << 4 | second >> 4),
         _ => return None,
     };
-    let frame = Bytes(packet.to_vec());
-    let sum = match protocol {
-        _ if !gue || !backend.is_v6() => None,
-        IPPROTO_IPV4 => sum_v4(&frame, 0),
-        _ => sum_v6(&frame, 0),
-    };
-    let inner = Inner { len_bytes, protocol, tos, entropy, sum: sum.unwrap_or(0) };
+    let inner = Inner { len_bytes, protocol, tos, entropy };
     let total = len_bytes.checked_add(overhead_bytes(backend.is_v6(), gue))?;
     let mut whole = Vec::with_capacity(total.into());
     let outer = outer_protocol(gue, protocol);
@@ -319,7 +226,7 @@ mod tests {
                 ..Backend::default()
             };
             let protocol = outer_protocol(gue, IPPROTO_IPV4);
-            let inner = Inner { len_bytes, protocol: IPPROTO_IPV4, tos, entropy, sum: 0 };
+            let inner = Inner { len_bytes, protocol: IPPROTO_IPV4, tos, entropy };
             let base = outer_sum(source & !mask, addr, protocol);
             let header = outer_v4(&backend, base, protocol, len_bytes, inner);
             prop_assert_eq!(fold(header.sum()), 0xffff);

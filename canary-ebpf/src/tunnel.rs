@@ -118,7 +118,7 @@ fn try_wrap(ctx: *mut xdp_md) -> Result<u32, Reason> {
     } else {
         enter_v4(&packet, backend.inner_mtu, entropy)
     };
-    let mut inner = match entering {
+    let inner = match entering {
         Ok(inner) => inner,
         Err(Reason::DropTtlExpired) if wrapping & SILENT == 0 => {
             return answer(&packet, v6, Trouble::Expired, 0);
@@ -133,10 +133,6 @@ fn try_wrap(ctx: *mut xdp_md) -> Result<u32, Reason> {
         packet.clamp(header, backend.mss);
     }
     let gue = wrapping & GUE != 0;
-    if gue && backend.is_v6() {
-        // As it is now.
-        inner.sum = sum(&packet, v6);
-    }
     fragment::keep_wrapped(&packet, arrival, gue).ok_or(Reason::DropMalformed)?;
     // What gives it tags would keep the way of the outer packet.
     arrival.fragment = 0;
@@ -150,14 +146,6 @@ fn try_wrap(ctx: *mut xdp_md) -> Result<u32, Reason> {
     arrival.header = 0;
     // What came with it is noted in any case by now.
     forward::out::<true>(&wrapped, forward::to(index, backend))
-}
-
-/// The packet's [`Inner::sum`].
-#[inline(always)]
-fn sum(packet: &Packet, v6: bool) -> u16 {
-    let sum =
-        if v6 { tunnel::sum_v6(packet, ETH_BYTES) } else { tunnel::sum_v4(packet, ETH_BYTES) };
-    sum.unwrap_or(0)
 }
 
 /// What a packet whose ports are at `header` has in common with others of its flow.
@@ -196,7 +184,7 @@ fn enter_v4(packet: &Packet, most: u16, entropy: u32) -> Result<Inner, Reason> {
     ip.ttl_protocol[0] -= 1;
     let after = u16::from_ne_bytes(ip.ttl_protocol);
     ip.checksum = Delta::ZERO.replace_half(before, after).apply(ip.checksum);
-    Ok(Inner { len_bytes, protocol: IPPROTO_IPV4, tos: ip.tos, entropy, sum: 0 })
+    Ok(Inner { len_bytes, protocol: IPPROTO_IPV4, tos: ip.tos, entropy })
 }
 
 /// The same of IPv6 (RFC 2473, 3.1).
@@ -215,7 +203,7 @@ fn enter_v6(packet: &Packet, most: u16, entropy: u32) -> Result<Inner, Reason> {
     ip.hop_limit -= 1;
     let tos = (u32::from_be(ip.version_class_flow_be) >> 20) as u8;
     let len_bytes = payload_bytes + size_of::<Ipv6>() as u16;
-    Ok(Inner { len_bytes, protocol: IPPROTO_IPV6, tos, entropy, sum: 0 })
+    Ok(Inner { len_bytes, protocol: IPPROTO_IPV6, tos, entropy })
 }
 
 /// The frame with `bytes` more in front; what it held is gone for the verifier.

@@ -1,24 +1,18 @@
 //! `ipip` and `gue` end to end: the balancer wraps, `canary-agent decap` on each backend unwraps,
 //! and servers answer clients directly.
 
-use std::{
-    net::{SocketAddr, UdpSocket},
-    os::fd::AsRawFd as _,
-    time::Duration,
-};
+use std::net::SocketAddr;
 
 use canary_tests::{
     agent::{Agent, AgentOptions},
-    client::{Connection, connect_within},
+    client::Connection,
     host, http,
     server::{ECHO_PORT, HTTP_PORT},
-    topology::{Family, Host, Options, Topology},
+    topology::{Family, Host},
     wait,
 };
 
-use canary_ebpf_common::tunnel::GUE_PORT;
-
-use crate::support::{Bench, ECHO, SHOP, Transport, Way, decap, of_version};
+use crate::support::{Bench, ECHO, SHOP, Transport, decap, of_version};
 
 /// The balancer, and backends that unwrap.
 struct Wrapped {
@@ -195,74 +189,4 @@ fn large_uploads_go_through_ipip_by_path_mtu_discovery() {
 #[test]
 fn large_uploads_go_through_gue_by_path_mtu_discovery() {
     uploads_fit("large_uploads_go_through_gue_by_path_mtu_discovery", "gue");
-}
-
-/// Of the namespace at hand: datagrams over IPv6 that were dropped for a checksum that is wrong, or
-/// that there is none.
-fn wrong_checksums() -> u64 {
-    let all = std::fs::read_to_string("/proc/thread-self/net/snmp6").expect("counters");
-    let of = |line: &str| line.strip_prefix("Udp6InCsumErrors").map(|n| n.trim().parse());
-    all.lines().find_map(of).expect("a counter").expect("a number")
-}
-
-/// A socket takes datagrams over IPv6 only with a checksum, and a right one (RFC 8200, 8.1): what is
-/// wrapped has one, wherever what is inside tells which.
-#[test]
-fn what_gue_carries_over_ipv6_has_a_checksum_that_a_plain_socket_takes() {
-    if !host::ready("what_gue_carries_over_ipv6_has_a_checksum_that_a_plain_socket_takes") {
-        return;
-    }
-    let topology = Topology::new(&Options::one_armed_dsr(&[("stable", 1)]));
-    let wrapped = Wrapped { bench: Bench::on(Way::Dsr, topology), forward: "gue" };
-    let topology = &wrapped.bench.topology;
-    let _agent = Agent::start(
-        topology,
-        &AgentOptions::native(topology),
-        &wrapped.services(&[Family::V6], ""),
-    );
-    let backend = &topology.backends[0].namespace;
-    let receiver = backend.run(|| UdpSocket::bind(("::", GUE_PORT))).expect("a port");
-    receiver.set_read_timeout(Some(Duration::from_millis(50))).expect("a time-out");
-    let mut packet = [0; 2048];
-    for (family, version) in [(Family::V4, 4), (Family::V6, 6)] {
-        let sender = topology.client.run(|| UdpSocket::bind((family.client(0), 0)));
-        let sender = sender.expect("a port");
-        let to = SocketAddr::new(family.vip(), ECHO_PORT);
-        for length in [0, 1, 2, 700, 1001] {
-            let payload = vec![0xa5; length];
-            wait::until(&format!("{length} bytes inside {family:?}"), || {
-                sender.send_to(&payload, to).map_err(|e| e.to_string())?;
-                let bytes = receiver.recv(&mut packet).map_err(|e| e.to_string())?;
-                let same = packet[0] >> 4 == version && packet[..bytes].ends_with(&payload);
-                same.then_some(()).ok_or_else(|| format!("{:?}", &packet[..bytes]))
-            });
-        }
-        // Neither TCP's first packet, whose sum is over options as well.
-        let to = SocketAddr::new(family.vip(), HTTP_PORT);
-        wait::until(&format!("a SYN inside {family:?}"), || {
-            let from = SocketAddr::new(family.client(1), 0);
-            let wait = Duration::from_millis(50);
-            topology.client.run(|| _ = connect_within(wait, from, to));
-            let bytes = receiver.recv(&mut packet).map_err(|e| e.to_string())?;
-            let protocol = packet[if version == 4 { 9 } else { 6 }];
-            (protocol == 6).then_some(()).ok_or_else(|| format!("{:?}", &packet[..bytes]))
-        });
-    }
-    assert_eq!(backend.run(wrong_checksums), 0, "dropped for their checksums");
-    // What has no checksum has none outside: this socket does not take it.
-    let sender =
-        topology.client.run(|| UdpSocket::bind((Family::V4.client(0), 0))).expect("a port");
-    let one: libc::c_int = 1;
-    // SAFETY: an open socket, and an integer that outlives the call.
-    let set = unsafe {
-        let (fd, size) = (sender.as_raw_fd(), size_of_val(&one) as libc::socklen_t);
-        libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_NO_CHECK, (&raw const one).cast(), size)
-    };
-    assert_eq!(set, 0, "SO_NO_CHECK");
-    wait::until("one without a checksum", || {
-        let to = SocketAddr::new(Family::V4.vip(), ECHO_PORT);
-        sender.send_to(b"unsummed", to).map_err(|e| e.to_string())?;
-        let dropped = backend.run(wrong_checksums);
-        (dropped > 0).then_some(()).ok_or_else(|| "it was taken, or did not come".to_owned())
-    });
 }
