@@ -151,8 +151,7 @@ pub fn step<K: TupleKey, F: Pool<K>>(
             confirm::<K, F>(flows, flow, segment, ack, now);
             return Step::Follow(pointer);
         }
-        let becomes = heard(flow, segment, state::CLOSING, state::RESET) & !state::PROVISIONAL;
-        flow.last_ns = now;
+        let becomes = heard(flow, segment, now, state::CLOSING, state::RESET) & !state::PROVISIONAL;
         if flow.state != becomes {
             cold_path();
             flow.state = becomes;
@@ -231,7 +230,8 @@ fn confirm<K: TupleKey, F: Flows<K>>(
         && ack.wrapping_sub(reverse.syn_seq).wrapping_sub(1) < CONFIRM_WINDOW
     {
         flow.next_seq = segment.seq;
-        flow.state = heard(flow, segment, state::CLOSING, state::RESET) & !(state::PROVISIONAL);
+        flow.state =
+            heard(flow, segment, now, state::CLOSING, state::RESET) & !(state::PROVISIONAL);
     } else {
         return;
     }
@@ -322,8 +322,7 @@ pub fn returned<K: TupleKey, F: Pool<K>>(
         return;
     }
     let was = bits(flow);
-    let becomes = heard(flow, segment, state::SERVER_CLOSING, state::SERVER_RESET);
-    flow.last_ns = now;
+    let becomes = heard(flow, segment, now, state::SERVER_CLOSING, state::SERVER_RESET);
     if flow.state != becomes {
         cold_path();
         flow.state = becomes;
@@ -364,8 +363,8 @@ fn answered<K: TupleKey, F: Flows<K>>(
     } else {
         // It takes the connection for open, so it is.
         flow.next_seq = segment.seq;
-        flow.state =
-            heard(flow, segment, state::SERVER_CLOSING, state::SERVER_RESET) | state::SERVER_OPEN;
+        flow.state = heard(flow, segment, now, state::SERVER_CLOSING, state::SERVER_RESET)
+            | state::SERVER_OPEN;
     }
     forward.other = flow.state & SERVER_BITS;
     flow.last_ns = now;

@@ -33,6 +33,8 @@ pub(crate) const CONFIRM_WINDOW: u32 = 64 << 10;
 const CLOSE_WINDOW: u32 = 64 << 10;
 /// How far a packet may be ahead of the newest one before it, in bytes: a lost burst.
 const ADVANCE_WINDOW: u32 = 16 << 20;
+/// For how long after a RST packets may come that were sent before it, in nanoseconds.
+const OVERTAKEN_NS: u64 = 1_000_000_000;
 
 /// What steering needs to know of a packet's transport header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -231,31 +233,39 @@ fn steer_tcp<K, F: Flows<K>>(
         // What it sends from here on is measured by this packet.
         flow.next_seq = segment.seq;
     }
-    let becomes = heard(flow, segment, state::CLOSING, state::RESET) & !state::PROVISIONAL;
+    let becomes = heard(flow, segment, now, state::CLOSING, state::RESET) & !state::PROVISIONAL;
     if was != becomes {
         flow.state = becomes;
     }
-    flow.last_ns = now;
     Steering { backend, opens: false }
 }
 
 /// What a packet on an open connection makes of the state of its direction, `fin` and `rst`
-/// being the bits for it.
+/// being the bits for it. Notes in the entry what the direction has got to, and when.
 ///
 /// A FIN ends the direction until something comes that was sent after it, which the sender of
 /// a FIN does not do: then the FIN was not its own. Acknowledgements and what is sent again
 /// leave the mark, or no connection that has ended would ever be told from an open one.
+///
+/// After a RST whatever comes says that the sender is still there: who only receives sends
+/// nothing but acknowledgements. But for [`OVERTAKEN_NS`] they may have been sent before it; until
+/// then only new data revives, and the entry keeps the RST's time.
 #[inline(always)]
-pub(crate) fn heard(flow: &mut Flow, segment: Segment, fin: u32, rst: u32) -> u32 {
+pub(crate) fn heard(flow: &mut Flow, segment: Segment, now: u64, fin: u32, rst: u32) -> u32 {
     let was = flow.state;
     let near =
         segment.seq.wrapping_sub(flow.next_seq).wrapping_add(CLOSE_WINDOW) < 2 * CLOSE_WINDOW;
     if segment.tcp_flags & TCP_RST != 0 {
+        flow.last_ns = now;
         return if near { was | rst } else { was };
     }
-    // Whatever it was, the sender is still there.
-    let was = was & !rst;
     let next_seq = segment.next_seq();
+    let ahead = next_seq.wrapping_sub(flow.next_seq).wrapping_sub(1) < ADVANCE_WINDOW;
+    if was & rst != 0 && !ahead && now.saturating_sub(flow.last_ns) < OVERTAKEN_NS {
+        return was;
+    }
+    flow.last_ns = now;
+    let was = was & !rst;
     if segment.tcp_flags & TCP_FIN != 0 {
         if !near {
             return was;
@@ -263,7 +273,7 @@ pub(crate) fn heard(flow: &mut Flow, segment: Segment, fin: u32, rst: u32) -> u3
         flow.next_seq = next_seq;
         return was | fin;
     }
-    if next_seq.wrapping_sub(flow.next_seq).wrapping_sub(1) < ADVANCE_WINDOW {
+    if ahead {
         flow.next_seq = next_seq;
         return was & !fin;
     }

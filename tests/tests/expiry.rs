@@ -141,10 +141,21 @@ fn whoever_is_still_heard_was_not_reset() {
     let mut loaded = nat();
     let nat_port = establish(&mut loaded, 40_000);
     client(&mut loaded, 40_000, "tcp PORT > 80 R seq=1001");
-    client(&mut loaded, 40_000, "tcp PORT > 80 A seq=1001 ack=5001");
     server(&mut loaded, nat_port, "tcp 80 > PORT R seq=5001");
+    loaded.silence(S).unwrap();
+    client(&mut loaded, 40_000, "tcp PORT > 80 A seq=1001 ack=5001");
     server(&mut loaded, nat_port, "tcp 80 > PORT A seq=5001 ack=1001");
     assert_eq!(left_after(&mut loaded, 3_600 * S), 2);
+}
+
+#[test]
+fn what_a_reset_has_overtaken_keeps_no_flow() {
+    let mut loaded = nat();
+    let nat_port = establish(&mut loaded, 40_000);
+    client(&mut loaded, 40_000, "tcp PORT > 80 R seq=1001");
+    client(&mut loaded, 40_000, "tcp PORT > 80 A seq=1001 ack=5001");
+    server(&mut loaded, nat_port, "tcp 80 > PORT A seq=5001 ack=1001");
+    goes_after(loaded, 10 * S);
 }
 
 /// Who forges a client's address sees no SYN-ACK, and must not fill the tables for five days.

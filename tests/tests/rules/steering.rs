@@ -320,6 +320,7 @@ fn rule_06_what_comes_after_a_forged_fin_or_rst_revives_the_connection() {
         planned.send(&tuples[0], fin(1001));
         planned.send(&tuples[0], data(1001, 2));
         planned.send(&tuples[1], rst(1001));
+        planned.pass(S);
         planned.send(&tuples[1], ack(1001));
         // As near as they have to be; one more is too far. 1001 comes next.
         for seq in [1001 + (64 << 10), 1000_u32.wrapping_sub(64 << 10)] {
@@ -339,9 +340,43 @@ fn rule_06_what_comes_after_a_forged_fin_or_rst_revives_the_connection() {
         for seq in [1003 - 1 + (64 << 10), 1003_u32.wrapping_sub(64 << 10)] {
             planned.send(&tuples[0], rst(seq));
             assert_eq!(planned.flow(&tuples[0]).unwrap().state, flow_state::RESET, "{seq}");
+            planned.pass(S);
             planned.send(&tuples[0], ack(1003));
         }
     }
+}
+
+/// Packets of one connection that leave a host from two processors change places.
+#[test]
+fn rule_06_what_a_reset_has_overtaken_revives_nothing() {
+    const SECOND_NS: u64 = 1_000_000_000;
+    let [current, previous] = [1, 2].map(BackendIndex::new);
+    let service = Service::default();
+    let key = FlowKeyV4::default();
+    let flows = ModelFlows::new(1);
+    let went = |entry, segment| steer(&flows, &service, entry, &key, segment).backend;
+    let state = || flows.get(&key).unwrap().state;
+    let entry = Entry::tracking(current, previous, false);
+    for segment in [syn(1000), ack(1001), data(1001, 500), rst(1501)] {
+        assert_eq!(went(entry, segment), current);
+    }
+    for _ in 0..3 {
+        flows.clock_ns.set(flows.clock_ns.get() + SECOND_NS / 3);
+        for late in [ack(1501), data(1001, 500)] {
+            assert_eq!(went(entry, late), current);
+            assert_eq!(state(), flow_state::RESET);
+        }
+    }
+    // A second later it can't have been overtaken; before, who sends what is new has reset nothing.
+    flows.clock_ns.set(flows.clock_ns.get() + SECOND_NS / 2);
+    went(entry, ack(1501));
+    assert_eq!(state(), 0);
+    went(entry, rst(1501));
+    went(entry, data(1501, 1));
+    assert_eq!(state(), 0);
+    went(entry, rst(1502));
+    let returned = Entry::tracking(previous, previous, false);
+    assert_eq!(went(returned, syn(700_000)), previous, "the tuple is used again");
 }
 
 #[test]
