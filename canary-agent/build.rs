@@ -87,11 +87,14 @@ fn without_dwarf(object: &[u8]) -> Result<Vec<u8>, object::build::Error> {
     }
     object.delete_orphans();
     // LLVM keeps names of sections and of symbols in one table, which can't be written so.
-    let names = object.sections.add();
-    names.name = ".shstrtab".into();
-    names.sh_type = SHT_STRTAB;
-    names.sh_addralign = 1;
-    names.data = SectionData::SectionString;
+    let of_sections = |data: &SectionData<'_>| matches!(data, SectionData::SectionString);
+    if !object.sections.iter().any(|section| of_sections(&section.data)) {
+        let names = object.sections.add();
+        names.name = ".shstrtab".into();
+        names.sh_type = SHT_STRTAB;
+        names.sh_addralign = 1;
+        names.data = SectionData::SectionString;
+    }
     let mut stripped = Vec::new();
     object.write(&mut stripped)?;
     Ok(stripped)
