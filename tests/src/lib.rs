@@ -12,6 +12,7 @@
 //! use for an error that it can't act on, and a panic names the place.
 
 pub mod agent;
+pub mod asked;
 pub mod binary;
 pub mod bpf;
 pub mod caller;

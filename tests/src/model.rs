@@ -237,12 +237,7 @@ impl Random {
 
     /// Those of the environment's `CANARY_SEED`, else of the clock's; says which.
     pub fn from_environment(purpose: &str) -> Self {
-        let clock = || {
-            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-            now.map_or(1, |d| d.as_nanos() as u64)
-        };
-        let set = std::env::var("CANARY_SEED").ok().and_then(|s| s.parse().ok());
-        let seed = set.unwrap_or_else(clock);
+        let seed = crate::asked::seed();
         println!("{purpose}: CANARY_SEED={seed}");
         Self(seed)
     }

@@ -15,7 +15,7 @@ use canary_ebpf_common::{
     steer::{Segment, TCP_ACK, TCP_SYN},
 };
 use canary_tests::{
-    bpf,
+    asked, bpf,
     loaded::Sizes,
     model::{Random, Tuple},
     names::Host,
@@ -96,8 +96,7 @@ fn program_and_trie_follow_the_first_route_that_holds_a_client() {
         return;
     }
     let mut random = Random::from_environment(test);
-    let wanted: usize = std::env::var("CANARY_ADDRESSES")
-        .map_or(40_000, |text| text.parse().expect("a number of addresses"));
+    let wanted = number("CANARY_ADDRESSES", 40_000);
     let rounds = 20;
     let mut planned = Planned::new(&shop(Vec::new()), &sizes());
     let (mut of_routes, mut asked) = (0, 0);
@@ -461,7 +460,7 @@ fn open_connections_go_along_where_they_are_to_move() {
 }
 
 fn number(name: &str, default: usize) -> usize {
-    std::env::var(name).map_or(default, |text| text.parse().expect("a number"))
+    asked::number(name).map_or(default, |number| number as usize)
 }
 
 /// A network of IPv4 of some length, in a part of the world without anybody else.

@@ -10,28 +10,18 @@ use std::{
 };
 
 use canary_tests::{
+    asked,
     cases::Suite,
     differential::{Corpus, Frames, LIFE, Pair, record},
 };
 
 /// Frames, unless it is said otherwise.
 const FRAMES: u64 = 5_000_000;
-fn set(name: &str) -> Option<String> {
-    std::env::var(name).ok().filter(|text| !text.is_empty())
-}
-
-/// Where lives begin.
-fn seed() -> u64 {
-    let clock =
-        || std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(1, |now| now.as_micros() as u64);
-    set("CANARY_SEED").map_or_else(clock, |text| text.parse().expect("CANARY_SEED is a number"))
-}
 
 #[test]
 fn program_and_model_agree_on_random_frames() {
-    let frames: u64 =
-        set("CANARY_FRAMES").map_or(FRAMES, |text| text.parse().expect("a number of frames"));
-    let first = seed();
+    let frames = asked::number("CANARY_FRAMES").unwrap_or(FRAMES);
+    let first = asked::seed();
     println!("differential: CANARY_SEED={first} CANARY_FRAMES={frames}");
     let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("cases");
     let suite = Suite::read(&cases).expect("the cases");
@@ -40,7 +30,7 @@ fn program_and_model_agree_on_random_frames() {
     println!("{} frames of cases to begin with", corpus.len());
     // What is recorded differs from run to run, so that a seed would not give a run again. A
     // difference is told with all frames that show it.
-    if set("CANARY_SEED").is_none() {
+    if asked::number("CANARY_SEED").is_none() {
         let (recorded, programs) = record();
         recorded.iter().for_each(|frame| corpus.add(frame));
         println!("and {} of {programs:?}", recorded.len());

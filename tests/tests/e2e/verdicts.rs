@@ -1,11 +1,12 @@
 //! Rollouts that go by what connections do: the healthy release reaches all, and each fault is
 //! found from nothing but packets.
 
-use std::{env, fs, ops::Range, time::Instant};
+use std::{fs, ops::Range, time::Instant};
 
 use canary_agent::api::rollout::{EvidenceRow, RolloutHistory, RolloutReport, RolloutStatus};
 use canary_tests::{
     agent::{Agent, AgentOptions},
+    asked,
     client::version_of,
     faulty::{Fault, Faulty},
     host,
@@ -62,7 +63,7 @@ fn open(bench: &Bench, clients: Range<u32>) -> Pool {
 
 /// How many times each is run.
 fn times() -> u32 {
-    env::var("CANARY_ROLLOUTS").ok().and_then(|times| times.parse().ok()).unwrap_or(1)
+    asked::number("CANARY_ROLLOUTS").map_or(1, |times| times as u32)
 }
 
 fn release(test: &str, way: Way, fault: Fault) {

@@ -14,7 +14,7 @@ mod shrink;
 
 use std::time::{Duration, Instant};
 
-use canary_tests::model::Random;
+use canary_tests::{asked, model::Random};
 
 use crate::{
     event::{Kind, sequence},
@@ -28,15 +28,9 @@ const SHORT_SEQUENCES: u64 = 100;
 /// What is added to the seed for the next sequence.
 const NEXT: u64 = 0x9e37_79b9_7f4a_7c15;
 
-fn number(variable: &str) -> Option<u64> {
-    let text = std::env::var(variable).ok()?;
-    Some(text.parse().unwrap_or_else(|_| panic!("{variable} is no number: {text}")))
-}
-
 fn held_to_the_reference(kind: Kind) {
-    let asked = number("CANARY_SEQUENCES");
-    let clock = || std::time::UNIX_EPOCH.elapsed().map_or(1, |d| d.as_nanos() as u64);
-    let base = number("CANARY_SEED").unwrap_or_else(clock);
+    let asked = asked::number("CANARY_SEQUENCES");
+    let base = asked::seed();
     println!("{kind:?}: CANARY_SEED={base}");
     let begun = Instant::now();
     let mut total = Tally::default();
