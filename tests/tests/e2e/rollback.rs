@@ -29,8 +29,9 @@ use crate::support::{Bench, SHOP, Way, alone};
 
 const NAME: &str = "shop-v2";
 
-/// Room for the state: a few changes, with owners that do not repeat.
-const ROOM: u64 = 2 << 20;
+/// Room for the state: what all rounds store, and the 4 MiB that SQLite's log grows to before it is
+/// written back.
+const ROOM: u64 = 16 << 20;
 
 /// What is in the way, beside hooks, Prometheus and a command that never answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
