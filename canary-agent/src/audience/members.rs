@@ -37,12 +37,6 @@ pub enum MemberError {
 /// Why members can't be added.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MembersError {
-    /// One request names too many.
-    #[error("{named} members in one request; {MAX_BATCH} is the most")]
-    Batch {
-        /// How many it names.
-        named: usize,
-    },
     /// There would be too many.
     #[error(
         "no room for {new} more members: the audience has {present} of at most {room}; nothing has \

@@ -420,9 +420,9 @@ async fn drive<S: StateStore, K: Kernel>(
             request = requests.recv() => match request {
                 Some(request) => Event::Request { request, arrived: Instant::now() },
                 None => {
-                state.end(moment()?);
-                return Ok(());
-            }
+                    state.end(moment()?);
+                    return Ok(());
+                }
             },
             Some(event) = events.recv() => event,
             _ = ticks.tick() => Event::Tick,
