@@ -226,6 +226,7 @@ fn a_rollout_is_kept_in_place_of_what_was_kept_of_it() {
         signal: signal.to_owned(),
         share: Some(0.05),
         events: Some([3, 4]),
+        connections: Some(95),
         answer: None,
     };
     let first = store.keep_rollout(&stored(None, "a", None, "1"), &[line("x")], true).unwrap();
@@ -239,9 +240,8 @@ fn a_rollout_is_kept_in_place_of_what_was_kept_of_it() {
     let all: Vec<Option<u64>> =
         store.rollouts("a", 9).unwrap().into_iter().map(|one| one.number).collect();
     assert_eq!((all, other), (vec![Some(again), Some(first)], 2));
-    let signals: Vec<String> =
-        store.evidence(first).unwrap().into_iter().map(|one| one.signal).collect();
-    assert_eq!(signals, ["x", "y"]);
+    let kept = store.evidence(first).unwrap();
+    assert_eq!(kept, ["x", "y"].map(|signal| EvidenceLine { rollout: first, ..line(signal) }));
     // Another file, in which the number was never given out.
     let dir = tempfile::tempdir().unwrap();
     let mut store = SqliteStore::new(dir.path());

@@ -225,6 +225,9 @@ pub struct EvidenceRow {
     pub control: Option<u64>,
     /// Counted: bad events on the canary.
     pub canary: Option<u64>,
+    /// Counted: connections of control that were watched.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connections: Option<u64>,
     /// Asked: what was answered.
     pub answer: Option<String>,
 }

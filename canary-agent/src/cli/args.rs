@@ -531,7 +531,7 @@ pub(super) struct Explain {
 /// `replay`.
 #[derive(Args, Debug)]
 pub(super) struct Replay {
-    /// Recording: CSV with the header window,signal,share,control,canary; - for standard input
+    /// Recording: CSV with the header window,signal,share,control,canary[,connections]; - for standard input
     pub(super) file: PathBuf,
     /// The gate
     #[arg(long, value_name = "NAME")]

@@ -505,9 +505,11 @@ async fn recording(
     }
     let mut out = format!("{}\n", record::HEADER.join(","));
     for row in rows {
-        let EvidenceRow { window, signal, share, control, canary, .. } = row;
+        let EvidenceRow { window, signal, share, control, canary, connections, .. } = row;
         let (share, control) = (share.unwrap_or(0.0), control.unwrap_or(0));
-        out.push_str(&format!("{window},{signal},{share},{control},{}\n", canary.unwrap_or(0)));
+        let canary = canary.unwrap_or(0);
+        let connections = connections.map_or_else(String::new, |all| all.to_string());
+        out.push_str(&format!("{window},{signal},{share},{control},{canary},{connections}\n"));
     }
     print(&out)
 }
@@ -537,7 +539,7 @@ fn drawn_run(run: &RolloutRun) -> String {
     ]);
     let number = |number: &Option<u64>| number.map_or_else(String::new, |n| n.to_string());
     for row in evidence {
-        let EvidenceRow { step, unix_ms: _, window, signal, share, control, canary, answer } = row;
+        let EvidenceRow { step, window, signal, share, control, canary, answer, .. } = row;
         table.row([
             step.to_string(),
             format!("{window:.1}"),

@@ -385,13 +385,23 @@ fn kernel(
         }
         Some(value)
     });
-    Some(KernelSignal {
-        kind: kind?,
-        quantile_permille,
-        tolerate,
-        pass_below: pass_below.unwrap_or(tolerate * DEFAULT_PASS_RATIO),
-        observe,
-    })
+    let pass_below = pass_below.unwrap_or(tolerate * DEFAULT_PASS_RATIO);
+    if let Some(permille) = quantile_permille.filter(|_| !observe) {
+        let usual_permille = 1_000 - permille;
+        let most = 1_000.0 / f64::from(usual_permille);
+        if pass_below >= most {
+            sink.warning(
+                name.span,
+                format!(
+                    "this signal never lets a canary pass: {} % of control's handshakes are slow \
+                     by definition, and no canary has {pass_below} times as many",
+                    f64::from(usual_permille) / 10.0
+                ),
+            )
+            .help(format!("a `pass_below` under {}, or a higher part in `over`", most.floor()));
+        }
+    }
+    Some(KernelSignal { kind: kind?, quantile_permille, tolerate, pass_below, observe })
 }
 
 /// `control:p95`, in thousandths.

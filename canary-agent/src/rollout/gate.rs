@@ -19,6 +19,25 @@ pub struct Counts {
     pub control_events: u64,
     /// Bad events on the canary.
     pub canary_events: u64,
+    /// Connections of control that were watched, where that is known.
+    pub control_connections: Option<u64>,
+}
+
+impl Counts {
+    /// Whether so many of control's connections are bad that a canary of which all are would
+    /// still seem better than `pass_below` times control: then nothing speaks for it.
+    fn saturated(&self, pass_below: f64) -> bool {
+        let Self { control_events, control_connections, .. } = *self;
+        control_events > 0
+            && control_connections
+                .is_some_and(|all| saturated(control_events as f64, all as f64, pass_below))
+    }
+}
+
+/// Whether `bad` of `all` connections of control leave no room for a canary that is `pass_below`
+/// times as bad.
+pub(super) fn saturated(bad: f64, all: f64, pass_below: f64) -> bool {
+    bad * pass_below >= all
 }
 
 /// What was seen in a while.
@@ -95,10 +114,18 @@ pub struct SignalProgress {
     pub control_events: u64,
     /// Bad events on the canary.
     pub canary_events: u64,
+    /// Windows in which so much of control was bad that nothing could speak for the canary.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub saturated_windows: u64,
     /// That the canary is worse than is tolerated.
     pub fail: Evidence,
     /// That it is better than what would be too bad.
     pub pass: Evidence,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "what serde asks for")]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// What has been seen so far: all that is to be kept of a gate over a restart.
@@ -155,6 +182,7 @@ impl Gate {
             signal: Name(signal.kind),
             control_events: 0,
             canary_events: 0,
+            saturated_windows: 0,
             fail: Evidence::new(signal.tolerate, WORSE),
             pass: Evidence::new(signal.pass_below, BETTER),
         });
@@ -245,9 +273,9 @@ impl Gate {
             progress.windows = progress.windows.saturating_add(1);
             progress.watched_ms = progress.watched_ms.saturating_add(millis(watched));
             for (kind, counts) in counts {
-                let signal = progress.signals.iter_mut().find(|one| one.signal.0 == *kind);
-                if let Some(signal) = signal {
-                    signal.add(counts);
+                let mut signals = self.signals.iter().zip(&mut progress.signals);
+                if let Some((terms, signal)) = signals.find(|(_, one)| one.signal.0 == *kind) {
+                    signal.add(counts, terms.pass_below);
                 }
             }
         } else {
@@ -302,12 +330,16 @@ impl Gate {
 }
 
 impl SignalProgress {
-    fn add(&mut self, counts: &Counts) {
-        let Counts { share, control_events, canary_events } = *counts;
+    fn add(&mut self, counts: &Counts, pass_below: f64) {
+        let Counts { share, control_events, canary_events, .. } = *counts;
         self.control_events = self.control_events.saturating_add(control_events);
         self.canary_events = self.canary_events.saturating_add(canary_events);
         self.fail.add(share, control_events, canary_events);
-        self.pass.add(share, control_events, canary_events);
+        if counts.saturated(pass_below) {
+            self.saturated_windows = self.saturated_windows.saturating_add(1);
+        } else {
+            self.pass.add(share, control_events, canary_events);
+        }
     }
 }
 

@@ -4,8 +4,9 @@
 //! the memory of one window. Must not know which gate will see the windows, but for the
 //! names of its signals.
 //!
-//! The header is `window,signal,share,control,canary`. `window` is a time in seconds, or a
-//! number that counts windows; lines of one window stand together, in the order of time.
+//! The header is `window,signal,share,control,canary,connections`, of which the last may be left
+//! out. `window` is a time in seconds, or a number that counts windows; lines of one window stand
+//! together, in the order of time.
 
 use std::{
     io::{self, BufRead, BufReader, Read},
@@ -16,8 +17,10 @@ use std::{
 use super::gate::Counts;
 use crate::config::model::SignalKind;
 
-/// What the first line must be.
-pub const HEADER: [&str; 5] = ["window", "signal", "share", "control", "canary"];
+/// What the first line must be; it may end after [`LEAST`].
+pub const HEADER: [&str; 6] = ["window", "signal", "share", "control", "canary", "connections"];
+/// Fields that each line has. The last of [`HEADER`] is of use where much of control is bad.
+const LEAST: usize = 5;
 
 /// Longest line: what is longer is no recording, and would be held in memory whole.
 const MAX_LINE_BYTES: usize = 4096;
@@ -66,7 +69,8 @@ pub struct Reader<R> {
     /// The line that was read last, and its number.
     line: Vec<u8>,
     number: u64,
-    begun: bool,
+    /// How many fields the header has; none before it was read.
+    columns: Option<usize>,
     ended: bool,
     /// The first line of the next window.
     next: Option<(Duration, Line)>,
@@ -83,7 +87,7 @@ impl<R: Read> Reader<R> {
             signals,
             line: Vec::new(),
             number: 0,
-            begun: false,
+            columns: None,
             ended: false,
             next: None,
             last: None,
@@ -135,15 +139,15 @@ impl<R: Read> Reader<R> {
         while !self.ended {
             if !self.read_line()? {
                 self.ended = true;
-                if !self.begun {
+                if self.columns.is_none() {
                     let message = "the file is empty".to_owned();
                     self.object(Problem { line: 1, message, help: Some(header_help()) });
                 }
                 break;
             }
             let number = self.number;
-            if !self.begun {
-                self.begun = true;
+            let Some(columns) = self.columns else {
+                self.columns = Some(fields(&self.line).count());
                 if !is_header(&self.line) {
                     let message = format!("the header is {}", shown(&self.line));
                     self.object(Problem { line: number, message, help: Some(header_help()) });
@@ -151,8 +155,9 @@ impl<R: Read> Reader<R> {
                     self.ended = true;
                 }
                 continue;
-            }
-            match parse(&self.line, number, &self.signals).and_then(|line| self.in_order(line)) {
+            };
+            let parsed = parse(&self.line, number, columns, &self.signals);
+            match parsed.and_then(|line| self.in_order(line)) {
                 Ok(line) => return Ok(Some(line)),
                 Err(problem) => self.object(problem),
             }
@@ -172,7 +177,7 @@ impl<R: Read> Reader<R> {
             self.number += 1;
             if read > MAX_LINE_BYTES && self.line.last() != Some(&b'\n') {
                 let message = format!("it is longer than {MAX_LINE_BYTES} bytes");
-                self.begun = true;
+                self.columns.get_or_insert(0);
                 self.object(Problem { line: self.number, message, help: None });
                 return Ok(false);
             }
@@ -221,7 +226,8 @@ pub fn seconds(window: Duration) -> String {
 }
 
 fn header_help() -> String {
-    format!("the first line must be `{}`", HEADER.join(","))
+    let (least, all) = (HEADER[..LEAST].join(","), HEADER.join(","));
+    format!("the first line must be `{least}` or `{all}`")
 }
 
 /// Fields hold neither commas nor line ends, so that quotes around them hide none.
@@ -237,7 +243,8 @@ fn bare(field: &[u8]) -> &[u8] {
 }
 
 fn is_header(line: &[u8]) -> bool {
-    fields(line).eq(HEADER.map(str::as_bytes))
+    let is = |columns: usize| fields(line).eq(HEADER[..columns].iter().map(|name| name.as_bytes()));
+    is(LEAST) || is(HEADER.len())
 }
 
 /// Bytes of the file as they can be shown.
@@ -250,14 +257,19 @@ fn shown(bytes: &[u8]) -> String {
     format!("`{short}`")
 }
 
-fn parse(line: &[u8], number: u64, signals: &[SignalKind]) -> Result<(Duration, Line), Problem> {
+fn parse(
+    line: &[u8],
+    number: u64,
+    columns: usize,
+    signals: &[SignalKind],
+) -> Result<(Duration, Line), Problem> {
     let problem = |message: String| Problem { line: number, message, help: None };
     let count = fields(line).count();
-    if count != HEADER.len() {
+    if count != columns {
         return Err(Problem {
             line: number,
-            message: format!("it has {count} fields, not {}", HEADER.len()),
-            help: Some(format!("they are {}", HEADER.join(","))),
+            message: format!("it has {count} fields, not {columns}"),
+            help: Some(format!("they are {}", HEADER[..columns.min(HEADER.len())].join(","))),
         });
     }
     let mut texts = [""; HEADER.len()];
@@ -265,7 +277,7 @@ fn parse(line: &[u8], number: u64, signals: &[SignalKind]) -> Result<(Duration, 
         *text = str::from_utf8(bytes)
             .map_err(|_| problem(format!("`{name}` is not UTF-8: {}", shown(bytes))))?;
     }
-    let [window, signal, share, control, canary] = texts;
+    let [window, signal, share, control, canary, connections] = texts;
     let window = time(window).ok_or_else(|| Problem {
         line: number,
         message: format!("{} is not a window", shown(window.as_bytes())),
@@ -292,7 +304,7 @@ fn parse(line: &[u8], number: u64, signals: &[SignalKind]) -> Result<(Duration, 
         let count = digits.then(|| text.parse::<u64>().ok()).flatten();
         count.ok_or_else(|| Problem {
             line: number,
-            message: format!("{name} {} is not a number of events", shown(text.as_bytes())),
+            message: format!("{name} {} is not a number", shown(text.as_bytes())),
             help: Some(format!("it is a whole number from 0 to {}", u64::MAX)),
         })
     };
@@ -300,6 +312,10 @@ fn parse(line: &[u8], number: u64, signals: &[SignalKind]) -> Result<(Duration, 
         share,
         control_events: count("control", control)?,
         canary_events: count("canary", canary)?,
+        control_connections: match connections {
+            "" => None,
+            connections => Some(count("connections", connections)?),
+        },
     };
     Ok((window, Line { number, signal: *kind, counts }))
 }

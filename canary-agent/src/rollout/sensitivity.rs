@@ -14,7 +14,7 @@ use rand_pcg::{Pcg64Mcg, rand_core::SeedableRng};
 
 use super::{
     evidence::{AtOneShare, BETTER, WORSE},
-    gate::Gate,
+    gate::{Gate, saturated},
     pool::ENOUGH,
 };
 
@@ -107,12 +107,28 @@ fn after(seconds: &[f64], runs: f64) -> Option<f64> {
     seconds.get((runs.ceil() as usize).max(1) - 1).copied()
 }
 
+/// A signal that decides.
+#[derive(Clone, Debug)]
+struct Deciding {
+    fail: AtOneShare,
+    pass: AtOneShare,
+    pass_below: f64,
+}
+
+/// What comes of a signal.
+#[derive(Clone, Copy, Debug)]
+struct Coming {
+    /// Bad events a second of control, and of the canary.
+    events: [f64; 2],
+    /// Nothing can speak for the canary.
+    saturated: bool,
+}
+
 /// A gate that can be asked what it would make of things.
 #[derive(Clone, Debug)]
 pub struct Sensitivity {
     traffic: Traffic,
-    /// Of each deciding signal, what fails and what passes.
-    signals: Vec<(AtOneShare, AtOneShare)>,
+    signals: Vec<Deciding>,
     ln_fail_at: f64,
     ln_pass_at: f64,
     min_seconds: f64,
@@ -125,9 +141,10 @@ impl Sensitivity {
         let share = traffic.share()?;
         let deciding = gate.signals().iter().filter(|signal| !signal.observe);
         let signals: Vec<_> = deciding
-            .map(|signal| {
-                let fail = AtOneShare::new(signal.tolerate, WORSE, share);
-                (fail, AtOneShare::new(signal.pass_below, BETTER, share))
+            .map(|signal| Deciding {
+                fail: AtOneShare::new(signal.tolerate, WORSE, share),
+                pass: AtOneShare::new(signal.pass_below, BETTER, share),
+                pass_below: signal.pass_below,
             })
             .collect();
         (!signals.is_empty()).then(|| Self {
@@ -144,21 +161,23 @@ impl Sensitivity {
     /// as `until`, whatever its deadline.
     pub fn ends(&self, rates: &[Rate], until: Duration) -> Ends {
         let looks = self.looks(until.as_secs_f64());
-        let events: Vec<[f64; 2]> = rates.iter().map(|rate| self.events_a_second(*rate)).collect();
+        let coming: Vec<Coming> =
+            rates.iter().zip(&self.signals).map(|(rate, one)| self.coming(*rate, one)).collect();
         let mut random = Pcg64Mcg::seed_from_u64(SEED);
         let mut ends = Ends { waited: vec![0; self.signals.len()], ..Ends::default() };
         let mut counts = Vec::new();
         for _ in 0..RUNS {
-            self.run(&events, &looks, &mut counts, &mut random, &mut ends);
+            self.run(&coming, &looks, &mut counts, &mut random, &mut ends);
         }
         ends.failed.sort_by(f64::total_cmp);
         ends.passed.sort_by(f64::total_cmp);
         ends
     }
 
-    fn events_a_second(&self, rate: Rate) -> [f64; 2] {
+    fn coming(&self, rate: Rate, signal: &Deciding) -> Coming {
         let Traffic { control, canary } = self.traffic;
-        [control * rate.usual, canary * (rate.usual * rate.ratio).min(1.0)]
+        let events = [control * rate.usual, canary * (rate.usual * rate.ratio).min(1.0)];
+        Coming { events, saturated: saturated(rate.usual, 1.0, signal.pass_below) }
     }
 
     fn looks(&self, until: f64) -> Vec<f64> {
@@ -178,27 +197,26 @@ impl Sensitivity {
 
     fn run(
         &self,
-        events: &[[f64; 2]],
+        coming: &[Coming],
         looks: &[f64],
         counts: &mut Vec<[u64; 2]>,
         random: &mut Pcg64Mcg,
         ends: &mut Ends,
     ) {
         counts.clear();
-        counts.resize(events.len(), [0, 0]);
+        counts.resize(coming.len(), [0, 0]);
         let mut before = 0.0;
         for seconds in looks {
             let passed = seconds - before;
             before = *seconds;
             let (mut fails, mut waits) = (false, *seconds < self.min_seconds);
-            for ((counts, rates), (fail, pass)) in counts.iter_mut().zip(events).zip(&self.signals)
-            {
-                for (count, rate) in counts.iter_mut().zip(rates) {
+            for ((counts, coming), signal) in counts.iter_mut().zip(coming).zip(&self.signals) {
+                for (count, rate) in counts.iter_mut().zip(coming.events) {
                     *count = count.saturating_add(poisson(rate * passed, random));
                 }
                 let [control, canary] = *counts;
-                fails = fails || fail.reaches(self.ln_fail_at, control, canary);
-                waits = waits || !pass.reaches(self.ln_pass_at, control, canary);
+                fails = fails || signal.fail.reaches(self.ln_fail_at, control, canary);
+                waits = waits || self.waits_for(signal, *coming, [control, canary]);
             }
             if fails {
                 return ends.failed.push(*seconds);
@@ -207,11 +225,15 @@ impl Sensitivity {
                 return ends.passed.push(*seconds);
             }
         }
-        for ((waited, [control, canary]), (_, pass)) in
-            ends.waited.iter_mut().zip(counts.iter()).zip(&self.signals)
+        for (((waited, counts), coming), signal) in
+            ends.waited.iter_mut().zip(counts.iter()).zip(coming).zip(&self.signals)
         {
-            *waited += usize::from(!pass.reaches(self.ln_pass_at, *control, *canary));
+            *waited += usize::from(self.waits_for(signal, *coming, *counts));
         }
+    }
+
+    fn waits_for(&self, signal: &Deciding, coming: Coming, [control, canary]: [u64; 2]) -> bool {
+        coming.saturated || !signal.pass.reaches(self.ln_pass_at, control, canary)
     }
 }
 

@@ -195,12 +195,17 @@ impl Watch {
 
     /// Takes a window's counts into account.
     pub fn count(&mut self, counted: &Counted) -> Option<Verdict> {
-        let Counted { watched, complete, events, .. } = counted;
+        let Counted { watched, complete, connections, events, .. } = counted;
         let share = counted.share();
         let counts: Vec<(SignalKind, Counts)> = events
             .iter()
             .map(|(kind, [control, canary])| {
-                let counts = Counts { share, control_events: *control, canary_events: *canary };
+                let counts = Counts {
+                    share,
+                    control_events: *control,
+                    canary_events: *canary,
+                    control_connections: Some(connections[0]),
+                };
                 (*kind, counts)
             })
             .collect();
@@ -322,7 +327,18 @@ impl Watch {
         }
         let pass_at = self.gate.ln_pass_at();
         let short = |one: &SignalProgress| {
-            format!("{}; evidence {:.1} of {pass_at:.1} that it is good", seen(one), one.pass.ln())
+            let saturated = match one.saturated_windows {
+                0 => String::new(),
+                windows => format!(
+                    "; in {windows} of {} windows too much of control was bad to tell",
+                    progress.windows
+                ),
+            };
+            format!(
+                "{}; evidence {:.1} of {pass_at:.1} that it is good{saturated}",
+                seen(one),
+                one.pass.ln()
+            )
         };
         let waiting: Vec<String> = self.gate.waiting().map(short).collect();
         match waiting.is_empty() {

@@ -32,11 +32,11 @@ pub(super) fn keep(
     let number = number.unwrap_or_else(|| transaction.last_insert_rowid().cast_unsigned());
     let mut insert = transaction.prepare_cached(
         "INSERT INTO evidence (rollout, step, unix_ms, window_ms, signal, share, control, canary,
-         answer) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
+         answer, connections) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
     )?;
     for line in evidence {
-        let EvidenceLine { rollout: _, step, unix_ms, window_ms, signal, share, events, answer } =
-            line;
+        let EvidenceLine { rollout: _, step, unix_ms, window_ms, signal, share, .. } = line;
+        let EvidenceLine { events, connections, answer, .. } = line;
         insert.execute(params![
             number.cast_signed(),
             step,
@@ -46,7 +46,8 @@ pub(super) fn keep(
             share,
             events.map(|[control, _]| control.cast_signed()),
             events.map(|[_, canary]| canary.cast_signed()),
-            answer
+            answer,
+            connections.map(u64::cast_signed)
         ])?;
     }
     if !evidence.is_empty() {
@@ -97,8 +98,8 @@ pub(super) fn of_name(
 /// What one went by, the oldest first.
 pub(super) fn evidence(connection: &Connection, number: u64) -> Result<Vec<EvidenceLine>, Failure> {
     let mut statement = connection.prepare_cached(
-        "SELECT rollout, step, unix_ms, window_ms, signal, share, control, canary, answer
-         FROM evidence WHERE rollout = ?1 ORDER BY id",
+        "SELECT rollout, step, unix_ms, window_ms, signal, share, control, canary, answer,
+         connections FROM evidence WHERE rollout = ?1 ORDER BY id",
     )?;
     let rows = statement.query_map([number.cast_signed()], |row| {
         let number = |at: usize| row.get::<_, i64>(at).map(i64::cast_unsigned);
@@ -115,6 +116,7 @@ pub(super) fn evidence(connection: &Connection, number: u64) -> Result<Vec<Evide
                 .zip(events.1)
                 .map(|(control, canary)| [control.cast_unsigned(), canary.cast_unsigned()]),
             answer: row.get(8)?,
+            connections: row.get::<_, Option<i64>>(9)?.map(i64::cast_unsigned),
         })
     })?;
     Ok(rows.collect::<rusqlite::Result<_>>()?)

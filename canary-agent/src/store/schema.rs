@@ -104,6 +104,7 @@ const MIGRATIONS: &[&str] = &[
         unix_ms INTEGER NOT NULL,
         PRIMARY KEY (audience, network)
     ) STRICT, WITHOUT ROWID;",
+    "ALTER TABLE evidence ADD COLUMN connections INTEGER;",
 ];
 
 /// The newest schema known here.

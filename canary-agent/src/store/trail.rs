@@ -193,6 +193,8 @@ pub struct EvidenceLine {
     pub share: Option<f64>,
     /// Counted: bad events of control, and of the canary.
     pub events: Option<[u64; 2]>,
+    /// Counted: connections of control that were watched.
+    pub connections: Option<u64>,
     /// Asked: what was answered.
     pub answer: Option<String>,
 }

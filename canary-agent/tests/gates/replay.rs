@@ -120,6 +120,42 @@ fn each_line_has_both_logarithms_and_the_verdict_so_far() {
 }
 
 #[test]
+fn connections_of_control_may_stand_at_the_end() {
+    let place = Place::new();
+    let replayed = |header: &str, row: &str| {
+        let rows: String =
+            (1..=9).map(|second| format!("{second},connect_failed,{row}\n")).collect();
+        place.replay(
+            format!("window,signal,share,control,canary{header}\n{rows}"),
+            &["--gate", "one"],
+        )
+    };
+    let end = |output: Output| {
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        let shown = String::from_utf8(output.stdout).expect("text");
+        shown.lines().any(|line| line.ends_with(" pass"))
+    };
+    assert!(end(replayed("", "0.5,60,60")));
+    assert!(end(replayed(",connections", "0.5,60,60,")), "not known");
+    assert!(end(replayed(",connections", "0.5,60,60,181")));
+    assert!(
+        !end(replayed(",connections", "0.5,60,60,180")),
+        "a canary can't be three times as bad"
+    );
+    for (header, row, error) in [
+        ("", "0.5,60,60,180", "line 2: it has 6 fields, not 5"),
+        (",connections", "0.5,60,60", "line 2: it has 5 fields, not 6"),
+        (",connections", "0.5,60,60,-1", "line 2: connections `-1` is not a number"),
+        (",conections", "0.5,60,60,1", "line 1: the header is"),
+    ] {
+        let output = replayed(header, row);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let shown = String::from_utf8(output.stderr).expect("text");
+        assert!(shown.contains(error), "{shown}");
+    }
+}
+
+#[test]
 fn it_passes_from_the_shortest_time_on() {
     let place = Place::new();
     let rows: String =
@@ -230,9 +266,9 @@ fn every_line_that_is_wrong_is_named() {
             "line 5: share `1.01` is not from 0 to 1",
             "line 6: share `nan` is not from 0 to 1",
             "line 7: share `-0.1` is not from 0 to 1",
-            "line 9: control `-1` is not a number of events",
-            "line 10: canary `1.0` is not a number of events",
-            "line 11: canary `18446744073709551616` is not a number of events",
+            "line 9: control `-1` is not a number",
+            "line 10: canary `1.0` is not a number",
+            "line 11: canary `18446744073709551616` is not a number",
             "line 12: it has 4 fields, not 5",
             "line 13: `-1` is not a window",
             "line 14: `soon` is not a window",

@@ -100,6 +100,16 @@ fn several_signals_are_waited_for_and_share_alpha() {
 }
 
 #[test]
+fn it_never_passes_where_too_much_of_control_is_bad() {
+    let terms = usual();
+    let healthy = |usual| ends(&terms, traffic(RATE, 0.05), &[Rate { usual, ratio: 1.0 }]);
+    let (just, more) = (healthy(0.33), healthy(0.34));
+    assert_eq!(just.passed_within(HOUR), 1.0);
+    assert_eq!(more.passed_within(HOUR), 0.0);
+    assert_eq!(more.waited_for(), Some(0));
+}
+
+#[test]
 fn nothing_is_said_where_nothing_can_be_compared() {
     let gate = Gate::new(&config(vec![signal(ConnectFailed, false)]));
     for (control, canary) in

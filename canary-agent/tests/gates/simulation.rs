@@ -134,7 +134,9 @@ fn simulate(
         let connections = RATE * now.traffic;
         canary_connections += connections * now.share;
         if gate.verdict().is_none() {
-            let counts = Counts { share: now.share, control_events, canary_events };
+            let control_connections = Some((connections * (1.0 - now.share)).round() as u64);
+            let counts =
+                Counts { share: now.share, control_events, canary_events, control_connections };
             let verdict = gate.watch(&Window {
                 elapsed: Duration::from_secs(second),
                 watched: Duration::from_secs(1),

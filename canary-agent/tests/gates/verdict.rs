@@ -31,7 +31,7 @@ pub(crate) fn config(signals: Vec<Signal>) -> model::Gate {
 }
 
 fn counts(control_events: u64, canary_events: u64) -> Counts {
-    Counts { share: 0.05, control_events, canary_events }
+    Counts { share: 0.05, control_events, canary_events, control_connections: None }
 }
 
 /// A gate that is shown one window after the other, each a second long.
@@ -93,6 +93,63 @@ fn one_that_can_not_decide_says_what_it_has_waited_for() {
     assert_eq!(
         watch.kept().because.as_deref(),
         Some("connect_failed: 0 on the canary, 0 on control; evidence 0.0 of 3.0 that it is good")
+    );
+}
+
+/// Half of control is slow, since all have become slower since it was said what slow is. A canary
+/// of which all are is twice as bad, and that is less than three times.
+#[test]
+fn nothing_speaks_for_a_canary_where_much_of_control_is_bad() {
+    let window = |control_events, canary_events| {
+        let share = 0.5;
+        let control_connections = Some(100);
+        [(SlowHandshake, Counts { share, control_events, canary_events, control_connections })]
+    };
+    let mut lenient = signal(SlowHandshake, false);
+    if let Signal::Kernel(signal) = &mut lenient {
+        signal.tolerate = 2.0;
+    }
+    let mut shown = Shown::new(vec![lenient]);
+    while shown.watch(&window(50, 100)).is_none() {}
+    assert_eq!(shown.decision().verdict, Verdict::Inconclusive);
+    let seen = shown.gate.progress().signals[0].clone();
+    assert_eq!((seen.saturated_windows, seen.pass.ln()), (3_600, 0.0));
+    assert!(seen.fail.ln() < 0.0);
+
+    // That it is worse than what is tolerated can still be said.
+    let mut shown = Shown::new(vec![signal(SlowHandshake, false)]);
+    while shown.watch(&window(50, 100)).is_none() {}
+    assert_eq!(shown.decision().verdict, Verdict::Fail);
+
+    // Just below a third there is room for a canary that is three times as bad.
+    let mut shown = Shown::new(vec![signal(SlowHandshake, false)]);
+    while shown.watch(&window(33, 33)).is_none() {}
+    assert_eq!(shown.decision().verdict, Verdict::Pass);
+    assert_eq!(shown.gate.progress().signals[0].saturated_windows, 0);
+}
+
+#[test]
+fn what_made_it_impossible_to_tell_is_said() {
+    let terms = Arc::new(config(vec![signal(SlowHandshake, false)]));
+    let mut watch = Watch::new(&terms);
+    let window = Counted {
+        service: "shop".to_owned(),
+        canary: "v2".to_owned(),
+        watched: Duration::from_secs(1),
+        complete: true,
+        slow_ns: 1,
+        connections: [100, 100],
+        events: vec![(SlowHandshake, [40, 40])],
+    };
+    while watch.verdict().is_none() {
+        watch.pass_time(1_000);
+        watch.count(&window);
+    }
+    assert_eq!(watch.verdict(), Some(Verdict::Inconclusive));
+    let because = watch.kept().because.as_deref().expect("a reason");
+    assert!(
+        because.ends_with("in 3599 of 3599 windows too much of control was bad to tell"),
+        "{because}"
     );
 }
 
@@ -243,6 +300,7 @@ fn window() -> impl Strategy<Value = (bool, Vec<(SignalKind, Counts)>)> {
         share,
         control_events: control,
         canary_events: canary,
+        control_connections: Some(100),
     });
     let counted = prop::collection::vec(some, 3);
     let counted = counted.prop_map(move |counts| kinds.into_iter().zip(counts).collect());

@@ -408,7 +408,8 @@ fn next_share(run: &Run, config: Option<&Rollout>) -> Option<Share> {
 }
 
 fn evidence_row(line: EvidenceLine) -> EvidenceRow {
-    let EvidenceLine { rollout: _, step, unix_ms, window_ms, signal, share, events, answer } = line;
+    let EvidenceLine { rollout: _, step, unix_ms, window_ms, signal, share, .. } = line;
+    let EvidenceLine { events, connections, answer, .. } = line;
     EvidenceRow {
         step: step + 1,
         unix_ms,
@@ -417,6 +418,7 @@ fn evidence_row(line: EvidenceLine) -> EvidenceRow {
         share,
         control: events.map(|[control, _]| control),
         canary: events.map(|[_, canary]| canary),
+        connections,
         answer,
     }
 }

@@ -442,6 +442,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                     signal: asked.map_or_else(String::new, |heard| heard.asked.clone()),
                     share: None,
                     events: None,
+                    connections: None,
                     answer: Some(format!("{}: {}", answer.word(), answer.text())),
                 });
                 active.run.heard(&rollout, probe, answer, self::at(now))
@@ -478,6 +479,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                         signal: signal.kind.name().to_owned(),
                         share: Some(share),
                         events: Some(events.map_or([0, 0], |(_, events)| *events)),
+                        connections: Some(counted.connections[0]),
                         answer: (!counted.complete).then(|| "incomplete".to_owned()),
                     }
                 });
