@@ -24,7 +24,8 @@ const NAME: &str = "shop-v2";
 /// New connections a second.
 const RATE: u32 = 400;
 
-/// Both versions have some bad connections, as services do: about one in a hundred.
+/// Both versions have some bad connections, as services do: about one in a hundred. On a busy host
+/// up to half of all handshakes may be slower than what was slow before it was.
 const ROLLOUT: &str = r#"
 [[gate]]
 name = "l4"
@@ -32,7 +33,7 @@ min_duration = "3s"
 deadline = "2m"
 signals = [
   { name = "connect_failed", tolerate = 1.3, pass_below = 5.0 },
-  { name = "slow_handshake", over = "control:p95", tolerate = 2.0, pass_below = 6.0 },
+  { name = "slow_handshake", over = "control:p98", tolerate = 1.2, pass_below = 6.0 },
   { name = "server_reset", tolerate = 1.3, pass_below = 5.0 },
   { name = "client_reset", observe = true },
 ]
@@ -62,12 +63,14 @@ fn open(bench: &Bench, clients: Range<u32>) -> Pool {
 }
 
 /// How many times each is run.
-fn times() -> u32 {
-    asked::number("CANARY_ROLLOUTS").map_or(1, |times| times as u32)
+fn times() -> Option<u32> {
+    asked::number("CANARY_ROLLOUTS").map(|times| times as u32)
 }
 
+/// With `dsr`, whose steps are prepared, one fault by itself, and all with `CANARY_ROLLOUTS`.
 fn release(test: &str, way: Way, fault: Fault) {
-    if !host::ready(test) {
+    let by_itself = way != Way::Dsr || fault == Fault::Slow;
+    if !by_itself && times().is_none() || !host::ready(test) {
         return;
     }
     // Not where the service is.
@@ -89,7 +92,7 @@ fn release(test: &str, way: Way, fault: Fault) {
     };
     let config = bench.service(SHOP, canary_tests::server::HTTP_PORT, &["tcp"], "") + &signals;
     let agent = Agent::start(&bench.topology, &AgentOptions::native(&bench.topology), &config);
-    for run in 1..=times() {
+    for run in 1..=times().unwrap_or(1) {
         agent.split(SHOP, "v2", "0");
         let swarm = Swarm::start(bench.client(), RATE);
         wait::until("enough of stable", || {
@@ -176,4 +179,19 @@ fn one_that_answers_late_is_taken_back() {
 #[test]
 fn one_that_resets_connections_is_taken_back() {
     release("one_that_resets_connections_is_taken_back", Way::NatTwoArmed, Fault::Reset);
+}
+
+#[test]
+fn a_healthy_release_reaches_all_in_dsr() {
+    release("a_healthy_release_reaches_all_in_dsr", Way::Dsr, Fault::None);
+}
+
+#[test]
+fn one_that_refuses_connections_is_taken_back_in_dsr() {
+    release("one_that_refuses_connections_is_taken_back_in_dsr", Way::Dsr, Fault::Refuse);
+}
+
+#[test]
+fn one_that_answers_late_is_taken_back_in_dsr() {
+    release("one_that_answers_late_is_taken_back_in_dsr", Way::Dsr, Fault::Slow);
 }

@@ -35,7 +35,7 @@ min_duration = "3s"
 deadline = "2m"
 signals = [
   { name = "connect_failed", tolerate = 1.3, pass_below = 5.0 },
-  { name = "slow_handshake", over = "control:p95", tolerate = 2.0, pass_below = 6.0 },
+  { name = "slow_handshake", over = "control:p98", tolerate = 1.2, pass_below = 6.0 },
   { name = "server_reset", tolerate = 1.3, pass_below = 5.0 },
 ]
 [[rollout]]
