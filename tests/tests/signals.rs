@@ -65,6 +65,7 @@ impl Bench {
             per_second: 0.0,
             slow_over: Some(Duration::from_secs(2)),
             compared: None,
+            control_of: None,
         };
         let maps = loaded.datapath.signals().expect("the maps");
         let mut watcher = Watcher::new(maps).expect("the maps");

@@ -145,8 +145,8 @@ fn counts(prospect: &Prospect) -> bool {
 }
 
 fn known(prospect: Prospect, per_second: f64) -> Known {
-    let Prospect { rollout, per_second: _, others, watched_at_most, usual } = prospect;
-    Known { rollout, per_second, others, watched_at_most, usual }
+    let Prospect { rollout, per_second: _, audiences, others, watched_at_most, usual } = prospect;
+    Known { rollout, per_second, audiences, others, watched_at_most, usual }
 }
 
 fn no_traffic(prospect: &Prospect, known: Option<f64>) -> ApiError {

@@ -32,6 +32,9 @@ pub struct RolloutReport {
     pub revision: u64,
     /// What is, or would be, done, in a sentence.
     pub text: String,
+    /// The audience that the share is of; absent for everyone's.
+    #[serde(default)]
+    pub audience: Option<String>,
     /// The share that its version is, or would be, given for it; absent where that stays.
     #[serde(default)]
     pub share: Option<String>,
@@ -74,6 +77,9 @@ pub struct RolloutStatus {
     pub steps: Vec<RolloutStep>,
     /// The share that it has set, as written.
     pub share: Option<String>,
+    /// What audiences have of which a step has set the share, never less than everyone.
+    #[serde(default)]
+    pub audiences: Vec<RolloutAudience>,
     /// What it waits for.
     pub waits: Option<String>,
     /// Why it stands where it stands.
@@ -94,9 +100,21 @@ pub struct RolloutStatus {
     pub gate: Option<GateStatus>,
 }
 
+/// An audience of a [`RolloutStatus`].
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct RolloutAudience {
+    /// Its name.
+    pub audience: String,
+    /// The share that its clients have by now, as written.
+    pub share: String,
+}
+
 /// One step of a [`RolloutStatus`].
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct RolloutStep {
+    /// Whose share it sets; absent for everyone's.
+    #[serde(default)]
+    pub audience: Option<String>,
     /// The share that it sets, as written.
     pub split: Option<String>,
     /// Seconds that it lasts at least.

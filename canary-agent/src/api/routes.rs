@@ -383,7 +383,7 @@ async fn rollout(
 ) -> Result<Json<RolloutReport>, ApiError> {
     let dry_run = request.dry_run;
     let mut report = api.handle.rollout(name.clone(), action, request, peer).await?;
-    if let (true, Some(share)) = (dry_run, &report.share) {
+    if let (true, None, Some(share)) = (dry_run, &report.audience, &report.share) {
         let RolloutStatus { service, to, .. } = &report.rollout;
         let split = BTreeMap::from([(to.clone(), share.clone())]);
         let request = SplitRequest { split, dry_run, ..SplitRequest::default() };

@@ -63,6 +63,7 @@ pub(super) fn warned(warnings: &[String]) -> String {
 fn drawn_step(step: &StepOutlook, power: f64) -> String {
     let StepOutlook {
         step: number,
+        audience,
         share,
         gate,
         min_duration_seconds,
@@ -78,8 +79,9 @@ fn drawn_step(step: &StepOutlook, power: f64) -> String {
         signals,
         probes,
     } = step;
+    let whose = audience.as_ref().map_or_else(String::new, |name| format!(" of {name}"));
     let mut lines = vec![format!(
-        "step {number}: {share}, gate {gate}; passes after {} at the earliest, decides until {}",
+        "step {number}: {share}{whose}, gate {gate}; passes after {} at the earliest, decides until {}",
         age(*min_duration_seconds),
         age(*deadline_seconds)
     )];

@@ -19,11 +19,11 @@ use super::{
 use crate::api::{
     model::{ServiceStatus, Status},
     rollout::{
-        EvidenceRow, GateStatus, ProbeStatus, RolloutHistory, RolloutReport, RolloutRequest,
-        RolloutRun, RolloutStatus, RolloutStep, Rollouts, SignalStatus,
+        EvidenceRow, GateStatus, ProbeStatus, RolloutAudience, RolloutHistory, RolloutReport,
+        RolloutRequest, RolloutRun, RolloutStatus, RolloutStep, Rollouts, SignalStatus,
     },
 };
-use crate::rollout::record;
+use crate::{config::derived, rollout::record};
 
 /// How often a rollout that is waited for is looked at.
 const LOOK: Duration = Duration::from_millis(250);
@@ -108,8 +108,8 @@ pub(super) async fn run(
 }
 
 fn reported(report: &RolloutReport) -> String {
-    let RolloutReport { applied, revision, text: what, share, change, rollout, took_us, warnings } =
-        report;
+    let RolloutReport { applied, revision, text: what, audience, share, .. } = report;
+    let RolloutReport { change, rollout, took_us, warnings, .. } = report;
     let mut out = format!("{}\n", text::plain(what));
     match applied {
         true => {
@@ -120,8 +120,10 @@ fn reported(report: &RolloutReport) -> String {
         false => match (change, share) {
             (Some(change), _) => out.push_str(&split::reported(change)),
             (None, share) => {
+                let whose =
+                    audience.as_ref().map_or_else(String::new, |name| format!(" of `{name}`"));
                 let would =
-                    share.iter().map(|share| format!("`{}` would have {share}", rollout.to));
+                    share.iter().map(|share| format!("`{}` would have {share}{whose}", rollout.to));
                 let lines = would.chain(["nothing was changed (--dry-run)".to_owned()]);
                 out.extend(lines.map(|line| format!("{}\n", text::plain(&line))));
             }
@@ -278,6 +280,21 @@ pub(super) fn drawn(status: &RolloutStatus, all: Option<&Status>) -> String {
         out.push('\n');
         out.push_str(&shares(found, to));
     }
+    for RolloutAudience { audience, share } in &status.audiences {
+        let table = derived::name(service, audience);
+        let found = all.and_then(|all| all.services.iter().find(|one| one.name == table));
+        match found {
+            Some(found) => {
+                out.push_str(&text::plain(&format!("\n  clients of {audience}")));
+                out.push('\n');
+                out.push_str(&shares(found, to));
+            }
+            None => {
+                out.push_str(&text::plain(&format!("  {to} has {share} of {audience}")));
+                out.push('\n');
+            }
+        }
+    }
     if !steps.is_empty() {
         out.push('\n');
         out.push_str(&drawn_steps(status));
@@ -340,7 +357,7 @@ fn drawn_steps(status: &RolloutStatus) -> String {
         ("", Align::Left),
     ]);
     for (number, step) in (1_u32..).zip(&status.steps) {
-        let RolloutStep { split, hold_seconds, gate, pause, state } = step;
+        let RolloutStep { audience, split, hold_seconds, gate, pause, state } = step;
         let sign = match state.as_str() {
             "done" => "✔",
             "current" => "▶",
@@ -348,6 +365,7 @@ fn drawn_steps(status: &RolloutStatus) -> String {
             _ => "",
         };
         let mut does = Vec::new();
+        does.extend(audience.as_ref().map(|audience| format!("of {audience}")));
         does.extend(hold_seconds.map(|seconds| {
             format!("hold {}", humantime::format_duration(Duration::from_secs_f64(seconds)))
         }));

@@ -45,6 +45,10 @@ pub(super) fn routes(services: &[Placed], audiences: &[audience::Placed], sink: 
             }
             continue;
         }
+        if placed.route.follows {
+            // Said where the rollout names it.
+            continue;
+        }
         let finding = sink.absent(placed.audience, format!("there is no audience `{name}`"));
         match nearest(name, names()) {
             Some(near) => finding.help(format!("did you mean `{near}`?")),
@@ -54,7 +58,10 @@ pub(super) fn routes(services: &[Placed], audiences: &[audience::Placed], sink: 
     for placed in audiences {
         let name = placed.audience.name.as_str();
         if !name.is_empty() && !routed.contains(name) {
-            sink.warning(placed.span, format!("no route names the audience `{name}`"));
+            sink.warning(
+                placed.span,
+                format!("no route names the audience `{name}`, and no step of a rollout does"),
+            );
         }
     }
 }
@@ -194,9 +201,14 @@ fn capacity(agent: &agent::Placed, services: &[Placed], sink: &mut Sink) {
             of: &|placed| buckets(placed).saturating_mul(times(placed)),
         },
     ];
-    let routed = services.iter().any(|placed| !placed.routes.items.is_empty());
+    let routes = || services.iter().flat_map(|placed| &placed.routes.items);
+    let also = match (routes().next(), routes().any(|placed| placed.route.follows)) {
+        (None, _) => "",
+        (_, false) => ", counting each route as one more",
+        (_, true) => ", counting each route, and each audience of a rollout, as one more",
+    };
     for Need { key, unit, capacity, limit, of } in needs {
-        let also = if routed && key != "vips" { ", counting each route as one more" } else { "" };
+        let also = if key == "vips" { "" } else { also };
         let mut total: u64 = 0;
         let mut first_beyond = None;
         for placed in services {

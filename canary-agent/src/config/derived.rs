@@ -1,6 +1,8 @@
 //! What routes make of services: each audience that a service has a route for has a forwarding
 //! table of its own there, with shares, drains and a history of its own.
 //!
+//! Those that no route names, but a step of a rollout, follow the split of their service.
+//!
 //! To the planner, the store and the commands it is a service beside the one that it belongs to,
 //! `shop@staff`, which has the same backends and no addresses. Nobody can call a service so.
 
@@ -24,7 +26,8 @@ pub(super) fn all(services: impl IntoIterator<Item = Service>) -> Vec<Service> {
     let with_routes = |mut service: Service| {
         service.routed = !service.routes.is_empty();
         let derived = service.routes.iter().map(|route| {
-            let of = Derived { service: service.name.clone(), audience: route.audience.clone() };
+            let (service_name, audience) = (service.name.clone(), route.audience.clone());
+            let of = Derived { service: service_name, audience, follows: route.follows };
             of_audience(&service, of, route.split.clone())
         });
         let derived: Vec<Service> = derived.collect();
@@ -39,9 +42,9 @@ fn of_audience(service: &Service, of: Derived, split: super::model::SplitOf) -> 
         split,
         routes: Vec::new(),
         routed: false,
+        // What a rollout of the service compares is everybody else, or the audience of its step.
+        signals: service.signals && of.follows,
         derived: Some(of),
-        // What a rollout of the service compares is everybody else.
-        signals: false,
         ..service.clone()
     }
 }
@@ -60,7 +63,8 @@ impl Config {
             let named = |one: &Service| one.name == service && one.derived.is_none();
             let Some(at) = config.services.iter().position(named) else { continue };
             config.services[at].routed = true;
-            let of = Derived { service: service.to_owned(), audience: audience.to_owned() };
+            let (service, audience) = (service.to_owned(), audience.to_owned());
+            let of = Derived { service, audience, follows: false };
             let table = of_audience(&config.services[at], of, Default::default());
             let behind = config.services[at + 1..].iter().take_while(|one| one.derived.is_some());
             let end = at + 1 + behind.count();

@@ -173,7 +173,10 @@ fn service(service: &Service) -> Settings {
             split.iter().map(|(name, share)| format!("{name}={share}")).collect();
         words.join(" ")
     };
-    let route = |route: &Route| format!("{}: {}", route.audience, shares(&route.split));
+    let route = |route: &Route| match route.follows {
+        false => format!("{}: {}", route.audience, shares(&route.split)),
+        true => format!("{}: as its rollout says", route.audience),
+    };
     vec![
         ("vip", listed(vips)),
         ("ports", listed(&ports.iter().map(port).collect::<Vec<_>>())),

@@ -231,12 +231,14 @@ fn build(
             "there is no service: every packet passes to the host",
         );
     }
+    gate::distinct(&gates, &mut sink);
+    let samples = agent.agent.capacity.samples;
+    // Before services are counted: audiences of rollouts have tables, too.
+    let rollouts =
+        rollout::resolve(rollouts, &mut services, &gates, &audiences, samples, &mut sink);
     across::check(&agent, &services, &mut sink);
     across::routes(&services, &audiences, &mut sink);
     audience::together(&audiences, &mut sink);
-    gate::distinct(&gates, &mut sink);
-    let samples = agent.agent.capacity.samples;
-    let rollouts = rollout::resolve(rollouts, &mut services, &gates, samples, &mut sink);
 
     let failed = sink.failed();
     let diagnostics = sink.finish(sources);

@@ -75,6 +75,8 @@ pub struct Derived {
     pub service: String,
     /// The audience.
     pub audience: String,
+    /// Its shares are the service's own, but for what a rollout gives the audience.
+    pub follows: bool,
 }
 
 /// Shares by version name, control left out.
@@ -87,6 +89,9 @@ pub struct Route {
     pub audience: String,
     /// By version name, control left out.
     pub split: BTreeMap<String, Share>,
+    /// No `[[service.route]]` says so, but a step of a rollout: it follows the service's split, as
+    /// far as the rollout gives the audience no more.
+    pub follows: bool,
 }
 
 /// `[agent]`: where the agent works and what it may use.
@@ -194,7 +199,8 @@ pub struct Service {
     pub fallback: Fallback,
     /// Initial split by version name, control left out.
     pub split: BTreeMap<String, Share>,
-    /// Other splits by audience: the first one whose audience holds the client counts.
+    /// Other splits by audience: the first one whose audience holds the client counts. Those that
+    /// follow from rollouts stand behind all others.
     pub routes: Vec<Route>,
     /// Whether some of its clients have tables of their own: those of routes, or of routes that
     /// are gone and whose connections may be open still.
@@ -536,6 +542,8 @@ pub struct Rollout {
 /// One of `rollout.steps`. It is done when all that it says is.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Step {
+    /// Whose share it sets; `None` for everyone's.
+    pub audience: Option<String>,
     /// The share that it sets.
     pub split: Option<Share>,
     /// How long it lasts at least.
@@ -544,6 +552,27 @@ pub struct Step {
     pub pause: bool,
     /// What has to pass.
     pub gate: Option<Arc<Gate>>,
+}
+
+impl Rollout {
+    /// Whose share a step is about: that of the audience that it names, or the share that was set
+    /// last before it. `None` for everyone's.
+    pub fn audience(&self, step: usize) -> Option<&str> {
+        let until = self.steps.iter().take(step + 1);
+        until.rev().find(|step| step.split.is_some())?.audience.as_deref()
+    }
+
+    /// The share that everyone has from `step` on; `None` before it has one.
+    pub fn for_everyone(&self, step: usize) -> Option<Share> {
+        let until = self.steps.iter().take(step + 1);
+        until.rev().filter(|step| step.audience.is_none()).find_map(|step| step.split)
+    }
+
+    /// What audiences have of their own from `step` on, in no order.
+    pub fn for_audiences(&self, step: usize) -> BTreeMap<String, Share> {
+        let until = self.steps.iter().take(step + 1);
+        until.filter_map(|step| Some((step.audience.clone()?, step.split?))).collect()
+    }
 }
 
 /// What a rollout does about a verdict.

@@ -2,19 +2,25 @@
 //!
 //! Must not know what a rollout does: only what can be asked of one.
 
-use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, HashMap},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
 
 use canary_ebpf_common::share::Share;
 
 use crate::signals;
 
 use super::{
-    gate,
+    audience, gate,
     model::{
-        Gate, Hooks, KernelSignal, Opening, Protocol, Reaction, Rollout, Secret, Signal,
+        Gate, Hooks, KernelSignal, Opening, Protocol, Reaction, Rollout, Route, Secret, Signal,
         SignalKind, Step,
     },
     outside::Outside,
+    route,
     scalar::{self, Problem, nearest, quote},
     service,
     sink::Sink,
@@ -41,6 +47,8 @@ pub(super) struct Draft {
     to: Option<At<String>>,
     /// Names of gates by step.
     gates: Vec<Option<At<String>>>,
+    /// Names of audiences by step.
+    audiences: Vec<Option<At<String>>>,
     splits: Vec<Option<At<Share>>>,
     complete: bool,
 }
@@ -107,10 +115,12 @@ pub(super) fn read(node: &Node<'_>, outside: &dyn Outside, sink: &mut Sink) -> O
     };
     fields.finish(sink);
     let complete = steps.complete;
-    let (mut gates, mut splits, mut made) = (Vec::new(), Vec::new(), Vec::new());
-    for (step, gate, split) in steps.items {
+    let (mut gates, mut audiences) = (Vec::new(), Vec::new());
+    let (mut splits, mut made) = (Vec::new(), Vec::new());
+    for Read { step, gate, audience, split } in steps.items {
         made.push(step);
         gates.push(gate);
+        audiences.push(audience);
         splits.push(split);
     }
     let text =
@@ -132,12 +142,19 @@ pub(super) fn read(node: &Node<'_>, outside: &dyn Outside, sink: &mut Sink) -> O
         service,
         to,
         gates,
+        audiences,
         splits,
         complete,
     })
 }
 
-type Read = (Step, Option<At<String>>, Option<At<Share>>);
+/// A step, and where it names what.
+struct Read {
+    step: Step,
+    gate: Option<At<String>>,
+    audience: Option<At<String>>,
+    split: Option<At<Share>>,
+}
 
 fn steps(node: &Node<'_>, label: &str, sink: &mut Sink) -> List<Read> {
     let mut list = List::default();
@@ -148,7 +165,7 @@ fn steps(node: &Node<'_>, label: &str, sink: &mut Sink) -> List<Read> {
         sink.error(node.span, format!("a rollout has at most {MAX_STEPS} steps"));
         list.complete = false;
     }
-    if list.complete && list.items.iter().all(|(step, ..)| step.split.is_none()) {
+    if list.complete && list.items.iter().all(|read| read.step.split.is_none()) {
         sink.error(node.span, format!("no step of {label} sets a `split`: it would do nothing"));
     }
     list
@@ -168,26 +185,37 @@ fn step(item: &Node<'_>, sink: &mut Sink) -> Option<Read> {
         let value = node.string(sink)?.to_owned();
         Some(At { value, span: node.span })
     });
-    let audience = fields.has("audience");
+    let audience_node = fields.take("audience", sink);
+    let audience = audience_node.and_then(|node| {
+        let value = node.string(sink)?.to_owned();
+        Some(At { value, span: node.span })
+    });
     fields.finish(sink);
-    let given = [split_node, hold_node, gate_node, pause_node];
-    if given.iter().all(Option::is_none) && !audience {
+    let given = [split_node, hold_node, gate_node, pause_node, audience_node];
+    if given.iter().all(Option::is_none) {
         sink.error(span, "this step does nothing")
             .help("it has a `split`, a `hold`, a `gate` or `pause = true`");
+        return None;
+    }
+    if let (Some(node), None) = (audience_node, split_node) {
+        sink.error(node.span, "this step has an `audience` and no `split`: nothing is set for it")
+            .help("say its share, such as `split = \"100%\"`, or leave the audience out");
         return None;
     }
     let bad = split_node.is_some() && split.is_none()
         || hold_node.is_some() && hold.is_none()
         || pause_node.is_some() && pause.is_none()
-        || gate_node.is_some() && gate.is_none();
+        || gate_node.is_some() && gate.is_none()
+        || audience_node.is_some() && audience.is_none();
     let split = split_node.zip(split).map(|(node, value)| At { value, span: node.span });
     let step = Step {
+        audience: audience.as_ref().map(|audience| audience.value.clone()),
         split: split.as_ref().map(|split| split.value),
         hold,
         pause: pause.unwrap_or(false),
         gate: None,
     };
-    (!bad).then_some((step, gate, split))
+    (!bad).then_some(Read { step, gate, audience, split })
 }
 
 fn share(node: &Node<'_>, sink: &mut Sink) -> Option<Share> {
@@ -261,6 +289,7 @@ pub(super) fn resolve(
     drafts: Vec<Draft>,
     services: &mut [service::Placed],
     gates: &[gate::Placed],
+    audiences: &[audience::Placed],
     samples: u32,
     sink: &mut Sink,
 ) -> Vec<Rollout> {
@@ -268,7 +297,8 @@ pub(super) fn resolve(
     let shared: Vec<Arc<Gate>> = gates.iter().map(|placed| Arc::new(placed.gate.clone())).collect();
     let mut rollouts = Vec::new();
     for draft in drafts {
-        let Draft { mut rollout, name, span, service, to, gates, splits, complete } = draft;
+        let Draft { mut rollout, name, span, service, to, gates, splits, complete, .. } = draft;
+        let of_steps = draft.audiences;
         if let Some(span) = name {
             match seen.get(&rollout.name) {
                 Some(first) => {
@@ -288,9 +318,15 @@ pub(super) fn resolve(
             && let Some(placed) = services.iter_mut().find(|one| one.service.name == service.value)
         {
             watch(placed, &rollout, &gates, samples, sink);
+            for audience in of_steps.iter().flatten() {
+                follow(placed, audience, sink);
+            }
+        }
+        for audience in of_steps.iter().flatten() {
+            named(audience, audiences, sink);
         }
         if complete {
-            rising(&splits, span, sink);
+            rising(&rollout, &splits, span, sink);
             compared(&rollout, &gates, sink);
         }
         rollouts.push(rollout);
@@ -438,10 +474,9 @@ fn counted(signal: &Signal) -> Option<&KernelSignal> {
 
 /// Warns of a gate that has nothing to compare with, because control gets nothing.
 fn compared(rollout: &Rollout, names: &[Option<At<String>>], sink: &mut Sink) {
-    let mut share = Share::ZERO;
-    for (step, name) in rollout.steps.iter().zip(names) {
-        share = step.split.unwrap_or(share);
+    for (at, (step, name)) in rollout.steps.iter().zip(names).enumerate() {
         let (Some(gate), Some(name)) = (&step.gate, name) else { continue };
+        let share = rollout.for_everyone(at).unwrap_or(Share::ZERO);
         if share == Share::ALL && gate.signals.iter().any(Signal::decides_by_counts) {
             sink.warning(
                 name.span,
@@ -455,21 +490,127 @@ fn compared(rollout: &Rollout, names: &[Option<At<String>>], sink: &mut Sink) {
     }
 }
 
-/// Warns of a share that is no larger than the one before.
-fn rising(splits: &[Option<At<Share>>], span: Span, sink: &mut Sink) {
-    let given: Vec<&At<Share>> = splits.iter().flatten().collect();
-    for pair in given.windows(2) {
-        if let [first, second] = pair
-            && second.value <= first.value
-        {
-            sink.warning(
-                second.span,
-                format!("this share ({}) is not larger than the one before", second.value),
+/// Whether the audience that a step names is there, with anybody in it.
+fn named(name: &At<String>, audiences: &[audience::Placed], sink: &mut Sink) {
+    let known = audiences.iter().find(|one| one.audience.name == name.value);
+    let Some(audience::Placed { audience, .. }) = known else {
+        let missing = format!("there is no audience {}", quote(&name.value));
+        let finding = sink.absent(name.span, missing);
+        let names = audiences.iter().map(|one| one.audience.name.as_str());
+        match nearest(&name.value, names) {
+            Some(near) => finding.help(format!("did you mean `{near}`?")),
+            None => finding
+                .help(format!("describe it: `[[audience]]`, `name = {}`", quote_text(&name.value))),
+        };
+        return;
+    };
+    if audience.networks.is_empty() && audience.dynamic.is_none() {
+        sink.warning(name.span, format!("nobody is in `{}`: this step reaches no one", name.value));
+    }
+}
+
+fn quote_text(text: &str) -> String {
+    format!("\"{text}\"")
+}
+
+/// Gives an audience a table of its own in the service, from the time the configuration is read: a
+/// step changes shares of it, and no client changes tables then.
+fn follow(placed: &mut service::Placed, name: &At<String>, sink: &mut Sink) {
+    let its = |route: &&route::Placed| route.route.audience == name.value;
+    if let Some(route) = placed.routes.items.iter().find(its) {
+        if !route.route.follows {
+            sink.error(
+                name.span,
+                format!(
+                    "service `{}` has a route for `{}`, which says already what its clients get",
+                    placed.service.name, name.value
+                ),
             )
-            .also(first.span, "that one is here");
+            .also(route.audience, "that is here, and holds whatever a rollout does")
+            .help("take the route out to let the rollout move their share, or leave this step out");
+        }
+        return;
+    }
+    let split = placed.service.split.clone();
+    let route = Route { audience: name.value.clone(), split, follows: true };
+    placed.service.routes.push(route.clone());
+    placed.routes.items.push(route::Placed { route, audience: name.span });
+    if placed.routes.items.len() == route::MAX_ROUTES + 1 {
+        sink.error(
+            name.span,
+            format!(
+                "service `{}` has {} routes with those that steps of rollouts need; {} is the most",
+                placed.service.name,
+                placed.routes.items.len(),
+                route::MAX_ROUTES
+            ),
+        )
+        .help("each has a forwarding table of its own: let one audience have several sources");
+    }
+}
+
+/// Warns of a share that is no larger than the one before; refuses those of audiences that are
+/// none, since everyone has them already, or would be taken back in the end.
+fn rising(rollout: &Rollout, splits: &[Option<At<Share>>], span: Span, sink: &mut Sink) {
+    let steps = || rollout.steps.iter().zip(splits);
+    let given = |audience: Option<&str>| -> Vec<&At<Share>> {
+        let its = steps().filter(|(step, _)| step.audience.as_deref() == audience);
+        its.filter_map(|(_, split)| split.as_ref()).collect()
+    };
+    let audiences: BTreeSet<&str> =
+        rollout.steps.iter().filter_map(|step| step.audience.as_deref()).collect();
+    for audience in audiences.iter().map(|name| Some(*name)).chain([None]) {
+        for pair in given(audience).windows(2) {
+            if let [first, second] = pair
+                && second.value <= first.value
+            {
+                sink.warning(
+                    second.span,
+                    format!("this share ({}) is not larger than the one before", second.value),
+                )
+                .also(first.span, "that one is here");
+            }
         }
     }
-    if given.last().is_some_and(|last| last.value.fraction() < 1.0) {
+    let mut everyone: Option<&At<Share>> = None;
+    for (step, split) in steps() {
+        let Some(split) = split else { continue };
+        match (&step.audience, everyone) {
+            (None, _) => everyone = Some(split),
+            (Some(audience), Some(before)) if before.value >= split.value => {
+                sink.error(
+                    split.span,
+                    format!(
+                        "everyone has {} by then, and `{audience}` with them: this step would give it no more",
+                        before.value
+                    ),
+                )
+                .also(before.span, "since this step")
+                .help("put the step of an audience before those for everyone, or give it a larger share");
+            }
+            (Some(_), _) => {}
+        }
+    }
+    let last = everyone.map_or(Share::ZERO, |last| last.value);
+    for audience in audiences {
+        let Some(most) = given(Some(audience)).into_iter().max_by_key(|share| share.value) else {
+            continue;
+        };
+        if most.value > last {
+            sink.error(
+                most.span,
+                format!(
+                    "the rollout ends with {last} for everyone, and `{audience}` has more: when it is over, \
+                     nothing would say so any more"
+                ),
+            )
+            .help(
+                "end with a step for everyone that gives them as much; for a share that is to stay, write a \
+                 `[[service.route]]`",
+            );
+        }
+    }
+    if everyone.is_some_and(|last| last.value.fraction() < 1.0) {
         sink.warning(span, "the last share is less than 100%: the rollout is done with it, and control keeps the rest");
     }
 }

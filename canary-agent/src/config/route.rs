@@ -16,7 +16,7 @@ use super::{
 };
 
 /// Each has a forwarding table of its own.
-const MAX_ROUTES: usize = 64;
+pub(super) const MAX_ROUTES: usize = 64;
 
 /// A route and where it names its audience.
 #[derive(Clone, Debug)]
@@ -86,5 +86,5 @@ fn one(
         return None;
     };
     let audience = node.parse(sink, |text| scalar::name(text, "audience", MAX_NAME_BYTES))?;
-    Some(Placed { route: Route { audience, split }, audience: node.span })
+    Some(Placed { route: Route { audience, split, follows: false }, audience: node.span })
 }

@@ -16,7 +16,6 @@ use super::{
     scalar::{Problem, nearest, quote},
     sink::Sink,
     source::{At, Span},
-    unsupported,
 };
 
 /// One value, its place, and the key it was found under.
@@ -387,19 +386,10 @@ impl<'a> Fields<'a> {
         entries
     }
 
-    /// Whether a key is there that nobody has taken.
-    pub(super) fn has(&self, key: &str) -> bool {
-        self.entries.contains_key(key)
-    }
-
-    /// Reports what is left: keys of a later release, and unknown ones.
+    /// Reports what is left: unknown keys.
     pub(super) fn finish(self, sink: &mut Sink) {
         for entry in self.entries.values().flatten() {
             let path = self.path_of(entry.key);
-            if unsupported::is_key(&path) {
-                sink.error(entry.span, unsupported::message(&path));
-                continue;
-            }
             let finding = sink.error(entry.span, format!("unknown key {}", quote(&path)));
             match nearest(entry.key, self.known.iter().copied()) {
                 Some(key) => finding.help(format!("did you mean `{key}`?")),

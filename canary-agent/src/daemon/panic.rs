@@ -186,6 +186,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         }
         let targets: Vec<usize> = match service {
             Some(name) => match self.planner.service(name.as_str()) {
+                Some((_, state)) if state.follows() => return Err(split::follows(state)),
                 Some((at, _)) => self.planner.with_derived(at).collect(),
                 None => return Err(split::unknown_service(&self.planner, name)),
             },
@@ -373,7 +374,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 about: settles.iter().rev().copied().collect(),
                 ..Change::default()
             },
-            record: Some(state.stored_without_owners(ownership)),
+            record: (!state.follows()).then(|| state.stored_without_owners(ownership)),
             deadline: None,
             settles,
         };
@@ -523,7 +524,10 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             .iter()
             .filter(|state| {
                 let shares = &state.ownership().split;
-                !shares.is_empty() && shares.values().all(|share| share.fraction() == 0.0)
+                let idle = || shares.values().all(|share| share.fraction() == 0.0);
+                // What follows has what a rollout says, whatever came after that.
+                let given = self.planner.raises().contains_key(&state.config().name);
+                given || !state.follows() && !shares.is_empty() && idle()
             })
             .map(|state| state.config().name.clone())
             .collect();
@@ -534,6 +538,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 .into_iter()
                 .find(|(_, change)| change.action == "panic" || Thing::Split(&name).is_of(change));
             if let Some((revision, change)) = of_shares.filter(|(_, c)| c.action == "panic") {
+                self.planner.drop_raise(&name);
                 self.control.panicked(revision, &change);
             }
         }

@@ -108,8 +108,10 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let known = |scope: &str| self.control.freeze_of(scope).is_some();
         let theirs: Vec<_> = file.freezes.into_iter().filter(|f| !known(&f.service)).collect();
         self.control.freezes.extend(theirs);
-        let own = (0..self.planner.services().len())
-            .map(|service| self.own_commit(service, "adopt", Split::new(), Vec::new(), now));
+        let services = self.planner.services().iter().enumerate();
+        let own = services
+            .filter(|(_, state)| !state.follows())
+            .map(|(service, _)| self.own_commit(service, "adopt", Split::new(), Vec::new(), now));
         let settled = |revision: u64| commits.iter().any(|c| c.settles.contains(&revision));
         let pending = self.control.pending.iter().filter(|one| !settled(one.revision)).map(|one| {
             let (change, deadline) = (one.change.clone(), Some(one.deadline.clone()));
@@ -161,7 +163,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 slots: state.slots().to_vec(),
                 ..Change::default()
             },
-            record: Some(state.stored_whole()),
+            record: (!state.follows()).then(|| state.stored_whole()),
             deadline: None,
             settles: Vec::new(),
         }

@@ -23,7 +23,7 @@ use canary_ebpf_common::{
 
 use tokio::sync::mpsc;
 
-use super::{Event, Kernel, State};
+use super::{Event, Kernel, State, rollout::Compared};
 use crate::{
     config::model::SignalKind,
     datapath::{self, Signals},
@@ -73,6 +73,8 @@ pub struct WatchedService {
     pub slow_over: Option<Duration>,
     /// The version that somebody wants to hear of window by window.
     pub compared: Option<String>,
+    /// The service whose control it is compared with then; `None` for its own.
+    pub control_of: Option<String>,
 }
 
 /// A version of a [`WatchedService`].
@@ -109,6 +111,7 @@ fn watched(
         per_second: backends.filter_map(per_second).sum(),
         slow_over: None,
         compared: None,
+        control_of: None,
     }
 }
 
@@ -515,9 +518,14 @@ impl Watcher {
             let slow_ns = service.slow_ns;
             let name = service.wanted.name.clone();
             service.window = ServiceWindow { service: name, length, complete, slow_ns, versions };
-            if let Some(canary) = &service.wanted.compared {
-                windows.push(service.window.compare(&service.wanted.control, canary));
-            }
+        }
+        for Service { wanted, window, .. } in &self.services {
+            let WatchedService { compared, control_of, control, .. } = wanted;
+            let Some(canary) = compared else { continue };
+            let others = control_of.as_ref().unwrap_or(&wanted.name);
+            let others = self.services.iter().find(|one| one.wanted.name == *others);
+            windows
+                .extend(others.map(|others| window.compare_with(&others.window, control, canary)));
         }
         Ok(windows)
     }
@@ -582,8 +590,8 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 let wanted =
                     watched(state, |index| self.samples.per_second(index, counter(index), now_ms));
                 match self.compared(&wanted.name) {
-                    Some((canary, slow_over)) => {
-                        WatchedService { slow_over, compared: Some(canary), ..wanted }
+                    Some(Compared { canary, slow_over, control_of }) => {
+                        WatchedService { slow_over, compared: canary, control_of, ..wanted }
                     }
                     None => wanted,
                 }

@@ -136,6 +136,9 @@ pub(super) fn propose(
 ) -> Result<(usize, Proposal), Refusal> {
     let SplitRequest { split: asked, .. } = request;
     let (at, state) = planner.service(service).ok_or_else(|| unknown_service(planner, service))?;
+    if state.follows() {
+        return Err(follows(state));
+    }
     let mut split = state.ownership().split.clone();
     for (version, text) in asked {
         split.insert(version.clone(), share(state, version, text)?);
@@ -214,6 +217,26 @@ fn above_whole(service: &str, split: &Split) -> Refusal {
             "versions that are not named keep their shares: lower one in the same command"
                 .to_owned(),
         ),
+        exit_code: 1,
+    }
+}
+
+/// The table of an audience that only a rollout gives more than everyone has.
+pub(super) fn follows(state: &ServiceState) -> Refusal {
+    let config = state.config();
+    let of = config.derived.as_ref();
+    let (service, audience) = of.map_or(("", ""), |of| (&of.service, &of.audience));
+    Refusal {
+        code: "follows_service",
+        message: format!(
+            "`{}` has no split of its own: clients of `{audience}` have what everyone has in service \
+             `{service}`, and what its rollout gives them more",
+            config.name
+        ),
+        help: Some(format!(
+            "say it of `{service}`; `canary-agent rollout abort` takes back what the rollout has given; a \
+             `[[service.route]]` gives the audience a split of its own"
+        )),
         exit_code: 1,
     }
 }

@@ -361,6 +361,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             lets_go: true,
         };
         state.begin_members();
+        state.begin_raises(&config.rollouts, &rollouts);
         let readable = !state.alerts.contains_key("store");
         if readable {
             state.find_panicked();

@@ -198,6 +198,8 @@ fn service_status(state: &ServiceState, sources: &Sources<'_>) -> ServiceStatus 
             backends: listed.configured(version, slot).map(|(status, _)| status).collect(),
         }
     });
+    // What follows another is where that one is.
+    let followed = config.derived.as_ref().filter(|of| of.follows).map(|of| &of.service);
     ServiceStatus {
         name: config.name.clone(),
         vips: config.vips.iter().map(ToString::to_string).collect(),
@@ -222,7 +224,7 @@ fn service_status(state: &ServiceState, sources: &Sources<'_>) -> ServiceStatus 
         }),
         versions: versions.collect(),
         frozen: sources.control.freeze_of(&config.name).map(freeze_status),
-        panic: sources.control.panicked.get(&config.name).cloned(),
+        panic: sources.control.panicked.get(followed.unwrap_or(&config.name)).cloned(),
     }
 }
 

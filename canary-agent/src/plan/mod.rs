@@ -14,6 +14,7 @@ mod alloc;
 mod begin;
 mod bucket_set;
 mod compiler;
+mod follow;
 mod ownership;
 mod panic;
 mod placements;
@@ -45,6 +46,7 @@ pub use adopt::{Adopted, AdoptedService};
 pub use advance::{Advance, Advanced, Policy, Update, clear_due_ms};
 pub use alloc::QUARANTINE_MS;
 pub use bucket_set::BucketSet;
+pub use follow::{Raise, Raises};
 pub use ownership::{Ownership, Proposal};
 pub use panic::{
     Diversion, Diverted, GivenBack, NobodyLeft, PanicMark, Panicking, panic_of_parked,

@@ -365,6 +365,10 @@ impl Planner {
                 table.cut = true;
             }
         }
+        for at in self.with_derived(service) {
+            let table = self.services[at].config.name.clone();
+            self.drop_raise(&table);
+        }
         self.set_ownership(service, ownership);
     }
 

@@ -14,6 +14,7 @@ use super::{
     adopt::{self, slot},
     alloc::{Ids, Indices, Pages},
     begin::Claims,
+    follow::{self, Following, Slots},
     ownership::{Ownership, ProposeError},
     placements::Placements,
     prepare, record,
@@ -353,6 +354,8 @@ pub struct Planner {
     pub(super) replaced: bool,
     /// Counts configurations.
     pub(super) epoch: u64,
+    /// What tables of audiences are that follow their service.
+    pub(super) following: Following,
 }
 
 /// Where a table was that is gone.
@@ -391,8 +394,14 @@ impl Planner {
                     return Err(PlanError::Rehashed { service: service.name.clone(), key });
                 }
             }
-            let record = stored.get(service.name.as_str()).copied();
-            let beginning = adopt::begin(service, tables.first().map(|(_, t)| *t), record)
+            let base = service.derived.as_ref().and_then(|of| {
+                services.iter().find(|state: &&ServiceState| state.config.name == of.service)
+            });
+            let follows = service.derived.as_ref().filter(|of| of.follows);
+            // What follows another goes on from what is stored of that one.
+            let its = follows.map_or(&service.name, |of| &of.service);
+            let record = stored.get(its.as_str()).copied();
+            let mut beginning = adopt::begin(service, tables.first().map(|(_, t)| *t), record)
                 .map_err(|reason| PlanError::Split { service: service.name.clone(), reason })?;
             let records = adopted
                 .backends
@@ -401,14 +410,16 @@ impl Planner {
                 .filter(|backend| tables.iter().any(|(_, table)| table.id == backend.service));
             let admins = adopt::admins(service, record, records);
             // What is told to a backend of a service is told to it everywhere.
-            let base = service.derived.as_ref().and_then(|of| {
-                services.iter().find(|state: &&ServiceState| state.config.name == of.service)
-            });
             let admins = base.map_or(admins, |state| state.admins.clone());
             let control_name = &service.versions[service.control].name;
+            let control = slot(&beginning.slots, control_name).unwrap_or(0);
+            if let (Some(base), Some(_)) = (base, follows) {
+                let own = Slots { names: &beginning.slots, control };
+                beginning.ownership = follow::followed(&base.ownership, Slots::of(base), own, None);
+            }
             let mut state = ServiceState {
                 config: Arc::new(service.clone()),
-                control: slot(&beginning.slots, control_name).unwrap_or(0),
+                control,
                 slots: beginning.slots,
                 ownership: beginning.ownership,
                 tables: Vec::new(),
@@ -432,7 +443,9 @@ impl Planner {
                 (forgotten || placed != Some(&state.placement_records()))
                     .then(|| ("config", state.ownership.split.clone(), moved))
             };
-            if let Some((action, before, moved)) = beginning.news.or_else(other_backends) {
+            if follows.is_none()
+                && let Some((action, before, moved)) = beginning.news.or_else(other_backends)
+            {
                 news.push(News { service: services.len(), action, before, moved });
             }
             services.push(state);
@@ -468,6 +481,7 @@ impl Planner {
             backends_changed: true,
             replaced: false,
             epoch: 0,
+            following: Following::default(),
         };
         Ok((planner, news))
     }
@@ -540,6 +554,7 @@ impl Planner {
     /// What moves after [`LEARN_MS`](super::LEARN_MS) of [`is_prepared`](Self::is_prepared)
     /// takes no retransmitted SYN along.
     pub fn prepare(&mut self, service: usize, ownership: Option<&Ownership>) -> u32 {
+        self.prepare_followers(service, ownership);
         let mut moved = match ownership {
             Some(ownership) if self.learns(service) => {
                 self.preview(service, Some(ownership), &[]).moved
@@ -609,6 +624,7 @@ impl Planner {
     pub fn step(&mut self, now_ms: BootMs) -> Step {
         let mut done = Step { changed: std::mem::take(&mut self.replaced), ..Step::default() };
         self.vacate(now_ms);
+        self.follow();
         let is_due = |table: &Table| table.due_ms().is_some_and(|at| at <= now_ms);
         let due: Vec<&mut ServiceState> = self
             .services

@@ -27,6 +27,7 @@ use super::{
     adopt::{self, slot},
     alloc::{Ids, Indices, Pages},
     begin::Claims,
+    follow::{self, Raises, Slots},
     ownership::Ownership,
     placements::Placements,
     planner::{NOT_ASKED_YET, ServiceState, Vacated, inputs, release_slots, set_service},
@@ -70,8 +71,8 @@ pub enum Upheaval {
 enum Before {
     /// Its configuration is the same.
     Same,
-    /// It has another.
-    Changed(Box<ServiceState>),
+    /// It has another; with what would be stored of the one that it follows.
+    Changed(Box<ServiceState>, Option<ServiceRecord>),
     /// There was none, except in an earlier configuration.
     New(Option<ServiceRecord>),
 }
@@ -82,6 +83,7 @@ pub struct Baseline {
     removed: Vec<Removal>,
     routing: RoutingBase,
     claims: Claims,
+    raises: Raises,
     epoch: u64,
     now_ms: BootMs,
 }
@@ -141,6 +143,13 @@ enum Next {
     Made(Box<Made>),
 }
 
+/// Whether a route names the clients of a table.
+fn has_route(table: &Service, config: &Config) -> bool {
+    let Some(of) = table.derived.as_ref().filter(|of| !of.follows) else { return false };
+    let base = config.services.iter().find(|service| service.name == of.service);
+    base.is_some_and(|base| base.routes.iter().any(|route| route.audience == of.audience))
+}
+
 /// A plan for another configuration.
 pub struct Prepared {
     services: Vec<Next>,
@@ -176,10 +185,20 @@ impl Planner {
                 (Arc::clone(&state.config), Before::Same)
             }
             Some((_, state)) => {
-                (Arc::new(service.clone()), Before::Changed(Box::new(state.copy())))
+                let mut state = state.copy();
+                if state.follows() && has_route(service, config) {
+                    // What it followed until now is not what its route says.
+                    let split = service.split.clone();
+                    if let Ok(proposal) = state.propose(split) {
+                        state.ownership = proposal.ownership;
+                    }
+                }
+                let followed = self.followed_record(service, parked);
+                (Arc::new(service.clone()), Before::Changed(Box::new(state), followed))
             }
             None => {
-                let record = parked.get(&service.name).cloned();
+                let followed = self.followed_record(service, parked);
+                let record = followed.or_else(|| parked.get(&service.name).cloned());
                 (Arc::new(service.clone()), Before::New(record))
             }
         });
@@ -192,9 +211,22 @@ impl Planner {
                 .collect(),
             routing: self.routing.base(config),
             claims: self.claims(),
+            raises: self.raises().clone(),
             epoch: self.epoch,
             now_ms,
         }
+    }
+
+    /// What would be stored of the service that another one follows.
+    fn followed_record(
+        &self,
+        service: &Service,
+        parked: &HashMap<String, ServiceRecord>,
+    ) -> Option<ServiceRecord> {
+        let of = service.derived.as_ref().filter(|of| of.follows)?;
+        let there = self.service(&of.service).map(|(_, state)| state.stored_whole());
+        let record = there.or_else(|| parked.get(&of.service).cloned())?;
+        Some(ServiceRecord { name: service.name.clone(), ..record })
     }
 
     fn claims(&self) -> Claims {
@@ -231,7 +263,8 @@ impl Planner {
             let Next::Made(made) = &mut prepared.services[at] else { continue };
             let before = self.service(&made.state.config.name).map(|(_, state)| state.copy());
             let config = Arc::clone(&made.state.config);
-            let mut again = make(config, before, made.parked.take(), &mut claims, now_ms)?;
+            let parked = made.parked.take();
+            let mut again = make(config, before, parked, self.raises(), &mut claims, now_ms)?;
             again.state.set_next_hops(&prepared.hops);
             **made = again;
         }
@@ -286,6 +319,7 @@ impl Planner {
         if let Some(classes) = prepared.classes {
             self.routing.want(classes);
         }
+        self.following.forget();
         self.epoch += 1;
     }
 }
@@ -303,7 +337,7 @@ impl Baseline {
     /// # Errors
     /// When there is no room for what is new.
     pub fn prepare(self) -> Result<Prepared, PlanError> {
-        let Self { services, removed, routing, mut claims, epoch, now_ms } = self;
+        let Self { services, removed, routing, mut claims, raises, epoch, now_ms } = self;
         let classes = routing.compile()?;
         record::configured_nat_sources(services.iter().map(|(config, _)| &**config))
             .map_err(|(service, needed)| PlanError::NatSources { service, needed })?;
@@ -314,10 +348,10 @@ impl Baseline {
                     prepared.push(Next::Same(config.name.clone()));
                     continue;
                 }
-                Before::Changed(state) => (Some(*state), None),
+                Before::Changed(state, followed) => (Some(*state), followed),
                 Before::New(parked) => (None, parked),
             };
-            let made = make(config, before, parked, &mut claims, now_ms)?;
+            let made = make(config, before, parked, &raises, &mut claims, now_ms)?;
             prepared.push(Next::Made(Box::new(made)));
         }
         Ok(Prepared { services: prepared, classes, removed, hops: Hops::new(), epoch })
@@ -406,15 +440,20 @@ fn make(
     config: Arc<Service>,
     before: Option<ServiceState>,
     parked: Option<ServiceRecord>,
+    raises: &Raises,
     claims: &mut Claims,
     now_ms: BootMs,
 ) -> Result<Made, PlanError> {
+    let follows = config.derived.as_ref().is_some_and(|of| of.follows);
     let stored = before.as_ref().map(ServiceState::stored_whole);
-    let known = stored.as_ref().or(parked.as_ref());
+    let known = match follows {
+        true => parked.as_ref().or(stored.as_ref()),
+        false => stored.as_ref().or(parked.as_ref()),
+    };
     let slots = before.as_ref().map(slots_of);
-    let beginning = adopt::begin(&config, slots.as_ref(), known)
+    let mut beginning = adopt::begin(&config, slots.as_ref(), known)
         .map_err(|reason| PlanError::Split { service: config.name.clone(), reason })?;
-    let (split, moved) = match beginning.news {
+    let (split, moved) = match beginning.news.take() {
         Some((_, split, moved)) => (split, moved),
         None => {
             let nothing = canary_ebpf_common::compile::encode_changes(&[]);
@@ -422,8 +461,15 @@ fn make(
         }
     };
     let control_name = &config.versions[config.control].name;
+    let control = slot(&beginning.slots, control_name).unwrap_or(0);
+    if follows {
+        // By now in its own slots.
+        let own = Slots { names: &beginning.slots, control };
+        let raise = raises.get(&config.name);
+        beginning.ownership = follow::followed(&beginning.ownership, own, own, raise);
+    }
     let mut state = ServiceState {
-        control: slot(&beginning.slots, control_name).unwrap_or(0),
+        control,
         slots: beginning.slots,
         ownership: beginning.ownership,
         tables: Vec::new(),

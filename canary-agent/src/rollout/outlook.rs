@@ -5,6 +5,7 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
+use canary_ebpf_common::share::Share;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -33,6 +34,8 @@ pub struct Known {
     pub rollout: Arc<Rollout>,
     /// New connections of its service a second.
     pub per_second: f64,
+    /// The same of audiences that steps name.
+    pub audiences: HashMap<String, f64>,
     /// The parts of them that are neither control's nor the canary's, by version.
     pub others: Vec<f64>,
     /// How many of them may be watched for what they do; `None` for all.
@@ -90,6 +93,9 @@ pub struct Outlook {
 pub struct StepOutlook {
     /// The step, from 1.
     pub step: u32,
+    /// The audience that it is about; absent for everyone.
+    #[serde(default)]
+    pub audience: Option<String>,
     /// The canary's share then, as written.
     pub share: String,
     /// The gate.
@@ -197,29 +203,44 @@ fn reckon(
         steps: Vec::new(),
         warnings: Vec::new(),
     };
-    let mut share = None;
     // The same gate at the same share has the same to say.
-    let mut said: HashMap<(String, String), StepOutlook> = HashMap::new();
-    for (number, step) in (1_u32..).zip(&rollout.steps) {
-        share = step.split.or(share);
+    let mut said: HashMap<(String, Option<String>, String), StepOutlook> = HashMap::new();
+    for (at, (number, step)) in (1_u32..).zip(&rollout.steps).enumerate() {
         let Some(gate) = &step.gate else { continue };
+        let audience = rollout.audience(at).map(str::to_owned);
+        let everyone = rollout.for_everyone(at);
+        let own = audience.as_ref().and_then(|name| rollout.for_audiences(at).remove(name));
+        let share = own.max(everyone);
         let text = share.map_or_else(|| "0%".to_owned(), |share| share.to_string());
-        let before = said.get(&(gate.name.clone(), text.clone())).cloned();
+        let key = (gate.name.clone(), audience.clone(), text.clone());
+        let before = said.get(&key).cloned();
         let of_step = match before {
             Some(before) => StepOutlook { step: number, ..before },
             None => {
-                let canary = share.map_or(0.0, |share| share.fraction());
-                let control = (1.0 - canary - others.iter().sum::<f64>()).max(0.0);
-                // What rounding leaves of a whole is no share.
-                let control = if control < 1e-9 { 0.0 } else { control };
-                let traffic =
-                    Traffic { control: per_second * control, canary: per_second * canary };
-                let watched = watched(known, control, canary);
+                let of = |share: Option<Share>| {
+                    let canary = share.map_or(0.0, |share| share.fraction());
+                    let control = (1.0 - canary - others.iter().sum::<f64>()).max(0.0);
+                    // What rounding leaves of a whole is no share.
+                    (canary, if control < 1e-9 { 0.0 } else { control })
+                };
+                let (canary, control) = of(share);
+                let its = audience
+                    .as_ref()
+                    .map_or(*per_second, |name| known.audiences.get(name).copied().unwrap_or(0.0));
+                let mut traffic = Traffic { control: its * control, canary: its * canary };
+                let mut watched = watched(known, its, control, canary);
+                if audience.is_some() && control == 0.0 {
+                    // Compared with those who are in no audience.
+                    let (canary, control) = of(everyone);
+                    traffic.control = per_second * control;
+                    watched.control = self::watched(known, *per_second, control, canary).control;
+                }
                 let mut one =
                     Step { known, config: gate, traffic, watched, faults, goes_on: &goes_on };
-                let found = one.outlook(number, text.clone())?;
+                let mut found = one.outlook(number, text)?;
+                found.audience = audience;
                 outlook.warnings.extend(one.warnings(&found));
-                said.insert((gate.name.clone(), text), found.clone());
+                said.insert(key, found.clone());
                 found
             }
         };
@@ -235,12 +256,12 @@ fn reckon(
 
 /// The connections that a gate gets something of: those that there is room to watch, if
 /// there is no room for all.
-fn watched(known: &Known, control: f64, canary: f64) -> Traffic {
-    let Known { per_second, others, watched_at_most, .. } = known;
+fn watched(known: &Known, per_second: f64, control: f64, canary: f64) -> Traffic {
+    let Known { others, watched_at_most, .. } = known;
     let all = Traffic { control: per_second * control, canary: per_second * canary };
     let Some(budget) = watched_at_most else { return all };
     let shares: Vec<f64> = [control, canary].into_iter().chain(others.iter().copied()).collect();
-    let chosen = halvings(&shares, *per_second, *budget, &vec![None; shares.len()]);
+    let chosen = halvings(&shares, per_second, *budget, &vec![None; shares.len()]);
     let part = |at: usize| {
         let halvings = chosen.get(at).copied().flatten().unwrap_or(0);
         0.5_f64.powi(i32::try_from(halvings).unwrap_or(i32::MAX))
@@ -264,6 +285,7 @@ impl<F: Fn() -> bool> Step<'_, F> {
         let deadline = self.config.deadline.as_secs_f64();
         let mut outlook = StepOutlook {
             step,
+            audience: None,
             share,
             gate: self.config.name.clone(),
             min_duration_seconds: self.config.min_duration.as_secs_f64(),

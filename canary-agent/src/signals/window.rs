@@ -41,15 +41,25 @@ pub struct ServiceWindow {
 impl ServiceWindow {
     /// What a rollout takes that compares `canary` with `control`.
     pub fn compare(&self, control: &str, canary: &str) -> Counted {
+        self.compare_with(self, control, canary)
+    }
+
+    /// The same with `control` as others of the same length have it.
+    pub fn compare_with(&self, others: &Self, control: &str, canary: &str) -> Counted {
         let none = VersionWindow::default();
-        let of = |name: &str| self.versions.iter().find(|v| v.version == name).unwrap_or(&none);
-        let both = [of(control), of(canary)];
+        let of = |window: &'_ Self, name: &str| {
+            let its = window.versions.iter().find(|version| version.version == name);
+            its.cloned().unwrap_or_else(|| none.clone())
+        };
+        let both = [of(others, control), of(self, canary)];
+        let both = both.each_ref();
         let events = SignalKind::ALL.into_iter().enumerate();
         Counted {
             service: self.service.clone(),
             canary: canary.to_owned(),
             watched: self.length,
-            complete: self.complete,
+            // What was slow to one was so to the other.
+            complete: self.complete && others.complete && self.slow_ns == others.slow_ns,
             slow_ns: self.slow_ns,
             connections: both.map(|version| version.watched),
             events: events.map(|(at, kind)| (kind, both.map(|v| v.events[at]))).collect(),
@@ -155,6 +165,14 @@ mod tests {
         assert_eq!(counted.events[0], (SignalKind::ConnectFailed, [1, 3]));
         assert_eq!(window.compare("stable", "gone").connections, [75, 0]);
         assert_eq!(window.compare("nobody", "gone").connections, [0, 0]);
+        // Control of others, where what was slow was so to both.
+        let window = ServiceWindow { complete: true, slow_ns: 9, ..window };
+        let others = ServiceWindow { versions: vec![version("stable", 900, 4)], ..window.clone() };
+        let both = window.compare_with(&others, "stable", "v2");
+        assert_eq!((both.connections, both.complete), ([900, 25], true));
+        assert_eq!(both.events[0], (SignalKind::ConnectFailed, [4, 3]));
+        let slower = ServiceWindow { slow_ns: 8, ..others };
+        assert!(!window.compare_with(&slower, "stable", "v2").complete);
     }
 
     #[test]

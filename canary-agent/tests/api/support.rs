@@ -676,6 +676,7 @@ pub(crate) fn status() -> Status {
 /// A rollout that a gate watches.
 fn under_way() -> RolloutStatus {
     let step = |split: &str, state: &str| RolloutStep {
+        audience: None,
         split: Some(split.to_owned()),
         hold_seconds: Some(600.0),
         gate: Some("l4".to_owned()),
@@ -746,6 +747,7 @@ fn rollout(name: &str, action: Action, request: &RolloutRequest) -> Result<Rollo
         applied: !request.dry_run,
         revision: 8,
         text: format!("rollout `{name}` at step 2: {}", action.name()),
+        audience: None,
         share: (action == Action::Abort).then(|| "0%".to_owned()),
         change: None,
         rollout: under_way(),
@@ -807,6 +809,7 @@ fn prospect(name: &str) -> Result<Prospect, Refusal> {
     Ok(Prospect {
         rollout: Arc::new(rollout),
         per_second,
+        audiences: Default::default(),
         others: Vec::new(),
         watched_at_most: None,
         usual: [(SignalKind::ConnectFailed, usual)].into(),

@@ -9,6 +9,7 @@ mod panic;
 mod plan_support;
 mod reload;
 mod rollout;
+mod steps;
 mod support;
 
 use std::{collections::BTreeMap, path::Path, time::Duration};

@@ -59,7 +59,7 @@ impl Agent {
         self.ask(|reply| Request::Reload { order, reply })
     }
 
-    fn reload(
+    pub(crate) fn reload(
         &mut self,
         running: &Config,
         wanted: &Config,

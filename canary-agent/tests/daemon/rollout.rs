@@ -78,24 +78,28 @@ pub(crate) fn with(steps: Vec<Step>) -> Config {
     config
 }
 
-fn start(dir: &tempfile::TempDir, config: &Config) -> Agent {
+pub(crate) fn start(dir: &tempfile::TempDir, config: &Config) -> Agent {
     Agent::start(dir.path(), config, Shared::default(), Adopted::default())
 }
 
 /// The agent of a later start, over the maps as this one leaves them.
-fn restarted(agent: &Agent, dir: &tempfile::TempDir, config: &Config, ms: u64) -> Agent {
+pub(crate) fn restarted(agent: &Agent, dir: &tempfile::TempDir, config: &Config, ms: u64) -> Agent {
     let (plane, panics) = agent.host.with(|host| (host.plane.clone(), host.marks.clone()));
     let adopted = Adopted { panics, ..maps(&plane) };
     Agent::start_at(dir.path(), config, Shared::default(), adopted, agent.boot_ms + ms)
 }
 
-fn tell(agent: &mut Agent, name: &str, action: Action) -> Result<RolloutReport, Refusal> {
+pub(crate) fn tell(
+    agent: &mut Agent,
+    name: &str,
+    action: Action,
+) -> Result<RolloutReport, Refusal> {
     let request = RolloutRequest { reason: Some("ticket".to_owned()), ..RolloutRequest::default() };
     let name = name.to_owned();
     agent.ask(|reply| Request::Rollout { name, action, request, peer: PEER, reply })
 }
 
-fn status(agent: &mut Agent, name: &str) -> RolloutStatus {
+pub(crate) fn status(agent: &mut Agent, name: &str) -> RolloutStatus {
     agent.status().rollouts.into_iter().find(|one| one.name == name).unwrap()
 }
 
@@ -106,13 +110,13 @@ fn asked(agent: &mut Agent) -> String {
 }
 
 /// A second after the other, as the loop has them, with the wake-ups between.
-fn seconds(agent: &mut Agent, seconds: u64) {
+pub(crate) fn seconds(agent: &mut Agent, seconds: u64) {
     for _ in 0..seconds {
         agent.wait(1_000);
     }
 }
 
-fn say(agent: &mut Agent, answer: Answer) {
+pub(crate) fn say(agent: &mut Agent, answer: Answer) {
     let turns = 0..40;
     // Which of its questions it is, the loop knows: another is passed over.
     for turn in turns {
@@ -126,7 +130,7 @@ fn say(agent: &mut Agent, answer: Answer) {
     }
 }
 
-fn trail(dir: &tempfile::TempDir) -> Vec<(u64, Change)> {
+pub(crate) fn trail(dir: &tempfile::TempDir) -> Vec<(u64, Change)> {
     SqliteStore::new(dir.path()).changes(0, 1_000).unwrap()
 }
 

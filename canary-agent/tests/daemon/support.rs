@@ -40,6 +40,8 @@ pub(crate) struct Host {
     pub(crate) plane: DataPlane,
     pub(crate) refuse_apply: bool,
     pub(crate) refuse_store: bool,
+    /// Only where rollouts stand can't be stored.
+    pub(crate) refuse_rollouts: bool,
     pub(crate) missing: Vec<String>,
     /// Interfaces that somebody else's program is on.
     pub(crate) refused: Vec<String>,
@@ -226,7 +228,7 @@ impl StateStore for Watched {
         evidence: &[EvidenceLine],
         durable: bool,
     ) -> Result<u64, StoreError> {
-        if self.1.with(|host| host.refuse_store) {
+        if self.1.with(|host| host.refuse_store || host.refuse_rollouts) {
             let reason = "database or disk is full".to_owned();
             return Err(StoreError::Unavailable { path: "/state.db".into(), reason });
         }

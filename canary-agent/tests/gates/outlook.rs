@@ -33,6 +33,7 @@ fn known(steps: Vec<Step>, per_second: f64) -> Known {
     Known {
         rollout: Arc::new(rollout),
         per_second,
+        audiences: HashMap::new(),
         others: Vec::new(),
         watched_at_most: None,
         usual: HashMap::new(),
@@ -194,4 +195,23 @@ fn what_is_not_watched_teaches_nothing() {
         five.canary_connections.expect("found")
     };
     assert!(after(some) > 3.0 * after(all), "{} and {}", after(some), after(all));
+}
+
+#[test]
+fn a_step_for_an_audience_goes_by_its_connections_and_by_control_of_everyone_where_it_has_none() {
+    let staff = |share: &str| Step {
+        audience: Some("staff".to_owned()),
+        ..gated(Some(share), &config(vec![signal(ConnectFailed, false)]))
+    };
+    let last = Step { split: Some("100%".parse().expect("a share")), ..Step::default() };
+    let mut known = known(vec![staff("25%"), staff("100%"), last], 1_000.0);
+    known.audiences.insert("staff".to_owned(), 40.0);
+    let said = said(&known);
+    let rates = |at: usize| {
+        let step = &said.steps[at];
+        (step.audience.as_deref(), step.canary_per_second, step.control_per_second)
+    };
+    assert_eq!(rates(0), (Some("staff"), 10.0, 30.0));
+    assert_eq!(rates(1), (Some("staff"), 40.0, 1_000.0));
+    assert!(said.steps[1].passes.is_some(), "there is something to compare with");
 }

@@ -43,6 +43,7 @@ mod signals;
 mod soak;
 mod sound;
 mod splits;
+mod steps;
 mod stickiness;
 mod support;
 mod tunnels;

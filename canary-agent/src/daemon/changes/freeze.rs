@@ -24,8 +24,12 @@ impl<S: StateStore, K: Kernel> State<S, K> {
     ) -> Result<FreezeReport, Refusal> {
         let FreezeRequest { service, reason, dry_run, if_revision, confirm } = request;
         let scope = service.as_deref().unwrap_or_default();
-        if !scope.is_empty() && self.planner.service(scope).is_none() {
-            return Err(split::unknown_service(&self.planner, scope));
+        match self.planner.service(scope) {
+            Some((_, state)) if state.follows() => return Err(split::follows(state)),
+            None if !scope.is_empty() => {
+                return Err(split::unknown_service(&self.planner, scope));
+            }
+            _ => {}
         }
         let reason = reason.as_deref().map(str::trim).filter(|reason| !reason.is_empty());
         if freezes && reason.is_none() {

@@ -83,10 +83,12 @@ impl<S: StateStore, K: Kernel> State<S, K> {
     ) -> Result<(UndoReport, Moved), Refusal> {
         let UndoRequest { service, to, reason, dry_run, force, if_revision, confirm } = request;
         let service = service.as_deref();
-        if let Some(name) = service
-            && self.planner.service(name).is_none()
-        {
-            return Err(split::unknown_service(&self.planner, name));
+        if let Some(name) = service {
+            match self.planner.service(name) {
+                None => return Err(split::unknown_service(&self.planner, name)),
+                Some((_, state)) if state.follows() => return Err(split::follows(state)),
+                Some(_) => {}
+            }
         }
         let (confirm, reason) = (confirm.as_deref(), reason.as_deref());
         let terms = Terms { peer, reason, if_revision: *if_revision, confirm };
@@ -266,6 +268,12 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 notes.push(format!("service `{name}` is not configured any more: left out"));
                 continue;
             };
+            if state.follows() {
+                notes.push(format!(
+                    "`{name}` has what its service has: what its rollout has given more is not for an undo"
+                ));
+                continue;
+            }
             let undone: Vec<Undone<'_>> = changes
                 .iter()
                 .filter(|(_, change)| changes_split(change) || change.moved.is_empty())
@@ -330,6 +338,11 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             let found = found.map_err(|error| unreadable(&error))?;
             let (full, oldest) = (found.len() == look, found.last().map(|(number, _)| *number));
             for (revision, change) in found {
+                // What rollouts give audiences ends with them.
+                let follows = self.planner.service(&change.service);
+                if change.action == ROLLOUT && follows.is_some_and(|(_, state)| state.follows()) {
+                    continue;
+                }
                 match Kind::of(&change) {
                     Kind::Made if barred.contains_key(&change.service) => {
                         let (by, action) = &barred[&change.service];

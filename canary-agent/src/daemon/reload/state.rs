@@ -295,7 +295,9 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             self.may_be_configured(concerned.chain(gone).chain(routed), now)?;
         }
         let attached = self.attach_new(&interfaces)?;
-        let changed = ready.made().map(|made| self.change_of(made, peer, reason.as_deref(), now));
+        let stored = |made: &&Made| made.after().derived.as_ref().is_none_or(|of| !of.follows);
+        let changed = ready.made().filter(stored);
+        let changed = changed.map(|made| self.change_of(made, peer, reason.as_deref(), now));
         let gone = ready.removed().iter();
         let gone =
             gone.filter_map(|removal| self.removal_of(removal, peer, reason.as_deref(), now));
@@ -411,7 +413,10 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         reason: Option<&str>,
         now: Moment,
     ) -> Option<Commit> {
-        let (at, _) = self.planner.service(&removal.config.name)?;
+        let (at, state) = self.planner.service(&removal.config.name)?;
+        if state.follows() {
+            return None;
+        }
         let mut commit = self.own_commit(at, "removed", Split::new(), Vec::new(), now);
         commit.change.before = commit.change.after.clone();
         commit.change.uid = peer.map(|peer| peer.uid);

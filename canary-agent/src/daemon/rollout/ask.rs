@@ -2,21 +2,21 @@
 
 use std::{sync::Arc, time::Instant};
 
-use canary_ebpf_common::share::Share;
+use canary_ebpf_common::{compile, share::Share};
 
 use super::{ACTION, Active, at};
 use crate::{
     api::rollout::{
         EvidenceRow, RolloutHistory, RolloutReport, RolloutRequest, RolloutRun, RolloutStatus,
     },
-    config::model::Rollout,
+    config::{derived, model::Rollout},
     daemon::{
         Kernel, Moment, Peer, Refusal, State,
         changes::{Terms, Thing, frozen},
         saving,
         split::suggestion,
     },
-    rollout::drive::{Record, Run, Stage, Told, Unfit, Wish, recipe},
+    rollout::drive::{Ask, Record, Run, Stage, Told, Unfit, Wish, recipe},
     store::{Change, Commit, EvidenceLine, StateStore, StoredRollout},
 };
 
@@ -94,7 +94,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             (Action::Retry, None) => self.may_retry(name)?,
             _ => false,
         };
-        let (text, share) = if begins {
+        let (text, ask) = if begins {
             let Some(config) = config else { return Err(self.unknown_rollout(name)) };
             self.start_rollout(&config, request, peer, now)?
         } else {
@@ -108,7 +108,8 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             applied: !request.dry_run,
             revision: self.revision,
             text,
-            share: share.map(|share| share.to_string()),
+            audience: ask.as_ref().and_then(|ask| ask.audience.clone()),
+            share: ask.map(|ask| ask.share.to_string()),
             change: None,
             rollout: self.rollout_status(name).unwrap_or_default(),
             warnings: Vec::new(),
@@ -156,14 +157,14 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         request: &RolloutRequest,
         peer: Peer,
         now: Moment,
-    ) -> Result<(String, Option<Share>), Refusal> {
+    ) -> Result<(String, Option<Ask>), Refusal> {
         let share = self.may_start(config, request, peer, now)?;
         let text =
             format!("rollout `{}` of `{}` begins: {}", config.name, config.to, recipe(config));
         let run = Run::start(config, share, self.revision, at(now));
         let next = next_share(&run, Some(config));
         if request.dry_run {
-            return Ok((text, next));
+            return Ok((text + &self.would_move(run.position(), next.as_ref()), next));
         }
         self.line(&config.service, &config.name, Action::Start, request, peer, now)?;
         self.rollouts.over.remove(&config.name);
@@ -172,6 +173,16 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let wishes = vec![Wish::Save, Wish::Tell(told)];
         self.fulfil(self.rollouts.active.len() - 1, wishes, now);
         Ok((text, next))
+    }
+
+    /// What setting the share of an audience would move, in words.
+    fn would_move(&self, record: &Record, ask: Option<&Ask>) -> String {
+        let asked = ask.and_then(|ask| self.asked(record, ask));
+        let Some((table, _, after)) = asked else { return String::new() };
+        let state = &self.planner.services()[table];
+        let before = state.ownership().owners.plain();
+        let moved = compile::difference(&before, &after.owners.plain()).len();
+        format!("; {moved} buckets of `{}` would move", state.config().name)
     }
 
     /// Refuses to begin what could not go on. Returns the share that the version has.
@@ -206,6 +217,18 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 "reload the configuration when versions that were removed have drained".to_owned(),
             ));
         };
+        for audience in steps.iter().filter_map(|step| step.audience.as_ref()) {
+            let table = self.planner.service(&derived::name(service, audience));
+            if table.is_none_or(|(_, its)| !its.follows() || its.slot(to).is_none()) {
+                return Err(refused(
+                    "no_version_slot",
+                    format!(
+                        "version `{to}` of service `{service}` gets no connections of `{audience}` yet"
+                    ),
+                    "reload the configuration when what was removed has drained".to_owned(),
+                ));
+            }
+        }
         let split = state.ownership().split.clone();
         if let Some(freeze) = self.control.frozen(service) {
             return Err(frozen(service, freeze));
@@ -214,7 +237,8 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let terms = Terms { peer, reason, if_revision: None, confirm: None };
         self.terms(Some(service), &[Thing::Split(service)], &terms, now)?;
         let has = split.get(to).copied().unwrap_or(Share::ZERO);
-        let first = steps.iter().find_map(|step| step.split).unwrap_or(Share::ZERO);
+        let everyone = steps.iter().filter(|step| step.audience.is_none());
+        let first = everyone.filter_map(|step| step.split).next().unwrap_or(Share::ZERO);
         if has > first {
             return Err(refused(
                 "share_is_larger",
@@ -253,7 +277,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         request: &RolloutRequest,
         peer: Peer,
         now: Moment,
-    ) -> Result<(String, Option<Share>), Refusal> {
+    ) -> Result<(String, Option<Ask>), Refusal> {
         let record = self.rollouts.active[at].run.position().clone();
         let reason = request.reason.as_deref();
         let mut run = self.rollouts.active[at].run.clone();
@@ -280,15 +304,23 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             help: Some(format!("`canary-agent rollout status {}` shows it", record.name)),
             exit_code: 1,
         })?;
-        let text =
+        let mut text =
             format!("rollout `{}` at step {}: {}", record.name, record.step + 1, action.name());
+        let more = record.audiences.iter().filter(|(_, share)| **share > record.shares[1]);
+        let more: Vec<String> = more.map(|(name, share)| format!("`{name}` ({share})")).collect();
+        if action == Action::Abort && !more.is_empty() {
+            text.push_str(&format!("; what {} has goes back, too", more.join(", ")));
+        }
         let [_, mine] = record.shares;
         let next = match action {
-            Action::Abort => Some(Share::ZERO).filter(|share| *share != mine),
+            Action::Abort => {
+                let ask = Ask { audience: None, share: Share::ZERO };
+                Some(ask).filter(|ask| ask.share != mine)
+            }
             _ => next_share(&run, config.as_deref()),
         };
         if request.dry_run {
-            return Ok((text, next));
+            return Ok((text + &self.would_move(run.position(), next.as_ref()), next));
         }
         if action == Action::Abort {
             // It waits for no disk.
@@ -400,11 +432,9 @@ impl<S: StateStore, K: Kernel> State<S, K> {
 }
 
 /// The share that a rollout is about to set, if that is another one.
-fn next_share(run: &Run, config: Option<&Rollout>) -> Option<Share> {
-    let record = run.position();
-    let [_, mine] = record.shares;
-    let step = config.filter(|_| record.stage == Stage::Entering)?.steps.get(record.step)?;
-    step.split.filter(|share| *share != mine)
+fn next_share(run: &Run, config: Option<&Rollout>) -> Option<Ask> {
+    let entering = run.stage() == Stage::Entering;
+    config.filter(|_| entering).and_then(|config| run.next_ask(config, run.position().step))
 }
 
 fn evidence_row(line: EvidenceLine) -> EvidenceRow {

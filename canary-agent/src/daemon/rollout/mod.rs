@@ -10,6 +10,7 @@
 mod ask;
 mod back;
 mod prospect;
+mod raise;
 mod status;
 
 use self::back::Taken;
@@ -26,11 +27,14 @@ use tokio::sync::mpsc;
 
 use super::{Kernel, Moment, State, changes::Thing, saving::not_stored};
 use crate::{
-    config::model::{Rollout, Stickiness},
+    config::{
+        derived,
+        model::{Rollout, Stickiness},
+    },
     hooks::{Errand, Said},
     plan::{BootMs, Proposal},
     rollout::{
-        drive::{At, Record, Run, Slow, Stage, Told, View, Wish},
+        drive::{Ask, At, Record, Run, Shares, Slow, Stage, Told, View, Wish},
         watch::Counted,
     },
     store::{Change, Commit, EvidenceLine, Split, StateStore, StoredRollout},
@@ -80,6 +84,17 @@ struct Active {
     set_ms: BootMs,
     /// The operator who has ended it.
     by: Option<u32>,
+}
+
+/// What a rollout compares, for whoever watches connections of one table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Compared {
+    /// The version, where the present step is about these clients.
+    pub(super) canary: Option<String>,
+    /// A handshake that takes longer is slow.
+    pub(super) slow_over: Option<Duration>,
+    /// The service whose control it is compared with; `None` for that of the same clients.
+    pub(super) control_of: Option<String>,
 }
 
 /// A change that a rollout has made.
@@ -144,11 +159,14 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             let to = record.to.clone();
             let (mut run, mut wishes) = Run::restore(record, config.as_deref());
             let taken = self.rollouts.given_back.remove(&service);
-            if let Some(Taken { share, reason, .. }) = taken.filter(|taken| taken.version == to) {
+            if let Some(Taken { share, audiences, reason, .. }) =
+                taken.filter(|taken| taken.version == to)
+            {
                 let reason = reason.unwrap_or_default();
                 let of_it = format!("rollout {name}: ");
                 let why = reason.strip_prefix(&of_it).unwrap_or(&reason).to_owned();
-                wishes = run.was_given_back(config.as_deref(), share, why, at(now));
+                let shares = taken_back(&run, share, audiences);
+                wishes = run.was_given_back(config.as_deref(), &shares, why, at(now));
             }
             let mut active = Active::new(number, run);
             active.made = self.changes_of_rollout(&service, since);
@@ -156,6 +174,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             self.rollouts.active.push(active);
             self.fulfil(self.rollouts.active.len() - 1, wishes, now);
         }
+        self.sync_raises();
     }
 
     /// The changes of a service that a rollout has made since a revision.
@@ -188,6 +207,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             let wishes = self.rollouts.active[at].run.reconfigure(config.as_deref());
             self.fulfil(at, wishes, now);
         }
+        self.sync_raises();
     }
 
     /// Lets every rollout look at how things are, and does what it wishes for. Returns when it
@@ -207,6 +227,9 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 .config(name)
                 .and_then(|rollout| active.run.due_ms(rollout, self::at(now)));
             due = [due, next, active.keep_ms].into_iter().flatten().min();
+        }
+        if self.sync_raises() {
+            self.settle(now);
         }
         let mut at = 0;
         while at < self.rollouts.active.len() {
@@ -276,8 +299,11 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             in_force: self.is_in_force(),
             panicked: self.control.panicked.contains_key(&record.service)
                 || self.panics.is_owing() && share == Share::ZERO,
+            audiences_panicked: self.is_taken_away(record),
             learns: self.planner.learns(service),
-            prepared: self.is_in_force() && self.planner.is_prepared(service),
+            prepared: self.is_in_force()
+                && self.planner.is_prepared(service)
+                && self.planner.followers(service).all(|at| self.planner.is_prepared(at)),
             barred: frozen.or(pending),
         })
     }
@@ -288,30 +314,33 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         for wish in wishes {
             match wish {
                 Wish::Confirm => self.ask_to_confirm(at),
-                Wish::Prepare(share) => {
+                Wish::Prepare(ask) => {
                     sets = true;
-                    self.prepare_share(at, share);
+                    self.prepare_share(at, &ask);
                     self.settle(now);
                 }
                 Wish::Forget => self.forget_share(at),
-                Wish::Set(share) => {
+                Wish::Set(ask) => {
                     sets = true;
-                    self.set_share(at, share, now);
+                    match ask.audience {
+                        Some(_) => self.set_audience(at, &ask, now),
+                        None => self.set_share(at, ask.share, now),
+                    }
                 }
-                Wish::Back(share) => self.give_back(at, share, now),
+                Wish::Back(shares) => self.give_back(at, shares, now),
                 Wish::Measure(probe) => self.measure(at, probe),
                 Wish::Tell(told) => self.tell(at, &told, now),
-                Wish::Save => self.keep_rollout(at, true, now),
+                Wish::Save => drop(self.keep_rollout(at, true, now)),
             }
         }
         sets
     }
 
-    /// Writes down where a rollout stands.
-    fn keep_rollout(&mut self, at: usize, durable: bool, now: Moment) {
+    /// Writes down where a rollout stands. Returns whether that is done.
+    fn keep_rollout(&mut self, at: usize, durable: bool, now: Moment) -> bool {
         let active = &self.rollouts.active[at];
         let record = active.run.record();
-        let Ok(text) = serde_json::to_string(&record) else { return };
+        let Ok(text) = serde_json::to_string(&record) else { return false };
         let stored = StoredRollout {
             number: active.number,
             name: record.name,
@@ -327,6 +356,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 active.evidence.clear();
                 active.keep_ms = None;
                 self.alerts.remove("rollout");
+                true
             }
             Err(error) => {
                 active.keep_ms = Some(now.boot_ms + KEEP_AGAIN_MS);
@@ -340,6 +370,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 if self.alerts.insert("rollout", vec![alert.clone()]).is_none() {
                     tracing::error!("{alert}");
                 }
+                false
             }
         }
     }
@@ -368,6 +399,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 "version": to,
                 "step": step + 1,
                 "share": active.run.position().shares[1].to_string(),
+                "audiences": by_audience(active.run.position()),
                 "run": active.number,
                 "unix_ms": now.unix_ms,
             });
@@ -380,7 +412,8 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let record = active.run.position();
         let Some(rollout) = self.rollouts.config(&record.name) else { return };
         let next = record.step + usize::from(record.stage == Stage::Watching);
-        let share = rollout.steps.get(next).and_then(|step| step.split);
+        let step = rollout.steps.get(next);
+        let share = step.and_then(|step| step.split);
         if let (Some(url), Some(errands)) = (&rollout.hooks.confirm, &self.rollouts.errands) {
             let body = serde_json::json!({
                 "event": "confirm",
@@ -389,7 +422,9 @@ impl<S: StateStore, K: Kernel> State<S, K> {
                 "version": record.to,
                 "step": next + 1,
                 "share": record.shares[1].to_string(),
+                "audiences": by_audience(record),
                 "next_share": share.map(|share| share.to_string()),
+                "next_audience": step.and_then(|step| step.audience.as_ref()),
                 "run": active.number,
             });
             let turn = active.run.turn();
@@ -403,12 +438,14 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             return;
         };
         let record = active.run.position();
+        let config = self.rollouts.config(&record.name);
+        let share = record.share_of(config.and_then(|config| config.audience(record.step)));
         let about = [
             ("CANARY_ROLLOUT", record.name.clone()),
             ("CANARY_SERVICE", record.service.clone()),
             ("CANARY_VERSION", record.to.clone()),
             ("CANARY_STEP", (record.step + 1).to_string()),
-            ("CANARY_SHARE", record.shares[1].to_string()),
+            ("CANARY_SHARE", share.to_string()),
         ];
         if let Some(errands) = &self.rollouts.errands {
             let turn = active.run.turn();
@@ -456,14 +493,15 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         for at in 0..self.rollouts.active.len() {
             let active = &mut self.rollouts.active[at];
             let record = active.run.position();
-            if record.service != counted.service || record.to != counted.canary {
-                continue;
-            }
             let Some(rollout) =
                 self.rollouts.configured.iter().find(|r| r.name == record.name).cloned()
             else {
                 continue;
             };
+            let table = table_of(record, &rollout);
+            if table != counted.service || record.to != counted.canary {
+                continue;
+            }
             let step = u32::try_from(record.step).unwrap_or(u32::MAX);
             let Some(counted) = active.run.gather(counted) else { continue };
             if let Some(watch) = active.run.watch() {
@@ -490,13 +528,23 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         }
     }
 
-    /// The version that a service's rollout compares with control, and what a slow handshake is to
-    /// it.
-    pub(super) fn compared(&self, service: &str) -> Option<(String, Option<Duration>)> {
+    /// What a service's rollout, or that of an audience's, compares.
+    pub(super) fn compared(&self, service: &str) -> Option<Compared> {
+        let of = derived::parts(service).map_or(service, |(of, _)| of);
         let mut records = self.rollouts.active.iter().map(|active| active.run.position());
-        let record = records.find(|one| one.service == service && !one.stage.is_over())?;
-        let slow = record.slow.map(|slow| Duration::from_nanos(slow.over_ns));
-        Some((record.to.clone(), slow))
+        let record = records.find(|one| one.service == of && !one.stage.is_over())?;
+        let slow_over = record.slow.map(|slow| Duration::from_nanos(slow.over_ns));
+        let config = self.rollouts.config(&record.name);
+        let table = config.map_or_else(|| of.to_owned(), |config| table_of(record, config));
+        if table != service {
+            return Some(Compared { canary: None, slow_over, control_of: None });
+        }
+        // Where control gets nothing of the audience, it is that of everyone else.
+        let alone = self.planner.service(service).is_some_and(|(_, state)| {
+            state.ownership().counts()[usize::from(state.control())] == 0
+        });
+        let control_of = (alone && table != of).then(|| of.to_owned());
+        Some(Compared { canary: Some(record.to.clone()), slow_over, control_of })
     }
 
     /// Fixes what a slow handshake is to rollouts that go by it, by what control's have taken
@@ -523,7 +571,10 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         for at in 0..self.rollouts.active.len() {
             let active = &self.rollouts.active[at];
             let record = active.run.position();
-            let Some((_, state)) = self.planner.service(&record.service) else { continue };
+            let Some(config) = self.rollouts.config(&record.name) else { continue };
+            let Some((_, state)) = self.planner.service(&table_of(record, config)) else {
+                continue;
+            };
             let independent = state.config().stickiness == Stickiness::Connection;
             let watching = active.run.stage() == Stage::Watching;
             if !independent || !watching || now.boot_ms < active.set_ms + SETTLED_MS {
@@ -550,8 +601,13 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         }
     }
 
-    fn prepare_share(&mut self, at: usize, share: Share) {
-        if let Some((service, proposal)) = self.proposed(at, share) {
+    fn prepare_share(&mut self, at: usize, ask: &Ask) {
+        if ask.audience.is_some() {
+            let record = self.rollouts.active[at].run.position();
+            if let Some((table, _, ownership)) = self.asked(record, ask) {
+                self.planner.prepare(table, Some(&ownership));
+            }
+        } else if let Some((service, proposal)) = self.proposed(at, ask.share) {
             self.planner.prepare(service, Some(&proposal.ownership));
         }
     }
@@ -595,11 +651,14 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             self.rollouts.active[at].made.push(Made { revision, slots, moved, before, salt });
             self.rollouts.active[at].set_ms = now.boot_ms;
             self.rollouts.active[at].connections = None;
+            let record = self.rollouts.active[at].run.position();
+            let raises = self.raises_with(record, share, &record.audiences);
+            self.planner.set_raises(raises);
             self.planner.set_ownership(service, proposal.ownership);
             self.supersede(service);
             self.settle(now);
             self.metrics.split_applied(begun.elapsed());
-            share
+            Ask { audience: None, share }
         });
         let wishes = self.rollouts.active[at].run.was_set(&rollout, done, self::at(now));
         self.fulfil(at, wishes, now);
@@ -643,4 +702,27 @@ impl<S: StateStore, K: Kernel> State<S, K> {
             settles,
         }
     }
+}
+
+/// The table whose clients a rollout's step is about: those of an audience, or all others.
+fn table_of(record: &Record, rollout: &Rollout) -> String {
+    match rollout.audience(record.step) {
+        Some(audience) => derived::name(&record.service, audience),
+        None => record.service.clone(),
+    }
+}
+
+/// What audiences have of their own, as others are told.
+fn by_audience(record: &Record) -> BTreeMap<&str, String> {
+    let audiences = record.audiences.iter();
+    audiences.map(|(name, share)| (name.as_str(), share.to_string())).collect()
+}
+
+/// The shares of a rollout after marks in the maps have said which ones went back.
+fn taken_back(run: &Run, everyone: Share, audiences: BTreeMap<String, Share>) -> Shares {
+    // All of them are marked that went back; others have what they had.
+    let mut left = run.position().audiences.clone();
+    left.extend(audiences);
+    left.retain(|_, share| *share != Share::ZERO);
+    Shares { everyone, audiences: left }
 }

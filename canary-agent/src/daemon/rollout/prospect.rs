@@ -5,8 +5,12 @@ use std::{collections::HashMap, sync::Arc};
 use canary_ebpf_common::share::Share;
 
 use crate::{
-    config::model::{Rollout, SignalKind},
+    config::{
+        derived,
+        model::{Rollout, SignalKind},
+    },
     daemon::{Kernel, Moment, Refusal, State, signals::BEGIN_PART},
+    plan::ServiceState,
     rollout::outlook::{Source, Usual},
     store::StateStore,
 };
@@ -19,6 +23,8 @@ pub struct Prospect {
     /// New connections of its service a second, over the last seconds; `None` before there is a
     /// second to go by.
     pub per_second: Option<f64>,
+    /// The same of audiences that steps name.
+    pub audiences: HashMap<String, f64>,
     /// The parts of them that go to versions other than control and the canary.
     pub others: Vec<f64>,
     /// How many of them may be watched for what they do; `None` where that is not known.
@@ -36,14 +42,10 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let others = split.into_iter().flatten().filter(|(version, _)| **version != rollout.to);
         let others = others.filter(|(_, share)| **share != Share::ZERO);
         let others = others.map(|(_, share)| share.fraction()).collect();
-        let places = state.into_iter().flat_map(|state| {
-            let slots = (0_u8..).zip(state.slots()).map(|(slot, _)| slot);
-            slots.flat_map(|slot| state.tables().iter().map(move |table| (table, slot)))
-        });
-        let indices: Vec<_> = places.flat_map(|(table, slot)| table.indices_of(slot)).collect();
-        let counters = self.kernel.counters(&indices);
-        let rates = indices.iter().zip(counters).map(|(index, counter)| {
-            self.samples.per_second(*index, counter.connections, now.boot_ms)
+        let audiences = rollout.steps.iter().filter_map(|step| step.audience.clone());
+        let audiences = audiences.filter_map(|audience| {
+            let table = self.planner.service(&derived::name(&rollout.service, &audience));
+            Some((audience, self.rate_of(table?.1, now)?))
         });
         let counted = state.map(|state| {
             let control = &state.config().versions[state.config().control].name;
@@ -57,10 +59,23 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         let services = self.planner.services().iter().filter(|one| one.config().signals).count();
         Ok(Prospect {
             rollout: Arc::clone(rollout),
-            per_second: rates.sum(),
+            per_second: state.map_or(Some(0.0), |state| self.rate_of(state, now)),
+            audiences: audiences.collect(),
             others,
             watched_at_most: room.map(|room| room as f64 / BEGIN_PART / services.max(1) as f64),
             usual,
         })
+    }
+
+    /// New connections of a table's clients a second.
+    fn rate_of(&self, state: &ServiceState, now: Moment) -> Option<f64> {
+        let slots = (0_u8..).zip(state.slots()).map(|(slot, _)| slot);
+        let places = slots.flat_map(|slot| state.tables().iter().map(move |table| (table, slot)));
+        let indices: Vec<_> = places.flat_map(|(table, slot)| table.indices_of(slot)).collect();
+        let counters = self.kernel.counters(&indices);
+        let rates = indices.iter().zip(counters).map(|(index, counter)| {
+            self.samples.per_second(*index, counter.connections, now.boot_ms)
+        });
+        rates.sum()
     }
 }

@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use super::Active;
 use crate::{
-    api::rollout::{GateStatus, ProbeStatus, RolloutStatus, RolloutStep, SignalStatus},
+    api::rollout::{
+        GateStatus, ProbeStatus, RolloutAudience, RolloutStatus, RolloutStep, SignalStatus,
+    },
     config::model::Rollout,
     daemon::{Kernel, State},
     rollout::{
@@ -81,6 +83,14 @@ fn of_record(
         step: u32::try_from(record.step + 1).ok(),
         steps: config.map_or_else(Vec::new, |config| steps(config, Some(record))),
         share: Some(record.shares[1].to_string()),
+        audiences: record
+            .audiences
+            .keys()
+            .map(|name| RolloutAudience {
+                audience: name.clone(),
+                share: record.share_of(Some(name)).to_string(),
+            })
+            .collect(),
         reason: record.reason.clone(),
         run: number,
         begun_unix_ms: Some(record.begun_unix_ms),
@@ -100,6 +110,7 @@ fn steps(config: &Rollout, record: Option<&Record>) -> Vec<RolloutStep> {
     };
     let all = config.steps.iter().enumerate();
     all.map(|(at, step)| RolloutStep {
+        audience: step.audience.clone(),
         split: step.split.map(|share| share.to_string()),
         hold_seconds: step.hold.map(|hold| hold.as_secs_f64()),
         gate: step.gate.as_ref().map(|gate| gate.name.clone()),

@@ -6,17 +6,24 @@
 //! people. Time counts as watched only between two looks of the same agent, the share being in
 //! force: an agent that was killed, stopped or suspended has seen nothing.
 //!
+//! An audience that a step names has a share of its own: it is never lower than everyone's, and goes
+//! back with it.
+//!
 //! What is to be done goes out as [`Wish`]es. The only one whose outcome matters is
 //! [`Wish::Set`]: [`Run::was_set`] says what became of it. Giving back can't fail.
 
 mod operator;
 mod record;
+mod shares;
 
 use std::time::Duration;
 
 use canary_ebpf_common::share::Share;
 
-pub use self::record::{Record, Slow, Stage};
+pub use self::{
+    record::{Record, Slow, Stage},
+    shares::{Ask, Shares},
+};
 use super::{
     gate::Verdict,
     sample_ratio::{Departure, SampleRatio},
@@ -55,6 +62,8 @@ pub struct View {
     pub in_force: bool,
     /// A panic has sent the service where it is.
     pub panicked: bool,
+    /// A panic has sent clients of an audience to control that had more than everyone.
+    pub audiences_panicked: bool,
     /// Whether watching buckets before they move is of any use.
     pub learns: bool,
     /// The buckets of what [`Wish::Prepare`] named are watched.
@@ -79,13 +88,13 @@ pub enum Wish {
     /// Ask whether a step's share may be set.
     Confirm,
     /// Watch the buckets that would move.
-    Prepare(Share),
+    Prepare(Ask),
     /// Watch them no more.
     Forget,
-    /// Set the share.
-    Set(Share),
-    /// Go back to a share, whatever is in the way.
-    Back(Share),
+    /// Set a share.
+    Set(Ask),
+    /// Go back to shares, whatever is in the way.
+    Back(Shares),
     /// Ask one of the gate's.
     Measure(usize),
     /// Say what has happened.
@@ -145,6 +154,7 @@ impl Run {
             stage: Stage::Entering,
             step: 0,
             shares: [share; 2],
+            audiences: Default::default(),
             since_revision: revision,
             begun_unix_ms: now.unix_ms,
             step_unix_ms: now.unix_ms,
@@ -238,9 +248,29 @@ impl Run {
                 Some(_) => "its configuration has changed: `resume` goes on with the new one",
                 None => "it is not configured any more: abort it, or bring it back and resume",
             };
+            let named = |name: &String| {
+                let mut steps = rollout.iter().flat_map(|rollout| &rollout.steps);
+                steps.any(|step| step.audience.as_ref() == Some(name))
+            };
+            let [_, everyone] = self.record.shares;
+            let gone: Vec<String> = self
+                .record
+                .audiences
+                .iter()
+                .filter(|(name, share)| !named(name) && **share > everyone)
+                .map(|(name, share)| format!("`{name}` ({share})"))
+                .collect();
+            self.record.audiences.retain(|name, _| named(name));
+            let why = match gone.is_empty() {
+                true => why.to_owned(),
+                false => format!(
+                    "{why}; no step names {} any more, who have {everyone} like everyone",
+                    gone.join(", ")
+                ),
+            };
             return match self.record.stage {
-                Stage::Paused if self.record.reason.as_deref() == Some(why) => Vec::new(),
-                _ => self.pause(why.to_owned(), None),
+                Stage::Paused if self.record.reason.as_ref() == Some(&why) => Vec::new(),
+                _ => self.pause(why, None),
             };
         };
         let kept = self.watch.take().map(|watch| watch.kept().clone());
@@ -272,6 +302,9 @@ impl Run {
         let passed = passed.min(LONGEST_GAP_MS);
         let moving = matches!(self.record.stage, Stage::Entering | Stage::Watching);
         self.waits = None;
+        if view.audiences_panicked && !self.record.stage.is_over() {
+            return self.panicked(now);
+        }
         if !moving {
             return Vec::new();
         }
@@ -309,15 +342,18 @@ impl Run {
     }
 
     /// What became of [`Wish::Set`].
-    pub fn was_set(
-        &mut self,
-        rollout: &Rollout,
-        done: Result<Share, String>,
-        now: At,
-    ) -> Vec<Wish> {
+    pub fn was_set(&mut self, rollout: &Rollout, done: Result<Ask, String>, now: At) -> Vec<Wish> {
         match done {
-            Ok(share) => {
-                self.record.shares[1] = share;
+            Ok(Ask { audience, share }) => {
+                match audience {
+                    Some(audience) => drop(self.record.audiences.insert(audience, share)),
+                    None => self.record.shares[1] = share,
+                }
+                if self.next_ask(rollout, self.record.step).is_some() {
+                    self.approach.prepares = false;
+                    self.approach.prepared_ms = None;
+                    return vec![Wish::Save];
+                }
                 self.begin_watching(rollout, now)
             }
             Err(why) => {
@@ -417,45 +453,62 @@ impl Run {
             return Vec::new();
         }
         // An agent that has ended in between has set it, and could not say so any more.
-        let step = rollout.steps.get(self.record.step);
-        let wanted = step.and_then(|step| step.split);
-        if self.record.stage == Stage::Entering && wanted == Some(view.share) {
+        if self.record.enters_with(rollout, view.share) {
             self.record.shares[1] = view.share;
             return Vec::new();
         }
         if view.panicked {
-            self.end(Stage::Aborted, "a panic has sent everything to control".to_owned(), now);
-            let told = tell("aborted", self.record.reason.clone().unwrap_or_default());
-            return vec![Wish::Forget, told, Wish::Save];
+            return self.panicked(now);
         }
-        let why = format!(
+        let mut why = format!(
             "the share of `{}` was set to {} by somebody else (it was {mine}): `resume` sets it to that of the step",
             self.record.to, view.share
         );
+        let had: Vec<String> = std::mem::take(&mut self.record.audiences)
+            .into_iter()
+            .filter(|(_, share)| *share > mine)
+            .map(|(name, share)| format!("`{name}` ({share})"))
+            .collect();
+        if !had.is_empty() {
+            why.push_str(&format!(", and those of {}, who have what everyone has", had.join(", ")));
+        }
         self.record.shares[1] = view.share;
         self.pause(why, None)
+    }
+
+    fn panicked(&mut self, now: At) -> Vec<Wish> {
+        let why = "a panic has sent everything to control".to_owned();
+        self.end(Stage::Aborted, why.clone(), now);
+        vec![Wish::Forget, tell("aborted", why), Wish::Save]
     }
 
     /// Its share has gone back to this one, and its agent has ended before it could say so.
     pub fn was_given_back(
         &mut self,
         rollout: Option<&Rollout>,
-        share: Share,
+        shares: &Shares,
         why: String,
         now: At,
     ) -> Vec<Wish> {
         if self.record.stage.is_over() {
             return Vec::new();
         }
-        self.record.shares[1] = share;
-        if share == Share::ZERO {
+        self.record.shares[1] = shares.everyone;
+        self.record.audiences.clone_from(&shares.audiences);
+        if shares.is_nothing() {
             self.end(Stage::Aborted, why.clone(), now);
             return vec![Wish::Forget, tell("aborted", why), Wish::Save];
         }
-        let steps = rollout.map(|rollout| rollout.steps.as_slice()).unwrap_or_default();
-        let before = steps.iter().take(self.record.step);
-        if let Some(step) = before.rev().position(|step| step.split == Some(share)) {
-            self.record.step -= step + 1;
+        if let Some(rollout) = rollout {
+            let alike = |step: &usize| {
+                let (left, is) = (self.shares_of(rollout, *step), shares);
+                !left.is_less_than(is) && !is.is_less_than(&left) && left.everyone == is.everyone
+            };
+            let set = |step: &usize| rollout.steps[*step].split.is_some();
+            let before = 0..self.record.step.min(rollout.steps.len());
+            if let Some(step) = before.rev().filter(set).find(alike) {
+                self.record.step = step;
+            }
         }
         self.hold(why)
     }
@@ -480,7 +533,7 @@ impl Run {
         self.end(Stage::Aborted, why.clone(), now);
         self.record.shares[1] = Share::ZERO;
         // First of all what counts.
-        vec![Wish::Back(Share::ZERO), Wish::Save, Wish::Forget, tell("aborted", why)]
+        vec![Wish::Back(Shares::NONE), Wish::Save, Wish::Forget, tell("aborted", why)]
     }
 
     fn complete(&mut self, now: At) -> Vec<Wish> {
@@ -495,6 +548,9 @@ impl Run {
         self.record.reason = Some(why);
         self.record.ended_unix_ms = Some(now.unix_ms);
         self.record.paused_at = None;
+        // Nobody has more than everyone any more: aborted, it is taken back; completed, everyone has
+        // as much.
+        self.record.audiences.clear();
         self.ask_anew();
     }
 
@@ -528,24 +584,19 @@ impl Run {
         match reaction {
             Reaction::Abort => self.abort(why, now),
             Reaction::Hold => self.hold(why),
-            Reaction::StepBack => match self.share_before(rollout) {
+            Reaction::StepBack => match self.shares_before(rollout) {
                 None => self.abort(format!("{why}; there is no step before it"), now),
-                Some((step, share)) => {
+                Some((step, shares)) => {
                     self.record.step = step;
-                    self.record.shares[1] = share;
-                    let mut wishes = vec![Wish::Back(share)];
-                    wishes.extend(self.hold(format!("{why}; back to {share}")));
+                    self.record.shares[1] = shares.everyone;
+                    self.record.audiences.clone_from(&shares.audiences);
+                    let why = format!("{why}; back to {shares}");
+                    let mut wishes = vec![Wish::Back(shares)];
+                    wishes.extend(self.hold(why));
                     wishes
                 }
             },
         }
-    }
-
-    /// The last step before this one with a smaller share, and that.
-    fn share_before(&self, rollout: &Rollout) -> Option<(usize, Share)> {
-        let [_, mine] = self.record.shares;
-        let steps = rollout.steps.iter().enumerate().take(self.record.step);
-        steps.rev().find_map(|(at, step)| Some((at, step.split.filter(|share| *share < mine)?)))
     }
 
     /// Whether a step is done but for its pause.
@@ -578,7 +629,8 @@ impl Run {
             // The share before, which may stand some steps further on, is watched in time.
             if left > 0 {
                 if following.split.is_some() {
-                    wishes.extend(self.approach(rollout, following.split, view, now).1);
+                    let ask = self.next_ask(rollout, next);
+                    wishes.extend(self.approach(rollout, ask, view, now).1);
                 }
                 wishes.extend(self.waits_for(step, left, passed));
                 return wishes;
@@ -625,16 +677,15 @@ impl Run {
 
     /// Sets a step's share as soon as that may be.
     fn enter(&mut self, rollout: &Rollout, view: &View, now: At) -> Vec<Wish> {
-        let Some(step) = rollout.steps.get(self.record.step) else {
+        if self.record.step >= rollout.steps.len() {
             return self.pause("its configuration has fewer steps".to_owned(), None);
-        };
-        let [_, mine] = self.record.shares;
-        let Some(share) = step.split.filter(|share| *share != mine) else {
+        }
+        let Some(ask) = self.next_ask(rollout, self.record.step) else {
             return self.begin_watching(rollout, now);
         };
-        let (ready, mut wishes) = self.approach(rollout, Some(share), view, now);
+        let (ready, mut wishes) = self.approach(rollout, Some(ask.clone()), view, now);
         if ready {
-            wishes.push(Wish::Set(share));
+            wishes.push(Wish::Set(ask));
         }
         wishes
     }
@@ -643,14 +694,13 @@ impl Run {
     fn approach(
         &mut self,
         rollout: &Rollout,
-        share: Option<Share>,
+        ask: Option<Ask>,
         view: &View,
         now: At,
     ) -> (bool, Vec<Wish>) {
         let mut wishes = Vec::new();
-        let Some(share) = share else { return (true, wishes) };
-        let [_, mine] = self.record.shares;
-        let raises = share > mine;
+        let Some(ask) = ask else { return (true, wishes) };
+        let raises = ask.share > self.record.share_of(ask.audience.as_deref());
         if let (true, Some(why)) = (raises, &view.barred) {
             self.waits = Some(why.clone());
             return (false, wishes);
@@ -682,7 +732,7 @@ impl Run {
                 if !self.approach.prepares {
                     self.approach.prepares = true;
                     self.waits = Some("its buckets, which are watched before they move".to_owned());
-                    return (false, vec![Wish::Prepare(share)]);
+                    return (false, vec![Wish::Prepare(ask)]);
                 }
                 if view.prepared {
                     self.approach.prepared_ms.get_or_insert(now.boot_ms);
@@ -702,7 +752,9 @@ impl Run {
     }
 
     fn begin_watching(&mut self, rollout: &Rollout, now: At) -> Vec<Wish> {
-        let [_, share] = self.record.shares;
+        let whose = rollout.audience(self.record.step);
+        let share = self.record.share_of(whose);
+        let whose = whose.map_or_else(String::new, |audience| format!(" of `{audience}`"));
         self.record.stage = Stage::Watching;
         self.record.step_unix_ms = now.unix_ms;
         self.record.watched_ms = 0;
@@ -718,7 +770,7 @@ impl Run {
         if let Some(gate) = step.and_then(|step| step.gate.as_ref()).filter(|_| !self.record.full) {
             self.set_watch(Watch::new(gate));
         }
-        let text = format!("{}: `{}` has {share}", self.place(rollout), self.record.to);
+        let text = format!("{}: `{}` has {share}{whose}", self.place(rollout), self.record.to);
         vec![tell("step", text), Wish::Save]
     }
 }
@@ -762,7 +814,8 @@ fn slow_permille(rollout: &Rollout) -> Option<u16> {
 pub fn recipe(rollout: &Rollout) -> String {
     let steps = rollout.steps.iter().map(|step| {
         let mut words = Vec::new();
-        words.extend(step.split.map(|share| share.to_string()));
+        let whose = step.audience.as_ref().map_or_else(String::new, |name| format!(" of {name}"));
+        words.extend(step.split.map(|share| format!("{share}{whose}")));
         words.extend(step.hold.map(|hold| format!("hold {}", humantime::format_duration(hold))));
         words.extend(step.gate.as_ref().map(|gate| format!("gate {}", gate.name)));
         words.extend(step.pause.then(|| "pause".to_owned()));

@@ -1,9 +1,14 @@
 //! What is kept of a rollout, over restarts.
 
+use std::collections::BTreeMap;
+
 use canary_ebpf_common::share::Share;
 use serde::{Deserialize, Serialize};
 
-use crate::rollout::{sample_ratio::SampleRatio, watch::Kept};
+use crate::{
+    config::model::Rollout,
+    rollout::{sample_ratio::SampleRatio, watch::Kept},
+};
 
 /// Where a rollout stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,6 +76,9 @@ pub struct Record {
     /// The share that the version had before, and that it has by now.
     #[serde(with = "shares")]
     pub shares: [Share; 2],
+    /// What audiences have of their own by now; those that have no more than everyone may be left out.
+    #[serde(default, with = "by_audience", skip_serializing_if = "BTreeMap::is_empty")]
+    pub audiences: BTreeMap<String, Share>,
     /// The revision of the state when it began.
     pub since_revision: u64,
     /// When it began, in milliseconds since 1970.
@@ -98,6 +106,44 @@ pub struct Record {
     pub evidence: Option<Kept>,
     /// How the share has been measured in this step.
     pub ratio: Option<SampleRatio>,
+}
+
+impl Record {
+    /// The share that clients of an audience have, or everyone.
+    pub fn share_of(&self, audience: Option<&str>) -> Share {
+        let [_, everyone] = self.shares;
+        let own = audience.and_then(|audience| self.audiences.get(audience));
+        own.copied().unwrap_or(Share::ZERO).max(everyone)
+    }
+
+    /// Whether the step that it is about to enter gives everyone this share.
+    pub fn enters_with(&self, rollout: &Rollout, share: Share) -> bool {
+        let step = rollout.steps.get(self.step).filter(|step| step.audience.is_none());
+        self.stage == Stage::Entering && step.and_then(|step| step.split) == Some(share)
+    }
+}
+
+mod by_audience {
+    use std::collections::BTreeMap;
+
+    use canary_ebpf_common::share::Share;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    type Shares = BTreeMap<String, Share>;
+
+    pub(super) fn serialize<S: Serializer>(shares: &Shares, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_map(shares.iter().map(|(name, share)| (name, share.to_string())))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Shares, D::Error> {
+        let texts = BTreeMap::<String, String>::deserialize(from)?;
+        let parse = |(name, text): (String, String)| Ok((name, text.parse::<Share>()?));
+        let parsed = texts
+            .into_iter()
+            .map(parse)
+            .collect::<Result<Shares, canary_ebpf_common::share::ShareError>>();
+        parsed.map_err(D::Error::custom)
+    }
 }
 
 mod shares {

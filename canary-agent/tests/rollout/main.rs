@@ -1,13 +1,16 @@
 //! A rollout against a world of its own: whatever happens, in whatever order.
 
-use std::{sync::Arc, time::Duration};
+mod audiences;
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use canary_agent::{
     config::model::{
         Gate, Hooks, KernelSignal, Probe, ProbeAsk, Reaction, Rollout, Signal, SignalKind, Step,
     },
     rollout::{
-        drive::{At, Run, Slow, Stage, View, Wish},
+        drive::{Ask, At, Run, Shares, Slow, Stage, View, Wish},
+        gate::Verdict,
         watch::{Answer, Counted},
     },
 };
@@ -57,6 +60,11 @@ fn step(text: &str, hold: u64) -> Step {
     Step { split: Some(share(text)), hold: Some(Duration::from_secs(hold)), ..Step::default() }
 }
 
+/// A step for an audience.
+fn only(audience: &str, step: Step) -> Step {
+    Step { audience: Some(audience.to_owned()), ..step }
+}
+
 fn gated(text: &str) -> Step {
     Step { split: Some(share(text)), gate: Some(gate(2, 3)), ..Step::default() }
 }
@@ -67,6 +75,8 @@ struct World {
     run: Run,
     now: u64,
     share: Share,
+    /// What audiences were given, and everyone's share with which that counts.
+    given: BTreeMap<String, (Share, Share)>,
     in_force: bool,
     barred: bool,
     learns: bool,
@@ -89,6 +99,7 @@ impl World {
             run,
             now: now.boot_ms,
             share: Share::ZERO,
+            given: BTreeMap::new(),
             in_force: true,
             barred: false,
             learns: false,
@@ -110,10 +121,25 @@ impl World {
             share: self.share,
             in_force: self.in_force,
             panicked: self.panicked,
+            audiences_panicked: {
+                let mut has = self.run.position().audiences.keys();
+                has.any(|name| !self.given.contains_key(name))
+            },
             learns: self.learns,
             prepared: self.prepared_since.is_some(),
             barred: self.barred.then(|| "the end of the freeze".to_owned()),
         }
+    }
+
+    /// What clients of an audience have.
+    fn has_of(&self, audience: &str) -> Share {
+        let given = self.given.get(audience).filter(|(everyone, _)| *everyone == self.share);
+        given.map_or(self.share, |(_, share)| self.share.max(*share))
+    }
+
+    /// What was given counts with this share of everyone's.
+    fn gives_with(&mut self, everyone: Share) {
+        self.given.values_mut().for_each(|(with, _)| *with = everyone);
     }
 
     fn fulfil(&mut self, wishes: Vec<Wish>) -> bool {
@@ -126,21 +152,34 @@ impl World {
                     self.prepared_since = Some(self.now);
                 }
                 Wish::Forget => self.prepared_since = None,
-                Wish::Set(to) => {
+                Wish::Set(ask) => {
                     sets = true;
-                    self.log.push(format!("set {to}"));
+                    self.log.push(format!("set {ask}"));
+                    let steps = &self.rollout.steps;
+                    let of_step = |step: &Step| {
+                        (&step.audience, step.split) == (&ask.audience, Some(ask.share))
+                    };
+                    assert!(steps.iter().any(of_step), "no step says {ask}");
                     let sent_on = self.run.position().sent_on;
-                    assert!(to <= self.share || !self.barred, "raised while barred");
-                    if self.learns && to > self.share && !sent_on {
+                    let Ask { audience, share: to } = ask.clone();
+                    let has = audience.as_ref().map_or(self.share, |name| self.has_of(name));
+                    assert!(to <= has || !self.barred, "raised while barred");
+                    if self.learns && to > has && !sent_on {
                         let since = self.prepared_since.expect("its buckets are watched");
                         assert!(self.now - since >= PREPARE_MS, "moved too soon");
                     }
                     let done = match self.refuses {
                         true => Err("the disk".to_owned()),
                         false => {
-                            self.share = to;
+                            match audience {
+                                Some(name) => drop(self.given.insert(name, (self.share, to))),
+                                None => {
+                                    self.share = to;
+                                    self.gives_with(to);
+                                }
+                            }
                             self.prepared_since = None;
-                            Ok(to)
+                            Ok(ask)
                         }
                     };
                     let at = self.at();
@@ -150,7 +189,12 @@ impl World {
                 }
                 Wish::Back(to) => {
                     self.log.push(format!("back {to}"));
-                    self.share = to;
+                    let Shares { everyone, audiences } = to;
+                    self.share = everyone;
+                    self.given = audiences
+                        .into_iter()
+                        .map(|(name, share)| (name, (everyone, share)))
+                        .collect();
                 }
                 Wish::Measure(probe) => self.asked.push(probe),
                 Wish::Tell(told) => self.log.push(told.kind.to_owned()),
@@ -167,9 +211,16 @@ impl World {
             let wishes = self.run.look(&self.rollout, &view, at);
             let sets = self.fulfil(wishes);
             if !sets && before == (self.run.stage(), self.run.position().step) {
+                self.sync();
                 return;
             }
         }
+    }
+
+    /// Lets go of what the rollout has not given any more, as the loop does.
+    fn sync(&mut self) {
+        let audiences = &self.run.position().audiences;
+        self.given.retain(|name, _| audiences.contains_key(name));
     }
 
     /// Looks every second, as the loop does.
@@ -682,14 +733,15 @@ fn happens() -> impl Strategy<Value = Happens> {
 
 fn any_step() -> impl Strategy<Value = Step> {
     let shares = prop::sample::select(vec!["0.1%", "5%", "20%", "50%", "100%"]);
-    (prop::option::of(shares), prop::option::of(0..30_u64), any::<bool>(), 0..4_u8).prop_map(
-        |(split, hold, gated, pause)| Step {
+    let audiences = prop::sample::select(vec![None, None, Some("staff"), Some("beta")]);
+    (prop::option::of(shares), audiences, prop::option::of(0..30_u64), any::<bool>(), 0..4_u8)
+        .prop_map(|(split, audience, hold, gated, pause)| Step {
+            audience: audience.filter(|_| split.is_some()).map(str::to_owned),
             split: split.map(share),
             hold: hold.map(Duration::from_secs),
             pause: pause == 0,
             gate: gated.then(|| gate(2, 3)),
-        },
-    )
+        })
 }
 
 proptest! {
@@ -711,6 +763,7 @@ proptest! {
             let rollout = world.rollout.clone();
             let (stage, step, watched) =
                 (world.run.stage(), world.step(), world.run.position().watched_ms);
+            let verdict = world.run.watch().and_then(|watch| watch.verdict());
             let (began, share_before) = (world.now, world.share);
             let at = world.at();
             let mut sent_on = false;
@@ -732,11 +785,13 @@ proptest! {
                     if let Ok(wishes) = world.run.ask_abort(None, at) {
                         world.fulfil(wishes);
                         prop_assert_eq!(world.share, Share::ZERO);
+                        prop_assert!(world.given.is_empty());
                     }
                 }
                 Happens::Elsewhere => { world.share = share("33%"); world.look(); }
                 Happens::Panic => {
                     (world.share, world.panicked) = (Share::ZERO, true);
+                    world.given.clear();
                     world.look();
                     world.panicked = false;
                 }
@@ -753,6 +808,16 @@ proptest! {
                 }
                 continue;
             }
+            // An audience has what its steps gave, and everyone's at least.
+            let unseen = world.run.position().shares[1] != world.share;
+            if now == Stage::Watching && !unseen {
+                for (name, own) in rollout.for_audiences(world.step() - 1) {
+                    prop_assert!(world.has_of(&name) >= own.max(world.share));
+                }
+            }
+            if matches!(now, Stage::Aborted) {
+                prop_assert!(world.has_of("staff") == world.share);
+            }
             // Nothing is watched that was not there to be watched.
             if now == Stage::Watching && world.step() == step && stage == now {
                 let gained = world.run.position().watched_ms.saturating_sub(watched);
@@ -763,10 +828,11 @@ proptest! {
             }
             // Nobody goes past a gate that has not passed, unless sent.
             if world.step() > step && !sent_on {
-                for done in step..world.step() {
-                    let done = &rollout.steps[done - 1];
+                for at in step..world.step() {
+                    let done = &rollout.steps[at - 1];
+                    let passed = at == step && verdict == Some(Verdict::Pass);
                     let restarted = matches!(what, Happens::Restart(_));
-                    prop_assert!(done.gate.is_none() || !restarted || world.step() == step);
+                    prop_assert!(done.gate.is_none() || !restarted || passed);
                 }
             }
             if matches!(now, Stage::Held | Stage::Paused) {
