@@ -6,6 +6,7 @@
 //! packet's bytes and the way out.
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 
 mod answer;
 mod arrival;
