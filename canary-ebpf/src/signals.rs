@@ -341,6 +341,19 @@ macro_rules! family {
                 }
             }
 
+            /// Whether a client's packet whose TCP header is at `header` is of a connection that is
+            /// chosen.
+            #[inline(always)]
+            pub(super) fn is_chosen(packet: &Packet, header: usize, place: u32) -> bool {
+                let (Some(ports), Some((src, dst))) = (packet.at::<Ports>(header), $ends(packet))
+                else {
+                    return false;
+                };
+                // SAFETY: `at` checked the bounds.
+                let Ports { src_be, dst_be } = unsafe { *ports };
+                chosen(place, <$key>::tuple(src, dst, src_be, dst_be, IPPROTO_TCP).sampling_hash())
+            }
+
             /// Notes a packet whose TCP header is at `header`, if its connection is `KNOWN` to be
             /// watched, or chosen.
             #[inline(always)]
@@ -410,8 +423,12 @@ macro_rules! family {
             may_be_watched::<RARE>(service, transport, $family) && {
                 cold_path();
                 let place = Sampling::place(u32::from(backend.service), backend.version);
-                let (start, end) = packet.bounds();
-                $look(start, end, transport.offset, place, 0) != 0
+                // Most are not: only who is pays for a function of its own. Where few packets come
+                // by, there is no room to ask before.
+                (RARE || $field::is_chosen(packet, transport.offset, place)) && {
+                    let (start, end) = packet.bounds();
+                    $look(start, end, transport.offset, place, 0) != 0
+                }
             }
         }
 
