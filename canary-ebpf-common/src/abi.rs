@@ -8,14 +8,14 @@ mod classes;
 mod watched;
 
 pub use self::classes::{
-    CLASS_BLOCKS, CLASS_NETWORKS, CLASS_TABLES, ClassState, NetworkV4, NetworkV6, TableKey,
+    CLASS_BLOCKS, CLASS_NETWORKS, CLASS_TABLES, ClassState, NetworkV4, NetworkV6, TableKey, settled,
 };
 pub use self::watched::{
     HANDSHAKE_BUCKETS, Sample, Sampling, SignalEvent, VersionSignals, outcome,
 };
 
 /// Version of every layout in this module and of the meaning of its flags.
-pub const ABI_VERSION: u32 = 5 + NEXT_ABI;
+pub const ABI_VERSION: u32 = 6 + NEXT_ABI;
 
 /// What the layout that only tests have (feature `next-abi`) adds to [`ABI_VERSION`]: they put
 /// it and the real one in each other's place. There, [`BackendCounters`] lie elsewhere.

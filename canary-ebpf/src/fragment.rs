@@ -323,7 +323,7 @@ fn send(packet: &Packet, route: &FragmentRoute, last: Option<&FragmentKey>) -> R
 /// Sends the fragment where its client's bucket says.
 #[inline(always)]
 fn by_itself(packet: &Packet, any: &Service, hash: u64) -> Result<u32, Reason> {
-    let entry = maps::entry(any, bucket(any, hash)).ok_or(Reason::DropNoBackend)?;
+    let entry = maps::entry(any.first_page, bucket(any, hash)).ok_or(Reason::DropNoBackend)?;
     let entry = route::with_older::<true>(entry);
     if entry.tracked() {
         return Err(Reason::DropFragmentEarly);

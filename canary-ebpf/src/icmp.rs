@@ -268,7 +268,8 @@ fn error_v4(
     }
     let service = route::followed_v4(service, &key)?;
     let hash = hash_v4(service, key.src_be, key.dst_be, client_port_be, vip_port_be, protocol);
-    let entry = maps::entry(service, bucket(service, hash)).ok_or(Reason::DropNoBackend)?;
+    let entry =
+        maps::entry(service.first_page, bucket(service, hash)).ok_or(Reason::DropNoBackend)?;
     let entry = route::with_older::<true>(entry);
     let index = related(&FlowsV4, service, entry, &key, protocol, quoted.acked(packet));
     send_to(packet, service, index, entropy(key.src_be, client_port_be, vip_port_be))
@@ -385,7 +386,8 @@ fn error_v6(
     }
     let service = route::client_v6(service, dst, src, client_port_be, vip_port_be, protocol)?;
     let hash = hash_v6(service, dst, src, client_port_be, vip_port_be, protocol);
-    let entry = maps::entry(service, bucket(service, hash)).ok_or(Reason::DropNoBackend)?;
+    let entry =
+        maps::entry(service.first_page, bucket(service, hash)).ok_or(Reason::DropNoBackend)?;
     let entry = route::with_older::<true>(entry);
     let index = related(&FlowsV6, service, entry, &key, protocol, quoted.acked(packet));
     send_to(packet, service, index, entropy(folded(dst), client_port_be, vip_port_be))

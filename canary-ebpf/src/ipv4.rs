@@ -46,10 +46,6 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
     }
     let vip = VipKey::v4(ip.dst_be, transport.dst_port_be, protocol);
     let service = maps::service_v4(vip).ok_or(Reason::PassNoService)?;
-    if !RARE && route::concerns_v4(service, ip.src_be) {
-        cold_path();
-        return arrival::steer_there(packet, &transport, Program::SteerV4);
-    }
 
     if !well_formed::<RARE>(packet, ip, &transport) {
         cold_path();
@@ -75,7 +71,16 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
     if forward::translates(service) {
         return translate::<RARE>(packet, ip, &transport, service, &key);
     }
-    let (_, entry) = bucket_entry(service, ip, &transport)?;
+    let entry = if !RARE && route::concerns_v4(service, ip.src_be) {
+        cold_path();
+        let hash = hashed(service, ip, &transport);
+        let Some(entry) = route::known(service, [u64::from(ip.src_be), 0], hash) else {
+            return arrival::steer_there(packet, &transport, Program::SteerV4);
+        };
+        entry
+    } else {
+        bucket_entry(service, ip, &transport)?.1
+    };
     let entry = route::with_older::<RARE>(entry);
     // What a payload says costs a look, which few packets need.
     let segment = if entry.tracked() {
@@ -119,6 +124,18 @@ fn well_formed<const RARE: bool>(packet: &Packet, ip: &Ipv4, transport: &Transpo
         && transport.fits::<RARE>(packet, total_bytes - header_bytes)
 }
 
+#[inline(always)]
+fn hashed(service: &Service, ip: &Ipv4, transport: &Transport) -> u64 {
+    hash_v4(
+        service,
+        ip.src_be,
+        ip.dst_be,
+        transport.src_port_be,
+        transport.dst_port_be,
+        transport.segment.protocol,
+    )
+}
+
 /// The packet's hash, and the entry of the bucket that it falls into.
 #[inline(always)]
 fn bucket_entry(
@@ -126,15 +143,9 @@ fn bucket_entry(
     ip: &Ipv4,
     transport: &Transport,
 ) -> Result<(u64, Entry), Reason> {
-    let hash = hash_v4(
-        service,
-        ip.src_be,
-        ip.dst_be,
-        transport.src_port_be,
-        transport.dst_port_be,
-        transport.segment.protocol,
-    );
-    let entry = maps::entry(service, bucket(service, hash)).ok_or(Reason::DropNoBackend)?;
+    let hash = hashed(service, ip, transport);
+    let bucket = bucket(service, hash);
+    let entry = maps::entry(service.first_page, bucket).ok_or(Reason::DropNoBackend)?;
     Ok((hash, entry))
 }
 

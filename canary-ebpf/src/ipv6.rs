@@ -49,10 +49,6 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
     }
     let vip = VipKey::v6(transport.dst_port_be, protocol);
     let service = maps::service_v6(dst, vip).ok_or(Reason::PassNoService)?;
-    if !RARE && route::concerns_v6(service, src[0]) {
-        cold_path();
-        return arrival::steer_there(packet, &transport, Program::SteerV6);
-    }
     let service = if RARE {
         route::followed_v6(service, ip, transport.src_port_be, transport.dst_port_be, protocol)?
     } else {
@@ -76,7 +72,16 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
     if forward::translates(service) {
         return translate::<RARE>(packet, ip, &transport, service, &key);
     }
-    let (_, entry) = bucket_entry(service, ip, &transport)?;
+    let entry = if !RARE && route::concerns_v6(service, src[0]) {
+        cold_path();
+        let hash = hashed(service, ip, &transport);
+        let Some(entry) = route::known(service, src, hash) else {
+            return arrival::steer_there(packet, &transport, Program::SteerV6);
+        };
+        entry
+    } else {
+        bucket_entry(service, ip, &transport)?.1
+    };
     let entry = route::with_older::<RARE>(entry);
     // What a payload says costs a look, which few packets need.
     let segment = if entry.tracked() {
@@ -121,6 +126,18 @@ fn well_formed<const RARE: bool>(packet: &Packet, ip: &Ipv6, transport: &Transpo
         && transport.fits::<RARE>(packet, room::<RARE>(ip, transport))
 }
 
+#[inline(always)]
+fn hashed(service: &Service, ip: &Ipv6, transport: &Transport) -> u64 {
+    hash_v6(
+        service,
+        [ip.src[0], ip.src[1]],
+        [ip.dst[0], ip.dst[1]],
+        transport.src_port_be,
+        transport.dst_port_be,
+        transport.segment.protocol,
+    )
+}
+
 /// The packet's hash, and the entry of the bucket that it falls into.
 #[inline(always)]
 fn bucket_entry(
@@ -128,15 +145,9 @@ fn bucket_entry(
     ip: &Ipv6,
     transport: &Transport,
 ) -> Result<(u64, Entry), Reason> {
-    let hash = hash_v6(
-        service,
-        [ip.src[0], ip.src[1]],
-        [ip.dst[0], ip.dst[1]],
-        transport.src_port_be,
-        transport.dst_port_be,
-        transport.segment.protocol,
-    );
-    let entry = maps::entry(service, bucket(service, hash)).ok_or(Reason::DropNoBackend)?;
+    let hash = hashed(service, ip, transport);
+    let bucket = bucket(service, hash);
+    let entry = maps::entry(service.first_page, bucket).ok_or(Reason::DropNoBackend)?;
     Ok((hash, entry))
 }
 

@@ -7,9 +7,7 @@ use core::ffi::c_void;
 
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_NOEXIST, xdp_action, xdp_md},
-    helpers::generated::{
-        bpf_get_smp_processor_id, bpf_ktime_get_coarse_ns, bpf_loop,
-    },
+    helpers::generated::{bpf_get_smp_processor_id, bpf_ktime_get_coarse_ns, bpf_loop},
     macros::map,
     maps::{Array, DevMapHash, HashMap, LruHashMap, PerCpuArray, ProgramArray},
 };
@@ -391,10 +389,10 @@ fn vip_mask() -> u32 {
     unsafe { core::ptr::read_volatile(&raw const VIP_MASK) }
 }
 
-/// The entry of a service's bucket.
+/// The entry of a bucket in the table that begins with a page.
 #[inline(always)]
-pub(crate) fn entry(service: &Service, bucket: u32) -> Option<Entry> {
-    let page = TABLE.get_ptr(service.first_page + bucket / PAGE_BUCKETS)?;
+pub(crate) fn entry(first_page: u32, bucket: u32) -> Option<Entry> {
+    let page = TABLE.get_ptr(first_page + bucket / PAGE_BUCKETS)?;
     let slot = (bucket % PAGE_BUCKETS) as usize;
     // Volatile: the agent stores concurrently, and the whole entry is read at once.
     // SAFETY: the page is an array of PAGE_BUCKETS words and `slot` is below that.
@@ -467,8 +465,9 @@ fn ring_place(cpu: u32, at: u64, size: u64) -> u32 {
     cpu * size as u32 + (at & (size - 1)) as u32
 }
 
+/// The CPU that this runs on.
 #[inline(always)]
-fn this_cpu() -> u32 {
+pub(crate) fn this_cpu() -> u32 {
     // SAFETY: the helper has no precondition.
     unsafe { bpf_get_smp_processor_id() }
 }

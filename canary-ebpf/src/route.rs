@@ -1,8 +1,9 @@
 //! Clients of audiences: which table of a service steers them, and where their older connections go.
 //!
-//! `ingress` asks a bitmap alone, of services that have routes. A client that may be in an audience
-//! is left to `steer_v4` or `steer_v6`, which look its class up; keys lie beside what is known of
-//! the packet, since the stack has no room for them.
+//! `ingress` asks a bitmap, of services that have routes, and for a client that may be in an audience
+//! whether its class was looked up a moment ago. If not, or if anything about it has changed lately,
+//! the packet is left to `steer_v4` or `steer_v6`, which look its class up; keys lie beside what is
+//! known of the packet, since the stack has no room for them.
 
 use aya_ebpf::{
     macros::map,
@@ -35,6 +36,36 @@ static CLASS_BLOCKS: Array<u64> = Array::with_max_entries(abi::CLASS_BLOCKS, 0);
 #[map]
 static CLASS_TABLES: HashMap<TableKey, Service> = HashMap::with_max_entries(1, 0);
 
+/// How often any of the above has changed.
+#[map]
+static CLASS_CHANGES: Array<u64> = Array::with_max_entries(1, 0);
+/// Clients whose class was looked up a moment ago, a part of the map for each CPU. Not pinned:
+/// programs that are loaded anew look everybody up again.
+#[map]
+static RECENT: Array<Recent> = Array::with_max_entries(1, 0);
+
+/// Elements of one CPU's part of `RECENT`, less one: a power of two.
+#[unsafe(no_mangle)]
+static RECENT_MASK: u32 = 0;
+
+/// Which table steers a client of a service. Only of a client whose class has not changed lately:
+/// where it may have connections that are older, all that there is to know is looked up.
+#[repr(C)]
+struct Recent {
+    client: Address,
+    /// What `CLASS_CHANGES` said before it was looked up. No longer true if that says something else.
+    changes: u64,
+    /// First page of the table.
+    first_page: u32,
+    /// The service at the address.
+    service: u16,
+    /// As many bits as say its bucket; [`OWN`] where the service's own table steers.
+    bucket_bits: u16,
+}
+
+/// [`Recent::bucket_bits`]: the client is in no audience.
+const OWN: u16 = u16::MAX;
+
 /// Whether an IPv4 client of `service` may be in a class.
 #[inline(always)]
 pub(crate) fn concerns_v4(service: &Service, src_be: u32) -> bool {
@@ -52,6 +83,63 @@ fn marked(block: u32) -> bool {
     CLASS_BLOCKS.get(block / 64).is_some_and(|word| word >> (block % 64) & 1 != 0)
 }
 
+/// How often classes have changed, if none is changing just now.
+#[inline(always)]
+fn changes() -> Option<u64> {
+    let changes = CLASS_CHANGES.get_ptr(0)?;
+    // Volatile: whoever asks for it does so before anything else is looked up.
+    // SAFETY: an element of the map; an integer.
+    let changes = unsafe { changes.read_volatile() };
+    abi::settled(changes).then_some(changes)
+}
+
+/// Where this CPU keeps what is known of a client of a service.
+#[inline(always)]
+fn recent(base: &Service, client: Address) -> Option<&'static mut Recent> {
+    // SAFETY: an initialised static; volatile as in `maps::nat_ports`.
+    let mask = unsafe { core::ptr::read_volatile(&raw const RECENT_MASK) };
+    let place = class::place(base.id, client) & mask;
+    // SAFETY: this CPU's own element, and XDP does not nest.
+    unsafe { RECENT.get_ptr_mut(maps::this_cpu() * (mask + 1) + place).map(|p| &mut *p) }
+}
+
+/// The entry that steers a client of `base` whose packet has this hash, where that is known without
+/// a search, and by itself says where the packet goes.
+#[inline(always)]
+pub(crate) fn known(base: &Service, client: Address, hash: u64) -> Option<Entry> {
+    let changes = changes()?;
+    let recent = recent(base, client)?;
+    let differs = (recent.client[0] ^ client[0])
+        | (recent.client[1] ^ client[1])
+        | (recent.changes ^ changes)
+        | u64::from(u32::from(recent.service) ^ base.id);
+    if differs != 0 {
+        return None;
+    }
+    if recent.bucket_bits == OWN {
+        return maps::entry(base.first_page, bucket(base, hash));
+    }
+    let bucket = hash as u32 & ((1 << (recent.bucket_bits & 31)) - 1);
+    maps::entry(recent.first_page, bucket).filter(|entry| !entry.tracked())
+}
+
+/// Keeps what was found out about a client, unless its class has changed lately.
+#[inline(always)]
+fn keep(base: &Service, client: Address, class: ClassEntry, table: &Service, changes: u64) {
+    // Flows of a service that translates are followed whatever their clients' class.
+    if class.tracked() || !abi::settled(changes) || forward::translates(base) {
+        return;
+    }
+    let Some(recent) = recent(base, client) else { return };
+    recent.client[0] = client[0];
+    recent.client[1] = client[1];
+    recent.changes = changes;
+    recent.first_page = table.first_page;
+    recent.service = base.id as u16;
+    recent.bucket_bits =
+        if table.id == base.id { OWN } else { table.bucket_mask.count_ones() as u16 };
+}
+
 /// The service that steers a packet with this key to `base`: that one, or the table of its
 /// client's class. What is left of the class before is noted for [`with_older`].
 #[inline(always)]
@@ -64,6 +152,7 @@ pub(crate) fn followed_v4(
     if !concerns_v4(base, key.src_be) {
         return Ok(base);
     }
+    let changes = changes().unwrap_or(0);
     arrival.client.bits = 32;
     arrival.client.addr_be[0] = key.src_be;
     let network: *const NetworkV6 = &raw const arrival.client;
@@ -76,7 +165,9 @@ pub(crate) fn followed_v4(
         let hash = hash_v4(previous, src_be, dst_be, src_port_be, dst_port_be, protocol as u8);
         note(arrival, class, previous, hash);
     }
-    Ok(table(base, class.current(), arrival))
+    let table = table(base, class.current(), arrival);
+    keep(base, [u64::from(key.src_be), 0], class, table, changes);
+    Ok(table)
 }
 
 /// The same of IPv6.
@@ -107,6 +198,7 @@ pub(crate) fn client_v6(
     if !concerns_v6(base, src[0]) {
         return Ok(base);
     }
+    let changes = changes().unwrap_or(0);
     let [first, second] = [src[0], src[1]];
     arrival.client.bits = 128;
     arrival.client.addr_be[0] = first as u32;
@@ -122,7 +214,9 @@ pub(crate) fn client_v6(
         let hash = hash_v6(previous, src, dst, src_port_be, dst_port_be, protocol);
         note(arrival, class, previous, hash);
     }
-    Ok(table(base, class.current(), arrival))
+    let table = table(base, class.current(), arrival);
+    keep(base, src, class, table, changes);
+    Ok(table)
 }
 
 /// The table of the class before, where connections of its time may be open: translated ones have
@@ -139,7 +233,7 @@ fn previous(
 
 #[inline(always)]
 fn note(arrival: &mut Arrival, class: ClassEntry, previous: &Service, hash: u64) {
-    if let Some(entry) = maps::entry(previous, bucket(previous, hash)) {
+    if let Some(entry) = maps::entry(previous.first_page, bucket(previous, hash)) {
         arrival.older = class::older(class, entry).0;
     }
 }

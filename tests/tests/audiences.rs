@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aya::maps::{HashMap, Map, MapData};
+use aya::maps::{Array, HashMap, LpmTrie, Map, MapData};
 use canary_agent::{audience::Networks, config::model::Dynamic, plan::Family};
 use canary_ebpf_common::{
     abi::{self, IPPROTO_TCP, IPPROTO_UDP},
@@ -456,6 +456,124 @@ fn open_connections_go_along_where_they_are_to_move() {
                 }
             }
         }
+    }
+}
+
+/// A map of `planned` by its pin.
+fn pinned(planned: &Planned, name: &str) -> MapData {
+    MapData::from_pin(planned.loaded.pins().join("maps").join(name)).expect("a pinned map")
+}
+
+/// Keeps the thread on one processor: what is known of clients is known to each by itself.
+fn stay_on_one_cpu() {
+    let mut cpus = nix::sched::CpuSet::new();
+    let cpu = nix::sched::sched_getcpu().expect("a processor");
+    cpus.set(cpu).expect("a processor of those that there can be");
+    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &cpus).expect("the one it is on");
+}
+
+#[test]
+fn what_is_known_of_a_client_holds_until_classes_change() {
+    let test = "what_is_known_of_a_client_holds_until_classes_change";
+    if !canary_tests::host::ready(test) {
+        return;
+    }
+    stay_on_one_cpu();
+    let mut planned = Planned::new(&shop(staff("{ v1 = \"100%\" }", &BOTH)), &sizes());
+    let mut changes: Array<MapData, u64> =
+        Map::Array(pinned(&planned, "CLASS_CHANGES")).try_into().expect("an array");
+    let mut v4: LpmTrie<MapData, u32, u64> =
+        Map::LpmTrie(pinned(&planned, "CLASSES_V4")).try_into().expect("a trie");
+    let mut v6: LpmTrie<MapData, [u32; 4], u64> =
+        Map::LpmTrie(pinned(&planned, "CLASSES_V6")).try_into().expect("a trie");
+    let (key_v4, _) = v4.iter().next().expect("a network").expect("a network");
+    let (key_v6, _) = v6.iter().next().expect("a network").expect("a network");
+    let (is_v4, is_v6) =
+        (v4.get(&key_v4, 0).expect("its class"), v6.get(&key_v6, 0).expect("its class"));
+    let settled = changes.get(&0, 0).expect("a number");
+    assert!(abi::settled(settled), "{settled}");
+    for family in [Family::V4, Family::V6] {
+        let [known, unknown] = [1, 2].map(|last| from(client(family, last), 1, IPPROTO_UDP));
+        let goes = |planned: &mut Planned, tuple: &Tuple, backend: u16, when: &str| {
+            for _ in 0..2 {
+                let went = planned.send(tuple, Segment::udp());
+                assert_eq!(went, Went::To(backend), "{family:?}: {when}");
+            }
+        };
+        goes(&mut planned, &known, 2, "its class is looked up and kept");
+        // Nobody tells the program that the network is gone.
+        match family {
+            Family::V4 => v4.remove(&key_v4).expect("a network"),
+            Family::V6 => v6.remove(&key_v6).expect("a network"),
+        }
+        goes(&mut planned, &known, 2, "it is known");
+        goes(&mut planned, &unknown, 1, "it is not");
+        changes.set(0, settled + 1, 0).expect("a number");
+        goes(&mut planned, &known, 1, "a change is under way");
+        match family {
+            Family::V4 => v4.insert(&key_v4, is_v4, 0).expect("a network"),
+            Family::V6 => v6.insert(&key_v6, is_v6, 0).expect("a network"),
+        }
+        goes(&mut planned, &known, 2, "nothing is kept meanwhile");
+        goes(&mut planned, &unknown, 2, "and what was is not looked at");
+        changes.set(0, settled, 0).expect("a number");
+        goes(&mut planned, &unknown, 1, "what was kept before says so");
+        changes.set(0, settled + 2, 0).expect("a number");
+        goes(&mut planned, &unknown, 2, "the change is over");
+        changes.set(0, settled, 0).expect("a number");
+    }
+}
+
+#[test]
+fn who_is_known_follows_every_change_at_once() {
+    let test = "who_is_known_follows_every_change_at_once";
+    if !canary_tests::host::ready(test) {
+        return;
+    }
+    let mut random = Random::from_environment(test);
+    let rounds = number("CANARY_ROUNDS", 60);
+    // Nothing is remembered of a class before, so that whatever is not up to date is seen.
+    let kind = |routes| Shop { drain: Some(Duration::ZERO), ..shop(routes) };
+    // Tables that are gone rest for a while before others take their pages.
+    let sizes = Sizes { buckets: 1 << 17, ..sizes() };
+    let mut planned = Planned::new(&kind(Vec::new()), &sizes);
+    let nets: Vec<IpNet> = (0..12).map(|_| network(&mut random)).collect();
+    let clients: Vec<IpAddr> = (0..60)
+        .map(|_| address(&mut random, &nets))
+        .filter(|ip| !ip.is_unspecified() && *ip != addr(Host::Vip(1), Family::of(*ip)))
+        .collect();
+    for round in 0..rounds {
+        let first = random.below(4) as usize;
+        let routes: Vec<Route> = (0..random.below(5) as usize)
+            .map(|at| {
+                let mut networks: Vec<IpNet> =
+                    (0..1 + random.below(4)).map(|_| random.one_of(&nets)).collect();
+                networks.sort();
+                networks.dedup();
+                let at = (first + at) % 4;
+                let networks = networks.iter().map(ToString::to_string).collect();
+                Route { audience: AUDIENCES[at], networks, split: SPLITS[at] }
+            })
+            .collect();
+        planned.reload(&kind(routes.clone()));
+        planned.pass(Duration::from_secs(2));
+        for _ in 0..2 {
+            for (port, client) in (1_000..).zip(&clients) {
+                let holds = |net: &String| net.parse::<IpNet>().expect("one").contains(client);
+                let backend = match routes.iter().find(|route| route.networks.iter().any(holds)) {
+                    Some(route) => {
+                        match AUDIENCES.iter().position(|name| *name == route.audience) {
+                            Some(at) if at < 3 => at as u16 + 2,
+                            _ => 1,
+                        }
+                    }
+                    None => 1,
+                };
+                let went = planned.send(&from(*client, port, IPPROTO_TCP), ACK);
+                assert_eq!(went, Went::To(backend), "round {round}: {client} of {routes:?}");
+            }
+        }
+        assert_eq!(planned.flows(), 0, "nothing is remembered");
     }
 }
 

@@ -21,6 +21,7 @@ pub(super) struct ClassMaps {
     v6: LpmTrie<MapData, [u32; 4], pod::ClassState>,
     blocks: Array<MapData, u64>,
     tables: HashMap<MapData, pod::TableKey, pod::Service>,
+    changes: Array<MapData, u64>,
 }
 
 impl ClassMaps {
@@ -30,6 +31,7 @@ impl ClassMaps {
             v6: take(ebpf, "CLASSES_V6")?.try_into()?,
             blocks: take(ebpf, "CLASS_BLOCKS")?.try_into()?,
             tables: take(ebpf, "CLASS_TABLES")?.try_into()?,
+            changes: take(ebpf, "CLASS_CHANGES")?.try_into()?,
         })
     }
 
@@ -71,29 +73,28 @@ impl ClassMaps {
         }
         let found = match before {
             Some(_) => None,
-            None => Some(self.read()?),
+            None => {
+                let AdoptedClasses { tables, networks: [v4, v6] } = self.read()?;
+                Some((tables, [Labelled::found(Width::V4, v4), Labelled::found(Width::V6, v6)]))
+            }
         };
-        let present: BTreeMap<TableKey, abi::Service> = match (&found, before) {
-            (Some(found), _) => found.tables.iter().copied().collect(),
-            (None, Some(before)) => before.tables.iter().copied().collect(),
-            (None, None) => BTreeMap::new(),
+        let (tables, old) = match (&found, before) {
+            (Some((tables, networks)), _) => (tables, networks.each_ref()),
+            (None, Some(before)) => {
+                (&before.tables, before.networks.each_ref().map(|networks| &**networks))
+            }
+            (None, None) => return Ok(0),
         };
+        let present: BTreeMap<TableKey, abi::Service> = tables.iter().copied().collect();
         let wanted: BTreeMap<TableKey, abi::Service> = desired.tables.iter().copied().collect();
+        let under_way = self.begin()?;
         for (key, record) in &wanted {
             if present.get(key) != Some(record) {
                 self.tables.insert(pod::TableKey(*key), pod::Service(*record), 0)?;
             }
         }
         let mut written = 0;
-        let old: [Labelled<ClassState>; 2] = match (found, before) {
-            (Some(found), _) => {
-                let [v4, v6] = found.networks;
-                [Labelled::found(Width::V4, v4), Labelled::found(Width::V6, v6)]
-            }
-            (None, Some(before)) => before.networks.each_ref().map(|one| (**one).clone()),
-            (None, None) => return Ok(0),
-        };
-        let old_blocks = blocks(&old.each_ref());
+        let old_blocks = blocks(&old);
         let new_blocks = blocks(&desired.networks.each_ref().map(|networks| &**networks));
         // While networks change, a block of either is asked.
         let both: Vec<u64> = old_blocks.iter().zip(&new_blocks).map(|(a, b)| a | b).collect();
@@ -103,7 +104,11 @@ impl ClassMaps {
             None => self.held_blocks()?,
         };
         self.set_blocks(&held, &both)?;
-        for (at, old) in old.iter().enumerate() {
+        for (at, old) in old.into_iter().enumerate() {
+            // Not even looked through where they are the same.
+            if std::ptr::eq(old, &*desired.networks[at]) {
+                continue;
+            }
             let writes = difference(old, &desired.networks[at]).writes;
             written += writes.len();
             for write in writes {
@@ -117,7 +122,21 @@ impl ClassMaps {
         for key in present.keys().filter(|key| !wanted.contains_key(key)) {
             gone(self.tables.remove(&pod::TableKey(*key)))?;
         }
+        if all_see_what_is_written() {
+            self.changes.set(0, under_way + 1, 0)?;
+        }
         Ok(written)
+    }
+
+    /// From here on nothing that was looked up before counts, and nothing is kept, until all is
+    /// written: if that fails, until it is made up for.
+    fn begin(&mut self) -> Result<u64, Error> {
+        let changes = self.changes.get(&0, 0)?;
+        if !abi::settled(changes) {
+            return Ok(changes);
+        }
+        self.changes.set(0, changes + 1, 0)?;
+        Ok(changes + 1)
     }
 
     fn held_blocks(&self) -> Result<Vec<u64>, Error> {
@@ -150,6 +169,16 @@ impl ClassMaps {
             true => self.v6.remove(&Key::new(bits, addr_v6(prefix))),
         })
     }
+}
+
+/// Lets no program that finds a change over have looked anything up before it was. x86-64 reads in
+/// the order that programs say. Others may not, so those programs that run just now are waited for:
+/// the kernel does that by RCU, which they run under. Where that can't be, no class is kept.
+fn all_see_what_is_written() -> bool {
+    const MEMBARRIER_CMD_GLOBAL: libc::c_long = 1;
+    // SAFETY: no memory is involved.
+    cfg!(target_arch = "x86_64")
+        || unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) } == 0
 }
 
 /// What is gone already need not go.

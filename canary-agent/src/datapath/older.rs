@@ -74,13 +74,14 @@ impl Older {
 /// The layouts that are read. Until the third, ways had no VLAN tags, and nothing stood under an
 /// address without a port. The first had no `PANICS` either, and no weights and memories in flags.
 /// All of that is written with the first plan. The third watched no connections and knew no tunnels.
-/// The fourth knew no classes of clients.
+/// The fourth knew no classes of clients, the fifth did not count their changes.
 #[cfg(not(feature = "next-abi"))]
 const KNOWN: &[Older] = &[
     Older { version: 1, maps: SHORT_RECORDS },
     Older { version: 2, maps: SHORT_RECORDS },
     Older { version: 3, maps: &[] },
     Older { version: 4, maps: &[] },
+    Older { version: 5, maps: &[] },
 ];
 
 /// Records of backends were one cache line long.

@@ -219,6 +219,7 @@ fn layouts_of(c: &Capacity) -> Vec<Layout> {
             0,
             abi::CLASS_TABLES,
         ),
+        layout("CLASS_CHANGES", MapType::Array, 4, 8, 0, 1),
         layout("FIRST_MACS", MapType::Array, 4, 8, 0, abi::FIRST_MACS),
         layout("MACS", MapType::Hash, size_of::<abi::MacKey>(), 4, 0, MACS),
         layout(

@@ -27,6 +27,14 @@ pub(super) const RARE_PROGRAMS: [&str; 11] = [
 /// The map that they are in. Each set of programs has one of its own, since they go on with maps of
 /// their own.
 const PROGRAMS_MAP: &str = "PROGRAMS";
+/// The map of clients whose class was looked up a moment ago. Each set of programs has one of its
+/// own: a new one looks everybody up again.
+const RECENT_MAP: &str = "RECENT";
+/// Elements of it, all CPUs' together: 4 MB.
+const RECENT: u32 = 1 << 17;
+/// Least of one CPU's.
+const MIN_RECENT: u32 = 1 << 12;
+
 /// The programs that take flow entries away.
 pub(super) const FORGET_V4: &str = "forget_v4";
 pub(super) const FORGET_V6: &str = "forget_v6";
@@ -49,6 +57,8 @@ pub(super) fn load(
     let vip_mask = entries("VIPS_V4") - 1;
     let cpus = pins::cpus();
     let spare_mask = (entries("SPARE_V4") / cpus).max(1) - 1;
+    let recent = (1 << (RECENT / cpus).max(1).ilog2()).max(MIN_RECENT);
+    let recent_mask = recent - 1;
     let handing_over = u32::from(other.is_some());
     let watching = u32::from(options.capacity.samples > 0);
     let mut loader = EbpfLoader::new();
@@ -61,6 +71,8 @@ pub(super) fn load(
         loader.map_pin_path("OTHER_FLOWS_V4", v4).map_pin_path("OTHER_FLOWS_V6", v6);
     }
     loader
+        .map_max_entries(RECENT_MAP, recent * cpus)
+        .override_global("RECENT_MASK", &recent_mask, true)
         .override_global("VIP_MASK", &vip_mask, true)
         .override_global("SPARE_MASK", &spare_mask, true)
         .override_global("CPUS", &cpus, true)

@@ -51,3 +51,12 @@ pub const CLASS_NETWORKS: u32 = 1 << 22;
 pub const CLASS_TABLES: u32 = 1 << 13;
 /// Elements of `CLASS_BLOCKS`: 64 blocks each, those of IPv4 first.
 pub const CLASS_BLOCKS: u32 = 2 * class::BLOCKS / 64;
+
+/// Whether what `CLASS_CHANGES` says, its only element, means that no class is changing just now.
+/// It counts up before the first write of a change and again after the last one: odd numbers say
+/// that all is written. What was looked up is true as long as the number stays the odd one that it
+/// was before.
+#[inline(always)]
+pub const fn settled(changes: u64) -> bool {
+    changes & 1 != 0
+}

@@ -1,30 +1,35 @@
-//! What audiences cost (`bench audiences`): a packet without routes, one whose block has nobody in
-//! an audience, one beside and one inside its networks; and how long it takes to compile and to
-//! write networks, all of them and a change of some, as a new file of them makes it.
+//! What audiences cost (`bench audiences`), by family: a packet without routes, one whose block has
+//! nobody in an audience, one inside and one beside its networks, whose client's class is known or
+//! has to be looked up; and how long it takes to compile and to write networks, all of them and a
+//! change of some, as a new file of them makes it.
 
 use std::{
-    collections::HashMap,
-    net::{IpAddr, Ipv4Addr},
+    collections::{HashMap, HashSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
+use aya::maps::{Array, Map, MapData};
 use canary_agent::{
     audience::Networks,
     config::{Config, load_str},
-    plan::{Adopted, Family, NextHop, Planner, Start, Tags},
+    plan::{Adopted, DataPlane, Family, NextHop, Planner, Start, Tags},
+};
+use canary_ebpf_common::{
+    abi,
+    class::{self, ClassEntry},
 };
 use canary_tests::{
     bpf,
     loaded::{ARRIVAL_IFINDEX, Loaded, Sizes, XDP_TX},
     model::Random,
     names::Host,
-    notation::parse,
     planned::{Route, Shop},
     world::addr,
 };
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::{Empty, figures, frame};
 
@@ -39,21 +44,74 @@ pub(crate) struct Arguments {
     /// Clients that packets of a kind come from, one after the other
     #[arg(long, default_value_t = 10_000)]
     clients: usize,
+    /// Families, each in turn
+    #[arg(long, value_delimiter = ',', default_values_t = [4, 6])]
+    families: Vec<u8>,
     /// So many changes of 1 % of the networks are made, one after the other
     #[arg(long, default_value_t = 3)]
     changes: usize,
 }
 
-/// The first half of the addresses is for networks, the rest for who is in none.
-fn network(random: &mut Random) -> IpNet {
-    let length = random.one_of(&[24_u8, 24, 24, 22, 25, 28, 32]);
-    let addr = 0x0100_0000 + random.below(0x6f00_0000) as u32;
-    let net = Ipv4Net::new(Ipv4Addr::from(addr), length).expect("a length of IPv4");
-    IpNet::from(net.trunc())
+/// Part of the addresses is for networks, the rest for who is in none: of IPv4 the first half, of
+/// IPv6 some thousand /32s.
+fn network(random: &mut Random, family: Family) -> IpNet {
+    match family {
+        Family::V4 => {
+            let length = random.one_of(&[24_u8, 24, 24, 22, 25, 28, 32]);
+            let addr = 0x0100_0000 + random.below(0x6f00_0000) as u32;
+            Ipv4Net::new(Ipv4Addr::from(addr), length).expect("a length of IPv4").trunc().into()
+        }
+        Family::V6 => {
+            let length = random.one_of(&[48_u8, 48, 48, 44, 56, 64, 128]);
+            let top = 0x2400_0000 + random.below(1 << 14);
+            let addr = u128::from(top << 32 | random.below(1 << 32)) << 64
+                | u128::from(random.below(1 << 32));
+            Ipv6Net::new(Ipv6Addr::from(addr), length).expect("a length of IPv6").trunc().into()
+        }
+    }
+}
+
+/// Somebody in a block that nobody of `networks` is in.
+fn stranger(random: &mut Random, family: Family, taken: &HashSet<u32>) -> IpAddr {
+    loop {
+        match family {
+            Family::V4 => {
+                return Ipv4Addr::from(0x8100_0000 + random.below(0x3f00_0000) as u32).into();
+            }
+            Family::V6 => {
+                let first = (0x2a00_0000 + random.below(1 << 20)) << 32 | random.below(1 << 32);
+                if !taken.contains(&class::block_v6([first.to_be(), 0])) {
+                    return Ipv6Addr::from(u128::from(first) << 64 | 1).into();
+                }
+            }
+        }
+    }
+}
+
+/// The blocks of IPv6 that networks are in.
+fn blocks(networks: &[IpNet]) -> HashSet<u32> {
+    let block = |net: &IpNet| match net {
+        IpNet::V6(net) => Some(class::block_v6(abi::address(net.network().into()))),
+        IpNet::V4(_) => None,
+    };
+    networks.iter().filter_map(block).collect()
+}
+
+/// A client of a network, and one that is beside it in its block and most likely in nobody's.
+fn inside_and_beside(net: &IpNet) -> [IpAddr; 2] {
+    match net {
+        IpNet::V4(net) => {
+            [net.network(), Ipv4Addr::from(u32::from(net.network()) ^ 0x5a11)].map(IpAddr::V4)
+        }
+        IpNet::V6(net) => {
+            let beside = u128::from(net.network()) ^ 0x5a11 << 80;
+            [net.network(), Ipv6Addr::from(beside)].map(IpAddr::V6)
+        }
+    }
 }
 
 fn shop(routed: bool) -> Result<Config> {
-    let networks = vec!["192.0.2.0/32".to_owned()];
+    let networks = vec!["192.0.2.0/32".to_owned(), "2001:db8:ffff::/128".to_owned()];
     let route = Route { audience: "staff", networks, split: "{ v2 = \"100%\" }" };
     let routes = if routed { vec![route] } else { Vec::new() };
     let text = Shop { stickiness: "client", buckets: 65_536, routes, ..Shop::default() }.text();
@@ -90,42 +148,81 @@ fn begun(config: &Config) -> Result<Planner> {
     Ok(planner)
 }
 
-/// Frames from clients that `client` gives.
-fn frames(count: usize, mut client: impl FnMut() -> Ipv4Addr) -> Result<Vec<Vec<u8>>> {
-    let one = parse(&format!(
-        "eth client > us / ip client1 > {} / tcp 4000 > 80 A",
-        Host::Vip(1).name()
-    ))?;
-    let from = |addr: Ipv4Addr| {
-        let mut frame = one.clone();
-        frame[26..30].copy_from_slice(&addr.octets());
-        frame
-    };
-    Ok((0..count).map(|_| from(client())).collect())
+/// Packets from clients in turn: one frame, into which each client's address is written, so that
+/// what is in the caches is what the program has looked at.
+struct Packets {
+    frame: Vec<u8>,
+    clients: Vec<IpAddr>,
 }
 
-/// The median of many runs over the empty program's, the least of three rounds.
-fn net_ns(loaded: &mut Loaded, frames: &[Vec<u8>], runs: usize) -> Result<f64> {
+impl Packets {
+    /// From these clients, which are of one family.
+    fn new(family: Family, clients: Vec<IpAddr>) -> Result<Self> {
+        Ok(Self { frame: frame(family, 0, Host::Vip(1), "A")?, clients })
+    }
+
+    /// The frame of the client whose turn it is, if there is any.
+    fn of(&mut self, turn: usize) -> Option<&[u8]> {
+        match self.clients.get(turn % self.clients.len().max(1))? {
+            IpAddr::V4(addr) => self.frame[26..30].copy_from_slice(&addr.octets()),
+            IpAddr::V6(addr) => self.frame[22..38].copy_from_slice(&addr.octets()),
+        }
+        Some(&self.frame)
+    }
+}
+
+/// What stands in the way of a class that is known: see `abi::settled`.
+struct Changes(Array<MapData, u64>);
+
+impl Changes {
+    fn of(loaded: &Loaded) -> Result<Self> {
+        let pin = loaded.pins().join("maps").join("CLASS_CHANGES");
+        Ok(Self(Map::Array(MapData::from_pin(pin)?).try_into()?))
+    }
+
+    /// As if a change had come and gone: everybody is looked up again.
+    fn come_and_go(&mut self) -> Result<()> {
+        let changes = self.0.get(&0, 0)?;
+        Ok(self.0.set(0, changes + 2, 0)?)
+    }
+}
+
+/// Median and mean of many runs over the empty program's, the least of three rounds; if they are
+/// `looked_up`, with everybody forgotten before each.
+fn net_ns(
+    loaded: &mut Loaded,
+    packets: &mut Packets,
+    runs: usize,
+    looked_up: bool,
+) -> Result<String> {
     let mut empty = Empty {
         program: bpf::load_empty().context("loading the empty program")?,
         frame: frame(Family::V4, 0, Host::Us, "A")?,
         out: vec![0; 2048],
     };
-    ensure!(loaded.run(&frames[0])?.action == XDP_TX, "it is sent to a backend");
-    let mut least = f64::INFINITY;
+    let Some(first) = packets.of(0) else { return Ok("-".to_owned()) };
+    ensure!(loaded.run(first)?.action == XDP_TX, "it is sent to a backend");
+    let mut changes = Changes::of(loaded)?;
+    let (mut median, mut mean) = (f64::INFINITY, f64::INFINITY);
     for _ in 0..3 {
         let (mut base, mut spent) = (Vec::new(), Vec::new());
         while spent.len() < runs {
             for _ in 0..10_000.min(runs) {
                 base.push(empty.time_ns()?);
             }
-            for at in 0..10_000.min(runs) {
-                spent.push(loaded.time_ns(&frames[at % frames.len()])?);
+            for turn in 0..10_000.min(runs) {
+                if looked_up {
+                    changes.come_and_go()?;
+                }
+                let frame = packets.of(turn).context("a client")?;
+                spent.push(loaded.time_ns(frame)?);
             }
         }
-        least = least.min(figures(&mut spent).median_ns - figures(&mut base).median_ns);
+        let (spent, base) = (figures(&mut spent), figures(&mut base));
+        median = median.min(spent.median_ns - base.median_ns);
+        mean = mean.min(spent.mean_ns - base.mean_ns);
     }
-    Ok(least)
+    Ok(format!("{median:.0} / {mean:.0}"))
 }
 
 fn resident_bytes() -> Result<u64> {
@@ -134,76 +231,91 @@ fn resident_bytes() -> Result<u64> {
     Ok(pages * 4096)
 }
 
+/// Bytes of the kernel's own memory that it can't take back.
+fn kernel_bytes() -> Result<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo")?;
+    let of = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        let kib =
+            line.and_then(|line| line.trim().strip_suffix(" kB")).context("no such memory")?;
+        Ok::<u64, anyhow::Error>(kib.trim().parse::<u64>()? * 1024)
+    };
+    Ok(of("SUnreclaim:")? + of("Percpu:")?)
+}
+
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    let mut random = Random::new(7);
     let sizes = Sizes { flows: 1024, buckets: 1 << 19, ..Sizes::default() };
     let mut cpus = nix::sched::CpuSet::new();
     cpus.set(0)?;
     nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &cpus)?;
-    let anybody =
-        |random: &mut Random| Ipv4Addr::from(0x8100_0000 + random.below(0x3f00_0000) as u32);
+    for family in &arguments.families {
+        let family = match family {
+            4 => Family::V4,
+            6 => Family::V6,
+            other => bail!("IPv{other} is no family: 4 and 6 are"),
+        };
+        of_family(arguments, family, &sizes)?;
+    }
+    Ok(())
+}
 
+fn of_family(arguments: &Arguments, family: Family, sizes: &Sizes) -> Result<()> {
+    let mut random = Random::new(7);
+    let runs = arguments.runs;
     let mut planner = begun(&shop(false)?)?;
     planner.step(1_000_000);
-    let mut loaded = Loaded::new(planner.plane(), &sizes)?;
-    let outside = frames(arguments.clients, || anybody(&mut random))?;
-    println!("no routes: {:.0} ns", net_ns(&mut loaded, &outside, arguments.runs)?);
+    let mut loaded = Loaded::new(planner.plane(), sizes)?;
+    let nobody = HashSet::new();
+    let outside = (0..arguments.clients).map(|_| stranger(&mut random, family, &nobody));
+    let mut outside = Packets::new(family, outside.collect())?;
+    println!("net ns, median / mean");
+    println!("{family:?}, no routes: {}", net_ns(&mut loaded, &mut outside, runs, false)?);
     drop(loaded);
 
     let base = shop(true)?;
     for count in &arguments.networks {
-        let mut networks: Vec<IpNet> = (0..*count).map(|_| network(&mut random)).collect();
+        let mut networks: Vec<IpNet> = (0..*count).map(|_| network(&mut random, family)).collect();
         let config = with(&base, &networks);
         let before = resident_bytes()?;
         let began = Instant::now();
         let mut planner = begun(&config)?;
         planner.step(1_000_000);
         let compiled = began.elapsed();
-        let mut loaded = Loaded::new(&canary_agent::plan::DataPlane::default(), &sizes)?;
+        let mut loaded = Loaded::new(&DataPlane::default(), sizes)?;
+        let kernel = kernel_bytes()?;
         let began = Instant::now();
         loaded.datapath.apply(planner.plane())?;
         let applied = began.elapsed();
         planner.applied(1_000_000);
-        let prefixes = planner.plane().classes.networks[0].prefixes().len();
-        let memory = resident_bytes()?.saturating_sub(before);
-        let maps = loaded.datapath.reader().maps();
-        let kernel = maps.iter().find(|map| map.name == "CLASSES_V4").map_or(0, |m| m.memory_bytes);
+        let at = usize::from(family == Family::V6);
+        let prefixes = planner.plane().classes.networks[at].prefixes().len();
         println!(
-            "{count} networks: {prefixes} prefixes, planned in {compiled:?}, written in {applied:?}; {:.0} MB more \
-             resident, {:.0} MB in the kernel by its account",
-            memory as f64 / 1e6,
-            kernel as f64 / 1e6
+            "{family:?}, {count} networks: {prefixes} prefixes, planned in {compiled:?}, written in {applied:?}; {:.0} MB \
+             more resident, {:.0} MB in the kernel",
+            resident_bytes()?.saturating_sub(before) as f64 / 1e6,
+            kernel_bytes()?.saturating_sub(kernel) as f64 / 1e6
         );
-        let inside = {
-            let pick = &networks;
-            frames(arguments.clients, || match pick[random.below(pick.len() as u64) as usize] {
-                IpNet::V4(net) => net.network(),
-                IpNet::V6(_) => Ipv4Addr::UNSPECIFIED,
-            })?
-        };
-        // In a block that somebody is in, and most likely in nobody's network.
-        let mut beside = Vec::new();
-        let candidates = frames(arguments.clients * 4, || {
-            match networks[random.below(networks.len() as u64) as usize] {
-                IpNet::V4(net) => Ipv4Addr::from(u32::from(net.network()) ^ 0x0000_5a11),
-                IpNet::V6(_) => Ipv4Addr::UNSPECIFIED,
-            }
-        })?;
-        for frame in candidates {
-            let client = Ipv4Addr::new(frame[26], frame[27], frame[28], frame[29]);
-            let class = planner.plane().classes.class(client.into()).entry;
-            if class == Default::default() && beside.len() < arguments.clients {
-                beside.push(frame);
+        let (mut inside, mut beside) = (Vec::new(), Vec::new());
+        for _ in 0..arguments.clients {
+            let net = &networks[random.below(networks.len() as u64) as usize];
+            let [within, near] = inside_and_beside(net);
+            inside.push(within);
+            if planner.plane().classes.class(near).entry == ClassEntry::default() {
+                beside.push(near);
             }
         }
-        let miss = net_ns(&mut loaded, &outside, arguments.runs)?;
-        let hit = net_ns(&mut loaded, &inside, arguments.runs)?;
-        let near = match beside.is_empty() {
-            true => f64::NAN,
-            false => net_ns(&mut loaded, &beside, arguments.runs)?,
-        };
+        let taken = blocks(&networks);
+        let outside = (0..arguments.clients).map(|_| stranger(&mut random, family, &taken));
+        let mut outside = Packets::new(family, outside.collect())?;
+        let mut inside = Packets::new(family, inside)?;
+        let mut beside = Packets::new(family, beside)?;
         println!(
-            "  block of nobody: {miss:.0} ns; in a network: {hit:.0} ns; beside one: {near:.0} ns"
+            "  block of nobody: {}; in a network: {}, looked up: {}; beside one: {}, looked up: {}",
+            net_ns(&mut loaded, &mut outside, runs, false)?,
+            net_ns(&mut loaded, &mut inside, runs, false)?,
+            net_ns(&mut loaded, &mut inside, runs, true)?,
+            net_ns(&mut loaded, &mut beside, runs, false)?,
+            net_ns(&mut loaded, &mut beside, runs, true)?,
         );
 
         let mut now_ms = 1_010_000;
@@ -213,7 +325,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         for _ in 0..arguments.changes {
             for _ in 0..(count / 100).max(1) {
                 let at = random.below(networks.len() as u64) as usize;
-                networks[at] = network(&mut random);
+                networks[at] = network(&mut random, family);
             }
             let config = with(&base, &networks);
             let began = Instant::now();
