@@ -33,27 +33,12 @@ const TOO_OLD: &str = "bullseye";
 
 /// The test programs that run on [`OLDEST`], with what each is told. Of the end-to-end
 /// tests only an agent that ends and comes back under traffic: all of them take too long
-/// where the processor is emulated. So do those of what is pinned and read by another release,
-/// which is the same with each kernel: each loads all programs several times.
+/// where the processor is emulated.
 const TESTS: [(&str, &[&str]); 5] = [
     ("verifier", &["--nocapture"]),
     ("decap", &[]),
     ("packet_cases", &[]),
-    (
-        "datapath",
-        &[
-            "--skip",
-            "older_layouts",
-            "--skip",
-            "layout_that_is_not_read",
-            "--skip",
-            "newer_release",
-            "--skip",
-            "sizes_that",
-            "--skip",
-            "incomplete",
-        ],
-    ),
+    ("datapath", &[]),
     (
         "e2e",
         &[
