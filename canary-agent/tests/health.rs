@@ -504,8 +504,7 @@ async fn five_thousand_targets_are_checked_evenly() {
     bins.sort_unstable();
     let (median, high) = (bins[bins.len() / 2], bins[bins.len() * 9 / 10]);
     println!("checks in 100 ms: median {median}, nine of ten below {high}: {bins:?}");
-    // 250 on average; 5,000 in every twentieth bin, if they came together. A machine that stalls
-    // makes up for it, so not every bin is held to it.
-    assert!((100..400).contains(&median) && high < 1_000, "{bins:?}");
+    // 250 on average. A machine that stalls makes up for it, so not every bin is held to it.
+    assert!((150..350).contains(&median) && high < 450, "{bins:?}");
     assert!(last <= u64::from(TARGETS) * 3, "{last}");
 }
