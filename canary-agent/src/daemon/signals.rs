@@ -524,8 +524,7 @@ impl Watcher {
             let Some(canary) = compared else { continue };
             let others = control_of.as_ref().unwrap_or(&wanted.name);
             let others = self.services.iter().find(|one| one.wanted.name == *others);
-            windows
-                .extend(others.map(|others| window.compare_with(&others.window, control, canary)));
+            windows.extend(others.map(|others| window.compare(&others.window, control, canary)));
         }
         Ok(windows)
     }

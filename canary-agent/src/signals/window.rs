@@ -39,20 +39,14 @@ pub struct ServiceWindow {
 }
 
 impl ServiceWindow {
-    /// What a rollout takes that compares `canary` with `control`.
-    pub fn compare(&self, control: &str, canary: &str) -> Counted {
-        self.compare_with(self, control, canary)
-    }
-
-    /// The same with `control` as others of the same length have it.
-    pub fn compare_with(&self, others: &Self, control: &str, canary: &str) -> Counted {
-        let none = VersionWindow::default();
-        let of = |window: &'_ Self, name: &str| {
+    /// What a rollout takes that compares `canary` with the `control` of `others`, which is this
+    /// window or another of the same length.
+    pub fn compare(&self, others: &Self, control: &str, canary: &str) -> Counted {
+        let of = |window: &Self, name: &str| {
             let its = window.versions.iter().find(|version| version.version == name);
-            its.cloned().unwrap_or_else(|| none.clone())
+            its.map_or((0, [0; outcome::COUNT]), |its| (its.watched, its.events))
         };
         let both = [of(others, control), of(self, canary)];
-        let both = both.each_ref();
         let events = SignalKind::ALL.into_iter().enumerate();
         Counted {
             service: self.service.clone(),
@@ -61,8 +55,8 @@ impl ServiceWindow {
             // What was slow to one was so to the other.
             complete: self.complete && others.complete && self.slow_ns == others.slow_ns,
             slow_ns: self.slow_ns,
-            connections: both.map(|version| version.watched),
-            events: events.map(|(at, kind)| (kind, both.map(|v| v.events[at]))).collect(),
+            connections: both.map(|(watched, _)| watched),
+            events: events.map(|(at, kind)| (kind, both.map(|(_, events)| events[at]))).collect(),
         }
     }
 }
@@ -160,19 +154,19 @@ mod tests {
             versions: vec![version("stable", 75, 1), version("v2", 25, 3), version("v3", 900, 9)],
             ..ServiceWindow::default()
         };
-        let counted = window.compare("stable", "v2");
+        let counted = window.compare(&window, "stable", "v2");
         assert_eq!(counted.connections, [75, 25]);
         assert_eq!(counted.events[0], (SignalKind::ConnectFailed, [1, 3]));
-        assert_eq!(window.compare("stable", "gone").connections, [75, 0]);
-        assert_eq!(window.compare("nobody", "gone").connections, [0, 0]);
+        assert_eq!(window.compare(&window, "stable", "gone").connections, [75, 0]);
+        assert_eq!(window.compare(&window, "nobody", "gone").connections, [0, 0]);
         // Control of others, where what was slow was so to both.
         let window = ServiceWindow { complete: true, slow_ns: 9, ..window };
         let others = ServiceWindow { versions: vec![version("stable", 900, 4)], ..window.clone() };
-        let both = window.compare_with(&others, "stable", "v2");
+        let both = window.compare(&others, "stable", "v2");
         assert_eq!((both.connections, both.complete), ([900, 25], true));
         assert_eq!(both.events[0], (SignalKind::ConnectFailed, [4, 3]));
         let slower = ServiceWindow { slow_ns: 8, ..others };
-        assert!(!window.compare_with(&slower, "stable", "v2").complete);
+        assert!(!window.compare(&slower, "stable", "v2").complete);
     }
 
     #[test]
