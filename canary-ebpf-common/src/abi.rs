@@ -15,7 +15,7 @@ pub use self::watched::{
 };
 
 /// Version of every layout in this module and of the meaning of its flags.
-pub const ABI_VERSION: u32 = 6 + NEXT_ABI;
+pub const ABI_VERSION: u32 = 7 + NEXT_ABI;
 
 /// What the layout that only tests have (feature `next-abi`) adds to [`ABI_VERSION`]: they put
 /// it and the real one in each other's place. There, [`BackendCounters`] lie elsewhere.

@@ -45,8 +45,14 @@ const NEAR: u32 = 64 << 10;
 /// How far a packet may be ahead of the newest one before it, in bytes: a lost burst.
 const AHEAD: u32 = 16 << 20;
 
-const M1: u32 = 0x7feb_352d;
-const M2: u32 = 0x846c_a68b;
+/// Odd, with about as many ones as zeros: the first of SplitMix64's and of xxHash's.
+const WORDS: [u64; 5] = [
+    0x9e37_79b9_7f4a_7c15,
+    0xbf58_476d_1ce4_e5b9,
+    0x94d0_49bb_1331_11eb,
+    0xc2b2_ae3d_27d4_eb4f,
+    0x1656_67b1_9e37_79f9,
+];
 
 /// A tuple whose connections can be watched.
 pub trait Watchable {
@@ -54,37 +60,37 @@ pub trait Watchable {
     fn sampling_hash(&self) -> u32;
 }
 
-/// Wellons' lowbias32, of words mixed one after the other.
+/// The upper bits of a sum that each word has gone into by a product of its own, so that none waits
+/// for another; mixed once more, since sums of words in a row are in a row.
 #[inline(always)]
-const fn mix(hash: u32, word: u32) -> u32 {
-    let mut h = hash ^ word;
-    h ^= h >> 16;
-    h = h.wrapping_mul(M1);
-    h ^= h >> 15;
-    h = h.wrapping_mul(M2);
-    h ^ h >> 16
+const fn mixed(sum: u64) -> u32 {
+    let hash = (sum ^ sum >> 32).wrapping_mul(WORDS[4]) >> 40;
+    hash as u32 | Sampling::NONE
 }
 
 #[inline(always)]
-const fn ports(src_be: u16, dst_be: u16) -> u32 {
-    (src_be as u32) << 16 | dst_be as u32
+const fn ports(src_be: u16, dst_be: u16) -> u64 {
+    (src_be as u64) << 16 | dst_be as u64
 }
 
 impl Watchable for FlowKeyV4 {
     #[inline(always)]
     fn sampling_hash(&self) -> u32 {
-        let hash = mix(mix(self.src_be, self.dst_be), ports(self.src_port_be, self.dst_port_be));
-        hash | Sampling::NONE
+        let addresses = u64::from(self.src_be) << 32 | u64::from(self.dst_be);
+        let ports = ports(self.src_port_be, self.dst_port_be);
+        mixed(addresses.wrapping_mul(WORDS[0]).wrapping_add(ports.wrapping_mul(WORDS[1])))
     }
 }
 
 impl Watchable for FlowKeyV6 {
     #[inline(always)]
     fn sampling_hash(&self) -> u32 {
-        let fold = |word: u64| (word ^ word >> 32) as u32;
-        let source = mix(fold(self.src[0]), fold(self.src[1]));
-        let addresses = mix(source, fold(self.dst[0] ^ self.dst[1]));
-        mix(addresses, ports(self.src_port_be, self.dst_port_be)) | Sampling::NONE
+        let ports = ports(self.src_port_be, self.dst_port_be);
+        let words = [self.src[0], self.src[1], self.dst[0] ^ self.dst[1].rotate_left(32), ports];
+        let mut sum = words[0].wrapping_mul(WORDS[0]);
+        sum = sum.wrapping_add(words[1].wrapping_mul(WORDS[1]));
+        sum = sum.wrapping_add(words[2].wrapping_mul(WORDS[2]));
+        mixed(sum.wrapping_add(words[3].wrapping_mul(WORDS[3])))
     }
 }
 
@@ -416,6 +422,10 @@ pub fn bucket_ns(bucket: u32) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        abi::{SERVICE_HASH_CONNECTION, Service},
+        hash::{bucket as bucket_of, hash_v4, hash_v6},
+    };
 
     const MS: u64 = 1_000_000;
     const SLOW: u64 = 50 * MS;
@@ -644,7 +654,7 @@ mod tests {
             tuples[2].1.push(v6.sampling_hash());
         }
         for (name, hashes) in &tuples {
-            for halvings in 0..=8 {
+            for halvings in 0..=10 {
                 let taken = hashes.iter().filter(|hash| watched(**hash, mask(halvings))).count();
                 let expected = hashes.len() >> halvings;
                 let sigma = (expected as f64).sqrt();
@@ -654,6 +664,47 @@ mod tests {
                 assert!(hashes.iter().filter(fewer).all(|hash| watched(*hash, mask(halvings))));
             }
             assert!(hashes.iter().all(|hash| !watched(*hash, Sampling::NONE)), "{name}");
+        }
+    }
+
+    #[test]
+    fn those_that_are_watched_are_in_all_buckets_alike() {
+        const CELLS: usize = 256;
+        let service = Service {
+            bucket_mask: 0xffff,
+            flags: SERVICE_HASH_CONNECTION,
+            hash_key: [0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210],
+            mask_v4_be: u32::MAX,
+            mask_v6: [u64::MAX; 2],
+            ..Service::default()
+        };
+        let mut buckets = [("IPv4", [0_u32; CELLS]), ("IPv6", [0_u32; CELLS])];
+        for i in 0..1_u32 << 20 {
+            let (client, src_port_be) = ((i >> 10).to_be(), (32_768 + (i & 1_023) as u16).to_be());
+            let v4 = FlowKeyV4 {
+                src_be: client,
+                dst_be: 0x0a71_00cb,
+                src_port_be,
+                dst_port_be: 443_u16.to_be(),
+                protocol: 6,
+            };
+            let FlowKeyV4 { src_be, dst_be, dst_port_be, .. } = v4;
+            let hash = hash_v4(&service, src_be, dst_be, src_port_be, dst_port_be, 6);
+            let chosen = watched(v4.sampling_hash(), mask(4));
+            buckets[0].1[bucket_of(&service, hash) as usize % CELLS] += u32::from(chosen);
+            let (src, dst) = ([0x0120_b80d_0120, u64::from(client) << 32], [0x0120_b80d_0120, 9]);
+            let v6 = FlowKeyV6 { src, dst, src_port_be, dst_port_be, protocol: 6 };
+            let hash = hash_v6(&service, src, dst, src_port_be, dst_port_be, 6);
+            let chosen = watched(v6.sampling_hash(), mask(4));
+            buckets[1].1[bucket_of(&service, hash) as usize % CELLS] += u32::from(chosen);
+        }
+        for (family, buckets) in buckets {
+            let expected = f64::from(1 << 16) / CELLS as f64;
+            let chi: f64 =
+                buckets.iter().map(|n| (f64::from(*n) - expected).powi(2) / expected).sum();
+            let freedom = CELLS as f64 - 1.0;
+            let sigmas = (chi - freedom) / (2.0 * freedom).sqrt();
+            assert!(sigmas.abs() < 5.0, "{family}: {sigmas:.1} sigmas");
         }
     }
 }
