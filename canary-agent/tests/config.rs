@@ -5,6 +5,7 @@ mod config {
     mod documents;
     mod files;
     mod meaning;
+    mod places;
     mod properties;
     mod support;
 }
