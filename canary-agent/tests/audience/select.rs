@@ -7,6 +7,7 @@ use canary_agent::audience::{
     mmdb::{Database, MmdbError, Selected},
 };
 use canary_ebpf_common::networks::Width;
+use maxminddb::MaxMindDbError;
 use proptest::prelude::*;
 
 use crate::writer::{Data, Writer};
@@ -151,6 +152,23 @@ fn what_is_no_such_file_is_refused() {
         let error = select(bytes, "exists(country)").unwrap_err();
         assert!(matches!(error, MmdbError::Damaged(_)), "{error}");
     }
+}
+
+/// Each record is sixteen times the one before: the last would be a million values, and a few more
+/// of them more than there is memory. The reader's own limit is what holds here.
+#[test]
+fn a_record_that_names_itself_over_and_over_is_refused() {
+    let mut file = Writer::new(true);
+    file.add("192.0.2.0/32", &Data::Text("x"));
+    let mut at = 0;
+    for n in 1..=5 {
+        file.add(&format!("192.0.2.{n}/32"), &Data::List(vec![Data::Pointer(at); 16]));
+        // Behind a text of two bytes, lists of two and five for each pointer.
+        at = if at == 0 { 2 } else { at + 82 };
+    }
+    let error = select(&file.finish(24), r#"country.iso_code == "US""#).unwrap_err();
+    let bounded = matches!(&error, MmdbError::Damaged(MaxMindDbError::ResourceLimit { .. }));
+    assert!(bounded, "{error}");
 }
 
 proptest! {

@@ -17,6 +17,8 @@ pub(crate) enum Data {
     Truth(bool),
     List(Vec<Data>),
     Map(Vec<(&'static str, Data)>),
+    /// What stands at that place of the data.
+    Pointer(u32),
 }
 
 impl Data {
@@ -38,6 +40,10 @@ impl Data {
             }
             Self::U64(number) => whole(out, 9, &number.to_be_bytes()),
             Self::U128(number) => whole(out, 10, &number.to_be_bytes()),
+            Self::Pointer(at) => {
+                out.push(1 << 5 | 3 << 3);
+                out.extend(at.to_be_bytes());
+            }
             Self::Truth(truth) => head(out, 14, usize::from(*truth)),
             Self::List(list) => {
                 head(out, 11, list.len());
