@@ -154,6 +154,22 @@ fn what_is_no_such_file_is_refused() {
     }
 }
 
+/// As writers of one's own files leave it.
+#[test]
+fn a_file_without_a_description_is_read_and_looked_through() {
+    let mut file = Writer::new(true).undescribed();
+    file.add("192.0.2.0/24", &place("US", None));
+    let bytes = file.finish(24);
+    let found = select(&bytes, r#"country.iso_code == "US""#).unwrap();
+    assert_eq!(found.networks.len(), 1);
+    // The text of its record is longer than what is left.
+    let at = bytes.windows(2).position(|two| two == b"US").expect("the record");
+    let mut broken = bytes.clone();
+    broken[at - 1] = 2 << 5 | 31;
+    let error = select(&broken, "exists(country)").unwrap_err();
+    assert!(matches!(error, MmdbError::Damaged(_)), "{error}");
+}
+
 /// Each record is sixteen times the one before: the last would be a million values, and a few more
 /// of them more than there is memory. The reader's own limit is what holds here.
 #[test]

@@ -91,6 +91,7 @@ enum Branch {
 /// A file in the making.
 pub(crate) struct Writer {
     v6: bool,
+    description: Vec<(&'static str, Data)>,
     nodes: Vec<[Branch; 2]>,
     records: Vec<Data>,
     aliases: Vec<IpNet>,
@@ -99,7 +100,19 @@ pub(crate) struct Writer {
 impl Writer {
     /// For both families, or for IPv4 alone.
     pub(crate) fn new(v6: bool) -> Self {
-        Self { v6, nodes: vec![[Branch::Nothing; 2]], records: Vec::new(), aliases: Vec::new() }
+        Self {
+            v6,
+            description: vec![("en", Data::Text("a file of a test"))],
+            nodes: vec![[Branch::Nothing; 2]],
+            records: Vec::new(),
+            aliases: Vec::new(),
+        }
+    }
+
+    /// Says nothing of itself.
+    pub(crate) fn undescribed(mut self) -> Self {
+        self.description.clear();
+        self
     }
 
     fn bits(&self, net: IpNet) -> (u128, usize) {
@@ -192,7 +205,7 @@ impl Writer {
             ("binary_format_minor_version", Data::U16(0)),
             ("build_epoch", Data::U64(1_700_000_000)),
             ("database_type", Data::Text("Test-City")),
-            ("description", Data::Map(vec![("en", Data::Text("a file of a test"))])),
+            ("description", Data::Map(self.description)),
             ("ip_version", Data::U16(if self.v6 { 6 } else { 4 })),
             ("languages", Data::List(vec![Data::Text("en")])),
             ("node_count", Data::U32(count as u32)),
