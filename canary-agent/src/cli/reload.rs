@@ -130,9 +130,12 @@ fn changed_service(service: &ServiceChange) -> String {
     } = service;
     let mut out = format!("\n{} service {}\n", sign(change), text::plain(name));
     settings.iter().for_each(|setting| out.push_str(&changed_setting(setting)));
-    for VersionChange { name, change } in versions {
+    // The table of a route has the versions and backends of its service, where they are shown.
+    let of_route = name.contains('@');
+    for VersionChange { name, change } in versions.iter().filter(|_| !of_route) {
         out.push_str(&format!("  {} version {}\n", sign(change), text::plain(name)));
     }
+    let backends = backends.iter().filter(|_| !of_route);
     for BackendChange { version, addr, change, weight_before, weight } in backends {
         let weights = match (weight_before, weight) {
             (Some(before), Some(after)) => format!(", weight {before} → {after}"),

@@ -174,6 +174,7 @@ fn service(service: &Service) -> Settings {
         words.join(" ")
     };
     let route = |route: &Route| match route.follows {
+        false if route.split.is_empty() => format!("{}: control alone", route.audience),
         false => format!("{}: {}", route.audience, shares(&route.split)),
         true => format!("{}: as its rollout says", route.audience),
     };

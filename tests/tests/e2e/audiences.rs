@@ -177,6 +177,10 @@ fn unbroken(test: &str, way: Way) {
         done
     };
     let excluded = services(&bench, &route("{}"), &staff(&STAFF));
+    agent.configure(&options, &excluded);
+    let told = agent.cli(&["diff"]).stdout;
+    assert!(told.contains("route: (none) → staff: control alone"), "{told}");
+    assert!(told.contains("+ service echo@staff") && !told.contains("backend"), "{told}");
     let done = reload(&agent, &excluded);
     let change = done.audiences.expect("clients go by another route");
     assert_eq!((change.networks, change.addresses_v4), (2, 1 << 14));
