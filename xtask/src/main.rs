@@ -94,6 +94,7 @@ fn dispatch(task: Task) -> Result<ExitCode> {
     match task {
         Task::Setup { with } => {
             let toolchain = setup::run(&workspace, with)?;
+            setup::clients::ensure()?;
             println!(
                 "setup: ready ({}: {}, linker {})",
                 toolchain.method,

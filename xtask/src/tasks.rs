@@ -98,6 +98,7 @@ pub(crate) fn test(workspace: &Path, args: &[String]) -> Result<ExitCode> {
 
 fn test_all(workspace: &Path, args: &[String], tally: &mut Tally) -> Result<bool> {
     setup::run(workspace, None)?;
+    setup::clients::ensure()?;
     // End-to-end tests start the agent, which cargo builds for its own tests only.
     let profile = args.iter().filter(|arg| *arg == "--release");
     let built = supervise::run(cargo(workspace).args(["build", "--bins"]).args(ALL).args(profile))?;

@@ -1,6 +1,7 @@
 //! Debian packages: which can be had, and installing them.
 
 use std::{
+    fs,
     path::Path,
     process::{Command, Stdio},
     thread,
@@ -78,11 +79,34 @@ pub(crate) fn install(packages: &[String], progress: &mut Progress) -> Result<()
     apt_get(&args, progress)
 }
 
+/// Downloads a package and unpacks its files into a folder; nothing is installed.
+///
+/// # Errors
+/// It can't be had, or unpacked.
+pub(crate) fn unpack(package: &str, folder: &Path, progress: &mut Progress) -> Result<()> {
+    progress.step(&format!("apt-get download {package}"));
+    apt_get_in(folder, &["download", package], progress)?;
+    let files = fs::read_dir(folder).with_context(|| folder.display().to_string())?;
+    let mut files = files.flatten().map(|entry| entry.path());
+    let archive = files.find(|path| path.extension().is_some_and(|ending| ending == "deb"));
+    let archive = archive.with_context(|| format!("{package} was not downloaded"))?;
+    let name = archive.to_string_lossy().into_owned();
+    let (success, lines) = run("dpkg-deb", &["--extract", &name, "."], folder, progress)?;
+    if !success {
+        bail!("dpkg-deb failed:\n{}", lines.join("\n"));
+    }
+    fs::remove_file(&archive).with_context(|| format!("removing {}", archive.display()))
+}
+
 fn apt_get(args: &[&str], progress: &mut Progress) -> Result<()> {
+    apt_get_in(Path::new("/"), args, progress)
+}
+
+fn apt_get_in(folder: &Path, args: &[&str], progress: &mut Progress) -> Result<()> {
     let deadline = Instant::now() + LOCK_PATIENCE;
     let mut repaired = false;
     loop {
-        let (success, lines) = run("apt-get", args, progress)?;
+        let (success, lines) = run("apt-get", args, folder, progress)?;
         if success {
             return Ok(());
         }
@@ -90,7 +114,7 @@ fn apt_get(args: &[&str], progress: &mut Progress) -> Result<()> {
         if said("dpkg --configure -a") && !repaired {
             progress.step("an earlier installation was interrupted: dpkg --configure -a");
             repaired = true;
-            run("dpkg", &["--configure", "-a"], progress)?;
+            run("dpkg", &["--configure", "-a"], folder, progress)?;
         } else if (said("Could not get lock") || said("Unable to lock"))
             && Instant::now() < deadline
         {
@@ -104,9 +128,15 @@ fn apt_get(args: &[&str], progress: &mut Progress) -> Result<()> {
     }
 }
 
-fn run(program: &str, args: &[&str], progress: &mut Progress) -> Result<(bool, Vec<String>)> {
+fn run(
+    program: &str,
+    args: &[&str],
+    folder: &Path,
+    progress: &mut Progress,
+) -> Result<(bool, Vec<String>)> {
     let mut command = Command::new(probe::find(program).context("apt or dpkg is missing")?);
     command
+        .current_dir(folder)
         .env("LC_ALL", "C")
         .env("DEBIAN_FRONTEND", "noninteractive")
         .env("DEBIAN_PRIORITY", "critical")

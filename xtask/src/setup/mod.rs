@@ -7,6 +7,7 @@
 //! printed. The result is `target/ebpf-toolchain.json` ([`toolchain`]).
 
 pub(crate) mod apt;
+pub(crate) mod clients;
 mod debian;
 pub(crate) mod linker;
 mod nightly;
