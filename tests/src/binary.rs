@@ -1,10 +1,17 @@
 //! Finding a program that cargo has built beside the running test.
 
 use std::{
-    fs,
+    env, fs,
     path::{Path, PathBuf},
     time::SystemTime,
 };
+
+/// A program of the host's: beside what `PATH` names, where Debian has those of servers.
+pub fn installed(name: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let folders = env::split_paths(&path).chain(["/usr/sbin".into(), "/usr/local/sbin".into()]);
+    folders.map(|folder| folder.join(name)).find(|program| program.is_file())
+}
 
 /// The path of a workspace program of the same profile as this executable.
 ///
@@ -13,7 +20,7 @@ use std::{
 /// package's tests without the programs of the others.
 #[track_caller]
 pub fn locate(name: &str) -> PathBuf {
-    let here = std::env::current_exe().expect("this executable has no path");
+    let here = env::current_exe().expect("this executable has no path");
     let mut folder = here.parent().expect("an executable lies in a folder");
     // Tests lie in `deps`, examples in `examples`.
     if folder.ends_with("deps") || folder.ends_with("examples") {
@@ -43,7 +50,7 @@ pub fn locate(name: &str) -> PathBuf {
 #[track_caller]
 pub fn other_agent() -> Option<PathBuf> {
     let this = locate("canary-agent");
-    let (path, named) = match std::env::var_os("CANARY_OTHER_AGENT") {
+    let (path, named) = match env::var_os("CANARY_OTHER_AGENT") {
         Some(path) => (PathBuf::from(path), true),
         None => {
             let other = if cfg!(debug_assertions) { "release" } else { "debug" };

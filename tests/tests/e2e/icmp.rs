@@ -14,80 +14,18 @@ use canary_tests::{
     host,
     netns::Namespace,
     server::HTTP_PORT,
-    topology::{CLIENT_V4, CLIENT_V6, Family},
+    topology::Family,
     wait,
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::support::{Bench, Way};
+use crate::{
+    far::Far,
+    support::{Bench, Way},
+};
 
-/// Bytes of a packet that the narrow link takes.
-const NARROW_MTU: u32 = 1300;
 /// A port that nobody listens on.
 const CLOSED_PORT: u16 = 7777;
-
-/// A client two routers away, with a link of [`NARROW_MTU`] between them: its own link is wide, so
-/// its SYN says nothing of that.
-struct Far {
-    far: Namespace,
-    _router: Namespace,
-}
-
-impl Far {
-    /// Builds it behind the client's host, which is the first router.
-    #[track_caller]
-    fn new(bench: &Bench) -> Self {
-        let near = bench.client();
-        let router = Namespace::new("router");
-        let far = Namespace::new("far");
-        let forwards = |namespace: &Namespace| {
-            namespace.sysctl("net/ipv4/ip_forward", "1");
-            namespace.sysctl("net/ipv6/conf/all/forwarding", "1");
-        };
-        forwards(near);
-        forwards(&router);
-        near.ip(&format!(
-            "link add narrow type veth peer name narrow netns {}
-link set narrow mtu {NARROW_MTU} up
-address add 10.200.0.1/24 dev narrow
-address add fd00:c8::1/64 dev narrow nodad
-route add 10.200.1.0/24 via 10.200.0.2
-",
-            router.name()
-        ));
-        router.ip(&format!(
-            "link set narrow mtu {NARROW_MTU} up
-address add 10.200.0.2/24 dev narrow
-address add fd00:c8::2/64 dev narrow nodad
-route add default via 10.200.0.1
-route add ::/0 via fd00:c8::1
-link add wide type veth peer name wide netns {}
-link set wide up
-address add 10.200.1.1/24 dev wide
-address add fd00:c8:1::1/64 dev wide nodad",
-            far.name()
-        ));
-        near.ip("route add fd00:c8:1::/64 via fd00:c8::2");
-        far.ip("link set wide up
-address add 10.200.1.2/24 dev wide
-address add fd00:c8:1::2/64 dev wide nodad
-route add default via 10.200.1.1
-route add ::/0 via fd00:c8:1::1");
-        bench.topology.balancer.ip(&format!(
-            "route add 10.200.0.0/16 via {CLIENT_V4}
-route add fd00:c8::/32 via {CLIENT_V6}"
-        ));
-        Self { far, _router: router }
-    }
-
-    fn addr(family: Family) -> IpAddr {
-        let addr = match family {
-            Family::V4 => "10.200.1.2",
-            Family::V6 => "fd00:c8:1::2",
-        };
-        addr.parse().expect("an address")
-    }
-}
 
 /// Errors that say that a packet is too big which a host has sent.
 #[track_caller]
@@ -194,7 +132,7 @@ fn clients_hear_of_closed_ports_through_translation() {
 }
 
 /// Sends an echo request to the service's address and reads the reply's payload.
-fn ping(from: IpAddr, to: IpAddr, payload: &[u8]) -> io::Result<Vec<u8>> {
+pub(crate) fn ping(from: IpAddr, to: IpAddr, payload: &[u8]) -> io::Result<Vec<u8>> {
     let (domain, protocol, request, reply) = match to {
         IpAddr::V4(_) => (Domain::IPV4, Protocol::ICMPV4, 8, 0),
         IpAddr::V6(_) => (Domain::IPV6, Protocol::ICMPV6, 128, 129),
@@ -211,7 +149,7 @@ fn ping(from: IpAddr, to: IpAddr, payload: &[u8]) -> io::Result<Vec<u8>> {
     }
     socket.send(&message)?;
     loop {
-        let mut buffer = [MaybeUninit::uninit(); 2048];
+        let mut buffer = [MaybeUninit::uninit(); 8192];
         let got = socket.recv(&mut buffer)?;
         // SAFETY: the kernel has written so many bytes.
         let got: Vec<u8> = buffer[..got].iter().map(|byte| unsafe { byte.assume_init() }).collect();

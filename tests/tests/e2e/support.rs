@@ -109,13 +109,18 @@ impl Bench {
     /// As for `dsr`, with packets wrapped for backends that unwrap them: `ipip` or `gue`.
     #[track_caller]
     pub(crate) fn wrapped(forward: &'static str, versions: &[(&str, u8)]) -> Self {
-        let mut bench = Self::new(Way::Dsr, versions);
-        bench.forward = forward;
-        let hosts = &bench.topology.backends;
-        bench.pins = hosts.iter().map(|_| Workdir::new("decap")).collect();
+        Self::new(Way::Dsr, versions).wrapping(forward)
+    }
+
+    /// Has packets wrapped which would be sent by MAC address alone.
+    #[track_caller]
+    pub(crate) fn wrapping(mut self, forward: &'static str) -> Self {
+        self.forward = forward;
+        let hosts = &self.topology.backends;
+        self.pins = hosts.iter().map(|_| Workdir::new("decap")).collect();
         let from = ["eth0", "--from", "10.1.0.2", "--from", "fd00:1::2"];
-        hosts.iter().zip(&bench.pins).for_each(|(host, pins)| decap(host, pins, &from));
-        bench
+        hosts.iter().zip(&self.pins).for_each(|(host, pins)| decap(host, pins, &from));
+        self
     }
 
     /// Both services on both families; `keys` are more lines of each.
