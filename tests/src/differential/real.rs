@@ -73,9 +73,10 @@ pub fn record() -> (Vec<Vec<u8>>, Vec<String>) {
     // The others where this host has them.
     let start = |line: &str| spawn(command(server, line)).ok().map(Running);
     let iperf3 = start("iperf3 --server");
+    // It changes neither user nor group so, and thereby ends with this process.
     let dns = start(
-        "dnsmasq --keep-in-foreground --no-resolv --no-hosts --conf-file=/dev/null --user= \
-         --pid-file= --address=/example/192.0.2.1",
+        "dnsmasq --no-daemon --no-resolv --no-hosts --conf-file=/dev/null --pid-file= \
+         --address=/example/192.0.2.1",
     );
     let watch = Watch::frames(server, "eth0");
     let mut used = Vec::new();

@@ -30,9 +30,9 @@ fn large(name: &str) -> Vec<String> {
 fn serve(host: &Host) -> Running {
     let addrs = Mode::served(host);
     let listen: String = addrs.iter().map(|addr| format!(" --listen-address={addr}")).collect();
+    // It changes neither user nor group so, and thereby ends with this process.
     let line = format!(
-        "dnsmasq --keep-in-foreground --no-resolv --no-hosts --conf-file=/dev/null --user= \
-         --pid-file= --bind-interfaces --edns-packet-max=4096 --txt-record=who.test,{} \
+        "dnsmasq --no-daemon --no-resolv --no-hosts --conf-file=/dev/null --pid-file= --bind-interfaces --edns-packet-max=4096 --txt-record=who.test,{} \
          --txt-record=large.test,{}{listen}",
         host.name,
         large(&host.name).join(",")
