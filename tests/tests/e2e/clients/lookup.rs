@@ -76,7 +76,7 @@ fn exercise(test: &str, mode: Mode) {
     wait_served(&bench, PORT);
     for family in Family::ALL {
         for client in clients(&bench, &agent, SERVICE, family, 0) {
-            let before = Came::to_all(&bench);
+            let before = Came::to_all_at_rest(&bench);
             for (options, transport) in [("+notcp +ignore", "(UDP)"), ("+tcp", "(TCP)")] {
                 let what = format!("{test} {} {transport}", client.addr);
                 let (strings, stats) = dig(&bench, family, &client, options, "who.test");

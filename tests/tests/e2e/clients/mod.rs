@@ -280,11 +280,31 @@ impl Came {
         }
     }
 
-    /// At each backend, in order.
+    /// At each backend, in order, when the last segments of earlier connections have come.
     #[track_caller]
-    fn to_all(bench: &Bench) -> Vec<Self> {
-        bench.topology.backends.iter().map(Self::to).collect()
+    fn to_all_at_rest(bench: &Bench) -> Vec<Self> {
+        let hosts = &bench.topology.backends;
+        for host in hosts {
+            wait::until("the end of earlier connections", || match open_sockets(host) {
+                0 => Ok(()),
+                open => Err(format!("{}: {open} are open", host.name)),
+            });
+        }
+        hosts.iter().map(Self::to).collect()
     }
+}
+
+/// A host's connections that are not over.
+#[track_caller]
+fn open_sockets(host: &Host) -> usize {
+    const TIME_WAIT: &str = "06";
+    const LISTEN: &str = "0A";
+    let read = |name: &str| std::fs::read_to_string(format!("/proc/thread-self/net/{name}"));
+    let tables = host.namespace.run(|| ["tcp", "tcp6"].map(read));
+    let tables = tables.map(|table| table.expect("a host's sockets"));
+    let rows = tables.iter().flat_map(|table| table.lines().skip(1));
+    let states = rows.filter_map(|row| row.split_whitespace().nth(3));
+    states.filter(|state| ![TIME_WAIT, LISTEN].contains(state)).count()
 }
 
 /// Asserts that since `before` only one backend has got anything.

@@ -131,7 +131,7 @@ fn exercise(test: &str, mode: Mode) {
     for family in Family::ALL {
         let vip = in_url(family.vip());
         for client in clients(&bench, &agent, SHOP, family, 0) {
-            let before = Came::to_all(&bench);
+            let before = Came::to_all_at_rest(&bench);
             web.fetch(&client, "1.1", "--http1.1", &format!("http://{vip}"));
             web.upload(&client, "1.1", "--http1.1", &format!("http://{vip}"));
             assert_only(&bench, &before, &client.backend, test);
@@ -139,7 +139,7 @@ fn exercise(test: &str, mode: Mode) {
         // Many streams at once on one connection.
         let options = format!("--http2 --parallel --resolve {NAME}:{HTTPS_PORT}:{vip}");
         for client in clients(&bench, &agent, SECURE, family, 500) {
-            let before = Came::to_all(&bench);
+            let before = Came::to_all_at_rest(&bench);
             web.fetch(&client, "2", &options, &format!("https://{NAME}"));
             web.upload(&client, "2", &options, &format!("https://{NAME}"));
             assert_only(&bench, &before, &client.backend, test);
