@@ -271,6 +271,7 @@ impl Loaded {
             xdp_mode: XdpMode::Auto,
             replace: false,
             rebuild: false,
+            rare: true,
         };
         let (mut datapath, _) = Datapath::open(options.clone())?;
         datapath.set_macs(&macs([ARRIVAL_IFINDEX]))?;

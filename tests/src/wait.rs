@@ -23,12 +23,21 @@ const SLOWNESS: &str = "CANARY_SLOWNESS";
 /// [`PATIENCE`], on this machine. It tells what hangs from what goes on; no promise of
 /// the agent's is measured by it.
 pub fn patience() -> Duration {
+    PATIENCE * slowness()
+}
+
+/// Whether the processor is emulated, so that what it does has its price in minutes.
+pub fn emulated() -> bool {
+    slowness() > 1
+}
+
+/// How many times longer what is local may take here.
+pub fn slowness() -> u32 {
     static FACTOR: OnceLock<u32> = OnceLock::new();
-    let factor = FACTOR.get_or_init(|| {
+    *FACTOR.get_or_init(|| {
         let set = std::env::var(SLOWNESS).ok();
         set.map_or(1, |text| text.parse().unwrap_or_else(|_| panic!("{SLOWNESS}={text}")))
-    });
-    PATIENCE * *factor
+    })
 }
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);

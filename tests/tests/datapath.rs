@@ -15,6 +15,7 @@ use canary_ebpf_common::{
 use canary_tests::{
     bpf, lacking,
     loaded::{BpfFs, Flows},
+    wait,
     workdir::Workdir,
     world::{Service, World},
 };
@@ -35,7 +36,15 @@ fn options(bpffs: &BpfFs) -> Options {
         xdp_mode: XdpMode::Auto,
         replace: false,
         rebuild: false,
+        // What these tests are about is maps, pins and links. An emulated processor takes ten times as
+        // long with the programs that go on after `ingress`; two tests load them there, too.
+        rare: !wait::emulated(),
     }
+}
+
+/// The same with every program, on any processor.
+fn options_of_all(bpffs: &BpfFs) -> Options {
+    Options { rare: true, ..options(bpffs) }
 }
 
 fn world(services: Vec<Service>) -> DataPlane {
@@ -71,12 +80,12 @@ fn a_second_agent_finds_what_the_first_has_written() {
     let tracked = Entry::tracking(BackendIndex::new(1), BackendIndex::new(2), true);
     Arc::make_mut(&mut service.entries)[77] = tracked;
     Arc::make_mut(&mut service.ledger)[77] = LedgerEntry::new(3, 123_456);
-    let (mut first, adopted) = Datapath::open(options(&bpffs)).unwrap();
+    let (mut first, adopted) = Datapath::open(options_of_all(&bpffs)).unwrap();
     assert_eq!(adopted.services, []);
     first.apply(&wanted).unwrap();
     drop(first);
 
-    let (mut second, adopted) = Datapath::open(options(&bpffs)).unwrap();
+    let (mut second, adopted) = Datapath::open(options_of_all(&bpffs)).unwrap();
     assert_eq!(adopted.services.len(), 4);
     for (found, wanted) in adopted.services.iter().zip(&wanted.services) {
         assert_eq!(found.name, wanted.name);
@@ -451,14 +460,14 @@ fn with_veth(body: impl FnOnce() + Send + 'static) {
 fn a_pinned_link_is_taken_over_by_the_next_agent() {
     with_veth(|| {
         let bpffs = BpfFs::mount();
-        let (mut first, _) = Datapath::open(options(&bpffs)).unwrap();
+        let (mut first, _) = Datapath::open(options_of_all(&bpffs)).unwrap();
         let attached = first.attach("near").unwrap();
         assert_eq!(attached.mode, AttachedMode::Native);
         assert_eq!(first.attached_interfaces().unwrap(), ["near"]);
         let id = first.program().unwrap().info().unwrap().id();
         drop(first);
         assert_eq!(datapath::program_on("near").unwrap(), Some(id), "it outlives the agent");
-        let (mut second, _) = Datapath::open(options(&bpffs)).unwrap();
+        let (mut second, _) = Datapath::open(options_of_all(&bpffs)).unwrap();
         second.attach("near").unwrap();
         let new = second.program().unwrap().info().unwrap().id();
         assert_ne!(new, id);

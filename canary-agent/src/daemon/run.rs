@@ -107,6 +107,7 @@ pub fn run(options: RunOptions) -> anyhow::Result<ExitCode> {
         xdp_mode: config.agent.xdp_mode,
         replace,
         rebuild,
+        rare: true,
     })
     .map_err(|error| {
         made.undo();

@@ -94,6 +94,10 @@ pub struct Options {
     /// Whether pinned maps that can't be gone on with give way to new ones, of which nothing
     /// is known but what the store says.
     pub rebuild: bool,
+    /// Whether the programs are loaded that go on with what `ingress` does not know at sight. Tests
+    /// of the maps do without on an emulated processor, which takes long to verify them.
+    #[doc(hidden)]
+    pub rare: bool,
 }
 
 /// Why the data plane could not be brought about.

@@ -81,11 +81,11 @@ pub(super) fn load(
         .override_global("NAT_PORT_FIRST", &first, true)
         .override_global("NAT_PORT_COUNT", &count, true);
     let mut ebpf = loader.load(INGRESS)?;
-    let others = [INGRESS_PROGRAM, FORGET_V4, FORGET_V6, JUDGE_V4, JUDGE_V6];
-    for program in others.into_iter().chain(RARE_PROGRAMS) {
+    let rare: &[&str] = if options.rare { &RARE_PROGRAMS } else { &[] };
+    for program in [INGRESS_PROGRAM, FORGET_V4, FORGET_V6, JUDGE_V4, JUDGE_V6].iter().chain(rare) {
         xdp(&mut ebpf, program)?.load()?;
     }
-    for (place, name) in RARE_PROGRAMS.into_iter().enumerate() {
+    for (place, name) in rare.iter().enumerate() {
         let program = xdp(&mut ebpf, name)?.fd()?.try_clone()?;
         let map = ebpf
             .map_mut(PROGRAMS_MAP)

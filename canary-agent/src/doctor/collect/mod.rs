@@ -62,6 +62,7 @@ pub fn collect(config: &Config, depth: Depth) -> Facts {
         xdp_mode: config.agent.xdp_mode,
         replace: false,
         rebuild: false,
+        rare: true,
     };
     let backends: BTreeSet<IpAddr> = config
         .services
