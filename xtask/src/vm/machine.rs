@@ -21,6 +21,19 @@ const QEMU: &str = "qemu-system-x86_64";
 /// The package that has it.
 const PACKAGE: &str = "qemu-system-x86";
 
+/// What kernels are told.
+const PARAMETERS: &str = "console=ttyS0 panic=-1 quiet random.trust_cpu=on";
+
+/// The processor that is emulated: of one with more, the kernel uses what takes longer to emulate.
+const EMULATED: &str = "Nehalem";
+
+/// What kernels are told of such a processor. Its counter can be relied on, which is the host's: the
+/// other clocks are devices, and each look at them an exit from emulated code. Nothing can be
+/// learnt from how it speculates. String instructions are slower than loops. Memory need not be
+/// cleared for nobody's secrets.
+const EMULATED_PARAMETERS: &str = "tsc=reliable clocksource=tsc mitigations=off clearcpuid=rep_good,erms \
+                                   init_on_alloc=0 hardened_usercopy=off cgroup_disable=memory";
+
 /// Lines of the kernel's console that are shown when the machine has failed.
 const CONSOLE_LINES: usize = 30;
 
@@ -108,7 +121,7 @@ pub(crate) fn run(
         .args(if kvm() {
             ["-accel", "kvm", "-cpu", "host"]
         } else {
-            ["-accel", "tcg", "-cpu", "max"]
+            ["-accel", "tcg", "-cpu", EMULATED]
         })
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
         .args(["-smp", &size.cpus.to_string(), "-m", &format!("{}M", size.memory_mib)])
@@ -116,7 +129,8 @@ pub(crate) fn run(
         .arg(kernel)
         .arg("-initrd")
         .arg(initramfs)
-        .args(["-append", "console=ttyS0 panic=-1 quiet random.trust_cpu=on"])
+        .arg("-append")
+        .arg(format!("{PARAMETERS} {}", if kvm() { "" } else { EMULATED_PARAMETERS }))
         .args(["-serial", &format!("file:{}", console.0.display())])
         .args(["-serial", "stdio"]);
     // Two interfaces on one wire that leads nowhere else.
