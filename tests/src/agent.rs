@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, File},
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     time::Duration,
@@ -195,7 +196,11 @@ impl<'a> Agent<'a> {
                 "the agent is not ready: {last}\n{}",
                 self.log_tail()
             );
-            self.ready_now().inspect_err(|reason| last.clone_from(reason))
+            // A command takes much of an emulated processor that the agent needs for its start.
+            UnixStream::connect(self.socket())
+                .map_err(|error| format!("the socket: {error}"))
+                .and_then(|_| self.ready_now())
+                .inspect_err(|reason| last.clone_from(reason))
         })
     }
 

@@ -15,6 +15,7 @@ use nix::sys::socket::{
 use crate::{
     http::{self, Head},
     netns::Namespace,
+    wait,
 };
 
 /// How long a connection, an answer or a pause within one may take.
@@ -282,11 +283,11 @@ impl UdpFlow {
     /// Sends a payload until it comes back; returns the server's name.
     ///
     /// # Errors
-    /// The socket's; `TimedOut` after six attempts in three seconds; `InvalidData`
-    /// if another payload comes back.
+    /// The socket's; `TimedOut` after six attempts in three seconds, more on an emulated processor;
+    /// `InvalidData` if another payload comes back.
     pub fn ask(&self, payload: &[u8]) -> io::Result<String> {
         let mut buffer = vec![0; 64 * 1024];
-        for _ in 0..UDP_ATTEMPTS {
+        for _ in 0..UDP_ATTEMPTS * wait::slowness() {
             self.socket.send(payload)?;
             let deadline = Instant::now() + UDP_RETRY;
             while let Some(left) =

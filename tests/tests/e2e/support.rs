@@ -22,6 +22,7 @@ use canary_tests::{
     server::{ECHO_PORT, HTTP_PORT, Server},
     spawn,
     topology::{Family, Host, Options, Topology},
+    wait,
     workdir::Workdir,
 };
 use nix::time::{ClockId, clock_gettime};
@@ -359,13 +360,13 @@ pub(crate) fn settled(status: &Status) -> String {
 /// Runs a command to its end, which must come soon.
 #[track_caller]
 pub(crate) fn finish(mut command: Command) -> Output {
-    const LIMIT: Duration = Duration::from_secs(20);
+    let limit = wait::patience();
     let mut files = [(); 2].map(|()| unnamed_file());
     let [out, err] = &files;
     command.stdout(Stdio::from(out.try_clone().expect("a file")));
     command.stderr(Stdio::from(err.try_clone().expect("a file")));
     let mut child = spawn::spawn(command).expect("a process");
-    let deadline = Instant::now() + LIMIT;
+    let deadline = Instant::now() + limit;
     let status = loop {
         match child.try_wait().expect("a child") {
             Some(status) => break Some(status),
@@ -384,7 +385,7 @@ pub(crate) fn finish(mut command: Command) -> Output {
         String::from_utf8_lossy(&bytes).into_owned()
     });
     let Some(status) = status else {
-        panic!("it has not ended within {LIMIT:?}:\n{stdout}{stderr}");
+        panic!("it has not ended within {limit:?}:\n{stdout}{stderr}");
     };
     Output { code: status.code().unwrap_or(-1), stdout, stderr }
 }
