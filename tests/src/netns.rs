@@ -6,7 +6,7 @@ use std::{
     io::Write as _,
     os::{fd::AsFd as _, unix::process::CommandExt as _},
     path::Path,
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -16,7 +16,7 @@ use std::{
 
 use nix::sched::{CloneFlags, setns};
 
-use crate::sweep::NETNS_FOLDER;
+use crate::{spawn::spawn, sweep::NETNS_FOLDER};
 
 /// The next number in a name of this process.
 static NEXT: AtomicU32 = AtomicU32::new(0);
@@ -126,6 +126,22 @@ impl Namespace {
             });
         }
         command
+    }
+
+    /// What a command says that runs in it to its end.
+    ///
+    /// # Errors
+    /// What it complains of, if it fails or is missing.
+    pub fn ask(&self, words: &str) -> Result<String, String> {
+        let mut words = words.split(' ');
+        let mut command = self.command(words.next().unwrap_or_default());
+        command.args(words).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let output = spawn(command).and_then(Child::wait_with_output).map_err(|e| e.to_string())?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        match output.status.success() {
+            true => Ok(text(&output.stdout)),
+            false => Err(text(&output.stderr)),
+        }
     }
 
     /// Sets a value under `/proc/sys` of the namespace: `net/ipv4/ip_forward`.

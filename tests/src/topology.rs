@@ -313,6 +313,42 @@ route add ::/0 via {BALANCER_V6}"
         }
     }
 
+    /// What netem does (tc-netem(8)) to packets from clients to the balancer, and to those that clients
+    /// get. Both are where no XDP program sends past it.
+    ///
+    /// # Panics
+    /// The kernel has no netem, or `tc` is missing.
+    #[track_caller]
+    pub fn impair(&self, netem: &str) {
+        for (namespace, interface) in self.impaired() {
+            let words = format!("tc qdisc replace dev {interface} root netem {netem}");
+            namespace.ask(&words).unwrap_or_else(|error| panic!("{words}: {error}"));
+        }
+    }
+
+    /// Packets that netem has lost on either way.
+    ///
+    /// # Panics
+    /// `tc` says nothing of it.
+    #[track_caller]
+    pub fn lost(&self) -> [u64; 2] {
+        self.impaired().map(|(namespace, interface)| {
+            let words = format!("tc -statistics -json qdisc show dev {interface}");
+            let said = namespace.ask(&words).unwrap_or_else(|error| panic!("{words}: {error}"));
+            let told: serde_json::Value =
+                serde_json::from_str(&said).unwrap_or_else(|error| panic!("{error}: {said}"));
+            told[0]["drops"].as_u64().unwrap_or_else(|| panic!("{interface}: {said}"))
+        })
+    }
+
+    /// The way to the balancer, and the one to clients.
+    fn impaired(&self) -> [(&Namespace, &'static str); 2] {
+        match self.shape {
+            Shape::TwoArmed => [(&self.client, "eth0"), (&self.switch, "balancer")],
+            Shape::OneArmed => [(&self.switch, "balancer"), (&self.switch, "client")],
+        }
+    }
+
     /// Takes a backend off the switch, or puts it back on. Everybody's link stays up: it is gone
     /// without a word.
     pub fn cut_off(&self, host: &Host, cut: bool) {

@@ -36,6 +36,7 @@ mod plans;
 mod pressure;
 mod quic;
 mod quic_peer;
+mod receivers;
 mod reload;
 mod reused;
 mod rollback;

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail};
 use crate::setup::probe;
 
 /// What tests use of a kernel. What it has built in has no file, and needs none.
-const WANTED: [&str; 13] = [
+const WANTED: [&str; 14] = [
     "virtio_pci",
     "virtio_net",
     "veth",
@@ -19,6 +19,7 @@ const WANTED: [&str; 13] = [
     "8021q",
     "dummy",
     "ipip",
+    "sit",
     "ip6_tunnel",
     "fou",
     "fou6",
