@@ -1,5 +1,5 @@
-//! The few BPF commands that aya has no words for: a program of two
-//! instructions to measure against, runs that say where a packet came in, and
+//! The few BPF commands that aya has no words for: programs and maps without an
+//! object file, runs that say where a packet came in and how often it is run, and
 //! clearing a map of any kind.
 
 use std::{
@@ -35,6 +35,9 @@ const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
 /// `BPF_PROG_TYPE_XDP` (linux/bpf.h).
 const BPF_PROG_TYPE_XDP: u32 = 6;
+/// `BPF_XDP` (linux/bpf.h): what aya loads programs for, which those that call each other have to
+/// have in common.
+const BPF_XDP: u32 = 37;
 
 /// `BPF_MAP_FREEZE` (linux/bpf.h; kernel 5.2, commit 87df15de441b).
 const BPF_MAP_FREEZE: libc::c_long = 22;
@@ -63,6 +66,9 @@ struct LoadAttr {
     log_buf: u64,
     kern_version: u32,
     prog_flags: u32,
+    prog_name: [u8; 16],
+    prog_ifindex: u32,
+    expected_attach_type: u32,
 }
 
 /// The part of `union bpf_attr` that `BPF_PROG_TEST_RUN` uses.
@@ -197,20 +203,63 @@ pub fn freeze(map: &MapData) -> io::Result<()> {
     Ok(())
 }
 
+/// The part of `union bpf_attr` that `BPF_MAP_CREATE` needs.
+#[repr(C)]
+struct CreateAttr {
+    kind: u32,
+    key_bytes: u32,
+    value_bytes: u32,
+    entries: u32,
+    flags: u32,
+}
+
+/// Makes a map.
+///
+/// # Errors
+/// When the kernel refuses it.
+pub fn create(
+    kind: MapType,
+    key_bytes: u32,
+    value_bytes: u32,
+    entries: u32,
+) -> io::Result<OwnedFd> {
+    create_with(CreateAttr { kind: kind as u32, key_bytes, value_bytes, entries, flags: 0 })
+}
+
+fn create_with(mut attr: CreateAttr) -> io::Result<OwnedFd> {
+    // SAFETY: no pointer is in it.
+    let fd = unsafe { bpf(BPF_MAP_CREATE, &mut attr)? };
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Writes an element of a map of [`create`]'s, which is not per CPU.
+///
+/// # Errors
+/// When the kernel refuses to write.
+///
+/// # Panics
+/// When key or value are not as long as the map's.
+pub fn update(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::Result<()> {
+    let copy = map.try_clone_to_owned()?;
+    let info = MapData::from_fd(copy).and_then(|map| map.info()).map_err(io::Error::other)?;
+    assert_eq!((key.len(), value.len()), (info.key_size() as usize, info.value_size() as usize));
+    let mut attr = ElementAttr {
+        map_fd: map.as_raw_fd() as u32,
+        key: key.as_ptr() as u64,
+        value_or_next_key: value.as_ptr() as u64,
+        ..ElementAttr::default()
+    };
+    // SAFETY: key and value are memory that outlives the call, of the map's sizes.
+    unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut attr)? };
+    Ok(())
+}
+
 /// Makes an array of values of `value_bytes` that can be mapped, and pins it at `path`.
 ///
 /// # Errors
 /// When the kernel refuses it, or the path is taken or on no BPF file system.
 pub fn pin_array(path: &Path, value_bytes: u32, entries: u32) -> io::Result<()> {
-    /// The part of `union bpf_attr` that `BPF_MAP_CREATE` needs.
-    #[repr(C)]
-    struct CreateAttr {
-        kind: u32,
-        key_bytes: u32,
-        value_bytes: u32,
-        entries: u32,
-        flags: u32,
-    }
     /// The part of `union bpf_attr` that `BPF_OBJ_PIN` needs.
     #[repr(C)]
     struct PinAttr {
@@ -220,16 +269,41 @@ pub fn pin_array(path: &Path, value_bytes: u32, entries: u32) -> io::Result<()> 
     }
     const MMAPABLE: u32 = 1 << 10;
     let kind = MapType::Array as u32;
-    let mut attr = CreateAttr { kind, key_bytes: 4, value_bytes, entries, flags: MMAPABLE };
-    // SAFETY: no pointer is in it.
-    let fd = unsafe { bpf(BPF_MAP_CREATE, &mut attr)? };
-    // SAFETY: the kernel has just made this descriptor for us.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    let fd = create_with(CreateAttr { kind, key_bytes: 4, value_bytes, entries, flags: MMAPABLE })?;
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut attr = PinAttr { path: path.as_ptr() as u64, fd: fd.as_raw_fd() as u32, flags: 0 };
     // SAFETY: the path lives through the call.
     unsafe { bpf(BPF_OBJ_PIN, &mut attr)? };
     Ok(())
+}
+
+/// Loads an XDP program.
+///
+/// # Errors
+/// When the kernel refuses it, with what its verifier says, or for want of rights.
+pub fn load(instructions: &[u64]) -> io::Result<OwnedFd> {
+    let mut log = vec![0_u8; 64 << 10];
+    let mut attr = LoadAttr {
+        prog_type: BPF_PROG_TYPE_XDP,
+        insn_cnt: instructions.len() as u32,
+        insns: instructions.as_ptr() as u64,
+        license: c"GPL".as_ptr() as u64,
+        log_level: 1,
+        log_size: log.len() as u32,
+        log_buf: log.as_mut_ptr() as u64,
+        expected_attach_type: BPF_XDP,
+        ..LoadAttr::default()
+    };
+    // SAFETY: all pointers are to memory that outlives the call, of the size that is said.
+    match unsafe { bpf(BPF_PROG_LOAD, &mut attr) } {
+        // SAFETY: the kernel has just made this descriptor for us.
+        Ok(fd) => Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) }),
+        Err(error) => {
+            let said = String::from_utf8_lossy(&log);
+            let said = said.trim_end_matches('\0').trim();
+            Err(io::Error::new(error.kind(), format!("{error}\n{said}")))
+        }
+    }
 }
 
 /// Loads `return XDP_PASS`, the program that others are measured against.
@@ -238,18 +312,7 @@ pub fn pin_array(path: &Path, value_bytes: u32, entries: u32) -> io::Result<()> 
 /// When the kernel refuses it, for want of rights above all.
 pub fn load_empty() -> io::Result<OwnedFd> {
     // r0 = XDP_PASS; exit
-    let instructions: [u64; 2] = [0x0000_0002_0000_00b7, 0x95];
-    let mut attr = LoadAttr {
-        prog_type: BPF_PROG_TYPE_XDP,
-        insn_cnt: instructions.len() as u32,
-        insns: instructions.as_ptr() as u64,
-        license: c"GPL".as_ptr() as u64,
-        ..LoadAttr::default()
-    };
-    // SAFETY: both pointers are to memory that outlives the call, of the size that is said.
-    let fd = unsafe { bpf(BPF_PROG_LOAD, &mut attr)? };
-    // SAFETY: the kernel has just made this descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+    load(&[0x0000_0002_0000_00b7, 0x95])
 }
 
 /// Runs an XDP program once on `frame`, which came in by `ifindex` (the
@@ -263,6 +326,21 @@ pub fn run(
     ifindex: Option<u32>,
     out: &mut [u8],
 ) -> io::Result<Run> {
+    run_times(program, frame, ifindex, out, 1)
+}
+
+/// The same several times in one call: the frame as it is given is the first run's, that of each
+/// other one is what the run before has made of it. The time is a single run's, rounded down.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_times(
+    program: BorrowedFd<'_>,
+    frame: &[u8],
+    ifindex: Option<u32>,
+    out: &mut [u8],
+    times: u32,
+) -> io::Result<Run> {
     let context = XdpMd {
         data_end: frame.len() as u32,
         ingress_ifindex: ifindex.unwrap_or(0),
@@ -274,7 +352,7 @@ pub fn run(
         data_in: frame.as_ptr() as u64,
         data_size_out: out.len() as u32,
         data_out: out.as_mut_ptr() as u64,
-        repeat: 1,
+        repeat: times,
         ..TestRunAttr::default()
     };
     if ifindex.is_some() {

@@ -364,6 +364,14 @@ impl Loaded {
         })
     }
 
+    /// Another descriptor of the program, which holds it.
+    ///
+    /// # Errors
+    /// When there is no further descriptor.
+    pub fn program(&self) -> Result<OwnedFd> {
+        Ok(self.program.try_clone()?)
+    }
+
     /// The program, to be run by another thread at the same time.
     ///
     /// # Errors

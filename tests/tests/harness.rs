@@ -6,20 +6,28 @@
 use std::{
     fs,
     net::SocketAddr,
+    os::fd::AsFd as _,
     path::Path,
     process::{Command, Stdio},
     time::Duration,
 };
 
+use canary_agent::plan;
 use canary_tests::{
+    bpf,
     client::{self, Connection, UdpFlow},
-    host,
+    floor, host,
+    loaded::{Loaded, XDP_PASS, XDP_TX},
+    names::Host,
     netns::Namespace,
+    notation,
+    rerun::Rerun,
     server::{ECHO_PORT, HTTP_PORT, Server},
     spawn,
     topology::{Family, Options, Topology},
     wait,
     workdir::Workdir,
+    world::{Service, World},
 };
 
 /// Every kind of traffic, from a client address, to every backend's own address.
@@ -164,4 +172,76 @@ fn leftovers_of_a_dead_process_are_swept() {
     canary_tests::sweep::stale_leftovers();
     assert!(!Path::new("/run/netns").join(&name).exists());
     assert!(!folder.exists());
+}
+
+#[test]
+fn a_program_that_is_run_again_meets_the_same_packet() {
+    if !host::ready("a_program_that_is_run_again_meets_the_same_packet") {
+        return;
+    }
+    const RUNS: u32 = 100;
+    let service = |vip: u16, mode: &str| Service {
+        vips: vec![Host::Vip(vip).name()],
+        mode: mode.to_owned(),
+        ..Service::default()
+    };
+    let services = [service(1, "dsr"), service(2, "nat"), service(3, "ipip"), service(4, "gue")];
+    let world = World { service: services.to_vec(), ..World::default() };
+    let plane = world.plane(|name| anyhow::bail!("no interface {name}")).unwrap();
+    let mut loaded = Loaded::new(&plane.plane, &world.sizes()).unwrap();
+    let program = loaded.program().unwrap();
+    let indices = &plane.backends[0].1;
+    let packets = |loaded: &Loaded| -> u64 {
+        loaded.counters(indices).iter().map(|counters| counters.packets).sum()
+    };
+    for text in [
+        "eth client > us / ip client > vip / tcp 40000 > 80 A",
+        "eth client > us / svlan 20 / vlan 10 / ip6 client > vip / tcp 40000 > 80 A / \"odd\"",
+        "eth client > us / ip client > vip2 / tcp 40000 > 80 S",
+        "eth client > us / ip6 client > vip2 / tcp 40000 > 80 S",
+        "eth client > us / ip client > vip3 / tcp 40000 > 80 A",
+        "eth client > us / ip6 client > vip4 / tcp 40000 > 80 A",
+    ] {
+        let frame = notation::parse(text).unwrap();
+        let once = loaded.run(&frame).unwrap();
+        assert_eq!(once.action, XDP_TX, "{text}");
+        let before = packets(&loaded);
+        let mut rerun = Rerun::new(program.as_fd(), &frame, None).unwrap();
+        assert_eq!(rerun.run(RUNS).unwrap().1, XDP_TX, "{text}");
+        assert_eq!(rerun.out(), once.frame, "{text}");
+        assert_eq!(packets(&loaded) - before, u64::from(RUNS), "{text}");
+    }
+    // Each is another connection.
+    let syn = notation::parse("eth client > us / ip client > vip2 / tcp 40000 > 80 S").unwrap();
+    let mut rerun = Rerun::new(program.as_fd(), &syn, Some(34)).unwrap();
+    let before = loaded.flows_v4.len();
+    rerun.number(2000).unwrap();
+    assert_eq!(rerun.run(RUNS).unwrap().1, XDP_TX);
+    assert_eq!(loaded.flows_v4.len() - before, 2 * RUNS as usize);
+}
+
+#[test]
+fn floors_send_back_what_they_know() {
+    if !host::ready("floors_send_back_what_they_know") {
+        return;
+    }
+    let mut out = vec![0; 2048];
+    for (family, ip) in [(plan::Family::V4, "ip"), (plan::Family::V6, "ip6")] {
+        let frame = |port: u16| {
+            let text = format!("eth client > us / {ip} client > vip / tcp {port} > 80 A");
+            notation::parse(&text).unwrap()
+        };
+        let known = frame(1024);
+        let mut back = known.clone();
+        back[..6].copy_from_slice(&Host::Client(1).mac());
+        back[6..12].copy_from_slice(&Host::Us.mac());
+        let swap = floor::swap().unwrap();
+        let look_up = floor::swap_and_look_up(family, std::slice::from_ref(&known)).unwrap();
+        for program in [&swap, &look_up] {
+            let run = bpf::run(program.as_fd(), &known, None, &mut out).unwrap();
+            assert_eq!((run.action, &out[..run.len_bytes]), (XDP_TX, &back[..]));
+        }
+        let run = bpf::run(look_up.as_fd(), &frame(1025), None, &mut out).unwrap();
+        assert_eq!((run.action, &out[..run.len_bytes]), (XDP_PASS, &frame(1025)[..]));
+    }
 }
