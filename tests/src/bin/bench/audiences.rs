@@ -22,7 +22,6 @@ use canary_ebpf_common::{
     class::{self, ClassEntry},
 };
 use canary_tests::{
-    bpf,
     loaded::{ARRIVAL_IFINDEX, Loaded, Sizes, XDP_TX},
     model::Random,
     names::Host,
@@ -31,7 +30,7 @@ use canary_tests::{
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use super::{Empty, figures, frame};
+use crate::packet::{Empty, figures, kinds::frame};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -127,7 +126,7 @@ fn with(config: &Config, networks: &[IpNet]) -> Config {
     config
 }
 
-fn begun(config: &Config) -> Result<Planner> {
+pub(crate) fn begun(config: &Config) -> Result<Planner> {
     let start = Start { config, adopted: Adopted::default(), stored: &[], now_ms: 1_000_000 };
     let (mut planner, _) = Planner::begin(start)?;
     let hop = |ip: IpAddr| -> Option<(IpAddr, Result<NextHop, String>)> {
@@ -195,11 +194,7 @@ fn net_ns(
     runs: usize,
     looked_up: bool,
 ) -> Result<String> {
-    let mut empty = Empty {
-        program: bpf::load_empty().context("loading the empty program")?,
-        frame: frame(Family::V4, 0, Host::Us, "A")?,
-        out: vec![0; 2048],
-    };
+    let mut empty = Empty::load()?;
     let Some(first) = packets.of(0) else { return Ok("-".to_owned()) };
     ensure!(loaded.run(first)?.action == XDP_TX, "it is sent to a backend");
     let mut changes = Changes::of(loaded)?;
