@@ -6,9 +6,9 @@
 
 use crate::abi::{Address, SERVICE_HASH_CONNECTION, Service};
 
-const M1: u64 = 0x9e37_79b9_7f4a_7c15;
-const M2: u64 = 0xbf58_476d_1ce4_e5b9;
-const M3: u64 = 0x94d0_49bb_1331_11eb;
+pub(crate) const M1: u64 = 0x9e37_79b9_7f4a_7c15;
+pub(crate) const M2: u64 = 0xbf58_476d_1ce4_e5b9;
+pub(crate) const M3: u64 = 0x94d0_49bb_1331_11eb;
 
 /// All ones where the service hashes whole connections, else zero.
 #[inline(always)]

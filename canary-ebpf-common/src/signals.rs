@@ -14,6 +14,7 @@
 
 use crate::{
     abi::{FlowKeyV4, FlowKeyV6, HANDSHAKE_BUCKETS, Sample, Sampling, outcome},
+    hash::{M1, M2, M3},
     steer::{CONFIRM_WINDOW, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN},
 };
 
@@ -45,14 +46,8 @@ const NEAR: u32 = 64 << 10;
 /// How far a packet may be ahead of the newest one before it, in bytes: a lost burst.
 const AHEAD: u32 = 16 << 20;
 
-/// Odd, with about as many ones as zeros: the first of SplitMix64's and of xxHash's.
-const WORDS: [u64; 5] = [
-    0x9e37_79b9_7f4a_7c15,
-    0xbf58_476d_1ce4_e5b9,
-    0x94d0_49bb_1331_11eb,
-    0xc2b2_ae3d_27d4_eb4f,
-    0x1656_67b1_9e37_79f9,
-];
+/// Odd, with about as many ones as zeros: those of the tuple hash, and two primes of xxHash's.
+const WORDS: [u64; 5] = [M1, M2, M3, 0xc2b2_ae3d_27d4_eb4f, 0x1656_67b1_9e37_79f9];
 
 /// A tuple whose connections can be watched.
 pub trait Watchable {
