@@ -27,7 +27,10 @@ fn place(country: &'static str, subdivision: Option<&'static str>) -> Data {
 
 /// Nested, with IPv4 inside IPv6 and its aliases, and with odd lengths.
 fn cities(record_bits: u16) -> Vec<u8> {
-    let mut file = Writer::new(true);
+    cities_in(Writer::new(true), record_bits)
+}
+
+fn cities_in(mut file: Writer, record_bits: u16) -> Vec<u8> {
     let iowa = place("US", Some("IA"));
     file.add("81.2.69.0/24", &place("GB", None));
     file.add("12.0.0.0/8", &place("US", None));
@@ -217,8 +220,13 @@ proptest! {
 
     /// A damaged file is refused, or read as whatever it says now; it never ends the agent.
     #[test]
-    fn a_damaged_file_does_no_harm(at in any::<prop::sample::Index>(), byte in any::<u8>()) {
-        let mut bytes = cities(24);
+    fn a_damaged_file_does_no_harm(
+        described in any::<bool>(),
+        at in any::<prop::sample::Index>(),
+        byte in any::<u8>(),
+    ) {
+        let file = Writer::new(true);
+        let mut bytes = cities_in(if described { file } else { file.undescribed() }, 24);
         let at = at.index(bytes.len());
         bytes[at] = byte;
         _ = select(&bytes, r#"country.iso_code == "US""#);
