@@ -15,7 +15,7 @@ use crate::{
         AudienceChange, BackendChange, ReloadReport, ReloadRequest, ServiceChange, SettingChange,
         VersionChange,
     },
-    config,
+    config::{self, derived},
 };
 
 const TARGET: &str = "/v1/reload";
@@ -131,7 +131,7 @@ fn changed_service(service: &ServiceChange) -> String {
     let mut out = format!("\n{} service {}\n", sign(change), text::plain(name));
     settings.iter().for_each(|setting| out.push_str(&changed_setting(setting)));
     // The table of a route has the versions and backends of its service, where they are shown.
-    let of_route = name.contains('@');
+    let of_route = derived::parts(name).is_some();
     for VersionChange { name, change } in versions.iter().filter(|_| !of_route) {
         out.push_str(&format!("  {} version {}\n", sign(change), text::plain(name)));
     }
