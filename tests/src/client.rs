@@ -33,9 +33,10 @@ const UDP_ATTEMPTS: u32 = 6;
 /// [`Connection::open`].
 ///
 /// # Errors
-/// Those of `bind` and `connect`; `WouldBlock` or `EINPROGRESS` after [`TIMEOUT`].
+/// Those of `bind` and `connect`; `WouldBlock` or `EINPROGRESS` after [`TIMEOUT`], more on an
+/// emulated processor.
 pub fn connect(source: SocketAddr, to: SocketAddr) -> io::Result<TcpStream> {
-    connect_within(TIMEOUT, source, to)
+    connect_within(TIMEOUT * wait::slowness(), source, to)
 }
 
 /// The same with another limit, which holds for the connection's reads and writes too.
