@@ -20,12 +20,43 @@ pub(crate) fn profile_folder(args: &[String]) -> &'static str {
     if args.iter().any(|arg| arg == "--release") { "release" } else { "debug" }
 }
 
+/// Lines of the output of a test that has failed which are said again at the end.
+const LINES_AGAIN: usize = 40;
+
 /// What all test programs of a run together did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 struct Tally {
     passed: u64,
     failed: u64,
     skipped: u64,
+    failures: Failures,
+}
+
+/// What the tests that have failed said, each with its name before it.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Failures {
+    lines: Vec<String>,
+    /// How many lines more are taken of the present one, if one is being said.
+    room: Option<usize>,
+}
+
+impl Failures {
+    /// Takes a line of a test program, which says what failed after all of its tests, and then lists the
+    /// names.
+    fn add(&mut self, line: &str) {
+        let name = line.strip_prefix("---- ").and_then(|line| line.strip_suffix(" stdout ----"));
+        if let Some(name) = name {
+            self.lines.push(format!("failed: {name}"));
+            self.room = Some(LINES_AGAIN);
+        } else if line == "failures:" || line.starts_with("test result: ") {
+            self.room = None;
+        } else if let Some(room) = self.room.as_mut().filter(|room| **room > 0)
+            && !line.is_empty()
+        {
+            *room -= 1;
+            self.lines.push(format!("    {line}"));
+        }
+    }
 }
 
 impl fmt::Display for Tally {
@@ -37,6 +68,7 @@ impl fmt::Display for Tally {
 impl Tally {
     /// Adds a line `test result: ok. 5 passed; 0 failed; 1 ignored; …`.
     fn add(&mut self, line: &str) {
+        self.failures.add(line);
         let Some(result) = line.strip_prefix("test result: ") else {
             return;
         };
@@ -92,6 +124,10 @@ pub(crate) fn test(workspace: &Path, args: &[String]) -> Result<ExitCode> {
             false
         }
     };
+    // Else they are far up, where other tests, and other machines', come after them.
+    for line in &tally.failures.lines {
+        println!("{line}");
+    }
     println!("{tally}");
     Ok(if success { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -132,10 +168,10 @@ fn test_all(workspace: &Path, args: &[String], tally: &mut Tally) -> Result<bool
             .args(args)
             .envs(packaged.iter().map(|(name, path)| (name, path)))
             .env(SKIP_LOG, &skip_log.path);
-        let before = *tally;
+        let failed = tally.failed;
         let status = run_tests(&mut command, tally)?;
         // Tests that do not compile have no result line to count.
-        if !status.success() && tally.failed == before.failed {
+        if !status.success() && tally.failed == failed {
             tally.failed += 1;
         }
         Ok(status.success())
@@ -389,5 +425,45 @@ mod tests {
             tally.add(line);
         }
         assert_eq!(tally.to_string(), "7 passed, 3 failed, 1 skipped");
+    }
+
+    #[test]
+    fn what_failed_is_said_again() {
+        let long: Vec<String> = (0..100).map(|n| format!("line {n}")).collect();
+        let said = [
+            "test a ... ok",
+            "test b::c ... FAILED",
+            "",
+            "failures:",
+            "",
+            "---- b::c stdout ----",
+            "",
+            "thread 'b::c' panicked at src/b.rs:1:2:",
+            "left: 1",
+            "",
+            "---- d stdout ----",
+        ];
+        let end = [
+            "",
+            "failures:",
+            "    b::c",
+            "    d",
+            "",
+            "test result: FAILED. 1 passed; 2 failed",
+            "after",
+        ];
+        let mut failures = Failures::default();
+        for line in said.into_iter().chain(long.iter().map(String::as_str)).chain(end) {
+            failures.add(line);
+        }
+        let first = [
+            "failed: b::c",
+            "    thread 'b::c' panicked at src/b.rs:1:2:",
+            "    left: 1",
+            "failed: d",
+            "    line 0",
+        ];
+        assert_eq!(failures.lines[..5], first);
+        assert_eq!(failures.lines.last().map(String::as_str), Some("    line 39"));
     }
 }
