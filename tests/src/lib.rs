@@ -42,6 +42,7 @@ pub mod pulse;
 pub mod rerun;
 pub mod server;
 pub mod spawn;
+pub mod stack;
 pub mod stats;
 pub mod swarm;
 pub mod sweep;

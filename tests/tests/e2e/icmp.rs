@@ -1,7 +1,6 @@
 //! ICMP end to end: what the hosts' own stacks make of the errors that reach them, and echo.
 
 use std::{
-    fs,
     io::{self, ErrorKind},
     mem::MaybeUninit,
     net::{IpAddr, SocketAddr, UdpSocket},
@@ -14,6 +13,7 @@ use canary_tests::{
     host,
     netns::Namespace,
     server::HTTP_PORT,
+    stack,
     topology::Family,
     wait,
 };
@@ -29,25 +29,10 @@ const CLOSED_PORT: u16 = 7777;
 
 /// Errors that say that a packet is too big which a host has sent.
 #[track_caller]
-fn too_big_sent(namespace: &Namespace, family: Family) -> u64 {
-    let text = |path: &str| {
-        namespace.run(|| fs::read_to_string(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
-    };
+fn too_big_sent(host: &Namespace, family: Family) -> u64 {
     match family {
-        Family::V4 => {
-            let text = text("/proc/thread-self/net/snmp");
-            let mut rows = text.lines().filter(|line| line.starts_with("IcmpMsg:"));
-            let (Some(names), Some(values)) = (rows.next(), rows.next()) else { return 0 };
-            let mut both = names.split_whitespace().zip(values.split_whitespace());
-            both.find(|(name, _)| *name == "OutType3")
-                .map_or(0, |(_, n)| n.parse().expect("a number"))
-        }
-        Family::V6 => {
-            let text = text("/proc/thread-self/net/snmp6");
-            let line = text.lines().find(|line| line.starts_with("Icmp6OutPktTooBigs"));
-            let value = line.and_then(|line| line.split_whitespace().nth(1));
-            value.expect("the kernel counts them").parse().expect("a number")
-        }
+        Family::V4 => stack::counter(host, "IcmpMsg", "OutType3").unwrap_or(0),
+        Family::V6 => stack::counter_v6(host, "Icmp6OutPktTooBigs"),
     }
 }
 

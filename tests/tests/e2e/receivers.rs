@@ -3,7 +3,7 @@
 //! all the time, each byte compared, while clients move from one version to the other and back.
 
 use std::{
-    fs, io,
+    io,
     net::SocketAddr,
     sync::{
         Condvar, Mutex, PoisonError,
@@ -19,6 +19,7 @@ use canary_tests::{
     host, http,
     netns::Namespace,
     server::{ECHO_PORT, HTTP_PORT, Server},
+    stack,
     topology::{Family, Host, Options},
     wait,
 };
@@ -100,13 +101,7 @@ fn unwrapped_by(bench: &Bench, tunnel: &str) -> u64 {
 /// TCP segments that have come to a host out of order.
 #[track_caller]
 fn out_of_order(host: &Host) -> u64 {
-    let text = host.namespace.run(|| fs::read_to_string("/proc/thread-self/net/netstat"));
-    let text = text.expect("what TCP counts");
-    let mut lines = text.lines().filter_map(|line| line.strip_prefix("TcpExt: "));
-    let (names, values) = (lines.next().expect("names"), lines.next().expect("values"));
-    let mut both = names.split(' ').zip(values.split(' '));
-    let (_, count) = both.find(|(name, _)| *name == "TCPOFOQueue").expect("the count");
-    count.parse().expect("a number")
+    stack::counter(&host.namespace, "TcpExt", "TCPOFOQueue").expect("a counter")
 }
 
 /// The service's address of each family.

@@ -19,6 +19,7 @@ use canary_tests::{
     host,
     netns::Namespace,
     server::{ECHO_PORT, Server},
+    stack,
     topology::{Options, Topology, VIP_V4},
     wait,
 };
@@ -33,15 +34,9 @@ const WINDOWS: usize = 60;
 /// Checks in a window, were they spread evenly.
 const EVENLY: u64 = BACKENDS as u64 * WINDOW.as_millis() as u64 / INTERVAL.as_millis() as u64;
 
-/// TCP segments that the kernel of a namespace has got.
-fn segments(namespace: &Namespace) -> u64 {
-    let text = namespace.run(|| fs::read_to_string("/proc/thread-self/net/snmp"));
-    let text = text.expect("counters");
-    let mut lines = text.lines().filter_map(|line| line.strip_prefix("Tcp: "));
-    let (names, values) = (lines.next().expect("names"), lines.next().expect("values"));
-    let mut columns = names.split(' ').zip(values.split(' '));
-    let (_, value) = columns.find(|(name, _)| *name == "InSegs").expect("a column");
-    value.parse().expect("a number")
+/// TCP segments that a host has got.
+fn segments(host: &Namespace) -> u64 {
+    stack::counter(host, "Tcp", "InSegs").expect("a counter")
 }
 
 /// Seconds of processor time that a process has used, and its resident memory in KiB.

@@ -1,6 +1,6 @@
 //! `health.via = "vip"`: checks that go the way of the clients' packets.
 
-use std::{collections::BTreeSet, fs, net::SocketAddr};
+use std::{collections::BTreeSet, net::SocketAddr};
 
 use canary_agent::api::model::{BackendStatus, Status};
 use canary_tests::{
@@ -8,6 +8,7 @@ use canary_tests::{
     client, host,
     netns::Namespace,
     server::{ECHO_PORT, HTTP_PORT, Server},
+    stack,
     topology::{Family, Options, Topology, VIP_V4, VIP_V6},
     wait,
 };
@@ -79,15 +80,9 @@ fn wait_down(
     });
 }
 
-/// Resets that the TCP of a namespace's kernel has sent.
-fn resets(namespace: &Namespace) -> u64 {
-    let text = namespace.run(|| fs::read_to_string("/proc/thread-self/net/snmp"));
-    let text = text.expect("counters");
-    let mut lines = text.lines().filter_map(|line| line.strip_prefix("Tcp: "));
-    let (names, values) = (lines.next().expect("names"), lines.next().expect("values"));
-    let mut columns = names.split(' ').zip(values.split(' '));
-    let (_, value) = columns.find(|(name, _)| *name == "OutRsts").expect("a column");
-    value.parse().expect("a number")
+/// Resets that a host has sent.
+fn resets(host: &Namespace) -> Option<u64> {
+    stack::counter(host, "Tcp", "OutRsts")
 }
 
 /// The servers that 40 clients of a family reach.
@@ -203,7 +198,7 @@ fn the_hosts_own_tcp_does_not_answer_what_comes_after_a_check() {
     let agent =
         Agent::start(&topology, &options, &service(&topology, "http", HTTP_PORT, health, PATIENT));
     wait_passed(&agent, &["http"], 3);
-    assert_eq!(resets(&topology.balancer), 0);
+    assert_eq!(resets(&topology.balancer), Some(0));
 }
 
 #[test]
@@ -222,7 +217,7 @@ fn the_hosts_own_tcp_stays_out_of_it() {
         options.extra = format!("manage_vips = {manage_vips}");
         let agent = Agent::start(&topology, &options, &through_vip(&topology, PATIENT));
         wait_passed(&agent, &["http", "tcp"], 10);
-        assert_eq!(resets(&topology.balancer), 0, "with manage_vips = {manage_vips}");
+        assert_eq!(resets(&topology.balancer), Some(0), "with manage_vips = {manage_vips}");
         // A check of TCP alone is not noticed by the server.
         let asked: Vec<u64> = servers.iter().map(Server::requests).collect();
         assert!(asked.iter().all(|requests| *requests >= 20), "both families: {asked:?}");

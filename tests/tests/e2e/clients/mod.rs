@@ -21,7 +21,7 @@ use canary_tests::{
     host,
     netns::Namespace,
     server::{ECHO_PORT, HTTP_PORT, Server},
-    spawn,
+    spawn, stack,
     topology::{Family, Host},
     wait,
 };
@@ -255,27 +255,14 @@ struct Came {
 impl Came {
     #[track_caller]
     fn to(host: &Host) -> Self {
-        // `/proc/net` is the main thread's, whose namespace is another one.
-        let read = |name: &str| std::fs::read_to_string(format!("/proc/thread-self/net/{name}"));
-        let (v4, v6) = host.namespace.run(|| (read("snmp"), read("snmp6")));
-        let (v4, v6) = (v4.expect("counters"), v6.expect("counters"));
-        let in_table = |protocol: &str, name: &str| {
-            let mut rows = v4.lines().filter(|line| line.starts_with(protocol));
-            let (names, values) = (rows.next().expect("names"), rows.next().expect("values"));
-            let mut both = names.split_whitespace().zip(values.split_whitespace());
-            let value = both.find(|(one, _)| *one == name).map(|(_, value)| value);
-            value.and_then(|value| value.parse::<u64>().ok()).expect("a counter")
-        };
-        let in_list = |name: &str| {
-            let mut rows = v6.lines().map(str::split_whitespace);
-            let value = rows.find_map(|mut row| (row.next() == Some(name)).then(|| row.next()));
-            value.flatten().and_then(|value| value.parse::<u64>().ok()).expect("a counter")
-        };
-        let udp = ["InDatagrams", "NoPorts", "InErrors"].map(|name| in_table("Udp:", name));
-        let udp6 = ["Udp6InDatagrams", "Udp6NoPorts", "Udp6InErrors"].map(in_list);
+        let host = &host.namespace;
+        let udp = ["InDatagrams", "NoPorts", "InErrors"]
+            .map(|name| stack::counter(host, "Udp", name).expect("a counter"));
+        let udp6 = ["Udp6InDatagrams", "Udp6NoPorts", "Udp6InErrors"]
+            .map(|name| stack::counter_v6(host, name));
         Self {
             // Of both families.
-            segments: in_table("Tcp:", "InSegs"),
+            segments: stack::counter(host, "Tcp", "InSegs").expect("a counter"),
             datagrams: udp.iter().chain(&udp6).sum(),
         }
     }
@@ -285,26 +272,15 @@ impl Came {
     fn to_all_at_rest(bench: &Bench) -> Vec<Self> {
         let hosts = &bench.topology.backends;
         for host in hosts {
-            wait::until("the end of earlier connections", || match open_sockets(host) {
-                0 => Ok(()),
-                open => Err(format!("{}: {open} are open", host.name)),
+            wait::until("the end of earlier connections", || {
+                match stack::open_sockets(&host.namespace, None) {
+                    0 => Ok(()),
+                    open => Err(format!("{}: {open} are open", host.name)),
+                }
             });
         }
         hosts.iter().map(Self::to).collect()
     }
-}
-
-/// A host's connections that are not over.
-#[track_caller]
-fn open_sockets(host: &Host) -> usize {
-    const TIME_WAIT: &str = "06";
-    const LISTEN: &str = "0A";
-    let read = |name: &str| std::fs::read_to_string(format!("/proc/thread-self/net/{name}"));
-    let tables = host.namespace.run(|| ["tcp", "tcp6"].map(read));
-    let tables = tables.map(|table| table.expect("a host's sockets"));
-    let rows = tables.iter().flat_map(|table| table.lines().skip(1));
-    let states = rows.filter_map(|row| row.split_whitespace().nth(3));
-    states.filter(|state| ![TIME_WAIT, LISTEN].contains(state)).count()
 }
 
 /// Asserts that since `before` only one backend has got anything.

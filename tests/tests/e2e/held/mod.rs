@@ -20,6 +20,7 @@ use canary_tests::{
     netns::Namespace,
     nginx::{self, Nginx},
     server::{ECHO_PORT, HEALTH_PATH, HTTP_PORT, Server},
+    stack,
     topology::{Family, Host},
 };
 
@@ -60,34 +61,8 @@ fn long() -> bool {
 }
 
 /// Resets that a host has sent since it was made.
-fn resets(namespace: &Namespace) -> u64 {
-    // `/proc/net` is the main thread's, whose namespace is another one.
-    let text = namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp"));
-    let text = text.expect("snmp counters");
-    let mut rows = text.lines().filter(|line| line.starts_with("Tcp:"));
-    let (names, values) = (rows.next().unwrap_or(""), rows.next().unwrap_or(""));
-    let column = names.split(' ').position(|name| name == "OutRsts").expect("OutRsts");
-    values.split(' ').nth(column).and_then(|value| value.parse().ok()).expect("a number")
-}
-
-/// Sockets of a host that are, or have just been, a client's connections to a port: those that
-/// wait for stray segments are over.
-fn client_sockets(namespace: &Namespace, port: u16) -> usize {
-    const TIME_WAIT: &str = "06";
-    const LISTEN: &str = "0A";
-    let port = format!("{port:04X}");
-    let of = |file: &str| {
-        let path = format!("/proc/thread-self/net/{file}");
-        let text = namespace.run(|| std::fs::read_to_string(path)).expect("a host's sockets");
-        let rows = text.lines().skip(1).filter(|line| {
-            let mut words = line.split_whitespace().skip(1);
-            let (local, _, state) = (words.next(), words.next(), words.next());
-            let here = local.and_then(|l| l.rsplit(':').next()) == Some(port.as_str());
-            here && state.is_some_and(|state| ![TIME_WAIT, LISTEN].contains(&state))
-        });
-        rows.count()
-    };
-    of("tcp") + of("tcp6")
+fn resets(host: &Namespace) -> u64 {
+    stack::counter(host, "Tcp", "OutRsts").expect("a counter")
 }
 
 /// Versions with their numbers of backends.

@@ -18,13 +18,14 @@ use canary_tests::{
     control::Control,
     hold::{Hold, State},
     model::Random,
+    stack,
     topology::Family,
     wait,
 };
 use nix::sys::signal::Signal;
 
 use super::{
-    Kind, client_sockets,
+    Kind,
     fleet::Fleet,
     history::{History, encoded, service},
 };
@@ -295,7 +296,7 @@ impl<'a> Script<'a> {
             let records = self.hold.records();
             let open = on_it.iter().filter(|id| !records[**id].ended()).count();
             // A connection ends for its client before it ends for the server.
-            let sockets = client_sockets(&host.namespace, port);
+            let sockets = stack::open_sockets(&host.namespace, Some(port));
             (open + sockets == 0)
                 .then_some(())
                 .ok_or_else(|| format!("{name} on {}: {open} held, {sockets} sockets", host.name))
