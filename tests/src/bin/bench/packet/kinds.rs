@@ -51,6 +51,9 @@ const MODES: [Mode; 4] = [
     Mode { name: "gue", steady: 9, moved: 11, part: 19, all: 20, none: 16 },
 ];
 
+/// The number of a dsr service whose backends are in a VLAN.
+const IN_VLAN: u16 = 21;
+
 /// A kind of packet to measure.
 pub(crate) struct Kind {
     pub(crate) name: String,
@@ -302,6 +305,10 @@ impl Kinds {
             let tagged = tagged(family, 0, tags, Host::Vip(steady), "A seq=1001")?;
             self.add(&format!("{name}, {what}"), family, program()?, vec![tagged]);
         }
+        if name == "dsr" {
+            let frame = tagged(family, 0, "vlan 7 / ", Host::Vip(IN_VLAN), "A seq=1001")?;
+            self.add("dsr, tagged, backend in a VLAN", family, program()?, vec![frame]);
+        }
         let error = vec![icmp_error(family, Host::Vip(steady), 1024)?];
         self.add(&format!("{name}, ICMP too big"), family, program()?, error);
         Ok(())
@@ -441,6 +448,7 @@ fn world(flows: usize, buckets: u32) -> World {
             services.push((vip, Service { signals: true, ..service(vip, name, "all") }));
         }
     }
+    services.push((IN_VLAN, Service { vlan: "10".to_owned(), ..service(IN_VLAN, "dsr", "all") }));
     services.sort_by_key(|(vip, _)| *vip);
     World {
         service: services.into_iter().map(|(_, service)| service).collect(),
