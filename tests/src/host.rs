@@ -53,8 +53,14 @@ pub fn skip(test: &str, reason: &str) {
 /// This is that machine.
 #[track_caller]
 pub fn leave_to_vm(test: &str, reason: &str) {
-    assert!(std::env::var_os(VM).is_none(), "skipped: {test}: {reason}");
+    assert!(!in_vm(), "skipped: {test}: {reason}");
     note(test, reason);
+}
+
+/// Whether this is the machine that tests of other kernels are made one for, with nothing on it
+/// that is anybody's.
+pub fn in_vm() -> bool {
+    std::env::var_os(VM).is_some()
 }
 
 fn note(test: &str, reason: &str) {

@@ -74,6 +74,17 @@ impl Namespace {
         run_ip(&["-n", &self.name, "-batch", "-"], lines);
     }
 
+    /// Moves an interface of this process's namespace into it, under another name, and sets it up. When
+    /// the namespace goes, a device goes back to where the host booted.
+    ///
+    /// # Panics
+    /// There is no such interface, or one of that name is there.
+    #[track_caller]
+    pub fn take_in(&self, interface: &str, name: &str) {
+        run_ip(&["link", "set", interface, "netns", &self.name, "name", name], "");
+        self.ip(&format!("link set {name} up"));
+    }
+
     /// Runs a function on a thread in the namespace; sockets that it opens stay there.
     ///
     /// # Panics

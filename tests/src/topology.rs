@@ -108,6 +108,9 @@ pub struct Options {
     pub vip_on_backends: bool,
     /// Whether the links are in VLANs.
     pub tagged: bool,
+    /// Two interfaces of this host on one wire, which stand between balancer and switch in place of
+    /// a veth pair.
+    pub uplink: Option<[String; 2]>,
 }
 
 impl Options {
@@ -135,12 +138,19 @@ impl Options {
                 .collect(),
             vip_on_backends,
             tagged: false,
+            uplink: None,
         }
     }
 
     /// The same in VLANs.
     pub fn tagged(self) -> Self {
         Self { tagged: true, ..self }
+    }
+
+    /// The same, one-armed, with these interfaces of the host's in place of the balancer's veth pair.
+    pub fn with_uplink(self, uplink: [String; 2]) -> Self {
+        assert_eq!(self.shape, Shape::OneArmed);
+        Self { uplink: Some(uplink), ..self }
     }
 
     /// What has the client's link's addresses.
@@ -220,6 +230,7 @@ impl Topology {
         switch.ip("link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0
 link set br0 up");
 
+        // Veth pairs' ends.
         let mut ends: Vec<(&Namespace, String)> = Vec::new();
         if two_armed {
             wire(&client, "eth0", &balancer, "eth0");
@@ -227,14 +238,20 @@ link set br0 up");
             ends.push((&balancer, "eth1".into()));
         } else {
             wire(&client, "eth0", &switch, "client");
-            wire(&balancer, "eth0", &switch, "balancer");
+            match &options.uplink {
+                Some([ours, theirs]) => {
+                    balancer.take_in(ours, "eth0");
+                    switch.take_in(theirs, "balancer");
+                }
+                None => wire(&balancer, "eth0", &switch, "balancer"),
+            }
             ends.push((&switch, "client".into()));
         }
-        ends.extend([
-            (&client, "eth0".into()),
-            (&balancer, "eth0".into()),
-            (&switch, "balancer".into()),
-        ]);
+        ends.push((&client, "eth0".into()));
+        let uplink = [(&balancer, "eth0".to_owned()), (&switch, "balancer".to_owned())];
+        if options.uplink.is_none() {
+            ends.extend(uplink.clone());
+        }
         if options.tagged {
             tag(&client, "eth0", &[7]);
             tag(&balancer, "eth0", &[7]);
@@ -280,6 +297,7 @@ route add ::/0 via {BALANCER_V6}"
         let mtu = if options.tagged { MTU + 4 * 2 } else { MTU };
         let ports: Vec<String> = ends
             .iter()
+            .chain(uplink.iter().filter(|_| options.uplink.is_some()))
             .filter(|(namespace, _)| std::ptr::eq(*namespace, &raw const switch))
             .map(|(_, interface)| format!("link set {interface} mtu {mtu} master br0"))
             .collect();
@@ -287,11 +305,14 @@ route add ::/0 via {BALANCER_V6}"
         for (namespace, interface) in &ends {
             offloads_off(namespace, interface);
         }
-        let mut programs = vec![XdpPass::attach(&switch, "balancer")];
+        let mut programs = Vec::new();
+        if options.uplink.is_none() {
+            programs.push(XdpPass::attach(&switch, "balancer"));
+        }
         if two_armed {
             programs.push(XdpPass::attach(&client, "eth0"));
         }
-        for (namespace, interface) in &ends {
+        for (namespace, interface) in ends.iter().chain(&uplink) {
             wait::until("a link", || running(namespace, interface));
         }
         Self { shape: options.shape, client, balancer, backends, _programs: programs, switch }

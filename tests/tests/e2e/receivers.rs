@@ -1,9 +1,9 @@
 //! Backends that unwrap with what Linux has (`ipip`, `sit`, `ip6tnl`, `fou`), set up as docs/hosts.md
-//! says, and networks that lose, delay and reorder packets, or carry them in VLANs. Transfers go on
-//! all the time, each byte compared, while clients move from one version to the other and back.
+//! says, and networks that lose, delay and reorder packets, or carry them in VLANs, or whose driver
+//! is a virtual machine's. Transfers go on all the time, each byte compared, while clients move from one version to the other and back.
 
 use std::{
-    io,
+    fs, io,
     net::SocketAddr,
     sync::{
         Condvar, Mutex, PoisonError,
@@ -258,6 +258,22 @@ fn assert_unwrapped(bench: &Bench, agent: &Agent<'_>) {
     assert_nothing_dropped(agent);
 }
 
+/// The echo service sends clients their bytes back.
+#[track_caller]
+fn assert_echoed(bench: &Bench) {
+    let mut payload = vec![0; BYTES];
+    http::fill(&mut payload, 0);
+    for to in vips(ECHO_PORT) {
+        for index in 0..4 {
+            let connection = open(bench, to, index).expect("a connection");
+            let stream = connection.stream().try_clone().expect("a socket");
+            let name = client::tcp_echo(stream, &payload);
+            let name = name.unwrap_or_else(|error| panic!("client {index} of {to}: {error}"));
+            assert!(name.starts_with("stable"), "{name}");
+        }
+    }
+}
+
 #[track_caller]
 fn assert_nothing_dropped(agent: &Agent<'_>) {
     for reason in agent.status().reasons.iter().filter(|reason| reason.verdict == "drop") {
@@ -305,17 +321,7 @@ fn linux_unwraps_gue_from_networks_that_lose_packets() {
     let agent = agent(&bench, "forward = \"gue\"", &more);
     exercise_impaired(&bench, &agent);
     assert_unwrapped(&bench, &agent);
-    let mut payload = vec![0; BYTES];
-    http::fill(&mut payload, 0);
-    for to in vips(ECHO_PORT) {
-        for index in 0..4 {
-            let connection = open(&bench, to, index).expect("a connection");
-            let stream = connection.stream().try_clone().expect("a socket");
-            let name = client::tcp_echo(stream, &payload);
-            let name = name.unwrap_or_else(|error| panic!("client {index} of {to}: {error}"));
-            assert!(name.starts_with("stable"), "{name}");
-        }
-    }
+    assert_echoed(&bench);
     assert_nothing_dropped(&agent);
 }
 
@@ -327,5 +333,45 @@ fn translated_connections_stay_whole_on_networks_that_lose_packets() {
     let bench = Bench::new(Way::NatTwoArmed, &VERSIONS);
     let agent = agent(&bench, "forward = \"nat\"", "");
     exercise_impaired(&bench, &agent);
+    assert_nothing_dropped(&agent);
+}
+
+/// The interfaces of a virtual machine, which are on one wire.
+fn virtio_interfaces() -> Vec<String> {
+    let all = fs::read_dir("/sys/class/net").expect("interfaces");
+    let is_virtio = |name: &String| {
+        let driver = fs::read_link(format!("/sys/class/net/{name}/device/driver"));
+        driver.is_ok_and(|driver| driver.ends_with("virtio_net"))
+    };
+    let names = all.map(|entry| entry.expect("an interface").file_name());
+    let mut found: Vec<String> =
+        names.filter_map(|name| name.into_string().ok()).filter(is_virtio).collect();
+    found.sort();
+    found
+}
+
+/// All other tests' interfaces are veth pairs; here the balancer's driver is one that has rings of
+/// its own, and the other end of its wire another device.
+#[test]
+fn connections_go_through_virtio_interfaces_in_native_mode() {
+    let test = "connections_go_through_virtio_interfaces_in_native_mode";
+    if !ready(test) {
+        return;
+    }
+    if !host::in_vm() {
+        // A host's own are how somebody works on it.
+        host::leave_to_vm(test, "it takes the host's own interfaces");
+        return;
+    }
+    let found = virtio_interfaces();
+    let uplink = found.try_into().unwrap_or_else(|found| panic!("not two, but {found:?}"));
+    let options = Options::one_armed_dsr(&VERSIONS).with_uplink(uplink);
+    let bench = Bench::of(Way::NatOneArmed, &options, Server::start);
+    let by_mac = service(&bench, "echo", &Family::ALL, ECHO_PORT, "forward = \"dsr\"");
+    let agent = agent(&bench, "forward = \"nat\"", &by_mac);
+    let interfaces = agent.status().interfaces;
+    assert!(interfaces.iter().all(|one| one.mode.as_deref() == Some("native")), "{interfaces:?}");
+    carry(&bench, || there_and_back(&bench, &agent));
+    assert_echoed(&bench);
     assert_nothing_dropped(&agent);
 }
