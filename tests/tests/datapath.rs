@@ -2,14 +2,14 @@
 
 use std::{fs, process::Command, sync::Arc, thread};
 
-use aya::maps::{Array, Map, MapData};
+use aya::maps::{Array, HashMap, Map, MapData};
 use canary_agent::{
     config::model::{Capacity, XdpMode},
     datapath::{self, AttachedMode, Datapath, Error, Options},
     plan::{Adopted, DataPlane},
 };
 use canary_ebpf_common::{
-    abi::{ABI_VERSION, Backend, Flow, FlowKeyV4, LedgerEntry, PAGE_BUCKETS},
+    abi::{ABI_VERSION, Backend, Flow, FlowKeyV4, LedgerEntry, PAGE_BUCKETS, Sample},
     entry::{BackendIndex, Entry},
 };
 use canary_tests::{
@@ -180,8 +180,14 @@ fn without(bpffs: &BpfFs, names: &[&str], version: u32) {
     say_layout(bpffs, version);
 }
 
+/// Gives the pinned maps the form of layout 6: other connections were watched.
+fn as_layout_6(bpffs: &BpfFs) {
+    say_layout(bpffs, 6);
+}
+
 /// Gives the pinned maps the form of layout 5: changes of classes were not counted.
 fn as_layout_5(bpffs: &BpfFs) {
+    as_layout_6(bpffs);
     without(bpffs, &["CLASS_CHANGES"], 5);
 }
 
@@ -236,7 +242,27 @@ fn maps_of_older_layouts_are_carried_over_with_their_flows() {
     carried_over(3, as_layout_3);
     carried_over(4, as_layout_4);
     carried_over(5, as_layout_5);
+    carried_over(6, as_layout_6);
 }
+
+/// A release that can't go on with what the last one has pinned breaks every translated connection.
+#[test]
+fn the_layout_before_this_one_is_read() {
+    let bpffs = BpfFs::mount();
+    drop(Datapath::open(options(&bpffs)).unwrap());
+    say_layout(&bpffs, ABI_VERSION - 1);
+    let (datapath, _) = Datapath::open(options(&bpffs)).unwrap();
+    let handover = datapath.handover().expect("other maps");
+    assert!(handover.why.contains("were carried over"), "{handover}");
+}
+
+/// The connections of IPv4 that are watched.
+fn samples(bpffs: &BpfFs) -> HashMap<MapData, [u8; KEY], [u8; size_of::<Sample>()]> {
+    let pin = bpffs.pins().join("maps").join("SAMPLES_V4");
+    Map::HashMap(MapData::from_pin(pin).unwrap()).try_into().unwrap()
+}
+
+const KEY: usize = size_of::<FlowKeyV4>();
 
 fn carried_over(layout: u32, make_older: fn(&BpfFs)) {
     let bpffs = BpfFs::mount();
@@ -253,6 +279,7 @@ fn carried_over(layout: u32, make_older: fn(&BpfFs)) {
     let flow = Flow { backend: 1, way: 7, eth: [1, 2, 3], ..Flow::default() };
     let flows = || Flows::<FlowKeyV4>::open(&bpffs.pins(), "FLOWS_V4").unwrap();
     flows().insert(&key, flow).unwrap();
+    samples(&bpffs).insert([1; KEY], [0; size_of::<Sample>()], 0).unwrap();
     make_older(&bpffs);
 
     let (mut datapath, adopted) = Datapath::open(options(&bpffs)).unwrap();
@@ -272,6 +299,8 @@ fn carried_over(layout: u32, make_older: fn(&BpfFs)) {
     datapath.finish().unwrap();
     assert_one_set(&bpffs);
     assert_eq!(flows().get(&key).unwrap(), Some(flow));
+    // Until the sixth layout, nobody would come back to it.
+    assert_eq!(samples(&bpffs).keys().count(), 0);
 }
 
 #[test]

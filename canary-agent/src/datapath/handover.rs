@@ -89,7 +89,9 @@ impl Handover {
             None => format!("maps of another capacity were made: {}", differing.join(", ")),
         };
         let lost = |older: &Older| {
-            let lost = differing.iter().filter(|name| matches!(older.carry(name), Carry::Not));
+            // Of what begins empty in any other map nothing is said.
+            let said = differing.iter().filter(|name| !BEGIN_EMPTY.contains(name));
+            let lost = said.filter(|name| matches!(older.carry(name), Carry::Not));
             lost.copied().collect::<Vec<_>>().join(", ")
         };
         Self {
