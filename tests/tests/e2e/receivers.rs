@@ -1,6 +1,7 @@
 //! Backends that unwrap with what Linux has (`ipip`, `sit`, `ip6tnl`, `fou`), set up as docs/hosts.md
 //! says, and networks that lose, delay and reorder packets, or carry them in VLANs, or whose driver
-//! is a virtual machine's. Transfers go on all the time, each byte compared, while clients move from one version to the other and back.
+//! is a virtual machine's. Transfers go on all the time, each byte compared, while clients move from
+//! one version to the other and back.
 
 use std::{
     fs, io,
