@@ -24,7 +24,12 @@ use ipnet::IpNet;
 use nix::net::if_::if_nametoindex;
 
 use super::{
-    Attached, AttachedMode, Error, attach, kernel::Release, links, pins::Pins, programs::xdp, take,
+    Attached, AttachedMode, Error, attach,
+    kernel::Release,
+    links,
+    pins::Pins,
+    programs::{verify, xdp},
+    take,
 };
 use crate::config::model::XdpMode;
 
@@ -95,7 +100,7 @@ impl Decap {
             let bits = FAMILY_BITS + u32::from(network.prefix_len());
             senders.insert(&lpm_trie::Key::new(bits, key(network.network())), 1, 0)?;
         }
-        xdp(&mut ebpf, PROGRAM)?.load()?;
+        verify(xdp(&mut ebpf, PROGRAM)?)?;
         Ok(Self { options, pins, ebpf })
     }
 

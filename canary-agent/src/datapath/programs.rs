@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, fs, io, os::unix::fs::DirBuilderExt as _, path:
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Map, MapError, ProgramArray},
-    programs::Xdp,
+    programs::{ProgramError, Xdp},
 };
 
 use super::{
@@ -83,7 +83,7 @@ pub(super) fn load(
     let mut ebpf = loader.load(INGRESS)?;
     let rare: &[&str] = if options.rare { &RARE_PROGRAMS } else { &[] };
     for program in [INGRESS_PROGRAM, FORGET_V4, FORGET_V6, JUDGE_V4, JUDGE_V6].iter().chain(rare) {
-        xdp(&mut ebpf, program)?.load()?;
+        verify(xdp(&mut ebpf, program)?)?;
     }
     for (place, name) in rare.iter().enumerate() {
         let program = xdp(&mut ebpf, name)?.fd()?.try_clone()?;
@@ -100,6 +100,25 @@ pub(super) fn xdp<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp, Err
         io::Error::new(io::ErrorKind::NotFound, format!("the object holds no program `{name}`"))
     })?;
     Ok(program.try_into()?)
+}
+
+/// How often the kernel is asked to take a program while it is interrupted, as libbpf asks.
+const ATTEMPTS: usize = 5;
+
+/// Has the kernel verify and compile a program. A signal for the process meanwhile, or that it is
+/// stopped and goes on, ends that early with `EAGAIN` (Linux 5.0), which says nothing about the program.
+pub(super) fn verify(program: &mut Xdp) -> Result<(), ProgramError> {
+    let mut attempts = 1;
+    loop {
+        match program.load() {
+            Err(ProgramError::LoadError { io_error, .. })
+                if io_error.kind() == io::ErrorKind::WouldBlock && attempts < ATTEMPTS =>
+            {
+                attempts += 1;
+            }
+            done => return done,
+        }
+    }
 }
 
 /// Keeps what `ingress` goes on with as long as it is attached, whether or not an agent runs: the

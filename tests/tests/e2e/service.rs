@@ -140,6 +140,32 @@ fn a_service_manager_hears_of_every_state() {
     manager.wait_for("STOPPING=1", from, 1);
 }
 
+/// While the kernel looks at a program, a signal, or that the process is stopped and goes on, makes it
+/// give up (`EAGAIN`).
+#[test]
+fn an_agent_that_is_stopped_in_its_start_goes_on() {
+    /// As many as an agent puts up with if all of them meet one program.
+    const STOPS: u32 = 9;
+    if !host::ready("an_agent_that_is_stopped_in_its_start_goes_on") {
+        return;
+    }
+    let bench = Bench::new(Way::Dsr, &[("stable", 1)]);
+    let options = AgentOptions::native(&bench.topology);
+    let mut agent = Agent::prepare(&bench.topology.balancer, &options, &bench.services(""));
+    let maps = agent.folder().join("bpffs/canary/maps");
+    agent.run();
+    let pid = Pid::from_raw(i32::try_from(agent.pid().expect("it runs")).expect("an id"));
+    wait::until("the maps", || maps.exists().then_some(()).ok_or_else(|| agent.log()));
+    for _ in 0..STOPS {
+        kill(pid, Signal::SIGSTOP).expect("a signal");
+        kill(pid, Signal::SIGCONT).expect("a signal");
+        // Less than the kernel looks at the largest program.
+        wait::pause_until(Instant::now() + Duration::from_millis(25));
+    }
+    agent.wait_ready();
+    bench.wait_answered();
+}
+
 /// A line of the packaged unit.
 fn unit(key: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/canary-agent.service");
