@@ -65,7 +65,8 @@ pub fn connect_within(
     setsockopt(&fd, sockopt::SendTimeout, &timeout)?;
     setsockopt(&fd, sockopt::ReceiveTimeout, &timeout)?;
     bind(fd.as_raw_fd(), &SockaddrStorage::from(source))?;
-    connect_socket(fd.as_raw_fd(), &SockaddrStorage::from(to))?;
+    let to = SockaddrStorage::from(to);
+    wait::uninterrupted(|| Ok(connect_socket(fd.as_raw_fd(), &to)?))?;
     let stream = TcpStream::from(fd);
     stream.set_nodelay(true)?;
     Ok(stream)
@@ -179,7 +180,7 @@ impl Connection {
         while offset < bytes {
             let want =
                 usize::try_from(bytes - offset).map_or(buffer.len(), |left| left.min(buffer.len()));
-            let got = self.stream.read(&mut buffer[..want])?;
+            let got = wait::uninterrupted(|| self.stream.read(&mut buffer[..want]))?;
             if got == 0 {
                 return Err(io::Error::new(
                     io::ErrorKind::UnexpectedEof,
@@ -295,7 +296,7 @@ impl UdpFlow {
                 deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
             {
                 self.socket.set_read_timeout(Some(left))?;
-                let got = match self.socket.recv(&mut buffer) {
+                let got = match wait::uninterrupted(|| self.socket.recv(&mut buffer)) {
                     Ok(got) => &buffer[..got],
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                     Err(error) => return Err(error),

@@ -24,6 +24,7 @@ use crate::{
     door::{Door, Keeper},
     server::HTTP_PORT,
     topology::Host,
+    wait,
 };
 
 /// What is wrong with a release.
@@ -147,7 +148,7 @@ fn answer(mut stream: TcpStream, name: &str, resets: bool, stop: &AtomicBool) {
     let mut asked = Vec::new();
     let mut buffer = [0; 1024];
     while !stop.load(Ordering::Acquire) {
-        match stream.read(&mut buffer) {
+        match wait::uninterrupted(|| stream.read(&mut buffer)) {
             Ok(0) => return,
             Ok(n) => asked.extend_from_slice(&buffer[..n]),
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {

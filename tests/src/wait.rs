@@ -1,6 +1,7 @@
 //! Waiting for a condition, and giving up waiting when the process is interrupted.
 
 use std::{
+    io,
     panic::resume_unwind,
     sync::{
         OnceLock,
@@ -91,6 +92,21 @@ pub fn until_within<T>(
                 panic!("waited {limit:?} for {what}: {reason}")
             }
             Err(_) => thread::sleep(POLL),
+        }
+    }
+}
+
+/// Makes a call on a socket that has a time limit, again where it is interrupted: such a call ends with
+/// `EINTR` when the process was stopped and goes on, whatever handles signals (signal(7)). Some hosts do that
+/// to all of their processes.
+///
+/// # Errors
+/// The call's others.
+pub fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => check(),
+            done => return done,
         }
     }
 }

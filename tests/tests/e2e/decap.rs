@@ -154,7 +154,7 @@ impl Asked<'_> {
     #[track_caller]
     fn answered(&self) -> bool {
         let mut room = [0; 100];
-        match self.socket.recv_from(&mut room) {
+        match wait::uninterrupted(|| self.socket.recv_from(&mut room)) {
             Ok((bytes, from)) => {
                 assert_eq!(from, self.to);
                 assert_eq!(&room[..bytes], b"stable-1\nhello");

@@ -135,7 +135,7 @@ pub(crate) fn ping(from: IpAddr, to: IpAddr, payload: &[u8]) -> io::Result<Vec<u
     socket.send(&message)?;
     loop {
         let mut buffer = [MaybeUninit::uninit(); 8192];
-        let got = socket.recv(&mut buffer)?;
+        let got = wait::uninterrupted(|| socket.recv(&mut buffer))?;
         // SAFETY: the kernel has written so many bytes.
         let got: Vec<u8> = buffer[..got].iter().map(|byte| unsafe { byte.assume_init() }).collect();
         // An IPv4 socket of this kind shows the IP header.

@@ -14,6 +14,7 @@ use canary_tests::{
     netns::Namespace,
     server::{ECHO_PORT, HTTP_PORT, Server},
     topology::{CLIENT_V6, Family, Options, VIP_V6},
+    wait,
     wire::{self, Watch},
 };
 use etherparse::PacketBuilder;
@@ -143,7 +144,8 @@ fn hosts_own(bench: &Bench, family: Family, bytes: usize) {
         socket.send_to(&sent, to).expect("sent");
     });
     let mut buffer = vec![0; 70_000];
-    let (length, _) = server.recv_from(&mut buffer).expect("a datagram");
+    let got = wait::uninterrupted(|| server.recv_from(&mut buffer));
+    let (length, _) = got.expect("a datagram");
     assert!(buffer[..length] == sent, "{family:?}: {length} bytes of {bytes}");
 }
 
@@ -272,7 +274,7 @@ fn answered(bench: &Bench, family: Family, index: u32, order: &[usize]) -> bool 
     }
     socket.set_read_timeout(Some(client::TIMEOUT)).expect("a timeout");
     let mut buffer = vec![0; 10_000];
-    match socket.recv(&mut buffer) {
+    match wait::uninterrupted(|| socket.recv(&mut buffer)) {
         Ok(length) => buffer[..length].ends_with(&payload(3_000)),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => false,
         Err(error) => panic!("{error}"),
@@ -357,7 +359,8 @@ fn extension_headers(test: &str, way: Way) {
             // The second one in fragments, which stand behind the options.
             for bytes in [100, 4_000] {
                 socket.send_to(&payload(bytes), to).expect("sent");
-                let (length, _) = socket.recv_from(&mut buffer).expect("an answer");
+                let got = wait::uninterrupted(|| socket.recv_from(&mut buffer));
+                let (length, _) = got.expect("an answer");
                 assert!(buffer[..length].ends_with(&payload(bytes)), "{bytes} bytes");
             }
             let stream = client::connect(SocketAddr::new(CLIENT_V6.into(), port + 100), to);

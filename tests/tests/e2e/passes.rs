@@ -83,7 +83,7 @@ fn greet(listener: &TcpListener) -> io::Result<()> {
     stream.write_all(b"SSH-2.0-test\r\n")?;
     let mut buffer = [0; 4096];
     loop {
-        match stream.read(&mut buffer)? {
+        match wait::uninterrupted(|| stream.read(&mut buffer))? {
             0 => return Ok(()),
             length => stream.write_all(&buffer[..length])?,
         }
@@ -121,7 +121,8 @@ fn hosts_own_udp(bench: &Bench, at: IpAddr, source: IpAddr) {
         socket.local_addr()
     });
     let mut buffer = [0; 64];
-    let (length, seen) = server.recv_from(&mut buffer).expect("a datagram");
+    let got = wait::uninterrupted(|| server.recv_from(&mut buffer));
+    let (length, seen) = got.expect("a datagram");
     assert_eq!(&buffer[..length], b"to the host");
     assert_eq!(seen, from.expect("sent"), "the sender is unchanged");
 }

@@ -156,7 +156,7 @@ fn conduct_of(mut stream: TcpStream, conduct: Conduct, name: &str) {
             let answer = format!("{name}\n");
             if stream.read_exact(&mut byte).is_ok() && stream.write_all(answer.as_bytes()).is_ok() {
                 // Until the client has closed, or reset it.
-                let _ = stream.read(&mut byte);
+                let _ = wait::uninterrupted(|| stream.read(&mut byte));
             }
         }
         Conduct::Reset => {
@@ -203,7 +203,7 @@ fn visit(bench: &Bench, clients: std::ops::Range<u32>, how: Visit) -> Visits {
         };
         stream.write_all(b"?").expect("a byte");
         let mut answer = [0; 16];
-        match stream.read(&mut answer) {
+        match wait::uninterrupted(|| stream.read(&mut answer)) {
             Ok(0) => visits.closed += 1,
             Ok(n) if answer[..n].starts_with(b"stable") => visits.stable += 1,
             Ok(_) => visits.v2 += 1,
@@ -430,7 +430,7 @@ fn visit_silently(bench: &Bench, clients: std::ops::Range<u32>) -> Visits {
             let to = SocketAddr::new(family.vip(), HTTP_PORT);
             let mut stream = client::connect(from, to).expect("a connection");
             stream.set_read_timeout(Some(limit)).expect("a timeout");
-            match stream.read(&mut [0; 16]) {
+            match wait::uninterrupted(|| stream.read(&mut [0; 16])) {
                 Ok(0) => visits.closed += 1,
                 // Stable waits for its question.
                 Err(_) => visits.stable += 1,

@@ -19,6 +19,7 @@ use canary_tests::{
     process::{Memory, Usage},
     server::{HTTP_PORT, Server},
     topology::{Family, Options, Topology},
+    wait,
 };
 use nix::sys::signal::Signal;
 use serde::Serialize;
@@ -195,7 +196,7 @@ fn start(agent: &mut Agent<'_>) -> Result<Duration> {
     loop {
         let left = PATIENCE.saturating_sub(began.elapsed()).max(Duration::from_millis(1));
         socket.set_read_timeout(Some(left))?;
-        let Ok(length) = socket.recv(&mut message) else {
+        let Ok(length) = wait::uninterrupted(|| socket.recv(&mut message)) else {
             anyhow::bail!("the agent is not ready after {:?}:\n{}", began.elapsed(), agent.log());
         };
         if message[..length].split(|byte| *byte == b'\n').any(|line| line == b"READY=1") {
