@@ -14,6 +14,9 @@ use crate::bpf;
 /// `bpf_map_lookup_elem` (linux/bpf.h).
 const LOOKUP: i32 = 1;
 
+/// `bpf_xdp_adjust_head` (linux/bpf.h).
+const ADJUST_HEAD: i32 = 44;
+
 /// `bpf_tail_call` (linux/bpf.h).
 const TAIL_CALL: i32 = 12;
 
@@ -244,6 +247,39 @@ pub fn swap_and_look_up(family: Family, frames: &[Vec<u8>]) -> io::Result<OwnedF
     code.call(LOOKUP);
     code.out_if(0, 0);
     code.send_back()
+}
+
+/// Loads a program that puts an IP header of `family` in front of every frame, of zeros, and sends it
+/// back with its MAC addresses swapped: what whoever wraps has to do.
+///
+/// # Errors
+/// When the kernel refuses it.
+pub fn wrap(family: Family) -> io::Result<OwnedFd> {
+    let ip_bytes: i16 = if family == Family::V4 { 20 } else { 40 };
+    let mut code = Assembler::default();
+    code.copy(9, 1);
+    code.begin(14);
+    // The MAC addresses, swapped, and the type, on the stack.
+    for (from, to) in [(0, 6), (2, 8), (4, 10), (6, 0), (8, 2), (10, 4), (12, 12)] {
+        code.load(Width::U16, 3, 6, from);
+        code.store(Width::U16, 10, to - 16, 3);
+    }
+    code.copy(1, 9);
+    code.set(2, -i32::from(ip_bytes));
+    code.call(ADJUST_HEAD);
+    code.out_unless(0, 0);
+    code.copy(1, 9);
+    code.begin(14 + ip_bytes as usize);
+    for (width, at) in widths(14) {
+        code.load(width, 3, 10, at - 16);
+        code.store(width, 6, at, 3);
+    }
+    code.set(3, 0);
+    for (width, at) in widths(ip_bytes as usize) {
+        code.store(width, 6, 14 + at, 3);
+    }
+    code.exit(crate::loaded::XDP_TX);
+    code.out(crate::loaded::XDP_PASS)
 }
 
 /// A map of programs with `target` as the only one. The kernel empties it when nobody has it open any

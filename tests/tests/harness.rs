@@ -241,6 +241,12 @@ fn floors_send_back_what_they_know() {
             let run = bpf::run(program.as_fd(), &known, None, &mut out).unwrap();
             assert_eq!((run.action, &out[..run.len_bytes]), (XDP_TX, &back[..]));
         }
+        let wrap = floor::wrap(family).unwrap();
+        let run = bpf::run(wrap.as_fd(), &known, None, &mut out).unwrap();
+        let outer = run.len_bytes - known.len();
+        assert_eq!((run.action, outer), (XDP_TX, if ip == "ip" { 20 } else { 40 }));
+        assert_eq!((&out[..14], &out[14..14 + outer]), (&back[..14], &[0; 40][..outer]));
+        assert_eq!(out[14 + outer..run.len_bytes], known[14..]);
         let run = bpf::run(look_up.as_fd(), &frame(1025), None, &mut out).unwrap();
         assert_eq!((run.action, &out[..run.len_bytes]), (XDP_PASS, &frame(1025)[..]));
     }

@@ -245,6 +245,7 @@ impl Kinds {
     fn floors(&mut self, family: Family) -> Result<()> {
         let frames = self.frames(family, 1, "A seq=1001")?;
         self.add("floor: MAC swap", family, floor::swap()?, frames.clone());
+        self.add("floor: MAC swap, outer header", family, floor::wrap(family)?, frames.clone());
         self.add(FLOOR, family, floor::swap_and_look_up(family, &frames)?, frames);
         Ok(())
     }
