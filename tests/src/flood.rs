@@ -10,7 +10,7 @@ use std::{
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
 };
 
-use crate::netns::Namespace;
+use crate::{netns::Namespace, wait};
 
 /// Sources of a flood are within this network, whose first half word is written here: nobody is
 /// at home there, so that nothing answers a SYN-ACK.
@@ -45,7 +45,8 @@ impl Flood {
         let mut sent = 0;
         while sent < frames && go_on() {
             let chunk = CHUNK.min(frames - sent);
-            self.send_chunk(chunk as u32)?;
+            // One that is interrupted is sent again, from its beginning.
+            wait::uninterrupted(|| self.send_chunk(chunk as u32))?;
             sent += chunk;
         }
         Ok(sent)
