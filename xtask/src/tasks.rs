@@ -5,10 +5,10 @@ use std::{
     io::Write as _,
     path::{Path, PathBuf},
     process::{Command, ExitCode, ExitStatus},
-    thread,
+    time::Instant,
 };
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, bail};
 
 use crate::{package, setup, supervise, sweep, vm};
 
@@ -179,16 +179,24 @@ fn test_all(workspace: &Path, args: &[String], tally: &mut Tally) -> Result<bool
     let success = if chooses(args) {
         run(&[], tally)?
     } else {
-        // Unit and property tests, then what talks to sockets, kernel and namespaces, then the
-        // examples of the documentation.
+        // Unit and property tests, then what talks to sockets, kernel and namespaces, the same on other
+        // kernels, and the examples of the documentation.
         let quick = run(&["--lib", "--bins"], tally)?;
-        let real = ["--test", "*"];
-        let real = match chosen(args) {
-            true => run(&real, tally)?,
-            false => beside_other_kernels(workspace, args, tally, |tally| run(&real, tally))?,
+        let real = run(&["--test", "*"], tally)?;
+        let other = match chosen(args) {
+            true => true,
+            // What keeps machines from being made has failed, and does not keep the rest from being run.
+            false => match on_other_kernels(workspace, args, tally) {
+                Err(error) if !error.is::<supervise::Interrupted>() => {
+                    eprintln!("xtask: no virtual machines: {error:#}");
+                    tally.failed += 1;
+                    false
+                }
+                done => done?,
+            },
         };
         let examples = run(&["--doc"], tally)?;
-        quick && real && examples
+        quick && real && other && examples
     };
     let skipped = skip_log.lines();
     // They ended early and well, so cargo test has counted them as passed.
@@ -205,59 +213,28 @@ fn chosen(args: &[String]) -> bool {
     args.iter().any(|arg| arg != "--release")
 }
 
-/// Runs `tests`, and beside them those in virtual machines, whose output follows at the end.
-///
-/// The host's tests wait for packets and clocks most of the time, and a machine whose processor
-/// is emulated does nothing but compute.
-fn beside_other_kernels(
-    workspace: &Path,
-    args: &[String],
-    tally: &mut Tally,
-    tests: impl FnOnce(&mut Tally) -> Result<bool>,
-) -> Result<bool> {
-    // What keeps machines from being made has failed, and does not keep the rest from being run.
-    let missing = |tally: &mut Tally, why: &dyn fmt::Display| {
-        eprintln!("xtask: no virtual machines: {why}");
-        tally.failed += 1;
-        Ok(false)
-    };
+/// Runs the tests in virtual machines. By themselves: a machine whose processor is emulated computes
+/// all the time, and what is beside it takes longer by more than it gains.
+fn on_other_kernels(workspace: &Path, args: &[String], tally: &mut Tally) -> Result<bool> {
     if let Some(obstacle) = vm::obstacle() {
-        let success = tests(tally)?;
         // Where a host is chosen for tests, what can't run is not proven.
         if std::env::var_os("CI").is_some() {
-            return missing(tally, &obstacle);
+            bail!(obstacle);
         }
         println!("skipped: virtual machines: {obstacle}");
         tally.skipped += 1;
-        return Ok(success);
+        return Ok(true);
     }
-    let machines = match vm::prepared(workspace, args) {
-        Ok(machines) => machines,
-        Err(error) if error.is::<supervise::Interrupted>() => return Err(error),
-        Err(error) => {
-            tests(tally)?;
-            return missing(tally, &format_args!("{error:#}"));
-        }
-    };
-    let mut said = Vec::new();
-    let (here, there) = thread::scope(|scope| {
-        let machines =
-            scope.spawn(|| machines.run(vm::SIZE_BESIDE, |line| said.push(line.to_owned())));
-        (tests(tally), machines.join())
-    });
     println!("\nOn other kernels, in virtual machines");
+    let began = Instant::now();
     let failed = tally.failed;
-    for line in said {
-        tally.add(&line);
-        println!("{line}");
-    }
-    let there = there.map_err(|_| anyhow!("running virtual machines has panicked"))?;
-    let (here, there) = (here?, there?);
+    let success = vm::prepared(workspace, args)?.run(vm::SIZE, |line| say(line, tally))?;
     // A test program that was killed has no result line to count.
-    if !there && tally.failed == failed {
+    if !success && tally.failed == failed {
         tally.failed += 1;
     }
-    Ok(here && there)
+    println!("the virtual machines took {} s", began.elapsed().as_secs());
+    Ok(success)
 }
 
 /// Whether arguments choose what is tested; those after `--` are the test programs'.
@@ -269,17 +246,20 @@ fn chooses(args: &[String]) -> bool {
 }
 
 fn run_tests(command: &mut Command, tally: &mut Tally) -> Result<ExitStatus> {
-    let result = supervise::run_stdout(command, |line| {
-        tally.add(line);
-        let mut out = std::io::stdout().lock();
-        // A reader that has gone away does not stop the tests.
-        let _ = writeln!(out, "{line}");
-    });
+    let result = supervise::run_stdout(command, |line| say(line, tally));
     if result.is_err() {
         // Test programs that were killed could not take their namespaces away.
         sweep::stale_leftovers();
     }
     result
+}
+
+/// Prints a line of a test program, and counts what it says.
+fn say(line: &str, tally: &mut Tally) {
+    tally.add(line);
+    let mut out = std::io::stdout().lock();
+    // A reader that has gone away does not stop the tests.
+    let _ = writeln!(out, "{line}");
 }
 
 /// A file in `target` that the tests add lines to; removed on drop.

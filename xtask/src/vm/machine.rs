@@ -45,8 +45,6 @@ pub(crate) struct Size {
     pub(crate) memory_mib: u32,
     /// How long it may run.
     pub(crate) limit: Duration,
-    /// Whether other programs of the host come first.
-    pub(crate) yields: bool,
 }
 
 /// Why no machine can run here, if so.
@@ -111,13 +109,7 @@ pub(crate) fn run(
 ) -> Result<Ended> {
     let qemu = qemu()?;
     let console = Console(initramfs.with_extension("console"));
-    let mut command = if size.yields {
-        let mut nice = Command::new("nice");
-        nice.args(["-n", "10"]).arg(qemu);
-        nice
-    } else {
-        Command::new(qemu)
-    };
+    let mut command = Command::new(qemu);
     command
         .args(if kvm() {
             ["-accel", "kvm", "-cpu", "host"]

@@ -43,14 +43,9 @@ const TESTS: [(&str, &[&str]); 5] = [
     ("packet_cases", &[]),
 ];
 
-/// How large a machine for the tests is. Emulated on an idle host of two processors it
-/// needs far less than this limit, which is for hosts with other work.
-pub(crate) const SIZE: Size =
-    Size { cpus: 2, memory_mib: 2048, limit: Duration::from_secs(900), yields: false };
-
-/// The same beside other tests, which come first.
-pub(crate) const SIZE_BESIDE: Size =
-    Size { limit: Duration::from_secs(1800), yields: true, ..SIZE };
+/// How large a machine for the tests is. Emulated on an idle host of two processors it needs a third
+/// of this limit, which is for hosts with other work.
+pub(crate) const SIZE: Size = Size { cpus: 2, memory_mib: 2048, limit: Duration::from_secs(900) };
 
 /// What `cargo xtask vm` is asked for.
 #[derive(Debug, Args)]
@@ -87,7 +82,7 @@ pub(crate) struct Request {
 impl Request {
     fn size(&self) -> Size {
         let Self { cpus, memory, limit, .. } = *self;
-        Size { cpus, memory_mib: memory, limit: Duration::from_secs(limit), yields: false }
+        Size { cpus, memory_mib: memory, limit: Duration::from_secs(limit) }
     }
 
     fn kernel(&self) -> Result<Kernel> {
@@ -154,8 +149,7 @@ pub(crate) struct Prepared<'a> {
     job: Job,
 }
 
-/// Builds the tests, and fetches or installs what their machines need. Nothing is built or
-/// installed later, so that they can run beside other tests.
+/// Builds the tests, and fetches or installs what their machines need.
 ///
 /// # Errors
 /// The tests do not build, something can't be had, or the task is interrupted.
@@ -281,7 +275,7 @@ fn tests(workspace: &Path, profile: &[String]) -> Result<Job> {
         }
     }
     if !machine::kvm() {
-        // It is slower by ten, and may have half of a processor beside other tests.
+        // It is slower by ten, and a host may have other work.
         job.env.insert("CANARY_SLOWNESS".to_owned(), "20".to_owned());
     }
     Ok(job)
