@@ -1,6 +1,6 @@
 //! Views of packet headers: the layouts, and the one way to get at them.
 
-use crate::abi::Address;
+use crate::{abi::Address, checksum::Delta};
 
 /// A frame's bytes, from the Ethernet header on.
 ///
@@ -79,6 +79,19 @@ pub struct Ipv4 {
 }
 
 impl Ipv4 {
+    /// Takes one from the TTL, which is not 0, and says by how much the words that the checksum covers
+    /// change, which is always the same (RFC 1141).
+    ///
+    /// TTL and protocol are written as the one word that they are read as: a word of which half was just
+    /// written can't be read before that is in the cache.
+    #[inline(always)]
+    pub const fn one_hop_less(&mut self) -> Delta {
+        const HOP: u16 = u16::from_ne_bytes([1, 0]);
+        let ttl_protocol = u16::from_ne_bytes(self.ttl_protocol);
+        self.ttl_protocol = ttl_protocol.wrapping_sub(HOP).to_ne_bytes();
+        Delta::ZERO.replace_half(HOP, 0)
+    }
+
     /// More-fragments flag and offset: not zero in any fragment.
     pub const FRAGMENT_MASK_BE: u16 = 0x3fff_u16.to_be();
     /// Fragment offset: not zero in any fragment but the first.

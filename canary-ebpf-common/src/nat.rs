@@ -15,7 +15,7 @@ use core::hint::cold_path;
 
 use crate::{
     abi::{
-        Address, BACKEND_MAINT, Flow, FlowKeyV4, FlowKeyV6, Forget, IPPROTO_TCP, Service,
+        Address, BACKEND_MAINT, Flow, FlowKeyV4, FlowKeyV6, Forget, IPPROTO_TCP, PortPair, Service,
         flow_state as state, forget,
     },
     entry::BackendIndex,
@@ -72,8 +72,7 @@ impl TupleKey for FlowKeyV4 {
         Self {
             src_be: src[0] as u32,
             dst_be: dst[0] as u32,
-            src_port_be,
-            dst_port_be,
+            ports: PortPair::new(src_port_be, dst_port_be),
             protocol: protocol as u32,
         }
     }
@@ -81,7 +80,7 @@ impl TupleKey for FlowKeyV4 {
     #[inline(always)]
     fn answers(&self, flow: &Flow) -> bool {
         (self.src_be ^ flow.dst[0] as u32) | (self.dst_be ^ flow.src[0] as u32) == 0
-            && (self.src_port_be ^ flow.dst_port_be) | (self.dst_port_be ^ flow.src_port_be) == 0
+            && self.ports == PortPair::new(flow.dst_port_be, flow.src_port_be)
     }
 }
 
@@ -91,8 +90,7 @@ impl TupleKey for FlowKeyV6 {
         Self {
             src: [src[0], src[1]],
             dst: [dst[0], dst[1]],
-            src_port_be,
-            dst_port_be,
+            ports: PortPair::new(src_port_be, dst_port_be),
             protocol: protocol as u32,
         }
     }
@@ -104,7 +102,7 @@ impl TupleKey for FlowKeyV6 {
             | (self.dst[0] ^ flow.src[0])
             | (self.dst[1] ^ flow.src[1])
             == 0
-            && (self.src_port_be ^ flow.dst_port_be) | (self.dst_port_be ^ flow.src_port_be) == 0
+            && self.ports == PortPair::new(flow.dst_port_be, flow.src_port_be)
     }
 }
 

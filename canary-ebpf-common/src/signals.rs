@@ -72,7 +72,7 @@ impl Watchable for FlowKeyV4 {
     #[inline(always)]
     fn sampling_hash(&self) -> u32 {
         let addresses = u64::from(self.src_be) << 32 | u64::from(self.dst_be);
-        let ports = ports(self.src_port_be, self.dst_port_be);
+        let ports = ports(self.ports.src_be(), self.ports.dst_be());
         mixed(addresses.wrapping_mul(WORDS[0]).wrapping_add(ports.wrapping_mul(WORDS[1])))
     }
 }
@@ -80,7 +80,7 @@ impl Watchable for FlowKeyV4 {
 impl Watchable for FlowKeyV6 {
     #[inline(always)]
     fn sampling_hash(&self) -> u32 {
-        let ports = ports(self.src_port_be, self.dst_port_be);
+        let ports = ports(self.ports.src_be(), self.ports.dst_be());
         let words = [self.src[0], self.src[1], self.dst[0] ^ self.dst[1].rotate_left(32), ports];
         let mut sum = words[0].wrapping_mul(WORDS[0]);
         sum = sum.wrapping_add(words[1].wrapping_mul(WORDS[1]));
@@ -418,7 +418,7 @@ pub fn bucket_ns(bucket: u32) -> u64 {
 mod tests {
     use super::*;
     use crate::{
-        abi::{SERVICE_HASH_CONNECTION, Service},
+        abi::{PortPair, SERVICE_HASH_CONNECTION, Service},
         hash::{bucket as bucket_of, hash_v4, hash_v6},
     };
 
@@ -632,18 +632,20 @@ mod tests {
             let v4 = FlowKeyV4 {
                 src_be: 0x0100_000a,
                 dst_be: 0x0a71_00cb,
-                src_port_be: port_be,
-                dst_port_be: 443_u16.to_be(),
+                ports: PortPair::new(port_be, 443_u16.to_be()),
                 protocol: 6,
             };
             tuples[0].1.push(v4.sampling_hash());
-            let client = FlowKeyV4 { src_be: i.to_be(), src_port_be: 40_000_u16.to_be(), ..v4 };
+            let client = FlowKeyV4 {
+                src_be: i.to_be(),
+                ports: PortPair::new(40_000_u16.to_be(), 443_u16.to_be()),
+                ..v4
+            };
             tuples[1].1.push(client.sampling_hash());
             let v6 = FlowKeyV6 {
                 src: [0x0100_0000_b80d_0120, 7],
                 dst: [0x0200_0000_b80d_0120, 9],
-                src_port_be: port_be,
-                dst_port_be: 443_u16.to_be(),
+                ports: PortPair::new(port_be, 443_u16.to_be()),
                 protocol: 6,
             };
             tuples[2].1.push(v6.sampling_hash());
@@ -675,20 +677,20 @@ mod tests {
         };
         let mut buckets = [("IPv4", [0_u32; CELLS]), ("IPv6", [0_u32; CELLS])];
         for i in 0..1_u32 << 20 {
+            let dst_port_be = 443_u16.to_be();
             let (client, src_port_be) = ((i >> 10).to_be(), (32_768 + (i & 1_023) as u16).to_be());
             let v4 = FlowKeyV4 {
                 src_be: client,
                 dst_be: 0x0a71_00cb,
-                src_port_be,
-                dst_port_be: 443_u16.to_be(),
+                ports: PortPair::new(src_port_be, dst_port_be),
                 protocol: 6,
             };
-            let FlowKeyV4 { src_be, dst_be, dst_port_be, .. } = v4;
+            let FlowKeyV4 { src_be, dst_be, .. } = v4;
             let hash = hash_v4(&service, src_be, dst_be, src_port_be, dst_port_be, 6);
             let chosen = watched(v4.sampling_hash(), mask(4));
             buckets[0].1[bucket_of(&service, hash) as usize % CELLS] += u32::from(chosen);
             let (src, dst) = ([0x0120_b80d_0120, u64::from(client) << 32], [0x0120_b80d_0120, 9]);
-            let v6 = FlowKeyV6 { src, dst, src_port_be, dst_port_be, protocol: 6 };
+            let v6 = FlowKeyV6 { src, dst, ports: v4.ports, protocol: 6 };
             let hash = hash_v6(&service, src, dst, src_port_be, dst_port_be, 6);
             let chosen = watched(v6.sampling_hash(), mask(4));
             buckets[1].1[bucket_of(&service, hash) as usize % CELLS] += u32::from(chosen);

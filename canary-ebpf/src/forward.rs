@@ -178,9 +178,15 @@ pub(crate) fn usable_for_flow(index: BackendIndex) -> Result<&'static Backend, R
 /// Counts a packet to a backend.
 #[inline(always)]
 pub(crate) fn count_sent<const RARE: bool>(packet: &Packet, index: BackendIndex, opens: bool) {
+    count(index, packet.arrived_bytes::<RARE>(), opens);
+}
+
+/// The same of one that came as so many bytes.
+#[inline(always)]
+pub(crate) fn count(index: BackendIndex, arrived_bytes: u64, opens: bool) {
     if let Some(counters) = maps::counters(index) {
         counters.packets += 1;
-        counters.bytes += packet.arrived_bytes::<RARE>();
+        counters.bytes += arrived_bytes;
         counters.connections += u64::from(opens);
     }
 }
@@ -321,10 +327,16 @@ pub(crate) fn out<const RARE: bool>(packet: &Packet, way: Way<'_>) -> Result<u32
         cold_path();
         return vlan::send::<RARE>(packet, way);
     }
-    if way.ifindex == packet.ifindex {
+    off(packet, way.ifindex)
+}
+
+/// Sends the frame, which has its last form.
+#[inline(always)]
+pub(crate) fn off(packet: &Packet, ifindex: u32) -> Result<u32, Reason> {
+    if ifindex == packet.ifindex {
         return Ok(xdp_action::XDP_TX);
     }
-    maps::redirect(way.ifindex)
+    maps::redirect(ifindex)
 }
 
 /// The way that the packet came by, for a flow to keep.

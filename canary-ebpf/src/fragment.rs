@@ -6,8 +6,10 @@
 
 use aya_ebpf::{macros::xdp, programs::XdpContext};
 use canary_ebpf_common::{
-    abi::{FlowKeyV4, FragmentKey, FragmentRoute, IPPROTO_TCP, Reason, Service, fragment as flags},
-    checksum::Delta,
+    abi::{
+        FlowKeyV4, FragmentKey, FragmentRoute, IPPROTO_TCP, PortPair, Reason, Service,
+        fragment as flags,
+    },
     entry::BackendIndex,
     extension,
     fragment::{Admission, Stretch, admit, alone, begin},
@@ -206,8 +208,7 @@ fn v4(packet: &Packet, arrival: &Arrival) -> Result<u32, Reason> {
         let key = FlowKeyV4 {
             src_be: ip.src_be,
             dst_be: ip.dst_be,
-            src_port_be: 0,
-            dst_port_be: 0,
+            ports: PortPair::default(),
             protocol: u32::from(protocol),
         };
         let hash = hash_v4(any, ip.src_be, ip.dst_be, 0, 0, protocol);
@@ -220,13 +221,10 @@ fn v4(packet: &Packet, arrival: &Arrival) -> Result<u32, Reason> {
         }
         whole = follow(route, held)?;
         let (src_be, dst_be) = (route.src[0] as u32, route.dst[0] as u32);
-        let before = u16::from_ne_bytes(ip.ttl_protocol);
-        ip.ttl_protocol[0] -= 1;
-        let after = u16::from_ne_bytes(ip.ttl_protocol);
-        ip.checksum = Delta::ZERO
+        ip.checksum = ip
+            .one_hop_less()
             .replace(ip.src_be, src_be)
             .replace(ip.dst_be, dst_be)
-            .replace_half(before, after)
             .apply(ip.checksum);
         ip.src_be = src_be;
         ip.dst_be = dst_be;

@@ -12,7 +12,8 @@
 use aya_ebpf::{macros::xdp, programs::XdpContext};
 use canary_ebpf_common::{
     abi::{
-        Flow, FlowKeyV4, FlowKeyV6, IPPROTO_TCP, IPPROTO_UDP, Reason, Service, VipKey, flow_state,
+        Flow, FlowKeyV4, FlowKeyV6, IPPROTO_TCP, IPPROTO_UDP, PortPair, Reason, Service, VipKey,
+        flow_state,
     },
     answer::{answerable_v4, answerable_v6},
     checksum::Delta,
@@ -215,8 +216,8 @@ fn echo_v4(packet: &Packet, ip: &mut Ipv4, message: &mut Icmp) -> Result<u32, Re
     message.checksum = Delta::ZERO.replace_half(kind, reply).apply(message.checksum);
     (ip.src_be, ip.dst_be) = (ip.dst_be, ip.src_be);
     let before = u16::from_ne_bytes(ip.ttl_protocol);
-    ip.ttl_protocol[0] = OUTER_TTL;
-    let after = u16::from_ne_bytes(ip.ttl_protocol);
+    let after = u16::from_ne_bytes([OUTER_TTL, ip.ttl_protocol[1]]);
+    ip.ttl_protocol = after.to_ne_bytes();
     ip.checksum = Delta::ZERO.replace_half(before, after).apply(ip.checksum);
     answer(packet, Reason::AnswerEcho)
 }
@@ -247,8 +248,7 @@ fn error_v4(
     let key = FlowKeyV4 {
         src_be: quote.dst_be,
         dst_be: quote.src_be,
-        src_port_be: client_port_be,
-        dst_port_be: vip_port_be,
+        ports: PortPair::new(client_port_be, vip_port_be),
         protocol: u32::from(protocol),
     };
     if maps::nat_ports().count != 0 {

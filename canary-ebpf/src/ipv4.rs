@@ -3,7 +3,9 @@
 use core::hint::cold_path;
 
 use canary_ebpf_common::{
-    abi::{Flow, FlowKeyV4, IPPROTO_TCP, IPPROTO_UDP, Reason, Service, VipKey, flow_state},
+    abi::{
+        Flow, FlowKeyV4, IPPROTO_TCP, IPPROTO_UDP, PortPair, Reason, Service, VipKey, flow_state,
+    },
     checksum::Delta,
     entry::{BackendIndex, Entry},
     hash::{bucket, hash_v4},
@@ -62,8 +64,7 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
     let key = FlowKeyV4 {
         src_be: ip.src_be,
         dst_be: ip.dst_be,
-        src_port_be: transport.src_port_be,
-        dst_port_be: transport.dst_port_be,
+        ports: PortPair::new(transport.src_port_be, transport.dst_port_be),
         protocol: u32::from(protocol),
     };
     let service = if RARE { route::followed_v4(service, &key)? } else { service };
@@ -95,8 +96,8 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
     if tunnel::wraps(service) {
         cold_path();
         // Before it is wrapped, wherever that is noted.
-        _ = signals::client_v4::<RARE>(packet, service, backend, &transport);
-        return tunnel::send::<RARE>(packet, service, steering, &transport);
+        let watched = signals::client_v4::<RARE>(packet, service, backend, &transport);
+        return tunnel::send::<RARE>(packet, service, steering, &transport, ip.src_be, watched);
     }
     forward::count_sent::<RARE>(packet, steering.backend, steering.opens);
     let watched = signals::client_v4::<RARE>(packet, service, backend, &transport);
@@ -292,11 +293,9 @@ fn rewrite(
     let (src_be, dst_be) = (flow.src[0] as u32, flow.dst[0] as u32);
     let addresses = Delta::ZERO.replace(ip.src_be, src_be).replace(ip.dst_be, dst_be);
     transport.rewrite(packet, flow, addresses).ok_or(Reason::DropMalformed)?;
-    let before = u16::from_ne_bytes(ip.ttl_protocol);
-    ip.ttl_protocol[0] -= 1;
-    let after = u16::from_ne_bytes(ip.ttl_protocol);
+    let hop = ip.one_hop_less();
     ip.src_be = src_be;
     ip.dst_be = dst_be;
-    ip.checksum = addresses.replace_half(before, after).apply(ip.checksum);
+    ip.checksum = addresses.and(hop).apply(ip.checksum);
     Ok(())
 }

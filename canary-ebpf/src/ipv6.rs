@@ -11,6 +11,7 @@ use canary_ebpf_common::{
     nat::{self, Step, TupleKey as _},
     ports::{self, Client},
     steer::{Flows as _, steer},
+    tunnel::folded,
 };
 
 use crate::{
@@ -96,8 +97,8 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
     if tunnel::wraps(service) {
         cold_path();
         // Before it is wrapped, wherever that is noted.
-        _ = signals::client_v6::<RARE>(packet, service, backend, &transport);
-        return tunnel::send::<RARE>(packet, service, steering, &transport);
+        let watched = signals::client_v6::<RARE>(packet, service, backend, &transport);
+        return tunnel::send::<RARE>(packet, service, steering, &transport, folded(src), watched);
     }
     forward::count_sent::<RARE>(packet, steering.backend, steering.opens);
     let watched = signals::client_v6::<RARE>(packet, service, backend, &transport);

@@ -161,7 +161,8 @@ pub(crate) fn followed_v4(
     let found = CLASSES_V4.get(unsafe { &*network.cast::<Key<u32>>() });
     let class = found.map_or(ClassEntry::default(), |state| state.entry);
     if let Some(previous) = previous(base, class, arrival) {
-        let FlowKeyV4 { src_be, dst_be, src_port_be, dst_port_be, protocol } = *key;
+        let FlowKeyV4 { src_be, dst_be, ports, protocol } = *key;
+        let (src_port_be, dst_port_be) = (ports.src_be(), ports.dst_be());
         let hash = hash_v4(previous, src_be, dst_be, src_port_be, dst_port_be, protocol as u8);
         note(arrival, class, previous, hash);
     }

@@ -133,11 +133,7 @@ pub(crate) fn go_on<const RARE: bool>(
     watched: bool,
     sent: Result<u32, Reason>,
 ) -> Result<u32, Reason> {
-    // Where few packets come by, it is looked up again: there is no room to remember it.
-    let looks = if RARE { watching() } else { watched };
-    if looks {
-        cold_path();
-    }
+    let looks = looks::<RARE>(watched);
     if looks
         && let Some(pending) = pending()
         && pending.state & ARMED != 0
@@ -151,21 +147,32 @@ pub(crate) fn go_on<const RARE: bool>(
     sent
 }
 
+/// Whether it is looked whether the packet is taken into account. Where few packets come by, it always
+/// is: there is no room to remember it.
+#[inline(always)]
+fn looks<const RARE: bool>(watched: bool) -> bool {
+    let looks = if RARE { watching() } else { watched };
+    if looks {
+        cold_path();
+    }
+    looks
+}
+
 /// The same of a frame that gets its tags behind that.
 #[inline(always)]
 pub(crate) fn go_on_before_tags(packet: &Packet) {
-    go_on_before(packet, TAGS);
+    go_on_before(packet, watching(), TAGS);
 }
 
 /// The same of a frame that is wrapped behind that.
 #[inline(always)]
-pub(crate) fn go_on_before_wrapping(packet: &Packet) {
-    go_on_before(packet, WRAP);
+pub(crate) fn go_on_before_wrapping<const RARE: bool>(packet: &Packet, watched: bool) {
+    go_on_before(packet, looks::<RARE>(watched), WRAP);
 }
 
 #[inline(always)]
-fn go_on_before(packet: &Packet, what: u32) {
-    if watching()
+fn go_on_before(packet: &Packet, looks: bool, what: u32) {
+    if looks
         && let Some(pending) = pending()
         && pending.state & ARMED != 0
     {
@@ -552,8 +559,7 @@ fn ends_v6(packet: &Packet) -> Option<(Address, Address)> {
 fn copy_v4(to: &mut FlowKeyV4, from: &FlowKeyV4) {
     to.src_be = from.src_be;
     to.dst_be = from.dst_be;
-    to.src_port_be = from.src_port_be;
-    to.dst_port_be = from.dst_port_be;
+    to.ports = from.ports;
     to.protocol = from.protocol;
 }
 
@@ -564,8 +570,7 @@ fn copy_v6(to: &mut FlowKeyV6, from: &FlowKeyV6) {
     to.src[1] = from.src[1];
     to.dst[0] = from.dst[0];
     to.dst[1] = from.dst[1];
-    to.src_port_be = from.src_port_be;
-    to.dst_port_be = from.dst_port_be;
+    to.ports = from.ports;
     to.protocol = from.protocol;
 }
 

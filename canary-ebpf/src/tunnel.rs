@@ -1,18 +1,17 @@
 //! Wrapping the frame for its backend, and sending it.
 
+use core::hint::cold_path;
+
 use aya_ebpf::{
     bindings::xdp_md, helpers::generated::bpf_xdp_adjust_head, macros::xdp, programs::XdpContext,
 };
 use canary_ebpf_common::{
     abi::{Backend, ForwardMode, Reason, Service},
     answer::Trouble,
-    checksum::Delta,
     entry::BackendIndex,
-    headers::{
-        ETH_BYTES, ETHERTYPE_IPV4_BE, ETHERTYPE_IPV6_BE, Eth, Frame as _, Ipv4, Ipv6, Ports, Udp,
-    },
+    headers::{ETH_BYTES, ETHERTYPE_IPV4_BE, ETHERTYPE_IPV6_BE, Eth, Frame as _, Ipv4, Ipv6, Udp},
     steer::Steering,
-    tunnel::{self, IPPROTO_IPV4, IPPROTO_IPV6, Inner, entropy, folded},
+    tunnel::{self, IPPROTO_IPV4, IPPROTO_IPV6, Inner, entropy},
 };
 
 use crate::{
@@ -22,7 +21,7 @@ use crate::{
     fragment,
     maps::{self, Program},
     packet::Packet,
-    signals,
+    signals, vlan,
 };
 
 /// Whether a service wraps its packets.
@@ -49,13 +48,15 @@ const SYN: u32 = 1 << 3;
 
 /// Leaves a packet of a service that wraps to the program that carries it to its backend, if it
 /// fits: what wraps would have to be verified, and keep room on the stack, wherever a packet is
-/// steered.
+/// steered. `client` is the client's address in one word.
 #[inline(always)]
 pub(crate) fn send<const RARE: bool>(
     packet: &Packet,
     service: &Service,
     steering: Steering,
     transport: &Transport,
+    client: u32,
+    watched: bool,
 ) -> Result<u32, Reason> {
     let arrival = maps::arrival().ok_or(Reason::DropNoBackend)?;
     if !RARE {
@@ -65,8 +66,10 @@ pub(crate) fn send<const RARE: bool>(
         | if steering.opens { OPENS } else { 0 }
         | if transport.is_syn() { SYN } else { 0 };
     arrival.header = transport.offset as u32;
+    // What the packet has in common with others of its flow.
+    arrival.entropy = entropy(client, transport.src_port_be, transport.dst_port_be);
     arrival.route.backend = steering.backend.get();
-    signals::go_on_before_wrapping(packet);
+    signals::go_on_before_wrapping::<RARE>(packet, watched);
     maps::tail_call(packet.ctx, Program::Wrap);
     Err(Reason::DropNoBackend)
 }
@@ -108,10 +111,6 @@ fn try_wrap(ctx: *mut xdp_md) -> Result<u32, Reason> {
     let eth: *mut Eth = packet.at(0).ok_or(Reason::DropMalformed)?;
     // SAFETY: `at` checked the bounds.
     let v6 = unsafe { (*eth).ethertype_be } == ETHERTYPE_IPV6_BE;
-    let header = arrival.header as usize & TRANSPORT_MASK;
-    if wrapping & SILENT == 0 {
-        arrival.entropy = of_flow(&packet, v6, header).ok_or(Reason::DropMalformed)?;
-    }
     let entropy = arrival.entropy;
     let entering = if v6 {
         enter_v6(&packet, backend.inner_mtu, entropy)
@@ -128,9 +127,10 @@ fn try_wrap(ctx: *mut xdp_md) -> Result<u32, Reason> {
         }
         Err(reason) => return Err(reason),
     };
-    forward::count_sent::<true>(&packet, index, wrapping & OPENS != 0);
+    let arrived_bytes = packet.len_bytes() as u64 + u64::from(arrival.tag_bytes);
+    forward::count(index, arrived_bytes, wrapping & OPENS != 0);
     if wrapping & SYN != 0 {
-        packet.clamp(header, backend.mss);
+        packet.clamp(arrival.header as usize & TRANSPORT_MASK, backend.mss);
     }
     let gue = wrapping & GUE != 0;
     fragment::keep_wrapped(&packet, arrival, gue).ok_or(Reason::DropMalformed)?;
@@ -143,27 +143,14 @@ fn try_wrap(ctx: *mut xdp_md) -> Result<u32, Reason> {
         (true, true) => v6_outside::<true>(ctx, backend, inner),
     }?;
     forward::set_addresses(&wrapped, &backend.eth).ok_or(Reason::DropMalformed)?;
+    // The MSS is lowered by now, and what came with it is noted in any case.
     arrival.header = 0;
-    // What came with it is noted in any case by now.
-    forward::out::<true>(&wrapped, forward::to(index, backend))
-}
-
-/// What a packet whose ports are at `header` has in common with others of its flow.
-#[inline(always)]
-fn of_flow(packet: &Packet, v6: bool, header: usize) -> Option<u32> {
-    let ports: *mut Ports = packet.at(header)?;
-    // SAFETY: `at` checked the bounds.
-    let Ports { src_be, dst_be } = unsafe { *ports };
-    let addr = if v6 {
-        let ip: *mut Ipv6 = packet.at(ETH_BYTES)?;
-        // SAFETY: `at` checked the bounds.
-        unsafe { folded([(*ip).src[0], (*ip).src[1]]) }
-    } else {
-        let ip: *mut Ipv4 = packet.at(ETH_BYTES)?;
-        // SAFETY: `at` checked the bounds.
-        unsafe { (*ip).src_be }
-    };
-    Some(entropy(addr, src_be, dst_be))
+    let way = forward::to(index, backend);
+    if way.vlan != 0 {
+        cold_path();
+        return vlan::send::<true>(&wrapped, way);
+    }
+    forward::off(&wrapped, way.ifindex)
 }
 
 /// An IPv4 packet on its way into a tunnel that takes `most` bytes: it is forwarded into it
@@ -180,10 +167,7 @@ fn enter_v4(packet: &Packet, most: u16, entropy: u32) -> Result<Inner, Reason> {
     if len_bytes > most {
         return Err(Reason::DropTooBig);
     }
-    let before = u16::from_ne_bytes(ip.ttl_protocol);
-    ip.ttl_protocol[0] -= 1;
-    let after = u16::from_ne_bytes(ip.ttl_protocol);
-    ip.checksum = Delta::ZERO.replace_half(before, after).apply(ip.checksum);
+    ip.checksum = ip.one_hop_less().apply(ip.checksum);
     Ok(Inner { len_bytes, protocol: IPPROTO_IPV4, tos: ip.tos, entropy })
 }
 

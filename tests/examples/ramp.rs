@@ -276,8 +276,14 @@ fn sweep(model: &Model<FlowKeyV4>, planner: &Planner, now_ms: u64) {
         planner.plane().services.iter().find(|s| s.family == Family::V4).expect("a table");
     let record = &service.record;
     model.flows.retain(|key, flow| {
-        let hash =
-            hash_v4(record, key.src_be, key.dst_be, key.src_port_be, key.dst_port_be, IPPROTO_TCP);
+        let hash = hash_v4(
+            record,
+            key.src_be,
+            key.dst_be,
+            key.ports.src_be(),
+            key.ports.dst_be(),
+            IPPROTO_TCP,
+        );
         let silent_ns = (now_ms * 1_000_000).saturating_sub(flow.last_ns);
         service.entries[bucket(record, hash) as usize].tracked()
             && !expired(bits(flow), silent_ns, 0)

@@ -9,7 +9,7 @@ use canary_agent::{
     plan::{Adopted, DataPlane},
 };
 use canary_ebpf_common::{
-    abi::{ABI_VERSION, Backend, Flow, FlowKeyV4, LedgerEntry, PAGE_BUCKETS, Sample},
+    abi::{ABI_VERSION, Backend, Flow, FlowKeyV4, LedgerEntry, PAGE_BUCKETS, PortPair, Sample},
     entry::{BackendIndex, Entry},
 };
 use canary_tests::{
@@ -275,7 +275,7 @@ fn carried_over(layout: u32, make_older: fn(&BpfFs)) {
     datapath.apply(&wanted).unwrap();
     drop(datapath);
     let (_, mut before) = Datapath::open(options(&bpffs)).unwrap();
-    let key = FlowKeyV4 { src_be: 1, dst_be: 2, src_port_be: 3, dst_port_be: 4, protocol: 6 };
+    let key = FlowKeyV4 { src_be: 1, dst_be: 2, ports: PortPair::new(3, 4), protocol: 6 };
     let flow = Flow { backend: 1, way: 7, eth: [1, 2, 3], ..Flow::default() };
     let flows = || Flows::<FlowKeyV4>::open(&bpffs.pins(), "FLOWS_V4").unwrap();
     flows().insert(&key, flow).unwrap();

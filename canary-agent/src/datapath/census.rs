@@ -74,9 +74,9 @@ impl Key for pod::FlowKeyV4 {
 
     fn bucket(&self, service: &abi::Service) -> u32 {
         let k = self.0;
+        let (src_port_be, dst_port_be) = (k.ports.src_be(), k.ports.dst_be());
         let protocol = k.protocol as u8;
-        let hash =
-            hash::hash_v4(service, k.src_be, k.dst_be, k.src_port_be, k.dst_port_be, protocol);
+        let hash = hash::hash_v4(service, k.src_be, k.dst_be, src_port_be, dst_port_be, protocol);
         hash::bucket(service, hash)
     }
 }
@@ -90,8 +90,9 @@ impl Key for pod::FlowKeyV6 {
 
     fn bucket(&self, service: &abi::Service) -> u32 {
         let k = self.0;
+        let (src_port_be, dst_port_be) = (k.ports.src_be(), k.ports.dst_be());
         let protocol = k.protocol as u8;
-        let hash = hash::hash_v6(service, k.src, k.dst, k.src_port_be, k.dst_port_be, protocol);
+        let hash = hash::hash_v6(service, k.src, k.dst, src_port_be, dst_port_be, protocol);
         hash::bucket(service, hash)
     }
 }

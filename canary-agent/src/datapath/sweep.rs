@@ -170,14 +170,14 @@ impl Sweeper {
         };
         let mut open = vec![0_u32; abi::BACKEND_INDICES as usize];
         let v4 = self.v4.pass(&rules, &names, &mut open, |service, pod::FlowKeyV4(k)| {
-            let (ports, protocol) = ((k.src_port_be, k.dst_port_be), k.protocol as u8);
+            let (ports, protocol) = ((k.ports.src_be(), k.ports.dst_be()), k.protocol as u8);
             let client = abi::ip([k.src_be.into(), 0], false);
             looked_up(service, client, &|service| {
                 hash::hash_v4(service, k.src_be, k.dst_be, ports.0, ports.1, protocol)
             })
         })?;
         let v6 = self.v6.pass(&rules, &names, &mut open, |service, pod::FlowKeyV6(k)| {
-            let (ports, protocol) = ((k.src_port_be, k.dst_port_be), k.protocol as u8);
+            let (ports, protocol) = ((k.ports.src_be(), k.ports.dst_be()), k.protocol as u8);
             looked_up(service, abi::ip(k.src, true), &|service| {
                 hash::hash_v6(service, k.src, k.dst, ports.0, ports.1, protocol)
             })

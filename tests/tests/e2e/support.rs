@@ -12,7 +12,7 @@ use std::{
 };
 
 use canary_agent::api::model::{BackendStatus, ServiceStatus, Status, VersionStatus};
-use canary_ebpf_common::abi::{Flow, FlowKeyV4, flow_state};
+use canary_ebpf_common::abi::{Flow, FlowKeyV4, PortPair, flow_state};
 use canary_tests::{
     agent::{Agent, AgentOptions, Output},
     binary,
@@ -404,7 +404,7 @@ pub(crate) fn fill_flows(agent: &Agent<'_>, flows: u32) {
     let last_ns = now.tv_sec() as u64 * 1_000_000_000;
     let state = flow_state::NAT | flow_state::ANSWERED | flow_state::SERVER_OPEN;
     for n in 0..flows {
-        let key = FlowKeyV4 { src_be: n, dst_be: 1, src_port_be: 1, dst_port_be: 1, protocol: 6 };
+        let key = FlowKeyV4 { src_be: n, dst_be: 1, ports: PortPair::new(1, 1), protocol: 6 };
         let flow = Flow { last_ns, state, syn_seq: n, backend: 1, ..Flow::default() };
         table.insert(&key, flow).expect("room for a flow");
     }

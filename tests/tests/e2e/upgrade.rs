@@ -13,7 +13,7 @@ use canary_agent::{
     datapath,
     failpoint::{self, Failpoint},
 };
-use canary_ebpf_common::abi::FlowKeyV4;
+use canary_ebpf_common::abi::{FlowKeyV4, PortPair};
 use canary_tests::{
     agent::{Agent, AgentOptions},
     hold::Hold,
@@ -478,7 +478,7 @@ fn a_table_full_of_flows_is_carried_over_and_nobody_notices() {
             let table: Flows<FlowKeyV4> = Flows::open(&pins, "FLOWS_V4").expect("the table");
             for n in [0, flows / 2, flows - 1] {
                 let (src_be, protocol) = (n, 6);
-                let key = FlowKeyV4 { src_be, dst_be: 1, src_port_be: 1, dst_port_be: 1, protocol };
+                let key = FlowKeyV4 { src_be, dst_be: 1, ports: PortPair::new(1, 1), protocol };
                 let flow = table.get(&key).expect("a table").expect("a flow that was carried over");
                 assert_eq!(flow.syn_seq, n);
             }
