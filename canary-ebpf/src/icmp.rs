@@ -299,12 +299,10 @@ fn translate_v4(
     message.checksum = change.apply(message.checksum);
 
     let addresses = Delta::ZERO.replace(ip.src_be, src_be).replace(ip.dst_be, dst_be);
-    let before = u16::from_ne_bytes(ip.ttl_protocol);
-    ip.ttl_protocol[0] -= 1;
-    let after = u16::from_ne_bytes(ip.ttl_protocol);
+    let hop = ip.one_hop_less();
     ip.src_be = src_be;
     ip.dst_be = dst_be;
-    ip.checksum = addresses.replace_half(before, after).apply(ip.checksum);
+    ip.checksum = addresses.and(hop).apply(ip.checksum);
     send_along(packet, flow)
 }
 
