@@ -151,21 +151,32 @@ pub(crate) fn begun(config: &Config) -> Result<Planner> {
 /// what is in the caches is what the program has looked at.
 struct Packets {
     frame: Vec<u8>,
-    clients: Vec<IpAddr>,
+    /// Where the address is in it.
+    source: std::ops::Range<usize>,
+    /// The addresses, one after the other, in no more bytes than they have.
+    clients: Vec<u8>,
 }
 
 impl Packets {
     /// From these clients, which are of one family.
     fn new(family: Family, clients: Vec<IpAddr>) -> Result<Self> {
-        Ok(Self { frame: frame(family, 0, Host::Vip(1), "A")?, clients })
+        let source = match family {
+            Family::V4 => 26..30,
+            Family::V6 => 22..38,
+        };
+        let octets = |client: &IpAddr| match client {
+            IpAddr::V4(addr) => addr.octets().to_vec(),
+            IpAddr::V6(addr) => addr.octets().to_vec(),
+        };
+        let clients = clients.iter().flat_map(octets).collect();
+        Ok(Self { frame: frame(family, 0, Host::Vip(1), "A")?, source, clients })
     }
 
     /// The frame of the client whose turn it is, if there is any.
     fn of(&mut self, turn: usize) -> Option<&[u8]> {
-        match self.clients.get(turn % self.clients.len().max(1))? {
-            IpAddr::V4(addr) => self.frame[26..30].copy_from_slice(&addr.octets()),
-            IpAddr::V6(addr) => self.frame[22..38].copy_from_slice(&addr.octets()),
-        }
+        let bytes = self.source.len();
+        let at = turn % (self.clients.len() / bytes).max(1) * bytes;
+        self.frame[self.source.clone()].copy_from_slice(self.clients.get(at..at + bytes)?);
         Some(&self.frame)
     }
 }
