@@ -173,13 +173,6 @@ pub const fn block_v6(src: Address) -> u32 {
     (top.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48) as u32
 }
 
-/// Where a client of a service may be remembered: a number whose low 24 bits are spread.
-#[inline(always)]
-pub const fn place(service: u32, client: Address) -> u32 {
-    let mixed = client[0] ^ client[1].rotate_left(32) ^ (service as u64) << 40;
-    (mixed.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as u32
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -22,6 +22,7 @@ pub mod mss;
 pub mod nat;
 pub mod ports;
 pub mod quic;
+pub mod recent;
 pub mod signals;
 pub mod steer;
 pub mod tunnel;

@@ -13,6 +13,7 @@ use canary_ebpf_common::{
         FragmentKey, FragmentRoute, IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_TCP, IPPROTO_UDP,
         NetworkV6, Reason, ReasonVerdict, TableKey,
     },
+    class::ClassEntry,
     extension::{self, Stray},
     headers::{
         ETH_BYTES, ETHERTYPE_IPV4_BE, ETHERTYPE_IPV6_BE, Eth, Frame as _, Ipv4, Ipv6, Tcp, Udp,
@@ -62,6 +63,9 @@ pub(crate) struct Arrival {
     /// The entry that it is steered by, if it is refused rather than sent elsewhere for want of room;
     /// else 0.
     pub(crate) guard: u32,
+    /// Its client's class as it was found, however that was: for the verifier, whatever is read
+    /// here is alike.
+    pub(crate) class: ClassEntry,
     /// What classes are looked up by: here, there is room for it.
     pub(crate) client: NetworkV6,
     /// What their tables are looked up by.

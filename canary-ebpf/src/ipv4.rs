@@ -75,7 +75,7 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
     let entry = if !RARE && route::concerns_v4(service, ip.src_be) {
         cold_path();
         let hash = hashed(service, ip, &transport);
-        let Some(entry) = route::known(service, [u64::from(ip.src_be), 0], hash) else {
+        let Some(entry) = route::known_v4(service, ip.src_be, hash) else {
             return arrival::steer_there(packet, &transport, Program::SteerV4);
         };
         entry

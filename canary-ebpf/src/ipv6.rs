@@ -76,7 +76,7 @@ pub(crate) fn ingress<const RARE: bool>(packet: &Packet) -> Result<u32, Reason> 
     let entry = if !RARE && route::concerns_v6(service, src[0]) {
         cold_path();
         let hash = hashed(service, ip, &transport);
-        let Some(entry) = route::known(service, src, hash) else {
+        let Some(entry) = route::known_v6(service, src, hash) else {
             return arrival::steer_there(packet, &transport, Program::SteerV6);
         };
         entry

@@ -6,6 +6,7 @@
 //! known of the packet, since the stack has no room for them.
 
 use aya_ebpf::{
+    bindings::BPF_F_MMAPABLE,
     macros::map,
     maps::{Array, HashMap, LpmTrie, lpm_trie::Key},
 };
@@ -18,6 +19,7 @@ use canary_ebpf_common::{
     entry::Entry,
     hash::{bucket, hash_v4, hash_v6},
     headers::Ipv6,
+    recent::{self, ClientsV4, ClientsV6, Table, Tables},
     steer::{Segment, Steering},
 };
 
@@ -40,31 +42,26 @@ static CLASS_TABLES: HashMap<TableKey, Service> = HashMap::with_max_entries(1, 0
 #[map]
 static CLASS_CHANGES: Array<u64> = Array::with_max_entries(1, 0);
 /// Clients whose class was looked up a moment ago, a part of the map for each CPU. Not pinned:
-/// programs that are loaded anew look everybody up again.
+/// programs that are loaded anew look everybody up again. Can be mapped only because values of such
+/// maps begin at a page, and so each at a cache line.
 #[map]
-static RECENT: Array<Recent> = Array::with_max_entries(1, 0);
+static RECENT_V4: Array<ClientsV4> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+/// The same of IPv6.
+#[map]
+static RECENT_V6: Array<ClientsV6> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+/// What steers clients of a class, of what was looked up a moment ago; as above.
+#[map]
+static RECENT_TABLES: Array<Tables> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
-/// Elements of one CPU's part of `RECENT`, less one: a power of two.
+/// Elements of one CPU's part of `RECENT_V4`, less one: a power of two.
 #[unsafe(no_mangle)]
-static RECENT_MASK: u32 = 0;
-
-/// Which table steers a client of a service. Only of a client whose class has not changed lately:
-/// where it may have connections that are older, all that there is to know is looked up.
-#[repr(C)]
-struct Recent {
-    client: Address,
-    /// What `CLASS_CHANGES` said before it was looked up. No longer true if that says something else.
-    changes: u64,
-    /// First page of the table.
-    first_page: u32,
-    /// The service at the address.
-    service: u16,
-    /// As many bits as say its bucket; [`OWN`] where the service's own table steers.
-    bucket_bits: u16,
-}
-
-/// [`Recent::bucket_bits`]: the client is in no audience.
-const OWN: u16 = u16::MAX;
+static RECENT_V4_MASK: u32 = 0;
+/// The same of `RECENT_V6`.
+#[unsafe(no_mangle)]
+static RECENT_V6_MASK: u32 = 0;
+/// The same of `RECENT_TABLES`.
+#[unsafe(no_mangle)]
+static RECENT_TABLES_MASK: u32 = 0;
 
 /// Whether an IPv4 client of `service` may be in a class.
 #[inline(always)]
@@ -93,51 +90,73 @@ fn changes() -> Option<u64> {
     abi::settled(changes).then_some(changes)
 }
 
-/// Where this CPU keeps what is known of a client of a service.
+/// Where the element of a place is in this CPU's part of a map, `mask` being that of its parts.
 #[inline(always)]
-fn recent(base: &Service, client: Address) -> Option<&'static mut Recent> {
+fn own(mask: &'static u32, place: u32) -> u32 {
     // SAFETY: an initialised static; volatile as in `maps::nat_ports`.
-    let mask = unsafe { core::ptr::read_volatile(&raw const RECENT_MASK) };
-    let place = class::place(base.id, client) & mask;
+    let mask = unsafe { core::ptr::from_ref(mask).read_volatile() };
+    maps::this_cpu() * (mask + 1) + (place & mask)
+}
+
+/// Where this CPU keeps the class of a client.
+#[inline(always)]
+fn recent_v4(src_be: u32) -> Option<&'static mut ClientsV4> {
+    let at = own(&RECENT_V4_MASK, recent::place_v4(src_be));
     // SAFETY: this CPU's own element, and XDP does not nest.
-    unsafe { RECENT.get_ptr_mut(maps::this_cpu() * (mask + 1) + place).map(|p| &mut *p) }
+    unsafe { RECENT_V4.get_ptr_mut(at).map(|p| &mut *p) }
+}
+
+/// The same of IPv6.
+#[inline(always)]
+fn recent_v6(src: Address) -> Option<&'static mut ClientsV6> {
+    let at = own(&RECENT_V6_MASK, recent::place_v6(src));
+    // SAFETY: this CPU's own element, and XDP does not nest.
+    unsafe { RECENT_V6.get_ptr_mut(at).map(|p| &mut *p) }
+}
+
+/// Where this CPU keeps what steers the clients of a service's classes.
+#[inline(always)]
+fn recent_tables(base: &Service) -> Option<&'static mut Tables> {
+    let at = own(&RECENT_TABLES_MASK, recent::place_of_tables(base.id));
+    // SAFETY: this CPU's own element, and XDP does not nest.
+    unsafe { RECENT_TABLES.get_ptr_mut(at).map(|p| &mut *p) }
 }
 
 /// The entry that steers a client of `base` whose packet has this hash, where that is known without
 /// a search, and by itself says where the packet goes.
 #[inline(always)]
-pub(crate) fn known(base: &Service, client: Address, hash: u64) -> Option<Entry> {
+pub(crate) fn known_v4(base: &Service, src_be: u32, hash: u64) -> Option<Entry> {
     let changes = changes()?;
-    let recent = recent(base, client)?;
-    let differs = (recent.client[0] ^ client[0])
-        | (recent.client[1] ^ client[1])
-        | (recent.changes ^ changes)
-        | u64::from(u32::from(recent.service) ^ base.id);
-    if differs != 0 {
-        return None;
-    }
-    if recent.bucket_bits == OWN {
-        return maps::entry(base.first_page, bucket(base, hash));
-    }
-    let bucket = hash as u32 & ((1 << (recent.bucket_bits & 31)) - 1);
-    maps::entry(recent.first_page, bucket).filter(|entry| !entry.tracked())
+    let class = recent_v4(src_be)?.class(changes, src_be)?;
+    known(base, class, changes, hash)
 }
 
-/// Keeps what was found out about a client, unless its class has changed lately.
+/// The same of an IPv6 client.
 #[inline(always)]
-fn keep(base: &Service, client: Address, class: ClassEntry, table: &Service, changes: u64) {
-    // Flows of a service that translates are followed whatever their clients' class.
-    if class.tracked() || !abi::settled(changes) || forward::translates(base) {
-        return;
+pub(crate) fn known_v6(base: &Service, src: Address, hash: u64) -> Option<Entry> {
+    let changes = changes()?;
+    let class = recent_v6(src)?.class(changes, src)?;
+    known(base, class, changes, hash)
+}
+
+#[inline(always)]
+fn known(base: &Service, class: Class, changes: u64, hash: u64) -> Option<Entry> {
+    match recent_tables(base)?.table(changes, base.id, class)? {
+        Table::Own => maps::entry(base.first_page, bucket(base, hash)),
+        Table::Other { first_page, bucket_bits } => {
+            let bucket = hash as u32 & ((1 << (bucket_bits & 31)) - 1);
+            maps::entry(first_page, bucket).filter(|entry| !entry.tracked())
+        }
     }
-    let Some(recent) = recent(base, client) else { return };
-    recent.client[0] = client[0];
-    recent.client[1] = client[1];
-    recent.changes = changes;
-    recent.first_page = table.first_page;
-    recent.service = base.id as u16;
-    recent.bucket_bits =
-        if table.id == base.id { OWN } else { table.bucket_mask.count_ones() as u16 };
+}
+
+/// Whether a client's class is kept: not if it has changed lately, for all that there is to know
+/// of its older connections is looked up; nor if classes change just now, as `changes` says of the
+/// time before it was looked up. Nor in a service that translates, whose flows are followed whatever
+/// their clients' class.
+#[inline(always)]
+fn keeps(base: &Service, class: ClassEntry, changes: u64) -> bool {
+    !class.tracked() && abi::settled(changes) && !forward::translates(base)
 }
 
 /// The service that steers a packet with this key to `base`: that one, or the table of its
@@ -153,13 +172,9 @@ pub(crate) fn followed_v4(
         return Ok(base);
     }
     let changes = changes().unwrap_or(0);
-    arrival.client.bits = 32;
-    arrival.client.addr_be[0] = key.src_be;
-    let network: *const NetworkV6 = &raw const arrival.client;
-    const _: () = assert!(size_of::<NetworkV4>() == size_of::<Key<u32>>());
-    // SAFETY: the shorter key is laid out as the longer one begins.
-    let found = CLASSES_V4.get(unsafe { &*network.cast::<Key<u32>>() });
-    let class = found.map_or(ClassEntry::default(), |state| state.entry);
+    arrival.class = class_v4(base, key.src_be, changes, arrival);
+    // SAFETY: an initialised field. Volatile: see there.
+    let class = unsafe { (&raw const arrival.class).read_volatile() };
     if let Some(previous) = previous(base, class, arrival) {
         let FlowKeyV4 { src_be, dst_be, ports, protocol } = *key;
         let (src_port_be, dst_port_be) = (ports.src_be(), ports.dst_be());
@@ -167,7 +182,9 @@ pub(crate) fn followed_v4(
         note(arrival, class, previous, hash);
     }
     let table = table(base, class.current(), arrival);
-    keep(base, [u64::from(key.src_be), 0], class, table, changes);
+    if keeps(base, class, changes) {
+        keep(base, class.current(), table, changes);
+    }
     Ok(table)
 }
 
@@ -200,6 +217,49 @@ pub(crate) fn client_v6(
         return Ok(base);
     }
     let changes = changes().unwrap_or(0);
+    arrival.class = class_v6(base, src, changes, arrival);
+    // SAFETY: an initialised field. Volatile: see there.
+    let class = unsafe { (&raw const arrival.class).read_volatile() };
+    if let Some(previous) = previous(base, class, arrival) {
+        let hash = hash_v6(previous, src, dst, src_port_be, dst_port_be, protocol);
+        note(arrival, class, previous, hash);
+    }
+    let table = table(base, class.current(), arrival);
+    if keeps(base, class, changes) {
+        keep(base, class.current(), table, changes);
+    }
+    Ok(table)
+}
+
+/// The class of a client, `changes` being what `CLASS_CHANGES` says, or 0.
+#[inline(always)]
+fn class_v4(base: &Service, src_be: u32, changes: u64, arrival: &mut Arrival) -> ClassEntry {
+    let recent = recent_v4(src_be);
+    if let Some(class) = recent.as_ref().and_then(|recent| recent.class(changes, src_be)) {
+        return ClassEntry::steady(class);
+    }
+    arrival.client.bits = 32;
+    arrival.client.addr_be[0] = src_be;
+    let network: *const NetworkV6 = &raw const arrival.client;
+    const _: () = assert!(size_of::<NetworkV4>() == size_of::<Key<u32>>());
+    // SAFETY: the shorter key is laid out as the longer one begins.
+    let found = CLASSES_V4.get(unsafe { &*network.cast::<Key<u32>>() });
+    let class = found.map_or(ClassEntry::default(), |state| state.entry);
+    if keeps(base, class, changes)
+        && let Some(recent) = recent
+    {
+        recent.keep(changes, src_be, class.current());
+    }
+    class
+}
+
+/// The same of an IPv6 client.
+#[inline(always)]
+fn class_v6(base: &Service, src: Address, changes: u64, arrival: &mut Arrival) -> ClassEntry {
+    let recent = recent_v6(src);
+    if let Some(class) = recent.as_ref().and_then(|recent| recent.class(changes, src)) {
+        return ClassEntry::steady(class);
+    }
     let [first, second] = [src[0], src[1]];
     arrival.client.bits = 128;
     arrival.client.addr_be[0] = first as u32;
@@ -211,13 +271,27 @@ pub(crate) fn client_v6(
     // SAFETY: both are laid out alike.
     let found = CLASSES_V6.get(unsafe { &*network.cast::<Key<[u32; 4]>>() });
     let class = found.map_or(ClassEntry::default(), |state| state.entry);
-    if let Some(previous) = previous(base, class, arrival) {
-        let hash = hash_v6(previous, src, dst, src_port_be, dst_port_be, protocol);
-        note(arrival, class, previous, hash);
+    if keeps(base, class, changes)
+        && let Some(recent) = recent
+    {
+        recent.keep(changes, src, class.current());
     }
-    let table = table(base, class.current(), arrival);
-    keep(base, src, class, table, changes);
-    Ok(table)
+    class
+}
+
+/// Keeps what steers the clients of a class.
+#[inline(always)]
+fn keep(base: &Service, class: Class, table: &Service, changes: u64) {
+    let Some(recent) = recent_tables(base) else { return };
+    if !recent.has(changes, base.id, class) {
+        let table = if table.id == base.id {
+            Table::Own
+        } else {
+            let bucket_bits = table.bucket_mask.count_ones() as u8;
+            Table::Other { first_page: table.first_page, bucket_bits }
+        };
+        recent.keep(changes, base.id, class, table);
+    }
 }
 
 /// The table of the class before, where connections of its time may be open: translated ones have

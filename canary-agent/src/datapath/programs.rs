@@ -27,13 +27,51 @@ pub(super) const RARE_PROGRAMS: [&str; 11] = [
 /// The map that they are in. Each set of programs has one of its own, since they go on with maps of
 /// their own.
 const PROGRAMS_MAP: &str = "PROGRAMS";
-/// The map of clients whose class was looked up a moment ago. Each set of programs has one of its
-/// own: a new one looks everybody up again.
-const RECENT_MAP: &str = "RECENT";
-/// Elements of it, all CPUs' together: 4 MB.
-const RECENT: u32 = 1 << 17;
-/// Least of one CPU's.
-const MIN_RECENT: u32 = 1 << 12;
+/// What was looked up of clients a moment ago.
+///
+/// Each set of programs has maps of its own for it: a new one looks everybody up again.
+struct Recent {
+    map: &'static str,
+    /// Where programs find the number of one CPU's elements less one.
+    mask: &'static str,
+    /// Elements, all CPUs' together; 64 bytes each.
+    elements: u32,
+    /// Least and most of one CPU's.
+    least: u32,
+    most: u32,
+}
+
+/// 1, 2 and 1/8 MB.
+const RECENT: [Recent; 3] = [
+    Recent {
+        map: "RECENT_V4",
+        mask: "RECENT_V4_MASK",
+        elements: 1 << 14,
+        least: 1 << 9,
+        most: 1 << 13,
+    },
+    Recent {
+        map: "RECENT_V6",
+        mask: "RECENT_V6_MASK",
+        elements: 1 << 15,
+        least: 1 << 10,
+        most: 1 << 14,
+    },
+    Recent {
+        map: "RECENT_TABLES",
+        mask: "RECENT_TABLES_MASK",
+        elements: 1 << 11,
+        least: 1 << 6,
+        most: 1 << 8,
+    },
+];
+
+impl Recent {
+    /// Elements of one of so many CPUs: a power of two.
+    fn of_cpu(&self, cpus: u32) -> u32 {
+        (1 << (self.elements / cpus).max(1).ilog2()).clamp(self.least, self.most)
+    }
+}
 
 /// The programs that take flow entries away.
 pub(super) const FORGET_V4: &str = "forget_v4";
@@ -57,8 +95,7 @@ pub(super) fn load(
     let vip_mask = entries("VIPS_V4") - 1;
     let cpus = pins::cpus();
     let spare_mask = (entries("SPARE_V4") / cpus).max(1) - 1;
-    let recent = (1 << (RECENT / cpus).max(1).ilog2()).max(MIN_RECENT);
-    let recent_mask = recent - 1;
+    let recent_masks = RECENT.each_ref().map(|recent| recent.of_cpu(cpus) - 1);
     let handing_over = u32::from(other.is_some());
     let watching = u32::from(options.capacity.samples > 0);
     let mut loader = EbpfLoader::new();
@@ -70,9 +107,14 @@ pub(super) fn load(
     if let Some([v4, v6]) = other {
         loader.map_pin_path("OTHER_FLOWS_V4", v4).map_pin_path("OTHER_FLOWS_V6", v6);
     }
+    for (recent, mask) in RECENT.iter().zip(&recent_masks) {
+        loader.map_max_entries(recent.map, (mask + 1) * cpus).override_global(
+            recent.mask,
+            mask,
+            true,
+        );
+    }
     loader
-        .map_max_entries(RECENT_MAP, recent * cpus)
-        .override_global("RECENT_MASK", &recent_mask, true)
         .override_global("VIP_MASK", &vip_mask, true)
         .override_global("SPARE_MASK", &spare_mask, true)
         .override_global("CPUS", &cpus, true)
