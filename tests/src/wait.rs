@@ -11,6 +11,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::sys::signal::{SigSet, Signal};
+
 /// Time between two looks at a condition.
 const POLL: Duration = Duration::from_millis(5);
 
@@ -50,6 +52,20 @@ pub struct Interrupted;
 /// Makes every present and later wait unwind with [`Interrupted`].
 pub fn interrupt() {
     INTERRUPTED.store(true, Ordering::SeqCst);
+}
+
+/// Turns the signals that end a program into [`interrupt`]; call it before there are threads.
+///
+/// # Panics
+/// Signals can't be blocked.
+pub fn interrupt_on_signals() {
+    let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
+    signals.thread_block().expect("blocking signals");
+    thread::spawn(move || {
+        while signals.wait().is_ok() {
+            interrupt();
+        }
+    });
 }
 
 /// Whether [`interrupt`] was called.

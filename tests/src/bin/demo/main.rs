@@ -13,7 +13,6 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     process::ExitCode,
     sync::atomic::Ordering,
-    thread,
     time::{Duration, Instant},
 };
 
@@ -28,7 +27,6 @@ use canary_tests::{
     wait,
 };
 use clap::{Parser, Subcommand, ValueEnum};
-use nix::sys::signal::{SigSet, Signal};
 
 use self::{
     load::Load,
@@ -104,7 +102,7 @@ enum Stickiness {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    take_signals();
+    wait::interrupt_on_signals();
     if let Some(reason) = host::obstacle() {
         eprintln!("demo: {reason}: run it as root");
         return ExitCode::from(NOT_PERMITTED);
@@ -122,17 +120,6 @@ fn main() -> ExitCode {
         }
         Err(_) => ExitCode::FAILURE,
     }
-}
-
-/// Turns the signals that end a program into an interruption of the waits.
-fn take_signals() {
-    let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
-    signals.thread_block().expect("blocking signals");
-    thread::spawn(move || {
-        while signals.wait().is_ok() {
-            wait::interrupt();
-        }
-    });
 }
 
 fn run(arguments: &Arguments) -> bool {
