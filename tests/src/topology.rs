@@ -46,6 +46,9 @@ pub const CLIENT_V4: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 3);
 pub const CLIENT_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 3);
 
 const CLIENTS_V4: &str = "10.64.0.0/10";
+const UPPER_CLIENTS_V4: &str = "10.96.0.0/11";
+/// The client's address on the backends' switch, where it has one.
+const CLIENT_BEHIND: Ipv4Addr = Ipv4Addr::new(10, 2, 0, 3);
 const CLIENTS_V6: &str = "fd00:9::/32";
 
 /// Number of different client addresses of a family.
@@ -111,6 +114,14 @@ pub struct Options {
     /// Two interfaces of this host on one wire, which stand between balancer and switch in place of
     /// a veth pair.
     pub uplink: Option<[String; 2]>,
+    /// Whether the balancer's peers take what it redirects to them without a program, as they do where
+    /// they merge what they receive (Linux 5.13 and newer).
+    pub merging: bool,
+    /// Queues of each end of a wire, on which as many processors can receive at a time.
+    pub queues: usize,
+    /// Whether backends reach the upper half of the client addresses past the balancer, over an `eth1`
+    /// of the client's on their switch; two-armed only.
+    pub way_around: bool,
 }
 
 impl Options {
@@ -139,6 +150,9 @@ impl Options {
             vip_on_backends,
             tagged: false,
             uplink: None,
+            merging: false,
+            queues: 1,
+            way_around: false,
         }
     }
 
@@ -222,6 +236,7 @@ impl Topology {
     #[track_caller]
     pub fn new(options: &Options) -> Self {
         let two_armed = options.shape == Shape::TwoArmed;
+        let queues = options.queues;
         let client = Namespace::new("client");
         let balancer = Namespace::new("balancer");
         let switch = Namespace::new("switch");
@@ -233,18 +248,24 @@ link set br0 up");
         // Veth pairs' ends.
         let mut ends: Vec<(&Namespace, String)> = Vec::new();
         if two_armed {
-            wire(&client, "eth0", &balancer, "eth0");
-            wire(&balancer, "eth1", &switch, "balancer");
+            wire(queues, &client, "eth0", &balancer, "eth0");
+            wire(queues, &balancer, "eth1", &switch, "balancer");
             ends.push((&balancer, "eth1".into()));
         } else {
-            wire(&client, "eth0", &switch, "client");
+            wire(queues, &client, "eth0", &switch, "client");
             match &options.uplink {
                 Some([ours, theirs]) => {
                     balancer.take_in(ours, "eth0");
                     switch.take_in(theirs, "balancer");
                 }
-                None => wire(&balancer, "eth0", &switch, "balancer"),
+                None => wire(queues, &balancer, "eth0", &switch, "balancer"),
             }
+            ends.push((&switch, "client".into()));
+        }
+        if options.way_around {
+            assert!(two_armed, "one-armed, backends reach all clients so");
+            wire(queues, &client, "eth1", &switch, "client");
+            ends.push((&client, "eth1".into()));
             ends.push((&switch, "client".into()));
         }
         ends.push((&client, "eth0".into()));
@@ -284,7 +305,7 @@ route add ::/0 via {BALANCER_V6}"
 
         let backends: Vec<Host> = make_backends(options);
         for host in &backends {
-            wire(&host.namespace, "eth0", &switch, &port(&host.name));
+            wire(queues, &host.namespace, "eth0", &switch, &port(&host.name));
             if options.tagged {
                 tag(&host.namespace, "eth0", &[100, 10]);
             }
@@ -305,12 +326,20 @@ route add ::/0 via {BALANCER_V6}"
         for (namespace, interface) in &ends {
             offloads_off(namespace, interface);
         }
+        if options.way_around {
+            // The address belongs to no network of its own: the client's way to backends stays.
+            client.ip(&format!("address add {CLIENT_BEHIND}/32 dev eth1"));
+        }
         let mut programs = Vec::new();
+        let mut take_redirects = |namespace, interface| match options.merging {
+            true => offload(namespace, interface, Offload::Gro, true),
+            false => programs.push(XdpPass::attach(namespace, interface)),
+        };
         if options.uplink.is_none() {
-            programs.push(XdpPass::attach(&switch, "balancer"));
+            take_redirects(&switch, "balancer");
         }
         if two_armed {
-            programs.push(XdpPass::attach(&client, "eth0"));
+            take_redirects(&client, "eth0");
         }
         for (namespace, interface) in ends.iter().chain(&uplink) {
             wait::until("a link", || running(namespace, interface));
@@ -429,9 +458,10 @@ fn port(host: &str) -> String {
 }
 
 #[track_caller]
-fn wire(a: &Namespace, a_end: &str, b: &Namespace, b_end: &str) {
+fn wire(queues: usize, a: &Namespace, a_end: &str, b: &Namespace, b_end: &str) {
+    let queues = format!("numtxqueues {queues} numrxqueues {queues}");
     a.ip(&format!(
-        "link add {a_end} type veth peer name {b_end} netns {}
+        "link add {a_end} {queues} type veth peer name {b_end} {queues} netns {}
 link set {a_end} up",
         b.name()
     ));
@@ -529,6 +559,9 @@ route add default via {router_v4}
 route add ::/0 via {router_v6}",
         host.v4, host.v6
     ));
+    if options.way_around {
+        namespace.ip(&format!("route add {UPPER_CLIENTS_V4} via {CLIENT_BEHIND}"));
+    }
     if options.vip_on_backends {
         // The VIP is the balancer's on the wire: nobody else may answer for it.
         namespace.sysctl("net/ipv4/conf/all/arp_ignore", "1");
