@@ -6,6 +6,7 @@ mod check;
 mod control;
 mod flows;
 mod packet;
+mod page;
 
 use std::process::ExitCode;
 

@@ -1,49 +1,19 @@
-//! The figures as a page of their own, with bars, that needs nothing from elsewhere.
+//! The figures as a page.
 
 use std::fmt::Write as _;
 
 use anyhow::Result;
 
 use super::{
+    super::page::{self, Bar, escaped},
     Report, Row,
     kinds::{FLOOR, ProgramSize},
     table::{by_packet, many},
 };
 
-const STYLE: &str = "\
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid #8884; }
-th:first-child, td:first-child { text-align: left; }
-svg { width: 100%; height: auto; }
-svg text { font: 12px system-ui, sans-serif; fill: currentColor; }
-.bar { fill: #3b7dd8; }
-.floor { fill: #8a8f98; }
-.line { stroke: #d8663b; stroke-dasharray: 4 3; }
-";
-
-/// Places in a plot: where bars begin, how long the longest is, and how high a row is.
-const LEFT: f64 = 230.0;
-const LONGEST: f64 = 560.0;
-const HIGH: f64 = 18.0;
-
-/// Text in a page.
-fn escaped(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
-}
-
 pub(super) fn of(report: &Report) -> Result<String> {
     let Report { kernel, load_average, loads, runs, rounds, empty, programs, .. } = report;
-    let mut page = String::new();
-    writeln!(
-        page,
-        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width\">\n\
-         <title>What a packet costs</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n\
-         <h1>What a packet costs</h1>"
-    )?;
+    let mut page = page::begin("What a packet costs")?;
     let load = load_average.map_or_else(|| "unknown".to_owned(), |load| format!("{load:.1}"));
     writeln!(
         page,
@@ -81,43 +51,23 @@ pub(super) fn of(report: &Report) -> Result<String> {
             number(xlated_insns)
         )?;
     }
-    writeln!(page, "</table></div>\n</body>\n</html>")?;
+    writeln!(page, "</table></div>")?;
+    page::end(&mut page)?;
     Ok(page)
 }
 
 /// A bar for each row, and a line where the floor is.
 fn plot(page: &mut String, rows: &[(&Row, f64)]) -> Result<()> {
-    let most = rows.iter().map(|(_, ns)| *ns).fold(1.0, f64::max);
-    let width = |ns: f64| (ns / most * LONGEST).max(0.0);
-    let height = rows.len() as f64 * HIGH;
-    writeln!(page, "<svg viewBox=\"0 0 {} {height}\" role=\"img\">", LEFT + LONGEST + 60.0)?;
-    for (nth, (row, ns)) in rows.iter().enumerate() {
-        let top = nth as f64 * HIGH;
-        let class = if row.packet.starts_with("floor") { "floor" } else { "bar" };
-        writeln!(
-            page,
-            "<text x=\"{}\" y=\"{}\" text-anchor=\"end\">{}</text>\
-             <rect class=\"{class}\" x=\"{LEFT}\" y=\"{}\" width=\"{:.1}\" height=\"{}\"/>\
-             <text x=\"{:.1}\" y=\"{}\">{ns:.1}</text>",
-            LEFT - 8.0,
-            top + 13.0,
-            escaped(&row.packet),
-            top + 2.0,
-            width(*ns),
-            HIGH - 4.0,
-            LEFT + width(*ns) + 6.0,
-            top + 13.0
-        )?;
-    }
-    if let Some((_, ns)) = rows.iter().find(|(row, _)| row.packet == FLOOR) {
-        let x = LEFT + width(*ns);
-        writeln!(
-            page,
-            "<line class=\"line\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"0\" y2=\"{height}\"/>"
-        )?;
-    }
-    writeln!(page, "</svg>")?;
-    Ok(())
+    let bars: Vec<_> = rows
+        .iter()
+        .map(|(row, value)| Bar {
+            name: &row.packet,
+            value: *value,
+            class: if row.packet.starts_with("floor") { "floor" } else { "bar" },
+        })
+        .collect();
+    let floor = rows.iter().find(|(row, _)| row.packet == FLOOR).map(|(_, ns)| *ns);
+    page::plot(page, &bars, floor, 1)
 }
 
 fn table(page: &mut String, rows: &[(&Row, Option<&Row>)], many: usize) -> Result<()> {
