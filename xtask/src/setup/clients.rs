@@ -35,7 +35,7 @@ pub(crate) fn ensure() -> Result<()> {
     let mut progress = Progress::new();
     let missing = missing();
     let mut lacking = Vec::new();
-    if !missing.is_empty() && !installed(&missing, &mut progress) {
+    if !missing.is_empty() && !install(&missing, &mut progress) {
         lacking.extend(missing);
     }
     if !has_nginx() && !unpacked(&mut progress) {
@@ -58,7 +58,8 @@ fn missing() -> Vec<String> {
     missing.map(|(_, package)| (*package).to_owned()).collect()
 }
 
-fn installed(packages: &[String], progress: &mut Progress) -> bool {
+/// Installs packages, if this host may; returns whether they are there.
+pub(super) fn install(packages: &[String], progress: &mut Progress) -> bool {
     if !apt::present() || !is_root() {
         return false;
     }
@@ -101,7 +102,8 @@ fn unpack(progress: &mut Progress) -> Result<PathBuf> {
     Ok(cache.join(UNPACKED))
 }
 
-fn remove(folder: &Path) -> Result<()> {
+/// Removes a folder, if it is there.
+pub(super) fn remove(folder: &Path) -> Result<()> {
     if folder.exists() {
         fs::remove_dir_all(folder).with_context(|| format!("removing {}", folder.display()))?;
     }

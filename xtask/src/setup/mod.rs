@@ -11,6 +11,7 @@ pub(crate) mod clients;
 mod debian;
 pub(crate) mod linker;
 mod nightly;
+pub(crate) mod peers;
 pub(crate) mod probe;
 mod toolchain;
 

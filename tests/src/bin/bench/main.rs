@@ -1,5 +1,6 @@
 //! Figures of the packet path (`cargo xtask bench packet`, `bench flows`, `bench audiences`) and of the agent
-//! (`bench control`), and whether the packet path has become slower (`bench --check`).
+//! (`bench control`), of what clients get beside what else there is (`bench peers`), and whether the packet path
+//! has become slower (`bench --check`).
 
 mod audiences;
 mod check;
@@ -7,6 +8,7 @@ mod control;
 mod flows;
 mod packet;
 mod page;
+mod peers;
 
 use std::process::ExitCode;
 
@@ -33,6 +35,8 @@ enum Command {
     Audiences(audiences::Arguments),
     /// The agent itself: start, memory, idle time, splits and reloads
     Control(control::Arguments),
+    /// New connections, requests, times and processors, beside nftables, HAProxy and nginx
+    Peers(peers::Arguments),
 }
 
 fn main() -> Result<ExitCode> {
@@ -42,6 +46,7 @@ fn main() -> Result<ExitCode> {
         Some(Command::Flows(options)) => flows::run(&options)?,
         Some(Command::Audiences(arguments)) => audiences::run(&arguments)?,
         Some(Command::Control(arguments)) => control::run(&arguments)?,
+        Some(Command::Peers(arguments)) => return peers::run(&arguments),
         None => return check::run(&check),
     }
     Ok(ExitCode::SUCCESS)
