@@ -19,7 +19,10 @@
 //! inside 100, on devices of their own (`eth0.7`, `eth1.100.10`). One-armed there is such a link
 //! too: the balancer is `::2` on it, and the client, which backends answer straight, `::3`.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::Path,
+};
 
 use crate::{
     netns::Namespace,
@@ -244,6 +247,12 @@ impl Topology {
         switch.sysctl("net/ipv6/conf/default/disable_ipv6", "1");
         switch.ip("link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0
 link set br0 up");
+        // Nor has it a firewall, whatever else runs on this kernel.
+        if Path::new("/proc/sys/net/bridge").exists() {
+            switch.sysctl("net/bridge/bridge-nf-call-iptables", "0");
+            switch.sysctl("net/bridge/bridge-nf-call-ip6tables", "0");
+            switch.sysctl("net/bridge/bridge-nf-call-arptables", "0");
+        }
 
         // Veth pairs' ends.
         let mut ends: Vec<(&Namespace, String)> = Vec::new();
