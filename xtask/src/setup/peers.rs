@@ -71,7 +71,7 @@ fn unpack(place: &Path, progress: &mut Progress) -> Result<()> {
     // What an interrupted run has left.
     remove(&folder)?;
     fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
-    let mut all = |progress: &mut Progress| {
+    let all = |progress: &mut Progress| {
         SERVERS.iter().try_for_each(|package| apt::unpack(package, &folder, progress))
     };
     if all(progress).is_err() {

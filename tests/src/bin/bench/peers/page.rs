@@ -11,6 +11,9 @@ use super::{
     table::wanted,
 };
 
+/// What a bar is as long as.
+type Value = fn(&Row) -> f64;
+
 pub(super) fn of(report: &Report) -> Result<String> {
     let Report { kernel, processors, rounds, seconds, connections, pace, .. } = report;
     let mut page = page::begin("What clients get, end to end")?;
@@ -21,7 +24,7 @@ pub(super) fn of(report: &Report) -> Result<String> {
         escaped(kernel),
         seconds * 2
     )?;
-    let plots: [(&str, fn(&Row) -> f64, usize); 5] = [
+    let plots: [(&str, Value, usize); 5] = [
         ("New connections a second", |row| row.connections_per_second, 0),
         ("Requests a second on open connections", |row| row.requests_per_second, 0),
         ("At the pace: 99th percentile from when a request was due, µs", |row| row.p99_us, 0),
