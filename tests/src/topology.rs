@@ -468,7 +468,11 @@ fn port(host: &str) -> String {
 
 #[track_caller]
 fn wire(queues: usize, a: &Namespace, a_end: &str, b: &Namespace, b_end: &str) {
-    let queues = format!("numtxqueues {queues} numrxqueues {queues}");
+    // Left alone, a veth uses one, and can have more.
+    let queues = match queues {
+        1 => String::new(),
+        _ => format!("numtxqueues {queues} numrxqueues {queues}"),
+    };
     a.ip(&format!(
         "link add {a_end} {queues} type veth peer name {b_end} {queues} netns {}
 link set {a_end} up",
