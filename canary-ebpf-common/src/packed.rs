@@ -89,6 +89,17 @@ impl<T> Packed<T> {
         }
     }
 
+    /// How often each value is in it, each once, as far as that is known without a look at every
+    /// place: `None` in plain form.
+    pub fn tally(&self) -> Option<impl Iterator<Item = (&T, usize)>> {
+        let Form::Packed { values, words, log_bits, len } = &self.0 else { return None };
+        let (log_bits, len) = (*log_bits, *len);
+        Some(values.iter().enumerate().map(move |(code, value)| {
+            let count = if words.is_empty() { len } else { times(words, log_bits, len, code) };
+            (value, count)
+        }))
+    }
+
     /// All values, in their order.
     pub fn iter(&self) -> impl Iterator<Item = &T> + '_ {
         (0..self.len()).filter_map(|at| self.get(at))
@@ -104,6 +115,26 @@ fn code(words: &[u64], log_bits: u32, at: usize) -> usize {
     // A word holds a whole number of codes.
     let (bits, in_word) = (1 << log_bits, at & ((64 >> log_bits) - 1));
     (words[at >> (6 - log_bits)] >> (in_word << log_bits)) as usize & ((1 << bits) - 1)
+}
+
+/// How often a code is in the first `len` places, a word at a time.
+fn times(words: &[u64], log_bits: u32, len: usize, code: usize) -> usize {
+    let bits = 1 << log_bits;
+    // The lowest bit of each place, and the code in all of them.
+    let lowest = u64::MAX / (u64::MAX >> (64 - bits));
+    let everywhere = lowest * code as u64;
+    let others = |word: u64| {
+        // A place has a bit where it differs, which is brought down to its lowest one.
+        let mut differs = word ^ everywhere;
+        for by in 0..log_bits {
+            differs |= differs >> (1 << by);
+        }
+        (differs & lowest).count_ones() as usize
+    };
+    let places = words.len() << (6 - log_bits);
+    let same = places - words.iter().map(|word| others(*word)).sum::<usize>();
+    // Behind the last one the places are of the first code.
+    if code == 0 { same - (places - len) } else { same }
 }
 
 impl<T: Copy + Eq + Hash> Packed<T> {
@@ -301,6 +332,11 @@ mod tests {
                 assert_eq!(packed, plain[..], "{what}");
                 assert!((0..len).all(|at| packed[at] == plain[at]), "{what}");
                 assert_eq!((packed.len(), packed.get(len)), (len, None), "{what}");
+                for (value, count) in packed.tally().into_iter().flatten() {
+                    assert_eq!(count, plain.iter().filter(|v| *v == value).count(), "{what}");
+                }
+                let all = packed.tally().map(|tally| tally.map(|(_, count)| count).sum::<usize>());
+                assert_eq!(all, packed.is_packed().then_some(len), "{what}");
                 let mut changed = packed.clone();
                 changed.plain_mut().push(9);
                 assert_eq!(

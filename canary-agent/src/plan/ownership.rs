@@ -109,7 +109,14 @@ impl Ownership {
 
     /// How many buckets each slot owns.
     pub fn counts(&self) -> [u32; MAX_VERSIONS] {
-        counts(&self.owners.plain())
+        let Some(tally) = self.owners.tally() else { return counts(&self.owners.plain()) };
+        let mut counts = [0; MAX_VERSIONS];
+        for (slot, count) in tally {
+            if let Some(of_slot) = counts.get_mut(usize::from(*slot)) {
+                *of_slot = count as u32;
+            }
+        }
+        counts
     }
 }
 
