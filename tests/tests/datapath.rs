@@ -2,14 +2,20 @@
 
 use std::{fs, process::Command, sync::Arc, thread};
 
-use aya::maps::{Array, HashMap, Map, MapData};
+use aya::{
+    maps::{Array, HashMap, Map, MapData, PerCpuArray, PerCpuValues},
+    util::nr_cpus,
+};
 use canary_agent::{
     config::model::{Capacity, XdpMode},
     datapath::{self, AttachedMode, Datapath, Error, Options},
     plan::{Adopted, DataPlane},
 };
 use canary_ebpf_common::{
-    abi::{ABI_VERSION, Backend, Flow, FlowKeyV4, LedgerEntry, PAGE_BUCKETS, PortPair, Sample},
+    abi::{
+        ABI_VERSION, Backend, BackendCounters, Flow, FlowKeyV4, LedgerEntry, PAGE_BUCKETS, PortPair,
+        Sample,
+    },
     entry::{BackendIndex, Entry},
 };
 use canary_tests::{
@@ -122,6 +128,38 @@ fn what_the_plan_leaves_out_is_taken_away() {
 
 /// The pins of one set of maps are there, and no others.
 #[track_caller]
+#[test]
+fn counters_of_many_backends_are_those_of_each() {
+    const WORDS: usize = size_of::<BackendCounters>() / 8;
+    let bpffs = BpfFs::mount();
+    let mut options = options(&bpffs);
+    options.capacity.backends = 1000;
+    let (datapath, _) = Datapath::open(options).unwrap();
+    let pin = bpffs.pins().join("maps").join("BACKEND_COUNTERS");
+    let map = Map::PerCpuArray(MapData::from_pin(pin).unwrap());
+    let mut map: PerCpuArray<_, [u64; WORDS]> = map.try_into().unwrap();
+    let cpus = nr_cpus().unwrap() as u64;
+    for index in 0..map.len() {
+        let of_cpu =
+            |cpu| std::array::from_fn(|word| u64::from(index) << 20 | cpu << 8 | word as u64);
+        let values = PerCpuValues::try_from((0..cpus).map(of_cpu).collect::<Vec<_>>()).unwrap();
+        map.set(index, values, 0).unwrap();
+    }
+    // In no order, some twice, and some that are not there.
+    let last = map.len() as u16 - 1;
+    let mut wanted: Vec<_> = (1..=last).rev().step_by(3).chain([1, 700, 700, last]).collect();
+    wanted.extend([last + 1, last + 400, BackendIndex::MAX.get()]);
+    let wanted: Vec<_> = wanted.into_iter().map(BackendIndex::new).collect();
+    let reader = datapath.reader();
+    let all = reader.backend_counters(&wanted);
+    let each: Vec<_> = wanted.chunks(1).flat_map(|one| reader.backend_counters(one)).collect();
+    assert_eq!(all, each);
+    let packets = |index: u64| cpus * (index << 20) + ((0..cpus).sum::<u64>() << 8);
+    assert_eq!(all[0].packets, packets(last.into()));
+    assert_eq!(all[wanted.len() - 3..], [BackendCounters::default(); 3], "not there");
+    assert_eq!(reader.backend_counters(&wanted[..100]), all[..100]);
+}
+
 fn assert_one_set(bpffs: &BpfFs) {
     assert!(!bpffs.pins().join("next").exists(), "maps are left beside those in force");
     assert!(!bpffs.pins().join("maps/UNFINISHED").is_symlink(), "a switch is left unfinished");

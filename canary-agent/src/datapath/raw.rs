@@ -6,7 +6,10 @@ use std::{
     path::Path,
 };
 
-use aya::maps::{MapData, MapInfo, MapType};
+use aya::{
+    Pod,
+    maps::{MapData, MapInfo, MapType},
+};
 
 use super::links::bpf;
 
@@ -14,6 +17,8 @@ use super::links::bpf;
 const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
+/// Kernel 5.6, commit cb4d03ab499d; of per-CPU arrays 5.13, commit f008d732ab18.
+const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 
 /// The part of `union bpf_attr` that commands on one element use.
 #[repr(C)]
@@ -23,6 +28,57 @@ struct ElementAttr {
     key: u64,
     value: u64,
     flags: u64,
+}
+
+/// The part of `union bpf_attr` that commands on many elements use.
+#[repr(C)]
+struct BatchAttr {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map_fd: u32,
+    elem_flags: u64,
+    flags: u64,
+}
+
+/// Reads elements of a per-CPU array in a single call, from `first` on, as many as there is room for
+/// in `values`: each has a value for each CPU, one after the other. Returns how many there are.
+///
+/// # Panics
+/// When a value of the map is no `V`, or not a whole number of 64-bit words.
+pub(super) fn elements<V: Pod>(map: &MapData, first: u32, values: &mut [V]) -> io::Result<usize> {
+    let info = map.info().map_err(io::Error::other)?;
+    let bytes = info.value_size() as usize;
+    assert!(bytes == size_of::<V>() && bytes.is_multiple_of(8), "values of {bytes} bytes");
+    assert!(matches!(info.map_type(), Ok(MapType::PerCpuArray)), "a per-CPU array");
+    let count = values.len() / super::pins::cpus() as usize;
+    // Behind the last one it would begin anew.
+    if first >= info.max_entries() {
+        return Ok(0);
+    }
+    let mut keys = vec![0_u32; count];
+    // It begins behind this one, or at the first.
+    let before = first.wrapping_sub(1);
+    let mut last = 0_u32;
+    let mut attr = BatchAttr {
+        in_batch: if first == 0 { 0 } else { &raw const before as u64 },
+        out_batch: &raw mut last as u64,
+        keys: keys.as_mut_ptr() as u64,
+        values: values.as_mut_ptr() as u64,
+        count: count as u32,
+        map_fd: map.fd().as_fd().as_raw_fd() as u32,
+        elem_flags: 0,
+        flags: 0,
+    };
+    match bpf(BPF_MAP_LOOKUP_BATCH, &mut attr) {
+        Ok(_) => {}
+        // There are no more.
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {}
+        Err(e) => return Err(e),
+    }
+    Ok(attr.count as usize)
 }
 
 /// A pinned map whose keys and values are bytes.

@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use aya::maps::{Map, MapData, PerCpuArray};
+use aya::maps::{IterableMap, Map, MapData, PerCpuArray};
 use canary_ebpf_common::{
     abi::{BackendCounters, FlowCounters, Reason},
     entry::BackendIndex,
@@ -14,8 +14,8 @@ use canary_ebpf_common::{
 use super::{
     Census, Counted, Error, census,
     flows::FlowTable,
-    pins::{Layout, Pins},
-    pod,
+    pins::{Layout, Pins, cpus},
+    pod, raw,
     sweep::Swept,
 };
 use crate::api::model::MapStatus;
@@ -47,6 +47,39 @@ struct Flows {
     open: Vec<u32>,
 }
 
+/// Of so many backends on, counters are read many at a time.
+const MANY: usize = 64;
+/// So many elements at a time, at most.
+const BATCH: usize = 512;
+
+/// What all CPUs have counted.
+fn sum<'a>(cpus: impl Iterator<Item = &'a BackendCounters>) -> BackendCounters {
+    cpus.fold(BackendCounters::default(), |sum, one| {
+        let BackendCounters {
+            #[cfg(feature = "next-abi")]
+                moved: _,
+            packets,
+            bytes,
+            connections,
+            returned_packets,
+            returned_bytes,
+            no_port,
+            exhausted_ns,
+        } = one;
+        BackendCounters {
+            #[cfg(feature = "next-abi")]
+            moved: 0,
+            packets: sum.packets + packets,
+            bytes: sum.bytes + bytes,
+            connections: sum.connections + connections,
+            returned_packets: sum.returned_packets + returned_packets,
+            returned_bytes: sum.returned_bytes + returned_bytes,
+            no_port: sum.no_port + no_port,
+            exhausted_ns: sum.exhausted_ns.max(*exhausted_ns),
+        }
+    })
+}
+
 impl Reader {
     pub(super) fn open(pins: &Pins, layouts: &[Layout]) -> Result<Self, Error> {
         let map = |name: &str| MapData::from_pin(pins.map(name));
@@ -76,38 +109,45 @@ impl Reader {
 
     /// Counters of `backends`, summed over CPUs, in their order; zeros for an index out of range.
     pub fn backend_counters(&self, backends: &[BackendIndex]) -> Vec<BackendCounters> {
-        backends
-            .iter()
-            .map(|index| {
-                let Ok(values) = self.inner.backends.get(&u32::from(index.get()), 0) else {
-                    return BackendCounters::default();
-                };
-                values.iter().fold(BackendCounters::default(), |sum, pod::BackendCounters(one)| {
-                    let BackendCounters {
-                        #[cfg(feature = "next-abi")]
-                            moved: _,
-                        packets,
-                        bytes,
-                        connections,
-                        returned_packets,
-                        returned_bytes,
-                        no_port,
-                        exhausted_ns,
-                    } = one;
-                    BackendCounters {
-                        #[cfg(feature = "next-abi")]
-                        moved: 0,
-                        packets: sum.packets + packets,
-                        bytes: sum.bytes + bytes,
-                        connections: sum.connections + connections,
-                        returned_packets: sum.returned_packets + returned_packets,
-                        returned_bytes: sum.returned_bytes + returned_bytes,
-                        no_port: sum.no_port + no_port,
-                        exhausted_ns: sum.exhausted_ns.max(*exhausted_ns),
-                    }
-                })
-            })
-            .collect()
+        if backends.len() >= MANY
+            && let Some(counters) = self.many_counters(backends)
+        {
+            return counters;
+        }
+        let counters = |index: &BackendIndex| {
+            let values = self.inner.backends.get(&u32::from(index.get()), 0).ok()?;
+            Some(sum(values.iter().map(|pod::BackendCounters(one)| one)))
+        };
+        backends.iter().map(|index| counters(index).unwrap_or_default()).collect()
+    }
+
+    /// The same with as few calls as will do; `None` if the kernel refuses one.
+    fn many_counters(&self, backends: &[BackendIndex]) -> Option<Vec<BackendCounters>> {
+        let mut counters = vec![BackendCounters::default(); backends.len()];
+        // By index, each with its place in the answer.
+        let mut wanted: Vec<_> = backends.iter().map(|index| index.get()).zip(0..).collect();
+        wanted.sort_unstable();
+        let cpus = cpus() as usize;
+        let mut values = vec![pod::BackendCounters(BackendCounters::default()); BATCH * cpus];
+        let map = IterableMap::<u32, _>::map(&self.inner.backends);
+        let mut left = &wanted[..];
+        while let [(first, _), ..] = left {
+            // What lies within reach of one call, whatever lies in between.
+            let reach = left.partition_point(|(index, _)| usize::from(index - first) < BATCH);
+            let (now, later) = left.split_at(reach);
+            let count = now.last().map_or(0, |(last, _)| usize::from(last - first) + 1);
+            let values = &mut values[..count * cpus];
+            let found = raw::elements(map, (*first).into(), values).ok()?;
+            for (index, at) in now {
+                let nth = usize::from(index - first);
+                if nth < found {
+                    let of_cpus: &[pod::BackendCounters] = &values[nth * cpus..][..cpus];
+                    counters[*at] = sum(of_cpus.iter().map(|pod::BackendCounters(one)| one));
+                }
+            }
+            left = later;
+        }
+        Some(counters)
     }
 
     /// Packets by reason, in the order of [`Reason::ALL`].
