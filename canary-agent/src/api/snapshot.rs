@@ -23,7 +23,7 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Snapshot {
     /// What the loop said.
-    pub(super) status: Status,
+    pub(super) status: Arc<Status>,
     public: OnceLock<Status>,
     json: OnceLock<Bytes>,
     public_json: OnceLock<Bytes>,
@@ -34,7 +34,7 @@ pub(super) struct Snapshot {
 impl Snapshot {
     fn new(status: Status) -> Self {
         Self {
-            status,
+            status: Arc::new(status),
             public: OnceLock::new(),
             json: OnceLock::new(),
             public_json: OnceLock::new(),
@@ -46,7 +46,7 @@ impl Snapshot {
     /// As JSON. A status always has a JSON form: its only map-like parts have
     /// names for keys, and numbers that are none become `null`.
     pub(super) fn json(&self) -> Bytes {
-        let render = || serde_json::to_vec(&self.status).unwrap_or_default().into();
+        let render = || serde_json::to_vec(&*self.status).unwrap_or_default().into();
         self.json.get_or_init(render).clone()
     }
 

@@ -6,7 +6,10 @@ use std::{fmt, sync::Arc};
 
 use prometheus_client::{
     collector::Collector,
-    encoding::{DescriptorEncoder, EncodeGaugeValue, EncodeMetric, NoLabelSet},
+    encoding::{
+        DescriptorEncoder, EncodeGaugeValue, EncodeLabel, EncodeLabelSet, EncodeMetric,
+        LabelSetEncoder, NoLabelSet,
+    },
     metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
 };
 
@@ -35,13 +38,57 @@ type Samples<T> = Vec<(Labels, T)>;
 /// A sample's labels in the order they are written.
 type Labels = Vec<(&'static str, String)>;
 
+/// The labels of what there is most of. Each sample of a large page with strings of its own took
+/// longer than all the rest.
+#[derive(Clone, Copy, Debug, Default)]
+struct Of<'a> {
+    service: &'a str,
+    /// Of what an audience has of a service.
+    audience: Option<&'a str>,
+    version: Option<&'a str>,
+    backend: Option<&'a str>,
+}
+
+impl<'a> Of<'a> {
+    fn service(name: &'a str) -> Self {
+        match derived::parts(name) {
+            None => Self { service: name, ..Self::default() },
+            Some((service, audience)) => {
+                Self { service, audience: Some(audience), ..Self::default() }
+            }
+        }
+    }
+
+    fn labels(&self) -> impl Iterator<Item = (&'static str, &'a str)> {
+        let Self { service, audience, version, backend } = *self;
+        let all = [
+            ("service", Some(service)),
+            ("audience", audience),
+            ("version", version),
+            ("backend", backend),
+        ];
+        all.into_iter().filter_map(|(label, value)| Some((label, value?)))
+    }
+
+    /// As labels that others can follow.
+    fn to_labels(self) -> Labels {
+        self.labels().map(|(label, value)| (label, value.to_owned())).collect()
+    }
+}
+
+impl EncodeLabelSet for Of<'_> {
+    fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> fmt::Result {
+        self.labels().try_for_each(|label| label.encode(encoder.encode_label()))
+    }
+}
+
 impl Collector for StatusCollector {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
         let status = &*self.0;
         let page = &mut encoder;
         agent(page, status)?;
         services(page, &status.services)?;
-        backends(page, &status.services)?;
+        backends(page, &of_backends(&status.services))?;
         counter(
             page,
             "canary_packets",
@@ -96,12 +143,11 @@ fn agent(page: &mut DescriptorEncoder, status: &Status) -> fmt::Result {
 }
 
 fn services(page: &mut DescriptorEncoder, services: &[ServiceStatus]) -> fmt::Result {
-    let of_service = |value: fn(&ServiceStatus) -> u32| -> Samples<u32> {
-        let labels = |service: &ServiceStatus| of(&service.name);
-        services.iter().map(|service| (labels(service), value(service))).collect()
+    let of_service = |value: fn(&ServiceStatus) -> u32| {
+        services.iter().map(move |service| (Of::service(&service.name), value(service)))
     };
-    let of_version = |value: fn(&VersionStatus) -> Option<f64>| -> Samples<f64> {
-        versions(services).filter_map(|(labels, version)| Some((labels, value(version)?))).collect()
+    let of_version = |value: fn(&VersionStatus) -> Option<f64>| {
+        versions(services).filter_map(move |(of, version)| Some((of, value(version)?)))
     };
     gauge(
         page,
@@ -143,30 +189,35 @@ fn services(page: &mut DescriptorEncoder, services: &[ServiceStatus]) -> fmt::Re
         page,
         "canary_version_connections",
         "New connections of the version",
-        versions(services).map(|(labels, version)| (labels, version.connections)),
+        versions(services).map(|(of, version)| (of, version.connections)),
     )
 }
 
-/// One value of each backend, where there is one.
-fn each_backend<T>(
-    services: &[ServiceStatus],
-    value: fn(&BackendStatus) -> Option<T>,
-) -> Samples<T> {
+/// Every backend with its labels, but for its address, and that as text.
+fn of_backends(services: &[ServiceStatus]) -> Vec<(Of<'_>, String, &BackendStatus)> {
     versions(services)
-        .flat_map(|(labels, version)| {
-            version.backends.iter().filter_map(move |backend| {
-                let mut labels = labels.clone();
-                labels.push(("backend", backend.addr.to_string()));
-                Some((labels, value(backend)?))
-            })
+        .flat_map(|(of, version)| {
+            version.backends.iter().map(move |backend| (of, backend.addr.to_string(), backend))
         })
         .collect()
 }
 
-fn backends(page: &mut DescriptorEncoder, services: &[ServiceStatus]) -> fmt::Result {
-    let of_backend = |value| each_backend::<u64>(services, value);
-    let as_gauge =
-        |value| of_backend(value).into_iter().map(|(labels, value)| (labels, value as f64));
+/// One value of each backend, where there is one.
+fn each_backend<'a, T>(
+    backends: &'a [(Of<'a>, String, &'a BackendStatus)],
+    value: fn(&BackendStatus) -> Option<T>,
+) -> impl Iterator<Item = (Of<'a>, T)> {
+    backends.iter().filter_map(move |(of, addr, backend)| {
+        Some((Of { backend: Some(addr), ..*of }, value(backend)?))
+    })
+}
+
+fn backends(
+    page: &mut DescriptorEncoder,
+    backends: &[(Of<'_>, String, &BackendStatus)],
+) -> fmt::Result {
+    let of_backend = |value| each_backend::<u64>(backends, value);
+    let as_gauge = |value| of_backend(value).map(|(of, value)| (of, value as f64));
     counter(
         page,
         "canary_backend_packets",
@@ -207,7 +258,7 @@ fn backends(page: &mut DescriptorEncoder, services: &[ServiceStatus]) -> fmt::Re
         page,
         "canary_backend_check_duration_seconds",
         "How long the backend's last health check took that passed",
-        each_backend(services, |backend| backend.check.as_ref()?.latency_seconds),
+        each_backend(backends, |backend| backend.check.as_ref()?.latency_seconds),
     )?;
     gauge(
         page,
@@ -243,7 +294,9 @@ fn backends(page: &mut DescriptorEncoder, services: &[ServiceStatus]) -> fmt::Re
 
 fn signals(page: &mut DescriptorEncoder, services: &[ServiceStatus]) -> fmt::Result {
     let known = || {
-        versions(services).filter_map(|(labels, version)| Some((labels, version.signals.as_ref()?)))
+        versions(services)
+            .filter_map(|(of, version)| Some((of, version.signals.as_ref()?)))
+            .map(|(of, signals)| (of.to_labels(), signals))
     };
     counter(
         page,
@@ -284,9 +337,9 @@ fn signals(page: &mut DescriptorEncoder, services: &[ServiceStatus]) -> fmt::Res
         }),
     )?;
     let of_service = |value: fn(&SignalsStatus) -> Option<f64>| -> Samples<f64> {
-        let labels = |service: &ServiceStatus| of(&service.name);
         let value = |service: &ServiceStatus| value(service.signals.as_ref()?);
-        services.iter().filter_map(|s| Some((labels(s), value(s)?))).collect()
+        let labels = |service: &ServiceStatus| Of::service(&service.name).to_labels();
+        services.iter().filter_map(|s| value(s).map(|value| (labels(s), value))).collect()
     };
     gauge(
         page,
@@ -348,7 +401,12 @@ fn maps(page: &mut DescriptorEncoder, status: &Status) -> fmt::Result {
 
 fn flows(page: &mut DescriptorEncoder, status: &Status) -> fmt::Result {
     let FlowStatus { stored, let_go, taken_over, untracked, half_open } = &status.flows;
-    counter(page, "canary_flow_inserts", "Flow entries that were stored", [(Vec::new(), *stored)])?;
+    counter(
+        page,
+        "canary_flow_inserts",
+        "Flow entries that were stored",
+        [(Labels::new(), *stored)],
+    )?;
     let reason = |why: &str| vec![("reason", why.to_owned())];
     counter(
         page,
@@ -360,7 +418,7 @@ fn flows(page: &mut DescriptorEncoder, status: &Status) -> fmt::Result {
         page,
         "canary_flow_untracked",
         "New connections of moved buckets that went where older ones go because the flow table was full, in packets",
-        [(Vec::new(), *untracked)],
+        [(Labels::new(), *untracked)],
     )?;
     let family = |family: &str| vec![("family", family.to_owned())];
     gauge(
@@ -520,32 +578,22 @@ fn audiences(page: &mut DescriptorEncoder, audiences: &[AudienceSummary]) -> fmt
     )
 }
 
-/// The label `service`, and `audience` of what an audience has of one.
-fn of(service: &str) -> Labels {
-    match derived::parts(service) {
-        None => vec![("service", service.to_owned())],
-        Some((service, audience)) => {
-            vec![("service", service.to_owned()), ("audience", audience.to_owned())]
-        }
-    }
-}
-
-/// Every version with the labels `service` and `version`.
-fn versions(services: &[ServiceStatus]) -> impl Iterator<Item = (Labels, &VersionStatus)> {
+/// Every version with its labels.
+fn versions(services: &[ServiceStatus]) -> impl Iterator<Item = (Of<'_>, &VersionStatus)> {
     services.iter().flat_map(|service| {
-        service.versions.iter().map(|version| {
-            let mut labels = of(&service.name);
-            labels.push(("version", version.name.clone()));
-            (labels, version)
-        })
+        let of = Of::service(&service.name);
+        service
+            .versions
+            .iter()
+            .map(move |version| (Of { version: Some(&version.name), ..of }, version))
     })
 }
 
-fn counter(
+fn counter<L: EncodeLabelSet>(
     page: &mut DescriptorEncoder,
     name: &str,
     help: &str,
-    samples: impl IntoIterator<Item = (Labels, u64)>,
+    samples: impl IntoIterator<Item = (L, u64)>,
 ) -> fmt::Result {
     let mut family = page.encode_descriptor(name, help, None, MetricType::Counter)?;
     for (labels, value) in samples {
@@ -554,11 +602,11 @@ fn counter(
     Ok(())
 }
 
-fn gauge<T: EncodeGaugeValue>(
+fn gauge<L: EncodeLabelSet, T: EncodeGaugeValue>(
     page: &mut DescriptorEncoder,
     name: &str,
     help: &str,
-    samples: impl IntoIterator<Item = (Labels, T)>,
+    samples: impl IntoIterator<Item = (L, T)>,
 ) -> fmt::Result {
     let mut family = page.encode_descriptor(name, help, None, MetricType::Gauge)?;
     for (labels, value) in samples {

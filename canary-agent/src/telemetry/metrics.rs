@@ -53,12 +53,12 @@ impl Exposition {
 /// What the process counts itself, and the way to the page. Cheap to clone.
 ///
 /// ```
-/// use std::time::Duration;
+/// use std::{sync::Arc, time::Duration};
 /// use canary_agent::{api::model::Status, telemetry::{Exposition, Metrics}};
 ///
 /// let metrics = Metrics::new();
 /// metrics.split_applied(Duration::from_millis(3));
-/// let page = metrics.render(&Status::default(), Exposition::Prometheus);
+/// let page = metrics.render(&Arc::new(Status::default()), Exposition::Prometheus);
 /// assert!(page.contains("canary_split_change_seconds_count 1"));
 /// ```
 #[derive(Clone, Debug)]
@@ -113,9 +113,9 @@ impl Metrics {
     }
 
     /// The page.
-    pub fn render(&self, status: &Status, format: Exposition) -> String {
+    pub fn render(&self, status: &Arc<Status>, format: Exposition) -> String {
         let mut registry = Registry::default();
-        registry.register_collector(Box::new(StatusCollector(Arc::new(status.clone()))));
+        registry.register_collector(Box::new(StatusCollector(Arc::clone(status))));
         registry.register(
             "canary_split_change_seconds",
             "Time from the request for a split to its being in force",
