@@ -175,6 +175,61 @@ pub fn clear(map: &MapData) -> io::Result<()> {
     }
 }
 
+/// Every key of a map and its value: where each CPU has one, all of them, one after the other.
+///
+/// # Errors
+/// When the kernel refuses to read, or the map is one that nothing can be looked up in.
+pub fn elements(map: &MapData) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+    let info = map.info().map_err(io::Error::other)?;
+    let kind = info.map_type().map_err(io::Error::other)?;
+    let (key_bytes, mut value_bytes) = (info.key_size() as usize, info.value_size() as usize);
+    if matches!(kind, MapType::PerCpuArray | MapType::PerCpuHash | MapType::LruPerCpuHash) {
+        value_bytes = value_bytes.next_multiple_of(8) * nr_cpus().map_err(|(_, error)| error)?;
+    }
+    let map_fd = map.fd().as_fd().as_raw_fd() as u32;
+    let (mut all, mut key) = (Vec::new(), None::<Vec<u8>>);
+    loop {
+        let mut next = vec![0; key_bytes];
+        let mut attr = ElementAttr {
+            map_fd,
+            key: key.as_ref().map_or(0, |key| key.as_ptr() as u64),
+            value_or_next_key: next.as_mut_ptr() as u64,
+            ..ElementAttr::default()
+        };
+        // SAFETY: both keys are memory that outlives the call, of the map's size.
+        match unsafe { bpf(BPF_MAP_GET_NEXT_KEY, &mut attr) } {
+            Ok(_) => {}
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(all),
+            Err(error) => return Err(error),
+        }
+        let mut value = vec![0; value_bytes];
+        match lookup(map.fd().as_fd(), &next, &mut value) {
+            Ok(()) => all.push((next.clone(), value)),
+            // An array of programs has keys without a value.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+            Err(error) => return Err(error),
+        }
+        key = Some(next);
+    }
+}
+
+/// Reads an element of a map, into memory as long as all of its value.
+///
+/// # Errors
+/// When the kernel refuses to read, or there is no such element.
+pub fn lookup(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::Result<()> {
+    let mut attr = ElementAttr {
+        map_fd: map.as_raw_fd() as u32,
+        key: key.as_ptr() as u64,
+        value_or_next_key: value.as_mut_ptr() as u64,
+        ..ElementAttr::default()
+    };
+    // SAFETY: key and value are memory that outlives the call; that they are of the map's sizes
+    // is the caller's promise.
+    unsafe { bpf(BPF_MAP_LOOKUP_ELEM, &mut attr)? };
+    Ok(())
+}
+
 /// The sum over all CPUs of a counter in a per-CPU array of 64-bit integers. `values` has a place
 /// for each of them: whoever asks often has it ready.
 ///
@@ -241,18 +296,47 @@ fn create_with(mut attr: CreateAttr) -> io::Result<OwnedFd> {
 /// # Panics
 /// When key or value are not as long as the map's.
 pub fn update(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::Result<()> {
-    let copy = map.try_clone_to_owned()?;
-    let info = MapData::from_fd(copy).and_then(|map| map.info()).map_err(io::Error::other)?;
-    assert_eq!((key.len(), value.len()), (info.key_size() as usize, info.value_size() as usize));
-    let mut attr = ElementAttr {
-        map_fd: map.as_raw_fd() as u32,
-        key: key.as_ptr() as u64,
-        value_or_next_key: value.as_ptr() as u64,
-        ..ElementAttr::default()
-    };
-    // SAFETY: key and value are memory that outlives the call, of the map's sizes.
-    unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut attr)? };
-    Ok(())
+    Writer::new(map)?.write(key, value)
+}
+
+/// Writes many elements of such a map.
+pub struct Writer<'a> {
+    map: BorrowedFd<'a>,
+    key_bytes: usize,
+    value_bytes: usize,
+}
+
+impl<'a> Writer<'a> {
+    /// Asks what the map's sizes are.
+    ///
+    /// # Errors
+    /// When the kernel refuses to say.
+    pub fn new(map: BorrowedFd<'a>) -> io::Result<Self> {
+        let copy = map.try_clone_to_owned()?;
+        let info = MapData::from_fd(copy).and_then(|map| map.info()).map_err(io::Error::other)?;
+        let (key_bytes, value_bytes) = (info.key_size() as usize, info.value_size() as usize);
+        Ok(Self { map, key_bytes, value_bytes })
+    }
+
+    /// Writes an element.
+    ///
+    /// # Errors
+    /// When the kernel refuses to write.
+    ///
+    /// # Panics
+    /// When key or value are not as long as the map's.
+    pub fn write(&self, key: &[u8], value: &[u8]) -> io::Result<()> {
+        assert_eq!((key.len(), value.len()), (self.key_bytes, self.value_bytes));
+        let mut attr = ElementAttr {
+            map_fd: self.map.as_raw_fd() as u32,
+            key: key.as_ptr() as u64,
+            value_or_next_key: value.as_ptr() as u64,
+            ..ElementAttr::default()
+        };
+        // SAFETY: key and value are memory that outlives the call, of the map's sizes.
+        unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut attr)? };
+        Ok(())
+    }
 }
 
 /// Makes an array of values of `value_bytes` that can be mapped, and pins it at `path`.

@@ -12,7 +12,7 @@ use canary_agent::plan::Family;
 use crate::bpf;
 
 /// `bpf_map_lookup_elem` (linux/bpf.h).
-const LOOKUP: i32 = 1;
+pub(crate) const LOOKUP: i32 = 1;
 
 /// `bpf_xdp_adjust_head` (linux/bpf.h).
 const ADJUST_HEAD: i32 = 44;
@@ -93,6 +93,11 @@ impl Assembler {
     /// `dst -= src`
     pub(crate) fn subtract(&mut self, dst: Register, src: Register) {
         self.put(0x1f, dst, src, 0, 0);
+    }
+
+    /// `dst &= value`
+    pub(crate) fn and(&mut self, dst: Register, value: i32) {
+        self.put(0x57, dst, 0, 0, value);
     }
 
     /// The low 16 bits of `dst` in network order, all others 0.
@@ -224,15 +229,33 @@ fn tuple(family: Family) -> std::ops::Range<usize> {
 /// # Panics
 /// When a frame is shorter than its headers.
 pub fn swap_and_look_up(family: Family, frames: &[Vec<u8>]) -> io::Result<OwnedFd> {
+    let mut all = frames.iter();
+    swap_and_look_up_of(family, frames.len(), |frame| {
+        frame.clear();
+        frame.extend(all.next().into_iter().flatten());
+    })
+}
+
+/// The same for so many frames, each of which `next` writes in its turn.
+///
+/// # Errors
+/// When the kernel refuses map or program.
+///
+/// # Panics
+/// When a frame is shorter than its headers.
+pub fn swap_and_look_up_of(
+    family: Family,
+    frames: usize,
+    mut next: impl FnMut(&mut Vec<u8>),
+) -> io::Result<OwnedFd> {
     let tuple = tuple(family);
-    let map = bpf::create(
-        MapType::Hash,
-        tuple.len() as u32,
-        8,
-        frames.len().next_power_of_two().max(1024) as u32,
-    )?;
-    for frame in frames {
-        bpf::update(map.as_fd(), &frame[tuple.clone()], &1_u64.to_ne_bytes())?;
+    let entries = frames.next_power_of_two().max(1024) as u32;
+    let map = bpf::create(MapType::Hash, tuple.len() as u32, 8, entries)?;
+    let writer = bpf::Writer::new(map.as_fd())?;
+    let mut frame = Vec::new();
+    for _ in 0..frames {
+        next(&mut frame);
+        writer.write(&frame[tuple.clone()], &1_u64.to_ne_bytes())?;
     }
     let mut code = Assembler::default();
     code.begin(tuple.end);

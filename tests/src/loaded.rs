@@ -208,13 +208,27 @@ pub struct Sizes {
     pub buckets: u32,
     /// Connections of each family that are watched at a time.
     pub samples: u32,
+    /// Services.
+    pub services: u32,
+    /// Addresses with a port, of all services.
+    pub vips: u32,
+    /// Backends of all services.
+    pub backends: u32,
     /// Source ports for translated flows.
     pub nat_ports: RangeInclusive<u16>,
 }
 
 impl Default for Sizes {
     fn default() -> Self {
-        Self { flows: 1024, buckets: 64 * 4096, samples: 1024, nat_ports: 10_000..=19_999 }
+        Self {
+            flows: 1024,
+            buckets: 64 * 4096,
+            samples: 1024,
+            services: 64,
+            vips: 1024,
+            backends: 1024,
+            nat_ports: 10_000..=19_999,
+        }
     }
 }
 
@@ -256,17 +270,10 @@ impl Loaded {
     /// When the kernel refuses the program, or the plan exceeds the maps.
     pub fn new(plane: &DataPlane, sizes: &Sizes) -> Result<Self> {
         let bpffs = BpfFs::mount();
-        let Sizes { flows, buckets, samples, ref nat_ports } = *sizes;
+        let Sizes { flows, buckets, samples, services, vips, backends, ref nat_ports } = *sizes;
         let options = Options {
             bpffs: bpffs.pins(),
-            capacity: Capacity {
-                services: 64,
-                vips: 1024,
-                backends: 1024,
-                buckets,
-                flows,
-                samples,
-            },
+            capacity: Capacity { services, vips, backends, buckets, flows, samples },
             nat_ports: Some(nat_ports.clone()),
             xdp_mode: XdpMode::Auto,
             replace: false,

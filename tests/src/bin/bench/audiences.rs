@@ -53,7 +53,7 @@ pub(crate) struct Arguments {
 
 /// Part of the addresses is for networks, the rest for who is in none: of IPv4 the first half, of
 /// IPv6 some thousand /32s.
-fn network(random: &mut Random, family: Family) -> IpNet {
+pub(crate) fn network(random: &mut Random, family: Family) -> IpNet {
     match family {
         Family::V4 => {
             let length = random.one_of(&[24_u8, 24, 24, 22, 25, 28, 32]);
@@ -71,7 +71,7 @@ fn network(random: &mut Random, family: Family) -> IpNet {
 }
 
 /// Somebody in a block that nobody of `networks` is in.
-fn stranger(random: &mut Random, family: Family, taken: &HashSet<u32>) -> IpAddr {
+pub(crate) fn stranger(random: &mut Random, family: Family, taken: &HashSet<u32>) -> IpAddr {
     loop {
         match family {
             Family::V4 => {
@@ -88,7 +88,7 @@ fn stranger(random: &mut Random, family: Family, taken: &HashSet<u32>) -> IpAddr
 }
 
 /// The blocks of IPv6 that networks are in.
-fn blocks(networks: &[IpNet]) -> HashSet<u32> {
+pub(crate) fn blocks(networks: &[IpNet]) -> HashSet<u32> {
     let block = |net: &IpNet| match net {
         IpNet::V6(net) => Some(class::block_v6(abi::address(net.network().into()))),
         IpNet::V4(_) => None,
@@ -109,7 +109,27 @@ fn inside_and_beside(net: &IpNet) -> [IpAddr; 2] {
     }
 }
 
-fn shop(routed: bool) -> Result<Config> {
+/// So many clients in `networks` at random, and beside them, of whom those count that are in no
+/// other one.
+pub(crate) fn members_and_others(
+    random: &mut Random,
+    planner: &Planner,
+    networks: &[IpNet],
+    clients: usize,
+) -> [Vec<IpAddr>; 2] {
+    let (mut inside, mut beside) = (Vec::new(), Vec::new());
+    for _ in 0..clients {
+        let net = &networks[random.below(networks.len() as u64) as usize];
+        let [within, near] = inside_and_beside(net);
+        inside.push(within);
+        if planner.plane().classes.class(near).entry == ClassEntry::default() {
+            beside.push(near);
+        }
+    }
+    [inside, beside]
+}
+
+pub(crate) fn shop(routed: bool) -> Result<Config> {
     let networks = vec!["192.0.2.0/32".to_owned(), "2001:db8:ffff::/128".to_owned()];
     let route = Route { audience: "staff", networks, split: "{ v2 = \"100%\" }" };
     let routes = if routed { vec![route] } else { Vec::new() };
@@ -120,7 +140,7 @@ fn shop(routed: bool) -> Result<Config> {
     }
 }
 
-fn with(config: &Config, networks: &[IpNet]) -> Config {
+pub(crate) fn with(config: &Config, networks: &[IpNet]) -> Config {
     let mut config = config.clone();
     config.audiences[0].networks = Arc::new(Networks::new(networks.iter().copied()));
     config
@@ -178,6 +198,14 @@ impl Packets {
         let at = turn % (self.clients.len() / bytes).max(1) * bytes;
         self.frame[self.source.clone()].copy_from_slice(self.clients.get(at..at + bytes)?);
         Some(&self.frame)
+    }
+}
+
+/// Makes a frame without tags one of this client.
+pub(crate) fn write_client(frame: &mut [u8], client: IpAddr) {
+    match client {
+        IpAddr::V4(addr) => frame[26..30].copy_from_slice(&addr.octets()),
+        IpAddr::V6(addr) => frame[22..38].copy_from_slice(&addr.octets()),
     }
 }
 
@@ -301,15 +329,8 @@ fn of_family(arguments: &Arguments, family: Family, sizes: &Sizes) -> Result<()>
             resident_bytes()?.saturating_sub(before) as f64 / 1e6,
             kernel_bytes()?.saturating_sub(kernel) as f64 / 1e6
         );
-        let (mut inside, mut beside) = (Vec::new(), Vec::new());
-        for _ in 0..arguments.clients {
-            let net = &networks[random.below(networks.len() as u64) as usize];
-            let [within, near] = inside_and_beside(net);
-            inside.push(within);
-            if planner.plane().classes.class(near).entry == ClassEntry::default() {
-                beside.push(near);
-            }
-        }
+        let [inside, beside] =
+            members_and_others(&mut random, &planner, &networks, arguments.clients);
         let taken = blocks(&networks);
         let outside = (0..arguments.clients).map(|_| stranger(&mut random, family, &taken));
         let mut outside = Packets::new(family, outside.collect())?;

@@ -1,6 +1,6 @@
-//! Figures of the packet path (`cargo xtask bench packet`, `bench flows`, `bench audiences`) and of the agent
-//! (`bench control`), of what clients get beside what else there is (`bench peers`), and whether the packet path
-//! has become slower (`bench --check`).
+//! Figures of the packet path (`cargo xtask bench packet`, `bench scale`, `bench flows`, `bench audiences`) and of
+//! the agent (`bench control`), of what clients get beside what else there is (`bench peers`), and whether the
+//! packet path has become slower (`bench --check`).
 
 mod audiences;
 mod check;
@@ -9,6 +9,7 @@ mod flows;
 mod packet;
 mod page;
 mod peers;
+mod scale;
 
 use std::process::ExitCode;
 
@@ -29,6 +30,8 @@ struct Options {
 enum Command {
     /// Nanoseconds a packet, and the programs' sizes
     Packet(packet::Arguments),
+    /// Nanoseconds a packet against the numbers of services, flows, networks and backends
+    Scale(scale::Arguments),
     /// A table full of flows: its memory, the time of a pass over it, and packets meanwhile
     Flows(flows::Flows),
     /// Packets of clients with routes, and networks on their way into the kernel
@@ -43,6 +46,7 @@ fn main() -> Result<ExitCode> {
     let Options { command, check } = Options::parse();
     match command {
         Some(Command::Packet(arguments)) => packet::run(&arguments)?,
+        Some(Command::Scale(arguments)) => scale::run(&arguments)?,
         Some(Command::Flows(options)) => flows::run(&options)?,
         Some(Command::Audiences(arguments)) => audiences::run(&arguments)?,
         Some(Command::Control(arguments)) => control::run(&arguments)?,

@@ -562,7 +562,7 @@ fn open(
 }
 
 /// The backend's answer to a frame that the program sent it: the same with its ends swapped.
-fn answer(sent: &[u8], family: Family) -> Vec<u8> {
+pub(crate) fn answer(sent: &[u8], family: Family) -> Vec<u8> {
     let mut frame = sent.to_vec();
     let mut swap = |at: usize, bytes: usize| {
         let (left, right) = frame[at..at + 2 * bytes].split_at_mut(bytes);
@@ -583,7 +583,7 @@ fn answer(sent: &[u8], family: Family) -> Vec<u8> {
 }
 
 /// The backend's SYN-ACK to a SYN numbered 1000 that the program sent it.
-fn syn_ack(sent: &[u8], family: Family) -> Vec<u8> {
+pub(crate) fn syn_ack(sent: &[u8], family: Family) -> Vec<u8> {
     let mut frame = answer(sent, family);
     let tcp = if family == Family::V4 { 34 } else { 54 };
     frame[tcp + 4..tcp + 8].copy_from_slice(&5000_u32.to_be_bytes());

@@ -131,8 +131,13 @@ pub(crate) fn run(options: &Arguments) -> Result<()> {
 
 /// From now on on one processor: the other's caches are cold.
 pub(crate) fn stay() -> Result<()> {
+    stay_on(0)
+}
+
+/// From now on this thread is on that processor.
+pub(crate) fn stay_on(cpu: usize) -> Result<()> {
     let mut cpus = nix::sched::CpuSet::new();
-    cpus.set(0)?;
+    cpus.set(cpu)?;
     nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &cpus)?;
     Ok(())
 }
@@ -167,17 +172,17 @@ impl Figures {
         }
     }
 
-    fn over(&self, base: &Self) -> Self {
+    pub(crate) fn over(&self, base: &Self) -> Self {
         Self::each(|field| field(self) - field(base))
     }
 }
 
-fn least(rounds: &[Figures]) -> Figures {
+pub(crate) fn least(rounds: &[Figures]) -> Figures {
     Figures::each(|field| rounds.iter().map(field).fold(f64::INFINITY, f64::min))
 }
 
 /// What is in the middle of several loads, for each figure by itself.
-fn middle(loads: &[Figures]) -> Figures {
+pub(crate) fn middle(loads: &[Figures]) -> Figures {
     Figures::each(|field| median(loads.iter().map(field).collect()))
 }
 
@@ -343,10 +348,9 @@ fn measure(options: &Arguments) -> Result<Report> {
     }
     compare(&mut rows)?;
     let ingress = programs.first().context("a program")?.clone();
-    let load_average = fs::read_to_string("/proc/loadavg").ok();
     Ok(Report {
         kernel: kernel(),
-        load_average: load_average.and_then(|text| text.split(' ').next()?.parse().ok()),
+        load_average: load_average(),
         loads: options.loads,
         runs: options.runs,
         rounds: options.rounds,
@@ -358,6 +362,12 @@ fn measure(options: &Arguments) -> Result<Report> {
         xlated_bytes: ingress.xlated_insns.map(|insns| insns * 8),
         jited_bytes: ingress.jited_bytes,
     })
+}
+
+/// The mean number of processes that wanted a processor in the last minute.
+pub(crate) fn load_average() -> Option<f64> {
+    let text = fs::read_to_string("/proc/loadavg").ok()?;
+    text.split(' ').next()?.parse().ok()
 }
 
 /// The kernel's release.
