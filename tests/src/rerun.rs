@@ -27,6 +27,24 @@ const ADJUST_HEAD: i32 = 44;
 /// The longest frame, bytes.
 const LONGEST: usize = 512;
 
+/// Two bytes of a frame that are another number in each run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Numbers {
+    /// Where they are.
+    pub at: usize,
+    /// The least number.
+    pub first: u16,
+    /// How many there are, after which they begin again: a power of two.
+    pub count: u32,
+}
+
+impl Numbers {
+    /// All that two bytes can say.
+    pub const fn all(at: usize) -> Self {
+        Self { at, first: 0, count: 1 << 16 }
+    }
+}
+
 /// A program with the one before it that restores the frame.
 pub struct Rerun {
     program: OwnedFd,
@@ -49,6 +67,21 @@ impl Rerun {
     /// # Panics
     /// When the frame is longer than 512 bytes.
     pub fn new(target: BorrowedFd<'_>, frame: &[u8], number_at: Option<usize>) -> io::Result<Self> {
+        Self::among(target, frame, number_at.map(Numbers::all))
+    }
+
+    /// The same with these numbers.
+    ///
+    /// # Errors
+    /// When the kernel refuses a map or the program.
+    ///
+    /// # Panics
+    /// When the frame is longer than 512 bytes, or the numbers are no power of two.
+    pub fn among(
+        target: BorrowedFd<'_>,
+        frame: &[u8],
+        numbers: Option<Numbers>,
+    ) -> io::Result<Self> {
         assert!(frame.len() <= LONGEST, "a frame of {} bytes", frame.len());
         let state = bpf::create(MapType::Array, 4, LONGEST as u32 + 8, 1)?;
         let targets = floor::targets(target)?;
@@ -67,12 +100,15 @@ impl Rerun {
         code.add(4, frame.len() as i32);
         code.out_if_above(4, 3);
         code.value(7, state.as_fd());
-        if let Some(at) = number_at {
+        if let Some(Numbers { at, first, count }) = numbers {
+            assert!(count.is_power_of_two(), "{count} numbers");
             let number = LONGEST as i16;
             code.load(Width::U32, 5, 7, number);
             code.copy(4, 5);
             code.add(4, 1);
             code.store(Width::U32, 7, number, 4);
+            code.and(5, (count - 1).cast_signed());
+            code.add(5, first.into());
             code.big_endian_16(5);
             code.store(Width::U16, 7, at as i16, 5);
         }

@@ -1,10 +1,11 @@
-//! Figures of the packet path (`cargo xtask bench packet`, `bench scale`, `bench flows`, `bench audiences`) and of
-//! the agent (`bench control`), of what clients get beside what else there is (`bench peers`), and whether the
+//! Figures of the packet path (`cargo xtask bench packet`, `bench scale`, `bench cores`, `bench flows`, `bench audiences`)
+//! and of the agent (`bench control`), of what clients get beside what else there is (`bench peers`), and whether the
 //! packet path has become slower (`bench --check`).
 
 mod audiences;
 mod check;
 mod control;
+mod cores;
 mod flows;
 mod packet;
 mod page;
@@ -32,6 +33,8 @@ enum Command {
     Packet(packet::Arguments),
     /// Nanoseconds a packet against the numbers of services, flows, networks and backends
     Scale(scale::Arguments),
+    /// Packets on two processors at the same time, against one alone
+    Cores(cores::Arguments),
     /// A table full of flows: its memory, the time of a pass over it, and packets meanwhile
     Flows(flows::Flows),
     /// Packets of clients with routes, and networks on their way into the kernel
@@ -47,6 +50,7 @@ fn main() -> Result<ExitCode> {
     match command {
         Some(Command::Packet(arguments)) => packet::run(&arguments)?,
         Some(Command::Scale(arguments)) => scale::run(&arguments)?,
+        Some(Command::Cores(arguments)) => cores::run(&arguments)?,
         Some(Command::Flows(options)) => flows::run(&options)?,
         Some(Command::Audiences(arguments)) => audiences::run(&arguments)?,
         Some(Command::Control(arguments)) => control::run(&arguments)?,
