@@ -25,6 +25,7 @@ pub mod door;
 pub mod faulty;
 pub mod flood;
 pub mod floor;
+pub mod footprint;
 pub mod hold;
 pub mod host;
 pub mod http;
