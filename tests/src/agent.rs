@@ -144,7 +144,7 @@ impl<'a> Agent<'a> {
             options.listen,
             self.socket(),
             self.workdir.path().join("state"),
-            self.workdir.bpffs().join("canary"),
+            self.pins(),
             options.extra,
         );
         let path = self.config();
@@ -332,6 +332,11 @@ impl<'a> Agent<'a> {
     /// Path of the control socket.
     pub fn socket(&self) -> PathBuf {
         self.workdir.path().join("agent.sock")
+    }
+
+    /// `agent.bpffs`.
+    pub fn pins(&self) -> PathBuf {
+        self.workdir.bpffs().join("canary")
     }
 
     /// Path of the program.

@@ -6,6 +6,7 @@ mod audiences;
 mod check;
 mod control;
 mod cores;
+mod counters;
 mod flows;
 mod packet;
 mod page;
