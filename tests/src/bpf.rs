@@ -451,3 +451,26 @@ pub fn run_times(
         duration_ns: attr.duration,
     })
 }
+
+/// Has the kernel make `frames` frames, which the program fills and sends on: those come in
+/// nowhere and go through drivers and other hosts as real ones do. Each is as long as `room`, and
+/// what is in it is what its last owner has left.
+///
+/// # Errors
+/// When the kernel refuses: live frames need kernel 5.18.
+pub fn send_live(program: BorrowedFd<'_>, room: &[u8], frames: u32) -> io::Result<()> {
+    /// `BPF_F_TEST_XDP_LIVE_FRAMES` (linux/bpf.h; kernel 5.18, commit b530e9e1063e).
+    const LIVE_FRAMES: u32 = 1 << 1;
+    let mut attr = TestRunAttr {
+        prog_fd: program.as_raw_fd() as u32,
+        data_size_in: room.len() as u32,
+        data_in: room.as_ptr() as u64,
+        repeat: frames,
+        flags: LIVE_FRAMES,
+        batch_size: 64,
+        ..TestRunAttr::default()
+    };
+    // SAFETY: the only pointer is to memory of the size that is said, which the kernel reads.
+    unsafe { bpf(BPF_PROG_TEST_RUN, &mut attr)? };
+    Ok(())
+}

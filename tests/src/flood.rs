@@ -7,10 +7,10 @@
 use std::{
     io,
     net::Ipv4Addr,
-    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+    os::fd::{AsFd as _, FromRawFd as _, OwnedFd},
 };
 
-use crate::{netns::Namespace, wait};
+use crate::{bpf, netns::Namespace, wait};
 
 /// Sources of a flood are within this network, whose first half word is written here: nobody is
 /// at home there, so that nothing answers a SYN-ACK.
@@ -46,31 +46,12 @@ impl Flood {
         while sent < frames && go_on() {
             let chunk = CHUNK.min(frames - sent);
             // One that is interrupted is sent again, from its beginning.
-            wait::uninterrupted(|| self.send_chunk(chunk as u32))?;
+            wait::uninterrupted(|| {
+                bpf::send_live(self.program.as_fd(), &[0; FRAME_BYTES], chunk as u32)
+            })?;
             sent += chunk;
         }
         Ok(sent)
-    }
-
-    fn send_chunk(&self, frames: u32) -> io::Result<()> {
-        /// `BPF_PROG_TEST_RUN` (linux/bpf.h).
-        const BPF_PROG_TEST_RUN: libc::c_long = 10;
-        /// `BPF_F_TEST_XDP_LIVE_FRAMES` (kernel 5.18, commit b530e9e1063e).
-        const LIVE_FRAMES: u32 = 1 << 1;
-        let room = [0_u8; FRAME_BYTES];
-        let attr = TestRun {
-            prog_fd: self.program.as_raw_fd() as u32,
-            data_size_in: room.len() as u32,
-            data_in: room.as_ptr() as u64,
-            repeat: frames,
-            flags: LIVE_FRAMES,
-            batch_size: 64,
-            ..TestRun::default()
-        };
-        // SAFETY: the only pointer is to memory of the size that is said, which the kernel reads.
-        let result =
-            unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &attr, size_of::<TestRun>()) };
-        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 }
 
@@ -87,28 +68,6 @@ pub fn mac_of(namespace: &Namespace, interface: &str) -> io::Result<[u8; 6]> {
         });
         link.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, interface.to_owned()))
     })
-}
-
-/// The part of `union bpf_attr` that `BPF_PROG_TEST_RUN` uses.
-#[repr(C)]
-#[derive(Default)]
-struct TestRun {
-    prog_fd: u32,
-    retval: u32,
-    data_size_in: u32,
-    data_size_out: u32,
-    data_in: u64,
-    data_out: u64,
-    repeat: u32,
-    duration: u32,
-    ctx_size_in: u32,
-    ctx_size_out: u32,
-    ctx_in: u64,
-    ctx_out: u64,
-    flags: u32,
-    cpu: u32,
-    batch_size: u32,
-    pad: u32,
 }
 
 /// A SYN whose source address and port, low half of the sequence number and checksums are zero.

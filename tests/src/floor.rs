@@ -6,7 +6,10 @@ use std::{
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
 };
 
-use aya::maps::MapType;
+use aya::{
+    maps::{MapData, MapType},
+    util::nr_cpus,
+};
 use canary_agent::plan::Family;
 
 use crate::bpf;
@@ -17,8 +20,14 @@ pub(crate) const LOOKUP: i32 = 1;
 /// `bpf_xdp_adjust_head` (linux/bpf.h).
 const ADJUST_HEAD: i32 = 44;
 
+/// `bpf_get_prandom_u32` (linux/bpf.h).
+pub(crate) const PRANDOM: i32 = 7;
+
 /// `bpf_tail_call` (linux/bpf.h).
 const TAIL_CALL: i32 = 12;
+
+/// `bpf_redirect` (linux/bpf.h).
+const REDIRECT: i32 = 23;
 
 /// A register, r0 to r10.
 pub(crate) type Register = u8;
@@ -88,6 +97,26 @@ impl Assembler {
     /// `dst += value`
     pub(crate) fn add(&mut self, dst: Register, value: i32) {
         self.put(0x07, dst, 0, 0, value);
+    }
+
+    /// `dst += src`
+    pub(crate) fn add_register(&mut self, dst: Register, src: Register) {
+        self.put(0x0f, dst, src, 0, 0);
+    }
+
+    /// `dst &= value`
+    pub(crate) fn and(&mut self, dst: Register, value: i32) {
+        self.put(0x57, dst, 0, 0, value);
+    }
+
+    /// `dst ^= value`
+    pub(crate) fn xor(&mut self, dst: Register, value: i32) {
+        self.put(0xa7, dst, 0, 0, value);
+    }
+
+    /// `dst >>= bits`
+    pub(crate) fn shift_right(&mut self, dst: Register, bits: i32) {
+        self.put(0x77, dst, 0, 0, bits);
     }
 
     /// `dst -= src`
@@ -169,6 +198,14 @@ impl Assembler {
         self.put(0x95, 0, 0, 0, 0);
     }
 
+    /// Sends the frame out of an interface.
+    pub(crate) fn redirect(&mut self, ifindex: u32) {
+        self.set(1, ifindex.cast_signed());
+        self.set(2, 0);
+        self.call(REDIRECT);
+        self.put(0x95, 0, 0, 0, 0);
+    }
+
     /// Where jumps go to: answers with `action`. Loads the program.
     pub(crate) fn out(mut self, action: u32) -> io::Result<OwnedFd> {
         let end = self.code.len();
@@ -180,7 +217,7 @@ impl Assembler {
     }
 
     /// r6 is where the frame of the context in r1 begins; to the end, if it has fewer bytes.
-    fn begin(&mut self, bytes: usize) {
+    pub(crate) fn begin(&mut self, bytes: usize) {
         self.load(Width::U32, 6, 1, 0);
         self.load(Width::U32, 7, 1, 4);
         self.copy(2, 6);
@@ -210,6 +247,100 @@ pub fn swap() -> io::Result<OwnedFd> {
     let mut code = Assembler::default();
     code.begin(14);
     code.send_back()
+}
+
+/// Loads a program that sends every frame out of another interface, with these MAC addresses: the
+/// receiver's and the sender's.
+///
+/// # Errors
+/// When the kernel refuses it.
+pub fn redirect(ifindex: u32, [to, from]: [[u8; 6]; 2]) -> io::Result<OwnedFd> {
+    let addresses = [to, from].concat();
+    let mut code = Assembler::default();
+    code.begin(14);
+    for (word, at) in addresses.as_chunks::<4>().0.iter().zip([0, 4, 8]) {
+        code.set(1, i32::from_ne_bytes(*word));
+        code.store(Width::U32, 6, at, 1);
+    }
+    code.redirect(ifindex);
+    code.out(crate::loaded::XDP_PASS)
+}
+
+/// A number that programs count up, one on each processor.
+#[derive(Debug)]
+pub(crate) struct Counter {
+    map: MapData,
+    cpus: usize,
+}
+
+impl Counter {
+    pub(crate) fn new() -> io::Result<Self> {
+        let map = bpf::create(MapType::PerCpuArray, 4, 8, 1)?;
+        let cpus = nr_cpus().map_err(|(_, error)| error)?;
+        Ok(Self { map: MapData::from_fd(map).map_err(io::Error::other)?, cpus })
+    }
+
+    /// One more; what r0 to r5 held is gone.
+    pub(crate) fn count(&self, code: &mut Assembler) {
+        code.set(1, 0);
+        code.store(Width::U32, 10, -4, 1);
+        code.map(1, self.map.fd().as_fd());
+        code.copy(2, 10);
+        code.add(2, -4);
+        code.call(LOOKUP);
+        code.out_if(0, 0);
+        code.load(Width::U64, 1, 0, 0);
+        code.add(1, 1);
+        code.store(Width::U64, 0, 0, 1);
+    }
+
+    /// The sum of all processors'.
+    pub(crate) fn read(&self) -> io::Result<u64> {
+        bpf::per_cpu_sum(&self.map, 0, &mut vec![0; self.cpus])
+    }
+}
+
+/// A program that counts and drops every frame but those by which neighbours find each other.
+#[derive(Debug)]
+pub struct Sink {
+    program: OwnedFd,
+    counter: Counter,
+}
+
+impl Sink {
+    /// Loads it.
+    ///
+    /// # Errors
+    /// When the kernel refuses map or program.
+    pub fn new() -> io::Result<Self> {
+        /// The protocol of neighbour discovery in an IPv6 header (IANA protocol numbers).
+        const ICMPV6: i32 = 58;
+        let counter = Counter::new()?;
+        let mut code = Assembler::default();
+        code.begin(22);
+        code.load(Width::U16, 1, 6, 12);
+        // The EtherType of ARP.
+        code.out_if(1, u16::from_ne_bytes([8, 6]).into());
+        // The next header of IPv6; of IPv4 a part of the fragment's offset, of which there is none.
+        code.load(Width::U8, 1, 6, 20);
+        code.out_if(1, ICMPV6);
+        counter.count(&mut code);
+        code.exit(crate::loaded::XDP_DROP);
+        Ok(Self { program: code.out(crate::loaded::XDP_PASS)?, counter })
+    }
+
+    /// The program.
+    pub fn program(&self) -> BorrowedFd<'_> {
+        self.program.as_fd()
+    }
+
+    /// Frames that it has counted.
+    ///
+    /// # Errors
+    /// When the kernel refuses to read.
+    pub fn count(&self) -> io::Result<u64> {
+        self.counter.read()
+    }
 }
 
 /// Where addresses and ports of TCP and UDP lie in a frame without tags and options.

@@ -45,6 +45,7 @@ pub mod server;
 pub mod spawn;
 pub mod stack;
 pub mod stats;
+pub mod stream;
 pub mod swarm;
 pub mod sweep;
 pub mod tables;

@@ -7,7 +7,7 @@
 use std::{
     ffi::CString,
     io, mem,
-    os::fd::{FromRawFd as _, OwnedFd, RawFd},
+    os::fd::{AsFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
 };
 
 use crate::netns::Namespace;
@@ -51,7 +51,19 @@ impl XdpPass {
 
 fn attach(interface: &str) -> io::Result<OwnedFd> {
     let program = load()?;
-    link(&program, nix::net::if_::if_nametoindex(interface)?)
+    link(program.as_fd(), nix::net::if_::if_nametoindex(interface)?)
+}
+
+/// Attaches a program in native mode; it is detached when the link is closed.
+///
+/// # Errors
+/// There is no such interface, or the kernel refuses.
+pub fn attach_program(
+    namespace: &Namespace,
+    interface: &str,
+    program: BorrowedFd<'_>,
+) -> io::Result<OwnedFd> {
+    namespace.run(|| link(program, nix::net::if_::if_nametoindex(interface)?))
 }
 
 /// The beginning of `union bpf_attr` for `BPF_PROG_LOAD`; the kernel takes what is
@@ -85,7 +97,7 @@ fn load() -> io::Result<OwnedFd> {
     bpf(BPF_PROG_LOAD, &attr)
 }
 
-fn link(program: &OwnedFd, ifindex: u32) -> io::Result<OwnedFd> {
+fn link(program: BorrowedFd<'_>, ifindex: u32) -> io::Result<OwnedFd> {
     use std::os::fd::AsRawFd as _;
     const BPF_LINK_CREATE: i32 = 28;
     const BPF_XDP: u32 = 37;

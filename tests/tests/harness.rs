@@ -24,8 +24,9 @@ use canary_tests::{
     rerun::Rerun,
     server::{ECHO_PORT, HTTP_PORT, Server},
     spawn,
+    stream::{FIRST_PORT, PORTS, Route, Stream},
     topology::{Family, Options, Topology},
-    wait,
+    wait, wire,
     workdir::Workdir,
     world::{Service, World},
 };
@@ -250,4 +251,52 @@ fn floors_send_back_what_they_know() {
         let run = bpf::run(look_up.as_fd(), &frame(1025), None, &mut out).unwrap();
         assert_eq!((run.action, &out[..run.len_bytes]), (XDP_PASS, &frame(1025)[..]));
     }
+}
+
+#[test]
+fn a_stream_has_frames_of_every_port_each_right_and_a_sink_counts_them() {
+    if !host::ready("a_stream_has_frames_of_every_port_each_right_and_a_sink_counts_them") {
+        return;
+    }
+    const XDP_REDIRECT: u32 = 4;
+    let sink = floor::Sink::new().unwrap();
+    let mut counted = 0;
+    for (from, to, kind, port_at) in [
+        ("10.1.0.3", "10.1.0.100:7001", "IPv4 UDP", 34),
+        ("fd00:1::3", "[fd00:1::100]:7001", "IPv6 UDP", 54),
+    ] {
+        let macs = [[2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]];
+        let route = Route { macs, from: from.parse().unwrap(), to: to.parse().unwrap() };
+        let stream = Stream::new("lo", &route, PORTS).unwrap();
+        let room = vec![0xff; route.frame(0).len()];
+        let mut out = vec![0; 2048];
+        let mut ports = std::collections::BTreeSet::new();
+        // Of 4,096 ports, this many random ones leave none out once in a million times.
+        for _ in 0..100_000 {
+            let run = bpf::run(stream.program(), &room, None, &mut out).unwrap();
+            assert_eq!(run.action, XDP_REDIRECT);
+            let frame = &out[..run.len_bytes];
+            let port = u16::from_be_bytes([frame[port_at], frame[port_at + 1]]);
+            if ports.insert(port) {
+                assert_eq!(wire::check(frame), Ok(Some(kind)));
+                assert_eq!(frame, route.frame(port - FIRST_PORT), "port {port}");
+            }
+        }
+        assert_eq!(ports.len(), usize::from(PORTS));
+        assert!(ports.iter().all(|port| (FIRST_PORT..FIRST_PORT + PORTS).contains(port)));
+        counted += 1;
+        assert_eq!(bpf::run(sink.program(), &route.frame(0), None, &mut out).unwrap().action, 1);
+        assert_eq!(sink.count().unwrap(), counted);
+    }
+    // Neighbours find each other all the same.
+    let mut arp = vec![0xff; 42];
+    arp[12..14].copy_from_slice(&[8, 6]);
+    let mut solicitation = vec![0xff; 78];
+    solicitation[12..14].copy_from_slice(&[0x86, 0xdd]);
+    solicitation[20] = 58;
+    for frame in [arp, solicitation] {
+        let run = bpf::run(sink.program(), &frame, None, &mut vec![0; 2048]).unwrap();
+        assert_eq!(run.action, XDP_PASS);
+    }
+    assert_eq!(sink.count().unwrap(), counted);
 }

@@ -325,8 +325,8 @@ pub(crate) fn demo(workspace: &Path, args: &[String]) -> Result<ExitCode> {
 /// # Errors
 /// The set-up or the build fails, or the task is interrupted.
 pub(crate) fn bench(workspace: &Path, args: &[String]) -> Result<ExitCode> {
-    if args.first().is_some_and(|command| command == "peers") {
-        setup::peers::ensure()?;
+    if let Some(subcommand) = args.first() {
+        setup::peers::ensure(subcommand)?;
     }
     run_program(workspace, "bench", "release", args)
 }

@@ -4,6 +4,7 @@
 mod audiences;
 mod backends;
 mod bad_input;
+mod bench_wire;
 mod changes;
 mod clients;
 mod commands;

@@ -1,4 +1,4 @@
-//! What `bench peers` compares the agent with: load balancers of Debian's packages.
+//! What `bench peers` and `bench wire` compare the agent with: load balancers of Debian's packages.
 
 use std::{fs, path::Path};
 
@@ -24,12 +24,17 @@ const LIBRARIES: [&str; 2] = ["liblua5.3-0", "libopentracing-c-wrapper0"];
 /// Where the servers lie below the cache; `tests/src/bin/bench/peers/subjects.rs` has the same path.
 const UNPACKED: &str = "peers";
 
-/// Finds or installs them; says what to do where that can't be. It is no error: the benchmark
-/// says what it lacks, and can do without some.
+/// Finds or installs what a subcommand of the benchmark needs; says what to do where that can't be. It is
+/// no error: the benchmark says what it lacks, and can do without some.
 ///
 /// # Errors
 /// The task is interrupted.
-pub(crate) fn ensure() -> Result<()> {
+pub(crate) fn ensure(subcommand: &str) -> Result<()> {
+    let servers = match subcommand {
+        "peers" => true,
+        "wire" => false,
+        _ => return Ok(()),
+    };
     let mut progress = Progress::new();
     let owned = |names: &[&str]| names.iter().map(ToString::to_string).collect::<Vec<_>>();
     let mut lacking = Vec::new();
@@ -37,7 +42,7 @@ pub(crate) fn ensure() -> Result<()> {
         lacking.extend(NFT);
     }
     let folder = linker::cache()?.join(UNPACKED);
-    if !works(&folder) {
+    if servers && !works(&folder) {
         let ready = apt::present()
             && unpack(&folder, &mut progress).is_ok()
             && (works(&folder) || install(&owned(&LIBRARIES), &mut progress) && works(&folder));

@@ -1,6 +1,6 @@
 //! Figures of the packet path (`cargo xtask bench packet`, `bench scale`, `bench cores`, `bench flows`, `bench audiences`)
-//! and of the agent (`bench control`), of what clients get beside what else there is (`bench peers`), and whether the
-//! packet path has become slower (`bench --check`).
+//! and of the agent (`bench control`), of packets a second and of what clients get beside what else there is
+//! (`bench wire`, `bench peers`), and whether the packet path has become slower (`bench --check`).
 
 mod audiences;
 mod check;
@@ -12,6 +12,7 @@ mod packet;
 mod page;
 mod peers;
 mod scale;
+mod wire;
 
 use std::process::ExitCode;
 
@@ -40,6 +41,8 @@ enum Command {
     Flows(flows::Flows),
     /// Packets of clients with routes, and networks on their way into the kernel
     Audiences(audiences::Arguments),
+    /// Packets a second through veth pairs: ours, the least programs, the kernel's forwarding, nftables
+    Wire(wire::Arguments),
     /// The agent itself: start, memory, idle time, splits and reloads
     Control(control::Arguments),
     /// New connections, requests, times and processors, beside nftables, HAProxy and nginx
@@ -54,6 +57,7 @@ fn main() -> Result<ExitCode> {
         Some(Command::Cores(arguments)) => cores::run(&arguments)?,
         Some(Command::Flows(options)) => flows::run(&options)?,
         Some(Command::Audiences(arguments)) => audiences::run(&arguments)?,
+        Some(Command::Wire(arguments)) => return wire::run(&arguments),
         Some(Command::Control(arguments)) => control::run(&arguments)?,
         Some(Command::Peers(arguments)) => return peers::run(&arguments),
         None => return check::run(&check),
