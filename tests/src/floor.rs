@@ -124,11 +124,6 @@ impl Assembler {
         self.put(0x1f, dst, src, 0, 0);
     }
 
-    /// `dst &= value`
-    pub(crate) fn and(&mut self, dst: Register, value: i32) {
-        self.put(0x57, dst, 0, 0, value);
-    }
-
     /// The low 16 bits of `dst` in network order, all others 0.
     pub(crate) fn big_endian_16(&mut self, dst: Register) {
         self.put(0xdc, dst, 0, 0, 16);

@@ -13,8 +13,8 @@ use canary_agent::{
 };
 use canary_ebpf_common::{
     abi::{
-        ABI_VERSION, Backend, BackendCounters, Flow, FlowKeyV4, LedgerEntry, PAGE_BUCKETS, PortPair,
-        Sample,
+        ABI_VERSION, Backend, BackendCounters, Flow, FlowKeyV4, LedgerEntry, PAGE_BUCKETS,
+        PortPair, Sample,
     },
     entry::{BackendIndex, Entry},
 };

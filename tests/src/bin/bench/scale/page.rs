@@ -27,12 +27,10 @@ pub(super) fn of(report: &Report) -> Result<String> {
             writeln!(page, "<h2>{}, IPv{}</h2>", escaped(grows), first.family)?;
         }
         writeln!(page, "<h3>{}</h3>", escaped(&first.packet))?;
-        let ways: [(&str, fn(&Row) -> Cost); 2] =
-            [("few", |row| row.few), ("all", |row| row.in_turn)];
         let mut figures = Vec::new();
-        for (way, cost) in ways {
+        for way in ["few", "all"] {
             for row in series {
-                let Cost { net, floor } = cost(row);
+                let Cost { net, floor } = if way == "few" { row.few } else { row.in_turn };
                 for (what, of, class) in [("", net, "bar"), (", floor", floor, "floor")] {
                     let name = format!("{}, {way}{what}", row.number);
                     figures.push((name, of.midmean_ns, class));

@@ -143,6 +143,7 @@ intr 81
         let resolution = Duration::from_millis(10) * before.processors;
         assert!(spent.busy + resolution >= wall, "{spent:?} of {wall:?}");
         assert!(spent.busy <= spent.wall * before.processors);
-        assert!(spent.own + Duration::from_millis(10) >= wall, "{spent:?} of {wall:?}");
+        // A thread's time is added up when it is looked at or leaves its processor.
+        assert!(spent.own >= wall / 2, "{spent:?} of {wall:?}");
     }
 }

@@ -223,7 +223,6 @@ fn measure(options: &Arguments) -> Result<Report> {
     let with_nftables = binary::installed("nft").is_some();
     if !with_nftables {
         let what = "nftables: there is no nft (apt-get install --no-install-recommends nftables)";
-        ensure!(std::env::var_os("CI").is_none(), "{what}");
         eprintln!("bench wire: without {what}");
         missing.push(what.to_owned());
     }
