@@ -214,7 +214,7 @@ fn chosen(args: &[String]) -> bool {
 }
 
 /// Runs the tests in virtual machines. By themselves: a machine whose processor is emulated computes
-/// all the time, and what is beside it takes longer by more than it gains.
+/// all the time, and takes twice as long beside the host's tests, if those are not to wait for it.
 fn on_other_kernels(workspace: &Path, args: &[String], tally: &mut Tally) -> Result<bool> {
     if let Some(obstacle) = vm::obstacle() {
         // Where a host is chosen for tests, what can't run is not proven.
