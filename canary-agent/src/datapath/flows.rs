@@ -20,7 +20,11 @@ use canary_ebpf_common::{
     nat::{self, TupleKey as _, opposite},
 };
 
-use super::pod;
+use super::{
+    links::bpf,
+    pod,
+    raw::{BPF_MAP_LOOKUP_BATCH, BatchAttr},
+};
 
 /// Silence after which half-open flows of tracked buckets go, nanoseconds; when a table is nearly
 /// full, translated ones too.
@@ -42,25 +46,8 @@ pub const ESTABLISHED_NS: u64 = 432_000 * SECOND_NS;
 
 const SECOND_NS: u64 = 1_000_000_000;
 
-/// `BPF_MAP_LOOKUP_BATCH` (linux/bpf.h; kernel 5.6, commit cb4d03ab499d).
-const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
-
 /// Entries that one system call reads.
 const BATCH: usize = 1024;
-
-/// The part of `union bpf_attr` that batch commands use.
-#[repr(C)]
-#[derive(Default)]
-struct BatchAttr {
-    in_batch: u64,
-    out_batch: u64,
-    keys: u64,
-    values: u64,
-    count: u32,
-    map_fd: u32,
-    elem_flags: u64,
-    flags: u64,
-}
 
 /// Where a walk over a hash map stands: the kernel's token, or the beginning.
 pub(super) type Position = Option<u32>;
@@ -89,25 +76,15 @@ pub(super) fn walk<K: Pod, V: Pod>(
             map_fd: map.as_raw_fd() as u32,
             ..BatchAttr::default()
         };
-        // SAFETY: every pointer in `attr` is to memory of the size that the command
-        // writes at most (`count` elements), alive during the call.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_bpf,
-                BPF_MAP_LOOKUP_BATCH,
-                &raw mut attr,
-                size_of::<BatchAttr>(),
-            )
-        };
-        let end = if result == 0 {
-            false
-        } else {
-            let error = io::Error::last_os_error();
-            match error.raw_os_error() {
+        // Every pointer in `attr` is to memory of the size that the command writes at most (`count`
+        // elements), alive during the call.
+        let end = match bpf(BPF_MAP_LOOKUP_BATCH, &mut attr) {
+            Ok(_) => false,
+            Err(error) => match error.raw_os_error() {
                 Some(libc::ENOENT) => true,
                 Some(libc::EINTR) => continue,
                 _ => return Err(error),
-            }
+            },
         };
         for (key, value) in keys.iter().zip(&values).take(attr.count as usize) {
             // SAFETY: the kernel has written `count` keys and values, and both are Pod.

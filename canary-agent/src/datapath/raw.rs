@@ -18,7 +18,7 @@ const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
 /// Kernel 5.6, commit cb4d03ab499d; of per-CPU arrays 5.13, commit f008d732ab18.
-const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
+pub(super) const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 
 /// The part of `union bpf_attr` that commands on one element use.
 #[repr(C)]
@@ -32,15 +32,16 @@ struct ElementAttr {
 
 /// The part of `union bpf_attr` that commands on many elements use.
 #[repr(C)]
-struct BatchAttr {
-    in_batch: u64,
-    out_batch: u64,
-    keys: u64,
-    values: u64,
-    count: u32,
-    map_fd: u32,
-    elem_flags: u64,
-    flags: u64,
+#[derive(Default)]
+pub(super) struct BatchAttr {
+    pub(super) in_batch: u64,
+    pub(super) out_batch: u64,
+    pub(super) keys: u64,
+    pub(super) values: u64,
+    pub(super) count: u32,
+    pub(super) map_fd: u32,
+    pub(super) elem_flags: u64,
+    pub(super) flags: u64,
 }
 
 /// Reads elements of a per-CPU array in a single call, from `first` on, as many as there is room for
@@ -69,8 +70,7 @@ pub(super) fn elements<V: Pod>(map: &MapData, first: u32, values: &mut [V]) -> i
         values: values.as_mut_ptr() as u64,
         count: count as u32,
         map_fd: map.fd().as_fd().as_raw_fd() as u32,
-        elem_flags: 0,
-        flags: 0,
+        ..BatchAttr::default()
     };
     match bpf(BPF_MAP_LOOKUP_BATCH, &mut attr) {
         Ok(_) => {}
