@@ -148,7 +148,7 @@ pub(super) fn xdp<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp, Err
 const ATTEMPTS: usize = 5;
 
 /// Has the kernel verify and compile a program. A signal for the process meanwhile, or that it is
-/// stopped and goes on, ends that early with `EAGAIN` (Linux 5.0), which says nothing about the program.
+/// stopped and goes on, ends that early with `EAGAIN` (commit c3494801cd17), which says nothing about the program.
 pub(super) fn verify(program: &mut Xdp) -> Result<(), ProgramError> {
     let mut attempts = 1;
     loop {
