@@ -23,7 +23,7 @@ struct Run {
 impl Run {
     fn start(args: &[&str]) -> Self {
         let mut command = Command::new(binary::locate("bench"));
-        command.arg("wire").args(args).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.arg("wire").args(args).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = spawn::spawn(command).expect("starting the benchmark");
         let errors = BufReader::new(child.stderr.take().expect("its errors"));
         Self { child, errors }
@@ -36,14 +36,12 @@ impl Run {
         line
     }
 
-    /// How it ended, what it printed, and what it complained of.
-    fn end(mut self) -> (Option<i32>, String, String) {
-        let (mut out, mut errors) = (String::new(), String::new());
+    /// How it ended, and what it complained of.
+    fn end(mut self) -> (Option<i32>, String) {
+        let mut errors = String::new();
         self.errors.read_to_string(&mut errors).expect("its errors");
-        let mut stdout = self.child.stdout.take().expect("its output");
-        stdout.read_to_string(&mut out).expect("its output");
         let status = self.child.wait().expect("its end");
-        (status.code(), out, errors)
+        (status.code(), errors)
     }
 }
 
@@ -71,7 +69,7 @@ fn bench_wire_that_is_interrupted_leaves_nothing_behind() {
     }
     assert_ne!(left_by(pid), Vec::<String>::new());
     kill(Pid::from_raw(pid.cast_signed()), Signal::SIGINT).expect("a signal");
-    let (code, _, errors) = run.end();
+    let (code, errors) = run.end();
     assert_eq!(code, Some(130), "{errors}");
     assert!(errors.contains("interrupted"), "{errors}");
     assert_eq!(left_by(pid), Vec::<String>::new());
