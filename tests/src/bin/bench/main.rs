@@ -7,6 +7,7 @@ mod check;
 mod control;
 mod cores;
 mod counters;
+mod cpu;
 mod flows;
 mod packet;
 mod page;

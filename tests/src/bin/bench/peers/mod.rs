@@ -4,7 +4,6 @@
 //! new connections as go through, as many requests on open ones, and new connections at a pace;
 //! medians over the rounds count. What fails is counted, and a split that is not the one that was asked.
 
-mod cpu;
 mod load;
 mod page;
 mod subjects;
@@ -25,11 +24,11 @@ use clap::ValueEnum as _;
 use serde::Serialize;
 
 use self::{
-    cpu::Moment,
     load::{Seen, Work},
     subjects::{Bed, Programs, Running, Subject},
     summary::{Goal, Row, Turn},
 };
+use crate::cpu::Look;
 
 /// How long subjects may take until the first answer.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -167,13 +166,13 @@ fn answers(running: &Running<'_>) -> Result<()> {
 fn turn(arguments: &Arguments, running: &Running<'_>, failures: &mut Vec<String>) -> Result<Turn> {
     let length = Duration::from_secs(arguments.seconds);
     let load = |work, length| load::run(&running.bed.topology.client, &running.plan, work, length);
-    let begin = Moment::now()?;
+    let begin = Look::now()?;
     let connections = load(Work::Connections(arguments.connections), length)?;
-    let own = Moment::now()?.own_since(&begin);
+    let own = Look::now()?.since(&begin).own.as_secs_f64();
     let requests = load(Work::Requests(arguments.connections), length)?;
-    let before = Moment::now()?;
+    let before = Look::now()?;
     let paced = load(Work::Paced(arguments.pace), length * 2)?;
-    let after = Moment::now()?;
+    let spent = Look::now()?.since(&before);
     let a_second = |seen: &Seen| seen.answers as f64 / length.as_secs_f64();
     let a_thousand = |seconds: f64| seconds / paced.all.max(1) as f64 * 1e3;
     let answers = connections.all + paced.all;
@@ -186,12 +185,12 @@ fn turn(arguments: &Arguments, running: &Running<'_>, failures: &mut Vec<String>
         p50_us: paced.at_us(0.5),
         p99_us: paced.at_us(0.99),
         p999_us: paced.at_us(0.999),
-        cpu_seconds: a_thousand(after.worked_since(&before)),
-        own_seconds: a_thousand(after.own_since(&before)),
+        cpu_seconds: a_thousand(spent.busy.as_secs_f64()),
+        own_seconds: a_thousand(spent.own.as_secs_f64()),
         canary_percent: canary as f64 / answers.max(1) as f64 * 1e2,
         answers,
         failed: connections.failed + requests.failed + paced.failed,
-        others_percent: after.others_since(&before),
+        others_percent: spent.others_percent(),
     };
     let title = running.subject.title();
     if turn.failed > 0 {

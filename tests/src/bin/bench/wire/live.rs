@@ -26,10 +26,10 @@ use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction
 
 use super::{
     Sample,
-    cpu::Look,
     hosts::{At, Hosts, Service},
     stay_on,
 };
+use crate::cpu::Look;
 
 /// Frames of one system call at most, which a signal ends. Few calls: between two of them there is a
 /// pause.

@@ -5,7 +5,6 @@
 //! All stand ready, and take turns: within a round each is measured once, and a figure is the
 //! median of the rounds. Packets are counted where they arrive.
 
-mod cpu;
 mod hosts;
 mod live;
 mod sockets;
@@ -23,8 +22,10 @@ use anyhow::{Context as _, Result, ensure};
 use canary_tests::{binary, host, stream::PORTS, topology::Family, wait};
 use serde::Serialize;
 
-use self::cpu::{Look, Spent};
-use crate::packet::{kernel, median};
+use crate::{
+    cpu::{Look, Spent},
+    packet::{kernel, median},
+};
 
 /// The exit code for a host that may not run this (SPEC: not permitted).
 const NOT_PERMITTED: u8 = 77;
@@ -247,8 +248,7 @@ fn measure(options: &Arguments) -> Result<Report> {
         let before = Look::now()?;
         wait::pause_until(Instant::now() + window.min(Duration::from_millis(500)));
         wait::check();
-        let Spent { wall, busy, .. } = Look::now()?.since(&before);
-        others.push(1e2 * busy.as_secs_f64() / (wall.as_secs_f64() * processors as f64));
+        others.push(Look::now()?.since(&before).busy_percent());
         for (generators, samples) in forms.iter().zip(&mut of_frames) {
             for (subject, samples) in frames.iter().zip(samples) {
                 samples.push(subject.measure(*generators, window)?);

@@ -27,11 +27,11 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::{
     Sample,
-    cpu::Look,
     hosts::{At, FORWARDED, Hosts, Service},
     live::{FORWARDING, NFTABLES, REDIRECT},
     stay_on,
 };
+use crate::cpu::Look;
 
 /// Bytes of a datagram.
 const BYTES: usize = 64;

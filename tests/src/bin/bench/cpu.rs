@@ -6,72 +6,70 @@
 //! whenever a processor falls idle and is woken (`get_idle_time` in fs/proc/stat.c, on kernels with
 //! `CONFIG_NO_HZ_COMMON`), and says it in ticks of `USER_HZ`, 10 ms of each processor.
 //!
-//! Beside it, what this process's threads ran, and the kernel's that take over where there is too much
-//! for an interrupt: the scheduler knows that to the nanosecond, and others' work is not in it. What
-//! comes of a packet that a thread sends is in that thread's time, unless the kernel takes interrupts'
-//! out of it (`CONFIG_IRQ_TIME_ACCOUNTING`).
+//! Beside it, what this process, all that it has started, and the kernel's threads ran: the scheduler knows that to
+//! the nanosecond, and others' work is not in it. What comes of a packet that a thread sends is in that thread's time,
+//! unless the kernel takes interrupts' out of it (`CONFIG_IRQ_TIME_ACCOUNTING`).
 
 use std::{
+    collections::HashMap,
     fs,
-    sync::OnceLock,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
-use canary_tests::process::Usage;
+use nix::{time::clock_getcpuclockid, unistd::Pid};
 
 /// A look at the clocks.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Look {
+pub(crate) struct Look {
     at: Instant,
     processors: u32,
     /// Of all processors together: idle, waiting for a disk, or taken away by a hypervisor.
     away: Duration,
-    /// Of our threads and the kernel's for interrupts.
+    /// Of our processes and the kernel's threads.
     own: Duration,
 }
 
 impl Look {
-    pub(super) fn now() -> Result<Self> {
+    pub(crate) fn now() -> Result<Self> {
+        let own = own(std::process::id());
         let text = fs::read_to_string("/proc/stat").context("reading /proc/stat")?;
         let at = Instant::now();
         let ticks = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.context("CLK_TCK")?;
         let (processors, away) = parsed(&text, ticks as f64)?;
-        let mut own = Usage::of(std::process::id())?.cpu;
-        for pid in deferred() {
-            own += Usage::of(*pid)?.cpu;
-        }
         Ok(Self { at, processors, away, own })
     }
 
     /// Wall time since an earlier look, and time on processors.
-    pub(super) fn since(&self, earlier: &Self) -> Spent {
+    pub(crate) fn since(&self, earlier: &Self) -> Spent {
         let wall = self.at - earlier.at;
+        let all = wall * self.processors;
         let away = self.away.saturating_sub(earlier.away);
-        let busy = (wall * self.processors).saturating_sub(away);
-        Spent { wall, busy, own: self.own.saturating_sub(earlier.own) }
+        let busy = all.saturating_sub(away);
+        Spent { wall, all, busy, own: self.own.saturating_sub(earlier.own) }
     }
-}
-
-/// The kernel's threads for what interrupts have left.
-fn deferred() -> &'static [u32] {
-    static PIDS: OnceLock<Vec<u32>> = OnceLock::new();
-    PIDS.get_or_init(|| {
-        let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
-        let named = processes.filter(|entry| {
-            let name = fs::read_to_string(entry.path().join("comm"));
-            name.is_ok_and(|name| name.starts_with("ksoftirqd/"))
-        });
-        named.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
-    })
 }
 
 /// What passed between two looks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Spent {
-    pub(super) wall: Duration,
-    pub(super) busy: Duration,
-    pub(super) own: Duration,
+pub(crate) struct Spent {
+    pub(crate) wall: Duration,
+    /// Of all processors together.
+    all: Duration,
+    pub(crate) busy: Duration,
+    pub(crate) own: Duration,
+}
+
+impl Spent {
+    /// Percent of the processors that worked.
+    pub(crate) fn busy_percent(&self) -> f64 {
+        self.busy.as_secs_f64() / self.all.as_secs_f64() * 1e2
+    }
+
+    /// Percent of the processors that worked for others.
+    pub(crate) fn others_percent(&self) -> f64 {
+        self.busy.saturating_sub(self.own).as_secs_f64() / self.all.as_secs_f64() * 1e2
+    }
 }
 
 /// How many processors there are, and how long they were away.
@@ -91,6 +89,45 @@ fn parsed(text: &str, ticks_per_second: f64) -> Result<(u32, Duration)> {
     }
     ensure!(processors > 0, "/proc/stat names no processor");
     Ok((processors, Duration::from_secs_f64(ticks as f64 / ticks_per_second)))
+}
+
+/// Time on processors of `own`, what it has started, and the kernel's threads.
+fn own(own: u32) -> Duration {
+    let mut parents = HashMap::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
+        let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+        // The state and the parent follow the name, which may hold anything.
+        let parent =
+            stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1)?.parse().ok());
+        parents.extend(parent.map(|parent: u32| (pid, parent)));
+    }
+    let times = parents.keys().filter(|pid| belongs(**pid, own, &parents)).filter_map(|pid| {
+        // Of all its threads, those that have ended too; what has gone meanwhile has none.
+        let clock = clock_getcpuclockid(Pid::from_raw(i32::try_from(*pid).ok()?)).ok()?;
+        clock.now().ok().map(Duration::from)
+    });
+    times.sum()
+}
+
+/// Whether a process is `own`, one of those that it has started, or the kernel's.
+fn belongs(pid: u32, own: u32, parents: &HashMap<u32, u32>) -> bool {
+    // Threads of the kernel are children of kthreadd.
+    const KTHREADD: u32 = 2;
+    let mut at = pid;
+    // As many steps as there are processes, in case one has gone and its number is used again.
+    for _ in 0..=parents.len() {
+        if at == own || at == KTHREADD {
+            return true;
+        }
+        match parents.get(&at) {
+            Some(parent) => at = *parent,
+            None => return false,
+        }
+    }
+    false
 }
 
 #[cfg(test)]
@@ -125,6 +162,10 @@ intr 81
         assert_eq!(spent.wall, Duration::from_secs(1));
         assert_eq!(spent.busy, Duration::from_millis(1_300));
         assert_eq!(spent.own, Duration::from_millis(500));
+        assert!(
+            (spent.busy_percent() - 65.0).abs() < 1e-9
+                && (spent.others_percent() - 40.0).abs() < 1e-9
+        );
         // The ticks' resolution: never less than nothing.
         assert_eq!(look(100, 210).since(&look(0, 0)).busy, Duration::ZERO);
     }
@@ -143,7 +184,35 @@ intr 81
         let resolution = Duration::from_millis(10) * before.processors;
         assert!(spent.busy + resolution >= wall, "{spent:?} of {wall:?}");
         assert!(spent.busy <= spent.wall * before.processors);
-        // A thread's time is added up when it is looked at or leaves its processor.
-        assert!(spent.own >= wall / 2, "{spent:?} of {wall:?}");
+        assert!(spent.own >= wall, "{spent:?} of {wall:?}");
+    }
+
+    #[test]
+    fn what_a_child_starts_belongs_here_and_the_rest_does_not() {
+        let parents = HashMap::from([(1, 0), (2, 0), (7, 1), (8, 7), (9, 8), (10, 1), (3, 2)]);
+        for pid in [7, 8, 9, 3, 2] {
+            assert!(belongs(pid, 7, &parents), "{pid}");
+        }
+        for pid in [1, 10, 99] {
+            assert!(!belongs(pid, 7, &parents), "{pid}");
+        }
+        // A loop ends.
+        assert!(!belongs(1, 9, &HashMap::from([(1, 2222), (2222, 1)])));
+    }
+
+    #[test]
+    fn work_of_a_thread_that_has_ended_is_seen() {
+        let before = Look::now().unwrap();
+        let spin = || {
+            let end = Instant::now() + Duration::from_millis(200);
+            while Instant::now() < end {
+                std::hint::spin_loop();
+            }
+        };
+        std::thread::spawn(spin).join().unwrap();
+        let spent = Look::now().unwrap().since(&before);
+        // It may have had to wait for a processor.
+        let some = Duration::from_millis(10);
+        assert!(spent.own > some && spent.busy > some, "{spent:?}");
     }
 }
