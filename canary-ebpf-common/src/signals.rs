@@ -13,8 +13,8 @@
 //! | brought nothing | by what the client acknowledges | the same |
 
 use crate::{
-    abi::{FlowKeyV4, FlowKeyV6, HANDSHAKE_BUCKETS, Sample, Sampling, outcome},
-    hash::{M1, M2, M3},
+    abi::{FlowKeyV4, FlowKeyV6, HANDSHAKE_BUCKETS, Sample, outcome},
+    hash::{M1, M3},
     steer::{CONFIRM_WINDOW, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN},
 };
 
@@ -46,53 +46,38 @@ const NEAR: u32 = 64 << 10;
 /// How far a packet may be ahead of the newest one before it, in bytes: a lost burst.
 const AHEAD: u32 = 16 << 20;
 
-/// Odd, with about as many ones as zeros: those of the tuple hash, and two primes of xxHash's.
-const WORDS: [u64; 5] = [M1, M2, M3, 0xc2b2_ae3d_27d4_eb4f, 0x1656_67b1_9e37_79f9];
-
 /// A tuple whose connections can be watched.
 pub trait Watchable {
-    /// Its hash, which has nothing to do with its bucket. [`Sampling::NONE`] is always in it.
+    /// Its hash, which has nothing to do with its bucket. Of the client's address and the ports:
+    /// which of a service's addresses it has asked is left out.
     fn sampling_hash(&self) -> u32;
 }
 
-/// The upper bits of a sum that each word has gone into by a product of its own, so that none waits
-/// for another; mixed once more, since sums of words in a row are in a row.
+/// 24 bits of a word, mixed twice, since products of words in a row are in a row.
 #[inline(always)]
-const fn mixed(sum: u64) -> u32 {
-    let hash = (sum ^ sum >> 32).wrapping_mul(WORDS[4]) >> 40;
-    hash as u32 | Sampling::NONE
-}
-
-#[inline(always)]
-const fn ports(src_be: u16, dst_be: u16) -> u64 {
-    (src_be as u64) << 16 | dst_be as u64
+const fn mixed(word: u64) -> u32 {
+    let once = word.wrapping_mul(M1);
+    ((once ^ once >> 32).wrapping_mul(M3) >> 40) as u32
 }
 
 impl Watchable for FlowKeyV4 {
     #[inline(always)]
     fn sampling_hash(&self) -> u32 {
-        let addresses = u64::from(self.src_be) << 32 | u64::from(self.dst_be);
-        let ports = ports(self.ports.src_be(), self.ports.dst_be());
-        mixed(addresses.wrapping_mul(WORDS[0]).wrapping_add(ports.wrapping_mul(WORDS[1])))
+        mixed(u64::from(self.src_be) << 32 | u64::from(self.ports.word()))
     }
 }
 
 impl Watchable for FlowKeyV6 {
     #[inline(always)]
     fn sampling_hash(&self) -> u32 {
-        let ports = ports(self.ports.src_be(), self.ports.dst_be());
-        let words = [self.src[0], self.src[1], self.dst[0] ^ self.dst[1].rotate_left(32), ports];
-        let mut sum = words[0].wrapping_mul(WORDS[0]);
-        sum = sum.wrapping_add(words[1].wrapping_mul(WORDS[1]));
-        sum = sum.wrapping_add(words[2].wrapping_mul(WORDS[2]));
-        mixed(sum.wrapping_add(words[3].wrapping_mul(WORDS[3])))
+        mixed(self.src[0] ^ self.src[1] ^ u64::from(self.ports.word()))
     }
 }
 
 /// Whether a connection with this hash is watched.
 #[inline(always)]
 pub const fn watched(hash: u32, mask: u32) -> bool {
-    hash & mask == 0
+    hash & mask == mask
 }
 
 /// The mask of one connection in 2^`halvings`; at most one in 2^[`MOST_HALVINGS`].
@@ -418,7 +403,7 @@ pub fn bucket_ns(bucket: u32) -> u64 {
 mod tests {
     use super::*;
     use crate::{
-        abi::{PortPair, SERVICE_HASH_CONNECTION, Service},
+        abi::{PortPair, SERVICE_HASH_CONNECTION, Sampling, Service},
         hash::{bucket as bucket_of, hash_v4, hash_v6},
     };
 

@@ -18,13 +18,13 @@ use aya_ebpf::{
 use canary_ebpf_common::{
     abi::{
         Address, Backend, FORGET_MOST, FORGET_OFFSET, Flow, FlowKeyV4, FlowKeyV6,
-        HANDSHAKE_BUCKETS, IPPROTO_TCP, Reason, SERVICE_SAMPLED, Sample, Sampling, Service,
-        SignalEvent, VersionSignals, flow_state, outcome,
+        HANDSHAKE_BUCKETS, IPPROTO_TCP, PortPair, Reason, SERVICE_SAMPLED, Sample, Sampling,
+        Service, SignalEvent, VersionSignals, flow_state, outcome,
     },
     entry::BackendIndex,
     headers::{ETH_BYTES, Frame as _, Ipv4, Ipv6, Ports, Tcp},
     nat::{self, TupleKey as _},
-    signals::{self, Seen, Step, Watchable as _},
+    signals::{self, Seen, Step, Watchable},
     steer::Flows as _,
 };
 
@@ -93,7 +93,8 @@ static SIGNALS: RingBuf = RingBuf::with_byte_size(4096, 0);
 #[map]
 static PENDING: PerCpuArray<Pending> = PerCpuArray::with_max_entries(1, 0);
 
-/// Whether any service may be watched; where it is 0, the verifier removes all of this.
+/// Whether any service may be watched. Where few packets come by it is asked for each, and the
+/// verifier removes all of this if it is 0.
 #[unsafe(no_mangle)]
 static WATCHING: u32 = 0;
 
@@ -105,8 +106,8 @@ fn watching() -> bool {
 }
 
 #[inline(always)]
-fn watches(service: &Service) -> bool {
-    watching() && service.flags & SERVICE_SAMPLED != 0
+const fn watches(service: &Service) -> bool {
+    service.flags & SERVICE_SAMPLED != 0
 }
 
 /// The packet at hand.
@@ -116,13 +117,11 @@ fn pending() -> Option<&'static mut Pending> {
     unsafe { PENDING.get_ptr_mut(0).map(|p| &mut *p) }
 }
 
-/// What is watched at a place, if that is a connection with this hash.
+/// Whether a connection is watched that belongs to a place.
 #[inline(always)]
-fn chosen(place: u32, hash: u32) -> bool {
-    SAMPLING
-        .get(place)
-        // As the map is made, nobody has said anything yet.
-        .is_some_and(|sampling| signals::watched(hash, sampling.mask) && sampling.epoch != 0)
+fn chosen(sampling: &Sampling, connection: &impl Watchable) -> bool {
+    // As the map is made, nobody has said anything yet.
+    signals::watched(connection.sampling_hash(), sampling.mask) && sampling.epoch != 0
 }
 
 /// Leaves the packet to the program that takes it into account, if it is `watched`. Nothing of
@@ -352,13 +351,17 @@ macro_rules! family {
             /// chosen.
             #[inline(always)]
             pub(super) fn is_chosen(packet: &Packet, header: usize, place: u32) -> bool {
-                let (Some(ports), Some((src, dst))) = (packet.at::<Ports>(header), $ends(packet))
+                // Looked up first, since what is read of the packet before has to be put away.
+                let Some(sampling) = SAMPLING.get(place) else { return false };
+                let (Some(ports), Some((src, dst))) =
+                    (packet.at::<PortPair>(header), $ends(packet))
                 else {
                     return false;
                 };
-                // SAFETY: `at` checked the bounds.
-                let Ports { src_be, dst_be } = unsafe { *ports };
-                chosen(place, <$key>::tuple(src, dst, src_be, dst_be, IPPROTO_TCP).sampling_hash())
+                // SAFETY: `at` checked the bounds. One word: two halves would be put together.
+                let ports = unsafe { *ports };
+                let key = <$key>::tuple(src, dst, ports.src_be(), ports.dst_be(), IPPROTO_TCP);
+                chosen(sampling, &key)
             }
 
             /// Notes a packet whose TCP header is at `header`, if its connection is `KNOWN` to be
@@ -380,7 +383,7 @@ macro_rules! family {
                 } else {
                     <$key>::tuple(src, dst, src_be, dst_be, IPPROTO_TCP)
                 };
-                if state & KNOWN == 0 && !chosen(place, key.sampling_hash()) {
+                if state & KNOWN == 0 && !chosen(SAMPLING.get(place)?, &key) {
                     return None;
                 }
                 let pending = pending()?;
@@ -465,10 +468,7 @@ macro_rules! family {
         /// that the client knows by now.
         #[inline(always)]
         pub(crate) fn $returned(packet: &Packet, transport: &Transport, flow: &Flow) -> bool {
-            if !watching()
-                || flow.state & flow_state::SAMPLED == 0
-                || transport.segment.protocol != IPPROTO_TCP
-            {
+            if flow.state & flow_state::SAMPLED == 0 || transport.segment.protocol != IPPROTO_TCP {
                 return false;
             }
             cold_path();

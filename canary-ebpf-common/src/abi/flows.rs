@@ -30,6 +30,12 @@ impl PortPair {
     pub const fn dst_be(self) -> u16 {
         (self.0 >> Self::SHIFTS[1]) as u16
     }
+
+    /// Both, as they lie in the packet.
+    #[inline(always)]
+    pub const fn word(self) -> u32 {
+        self.0
+    }
 }
 
 /// Key of `FLOWS_V4`: the five-tuple of a packet as it arrives.

@@ -7,7 +7,7 @@ use super::{Address, MAX_VERSIONS};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Sampling {
-    /// Connections are watched whose hash has none of these bits; [`Sampling::NONE`] for none.
+    /// Connections are watched whose hash has all of these bits; [`Sampling::NONE`] for none.
     pub mask: u32,
     /// Counts up when what is watched of the service changes: what was begun before that is not
     /// counted, since packets of it may have been missed. 0, as the map is made: nothing is watched.
@@ -29,7 +29,7 @@ impl Default for Sampling {
 }
 
 impl Sampling {
-    /// [`Self::mask`] that no connection has: hashes have the bit that no other mask has.
+    /// [`Self::mask`] that no connection has: a bit that is in no hash.
     pub const NONE: u32 = 1 << 31;
 
     /// The element of a version of a service, by their numbers.
