@@ -364,7 +364,7 @@ fn signals(page: &mut DescriptorEncoder, services: &[ServiceStatus]) -> fmt::Res
         let buckets: Vec<(f64, u64)> = signals
             .handshakes
             .iter()
-            .map(|bucket| (bucket.upto_seconds.unwrap_or(f64::MAX), bucket.handshakes))
+            .map(|bucket| (bucket.upto_seconds.unwrap_or(f64::INFINITY), bucket.handshakes))
             .collect();
         let all = buckets.iter().map(|(_, count)| count).sum();
         family.encode_family(&labels)?.encode_histogram::<NoLabelSet>(

@@ -3,7 +3,10 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use canary_agent::telemetry::{Exposition, Metrics};
+use canary_agent::{
+    api::model::{HandshakeBucket, VersionSignalsStatus},
+    telemetry::{Exposition, Metrics},
+};
 
 use crate::support::{self, Agent, short};
 
@@ -162,4 +165,28 @@ fn openmetrics_ends_with_its_mark() {
     let page = metrics.render(&support::status().into(), Exposition::OpenMetrics);
     assert!(page.ends_with("# EOF\n"));
     assert!(page.contains("# TYPE canary_backend_bytes counter\n"));
+}
+
+#[test]
+fn the_last_bucket_of_handshakes_has_no_end() {
+    let mut status = support::status();
+    let buckets = [(Some(0.001), 4), (None, 3)];
+    status.services[0].versions[1].signals = Some(VersionSignalsStatus {
+        handshake_sum_seconds: 0.25,
+        handshakes: buckets
+            .map(|(upto_seconds, handshakes)| HandshakeBucket { upto_seconds, handshakes })
+            .into(),
+        ..VersionSignalsStatus::default()
+    });
+    let page = parse(&Metrics::new().render(&status.into(), Exposition::Prometheus));
+    let of = r#"service="shop",version="v2"}"#;
+    for (series, value) in [
+        (format!("bucket{{le=\"0.001\",{of}"), 4.0),
+        (format!("bucket{{le=\"+Inf\",{of}"), 7.0),
+        (format!("count{{{of}"), 7.0),
+        (format!("sum{{{of}"), 0.25),
+    ] {
+        let series = format!("canary_handshake_seconds_{series}");
+        assert_eq!(page.samples.get(&series), Some(&value), "{series}");
+    }
 }
