@@ -1,7 +1,10 @@
 //! The metrics page.
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -16,7 +19,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use super::collect::StatusCollector;
+use super::{collect::collect, page::Page};
 use crate::api::model::Status;
 
 /// A form of the page.
@@ -53,12 +56,12 @@ impl Exposition {
 /// What the process counts itself, and the way to the page. Cheap to clone.
 ///
 /// ```
-/// use std::{sync::Arc, time::Duration};
+/// use std::time::Duration;
 /// use canary_agent::{api::model::Status, telemetry::{Exposition, Metrics}};
 ///
 /// let metrics = Metrics::new();
 /// metrics.split_applied(Duration::from_millis(3));
-/// let page = metrics.render(&Arc::new(Status::default()), Exposition::Prometheus);
+/// let page = metrics.render(&Status::default(), Exposition::Prometheus);
 /// assert!(page.contains("canary_split_change_seconds_count 1"));
 /// ```
 #[derive(Clone, Debug)]
@@ -67,6 +70,8 @@ pub struct Metrics {
     rollback: Histogram,
     reloads: Family<[(&'static str, &'static str); 1], Counter>,
     reload_success: Gauge,
+    /// Of the last page.
+    length: Arc<AtomicUsize>,
 }
 
 impl Default for Metrics {
@@ -86,7 +91,13 @@ impl Metrics {
         for result in [SUCCESS, FAILURE] {
             drop(reloads.get_or_create(&result));
         }
-        Self { split_change, rollback, reloads, reload_success: Gauge::default() }
+        Self {
+            split_change,
+            rollback,
+            reloads,
+            reload_success: Gauge::default(),
+            length: Arc::default(),
+        }
     }
 
     /// Counts a split change that was in force `took` after its request came.
@@ -113,9 +124,8 @@ impl Metrics {
     }
 
     /// The page.
-    pub fn render(&self, status: &Arc<Status>, format: Exposition) -> String {
+    pub fn render(&self, status: &Status, format: Exposition) -> String {
         let mut registry = Registry::default();
-        registry.register_collector(Box::new(StatusCollector(Arc::clone(status))));
         registry.register(
             "canary_split_change_seconds",
             "Time from the request for a split to its being in force",
@@ -136,15 +146,22 @@ impl Metrics {
             "When the configuration was last read and taken over, in seconds since 1970",
             self.reload_success.clone(),
         );
-        let mut page = String::new();
-        // Writing to a string can't fail, and neither can our collector.
-        if text::encode(&mut page, &registry).is_err() {
+        let mut own = String::new();
+        // Writing to a string can't fail.
+        if text::encode_registry(&mut own, &registry).is_err() {
             tracing::error!("the metrics can't be written: this is a bug");
         }
-        match format {
-            Exposition::OpenMetrics => page,
-            Exposition::Prometheus => classic(&page),
+        if format == Exposition::Prometheus {
+            own = classic(&own);
         }
+        // The next page is about as long as the last one.
+        let last = self.length.load(Ordering::Relaxed);
+        own.reserve(last + last / 16);
+        let mut page = Page::new(own, format);
+        collect(&mut page, status);
+        let page = page.finish();
+        self.length.store(page.len(), Ordering::Relaxed);
+        page
     }
 }
 
@@ -157,7 +174,7 @@ fn now_seconds() -> i64 {
 }
 
 /// OpenMetrics as Prometheus text 0.0.4: there a counter's family has the name of
-/// its samples, `_total` included, and the page has no end mark.
+/// its samples, `_total` included.
 fn classic(page: &str) -> String {
     let mut classic = String::with_capacity(page.len() + page.len() / 16);
     let mut help = None;
@@ -174,7 +191,7 @@ fn classic(page: &str) -> String {
                 classic.push_str(&format!("# HELP {name}{suffix} {help}\n"));
             }
             classic.push_str(&format!("# TYPE {name}{suffix} {kind}\n"));
-        } else if line != "# EOF" {
+        } else {
             classic.push_str(line);
             classic.push('\n');
         }
@@ -207,7 +224,7 @@ mod tests {
     #[test]
     fn the_classic_form_names_counters_by_their_samples() {
         let open = "# HELP a_b Of bees.\n# TYPE a_b counter\na_b_total{x=\"1\"} 4\n\
-                    # HELP c Sea.\n# TYPE c gauge\nc 1\n# EOF\n";
+                    # HELP c Sea.\n# TYPE c gauge\nc 1\n";
         let plain = "# HELP a_b_total Of bees.\n# TYPE a_b_total counter\na_b_total{x=\"1\"} 4\n\
                      # HELP c Sea.\n# TYPE c gauge\nc 1\n";
         assert_eq!(classic(open), plain);

@@ -7,6 +7,7 @@ mod collect;
 mod journal;
 mod logs;
 mod metrics;
+mod page;
 mod repeats;
 
 pub use self::{

@@ -139,7 +139,7 @@ async fn the_page_says_what_the_status_says() {
 fn every_metric_is_documented_and_no_other() {
     let documented = include_str!("../../../docs/metrics.md");
     let metrics = Metrics::new();
-    let page = parse(&metrics.render(&support::status().into(), Exposition::Prometheus));
+    let page = parse(&metrics.render(&support::status(), Exposition::Prometheus));
     for name in page.types.keys() {
         assert!(name.starts_with("canary_"), "{name}");
         assert!(documented.contains(&format!("| `{name}` |")), "{name} is not documented");
@@ -155,14 +155,14 @@ fn names_with_quotes_do_not_break_the_page() {
     let mut status = support::status();
     status.services[0].name = "a\"b\\c\nd".to_owned();
     let metrics = Metrics::new();
-    let page = parse(&metrics.render(&status.into(), Exposition::Prometheus));
+    let page = parse(&metrics.render(&status, Exposition::Prometheus));
     assert!(page.samples.contains_key(r#"canary_service_buckets{service="a\"b\\c\nd"}"#));
 }
 
 #[test]
 fn openmetrics_ends_with_its_mark() {
     let metrics = Metrics::new();
-    let page = metrics.render(&support::status().into(), Exposition::OpenMetrics);
+    let page = metrics.render(&support::status(), Exposition::OpenMetrics);
     assert!(page.ends_with("# EOF\n"));
     assert!(page.contains("# TYPE canary_backend_bytes counter\n"));
 }
@@ -178,7 +178,7 @@ fn the_last_bucket_of_handshakes_has_no_end() {
             .into(),
         ..VersionSignalsStatus::default()
     });
-    let page = parse(&Metrics::new().render(&status.into(), Exposition::Prometheus));
+    let page = parse(&Metrics::new().render(&status, Exposition::Prometheus));
     let of = r#"service="shop",version="v2"}"#;
     for (series, value) in [
         (format!("bucket{{le=\"0.001\",{of}"), 4.0),
