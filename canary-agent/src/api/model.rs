@@ -2,7 +2,7 @@
 //!
 //! Names are the contract (other programs read them); shares are fractions of 1.
 
-use std::net::SocketAddr;
+use std::{borrow::Cow, net::SocketAddr};
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -233,9 +233,11 @@ pub struct BackendStatus {
     pub weight: u32,
     /// `up`, `down`, `no-next-hop`, `waiting`; `drain` or `maint` where an operator said so;
     /// `removed` for one that is not configured any more.
-    pub state: String,
+    #[schema(value_type = String)]
+    pub state: Cow<'static, str>,
     /// The same, whatever operators say: `up`, `down`, `no-next-hop`, `unknown`.
-    pub health: String,
+    #[schema(value_type = String)]
+    pub health: Cow<'static, str>,
     /// Why its health is not `up`.
     pub message: Option<String>,
     /// Buckets that steer new connections to it.
@@ -252,7 +254,8 @@ pub struct BackendStatus {
     /// Its health checks; absent where none are made.
     pub check: Option<CheckStatus>,
     /// What an operator has told it to be: `ready`, `drain` or `maint`.
-    pub admin: String,
+    #[schema(value_type = String)]
+    pub admin: Cow<'static, str>,
     /// The part of its share that it takes so far, a fraction of 1; absent unless it is in
     /// slow start.
     pub slow_start: Option<f64>,

@@ -125,10 +125,10 @@ fn shown(list: &Backends) -> String {
 
 fn state(detail: &BackendDetail) -> String {
     let backend = &detail.backend;
-    match (backend.state.as_str(), backend.slow_start) {
+    match (&*backend.state, backend.slow_start) {
         ("removed", _) => "removed".to_owned(),
         (_, Some(part)) => format!("{}, slow start at {}", backend.admin, percent(part)),
-        (_, None) => backend.admin.clone(),
+        (_, None) => backend.admin.to_string(),
     }
 }
 
@@ -139,7 +139,7 @@ fn health(detail: &BackendDetail) -> String {
         let ago = text::age(check.last_failure_seconds?);
         Some(format!("last failure {ago} ago: {}", check.last_failure.as_ref()?))
     });
-    match (backend.health.as_str(), &backend.message) {
+    match (&*backend.health, &backend.message) {
         ("up", _) => last.map_or_else(|| "up".to_owned(), |last| format!("up; {last}")),
         (word, Some(message)) => format!("{word}: {message}"),
         (word, None) => word.to_owned(),

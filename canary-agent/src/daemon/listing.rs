@@ -69,8 +69,8 @@ impl<'a> Listing<'a> {
         let waiting = BackendStatus {
             addr: backend.addr,
             weight: backend.weight,
-            state: "waiting".to_owned(),
-            health: "unknown".to_owned(),
+            state: "waiting".into(),
+            health: "unknown".into(),
             message: Some("its version waits for a free slot".to_owned()),
             buckets: 0,
             packets: 0,
@@ -78,7 +78,7 @@ impl<'a> Listing<'a> {
             connections: 0,
             no_port: 0,
             check: report.map(check_status),
-            admin: Admin::Ready.name().to_owned(),
+            admin: Admin::Ready.name().into(),
             slow_start: None,
             draining_buckets: 0,
         };
@@ -89,11 +89,11 @@ impl<'a> Listing<'a> {
         let word = if live.admin == Admin::Ready { health } else { live.admin.name() };
         let duration_ms = self.state.config().slow_start.as_millis() as u64;
         let status = BackendStatus {
-            state: word.to_owned(),
-            health: health.to_owned(),
+            state: word.into(),
+            health: health.into(),
             message,
             buckets: found.iter().map(|(_, table, live)| table.buckets_of(live.index)).sum(),
-            admin: live.admin.name().to_owned(),
+            admin: live.admin.name().into(),
             slow_start: live.slow_start.since_ms().map(|_| {
                 let step = live.slow_start.step(duration_ms, self.now_ms);
                 f64::from(step) / f64::from(SLOW_START_STEPS)
@@ -112,8 +112,8 @@ impl<'a> Listing<'a> {
         let status = BackendStatus {
             addr: gone.addr,
             weight: 0,
-            state: "removed".to_owned(),
-            health: "unknown".to_owned(),
+            state: "removed".into(),
+            health: "unknown".into(),
             message: Some("it is not configured any more, and drains".to_owned()),
             buckets: self.state.tables()[at].buckets_of(gone.index),
             packets: 0,
@@ -121,7 +121,7 @@ impl<'a> Listing<'a> {
             connections: 0,
             no_port: 0,
             check: None,
-            admin: Admin::Ready.name().to_owned(),
+            admin: Admin::Ready.name().into(),
             slow_start: None,
             draining_buckets: self.draining(at, gone.index),
         };

@@ -523,15 +523,15 @@ fn backends() -> Backends {
         .collect();
     let (stable, v2) = versions.split_at_mut(1);
     (stable[0].draining_backends, stable[0].open_connections) = (2, Some(40));
-    stable[0].backends[1].backend.admin = "drain".to_owned();
+    stable[0].backends[1].backend.admin = "drain".into();
     stable[0].backends[1].backend.draining_buckets = 123;
     v2[0].backends[0].backend.slow_start = Some(0.25);
     let mut gone = stable[0].backends[0].clone();
     gone.backend = BackendStatus {
         addr: "10.0.1.9:8443".parse().expect("an address"),
         weight: 0,
-        state: "removed".to_owned(),
-        health: "unknown".to_owned(),
+        state: "removed".into(),
+        health: "unknown".into(),
         message: None,
         buckets: 0,
         check: None,
@@ -552,7 +552,7 @@ pub(crate) fn status() -> Status {
     let backend = |addr: &str, state: &str, buckets, connections| BackendStatus {
         addr: addr.parse().expect("an address"),
         weight: 1,
-        state: state.to_owned(),
+        state: state.to_owned().into(),
         message: (state != "up").then(|| "no neighbour answers on eth1".to_owned()),
         buckets,
         packets: connections * 10,
@@ -567,8 +567,8 @@ pub(crate) fn status() -> Status {
             last_failure: Some("no connection within 1s".to_owned()),
             ..CheckStatus::default()
         }),
-        health: state.to_owned(),
-        admin: "ready".to_owned(),
+        health: state.to_owned().into(),
+        admin: "ready".into(),
         slow_start: None,
         draining_buckets: 0,
     };

@@ -55,8 +55,8 @@ fn a_drained_backend_gets_nothing_new_and_its_connections_stay_over_a_restart() 
     assert_eq!(buckets(&agent, "10.0.1.1:443"), (0, 2048));
     let status = agent.status();
     let one = &status.services[0].versions[0].backends[0];
-    assert_eq!((one.state.as_str(), one.health.as_str()), ("drain", "up"));
-    assert_eq!((one.admin.as_str(), one.draining_buckets), ("drain", 2048));
+    assert_eq!((&*one.state, &*one.health), ("drain", "up"));
+    assert_eq!((&*one.admin, one.draining_buckets), ("drain", 2048));
     let list = agent.listed();
     assert_eq!(list.versions[0].draining_backends, 1);
 
@@ -226,8 +226,7 @@ fn a_backend_that_is_removed_is_listed_while_it_drains_and_its_state_is_forgotte
     less.services[0].versions[0].backends.remove(0);
     let mut next = Agent::start(dir.path(), &less, Shared::default(), maps(&plane));
     let list = next.listed();
-    let states: Vec<_> =
-        list.versions[0].backends.iter().map(|d| d.backend.state.as_str()).collect();
+    let states: Vec<_> = list.versions[0].backends.iter().map(|d| &*d.backend.state).collect();
     assert_eq!(states, ["up", "removed"]);
     assert_eq!(list.versions[0].backends[1].backend.draining_buckets, 2048);
     assert_eq!(list.versions[0].draining_backends, 1);

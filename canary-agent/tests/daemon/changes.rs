@@ -170,7 +170,8 @@ fn a_sequence_of_changes_is_taken_back_from_anywhere_to_anywhere() {
     let mut agent = agent(&dir);
     let state = |agent: &mut Agent| {
         let backends = agent.listed().versions.into_iter().flat_map(|v| v.backends);
-        let admins: Vec<String> = backends.map(|detail| detail.backend.admin).collect();
+        let admins: Vec<String> =
+            backends.map(|detail| detail.backend.admin.into_owned()).collect();
         (agent.owners(), asked(agent, "shop"), admins)
     };
     let mut seen = BTreeMap::from([(2, state(&mut agent))]);
@@ -473,7 +474,11 @@ fn while_a_change_waits_the_same_is_not_changed_and_other_things_are() {
     agent.wait(60_000);
     let admins = |agent: &mut Agent| -> Vec<String> {
         let versions = agent.listed().versions;
-        versions.into_iter().flat_map(|v| v.backends).map(|b| b.backend.admin).collect()
+        versions
+            .into_iter()
+            .flat_map(|v| v.backends)
+            .map(|b| b.backend.admin.into_owned())
+            .collect()
     };
     assert_eq!(admins(&mut agent), ["ready", "ready", "ready", "drain"]);
     assert_ne!(agent.owners(), five);

@@ -331,7 +331,7 @@ impl Agent {
         let status = self.status();
         assert_eq!(status.services[1].versions[0].backends[0].state, "up");
         let backends = status.services[0].versions.iter().flat_map(|v| &v.backends);
-        backends.map(|b| (b.addr.to_string(), (b.state.clone(), b.buckets))).collect()
+        backends.map(|b| (b.addr.to_string(), (b.state.to_string(), b.buckets))).collect()
     }
 }
 

@@ -102,8 +102,11 @@ fn a_reload_is_stored_then_applied_and_what_is_live_stays() {
     let status = agent.status();
     assert_eq!(status.services.len(), 1);
     let stable = &status.services[0].versions[0];
-    let backends: Vec<_> =
-        stable.backends.iter().map(|b| (b.addr.to_string(), b.weight, b.admin.clone())).collect();
+    let backends: Vec<_> = stable
+        .backends
+        .iter()
+        .map(|b| (b.addr.to_string(), b.weight, b.admin.to_string()))
+        .collect();
     assert_eq!(
         backends,
         [

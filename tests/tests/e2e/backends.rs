@@ -95,7 +95,7 @@ fn drain_and_maint(test: &str, way: Way) {
     let list = listed(&agent);
     for addr in &addrs {
         let BackendDetail { backend, open_connections, .. } = find(&list, addr);
-        assert_eq!((backend.state.as_str(), backend.health.as_str()), ("drain", "up"));
+        assert_eq!((&*backend.state, &*backend.health), ("drain", "up"));
         assert_eq!(backend.buckets, 0);
         match way {
             Way::Dsr => assert!(backend.draining_buckets > 10_000, "{backend:?}"),
@@ -230,7 +230,7 @@ fn weights(test: &str, way: Way) {
         pool.assert_where_they_were(&when);
     }
     let gone = find(&listed(&agent), &addrs_of(&bench, "stable-3")[0]).clone();
-    assert_eq!((gone.backend.state.as_str(), gone.backend.weight), ("removed", 0));
+    assert_eq!((&*gone.backend.state, gone.backend.weight), ("removed", 0));
 }
 
 /// Shares of control's hosts, and where some clients' new connections go.

@@ -187,7 +187,7 @@ fn a_backend_that_is_gone_without_a_word_gets_no_connections_after_a_second() {
         let status = agent.status();
         let of_dead = |addr: std::net::IpAddr| dead.addrs().contains(&addr);
         let dead = backends(&status, ECHO).filter(|b| of_dead(b.addr.ip()));
-        dead.map(|b| (b.state.clone(), b.message.clone())).collect()
+        dead.map(|b| (b.state.to_string(), b.message.clone())).collect()
     };
     let wait_state = |wanted: &str| {
         let begun = Instant::now();
@@ -258,7 +258,7 @@ fn a_backend_without_a_route_gets_no_connections_and_status_says_why() {
         println!("{addr}: {:?}", lost.message);
         let list: Backends = agent.json(&["backend", "list", ECHO, addr]);
         let detail = &list.versions[0].backends[0].backend;
-        assert_eq!((detail.health.as_str(), detail.admin.as_str()), ("no-next-hop", "ready"));
+        assert_eq!((&*detail.health, &*detail.admin), ("no-next-hop", "ready"));
         assert_eq!(detail.message, lost.message);
     }
     let names = bench.survey(Family::V4, Transport::Tcp, 0..400, 20_000);

@@ -120,7 +120,7 @@ fn checked_at_the_vip(test: &str, forward: &'static str) {
         let all = status.services.iter().flat_map(|service| &service.versions);
         let backends = all.flat_map(|version| &version.backends);
         let own = backends.filter(|backend| of.addrs().contains(&backend.addr.ip()));
-        own.map(|backend| backend.state.clone()).collect()
+        own.map(|backend| backend.state.to_string()).collect()
     };
     let all_are = |of: &Host, state: &str| {
         wait::until("the checks", || {
