@@ -4,6 +4,7 @@ use std::{collections::HashMap, net::SocketAddr};
 
 use canary_ebpf_common::{abi::BackendCounters, entry::BackendIndex};
 
+use super::tally::ByBackend;
 use crate::{
     api::model::{BackendDetail, BackendStatus, Backends, CheckStatus, VersionBackends},
     config::model::{Backend, Version},
@@ -16,7 +17,7 @@ use crate::{
 /// What is said of a service's backends is made from.
 pub(super) struct Listing<'a> {
     state: &'a ServiceState,
-    counters: &'a HashMap<BackendIndex, BackendCounters>,
+    counters: &'a ByBackend<BackendCounters>,
     checks: &'a HashMap<SocketAddr, Report>,
     /// By table, how many buckets each backend has left and still has connections of.
     leaving: Vec<HashMap<BackendIndex, u32>>,
@@ -29,7 +30,7 @@ type Row = (BackendStatus, Vec<BackendIndex>);
 impl<'a> Listing<'a> {
     pub(super) fn new(
         state: &'a ServiceState,
-        counters: &'a HashMap<BackendIndex, BackendCounters>,
+        counters: &'a ByBackend<BackendCounters>,
         checks: &'a HashMap<SocketAddr, Report>,
         now_ms: BootMs,
     ) -> Self {
@@ -130,7 +131,7 @@ impl<'a> Listing<'a> {
 
     fn counted(&self, status: BackendStatus, index: BackendIndex) -> BackendStatus {
         let BackendCounters { packets, bytes, connections, no_port, .. } =
-            self.counters.get(&index).copied().unwrap_or_default();
+            self.counters.get(index).copied().unwrap_or_default();
         BackendStatus {
             packets: status.packets + packets,
             bytes: status.bytes + bytes,

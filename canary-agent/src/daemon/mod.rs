@@ -24,6 +24,7 @@ mod split;
 mod state;
 mod status;
 mod sweep;
+mod tally;
 
 use std::{net::IpAddr, sync::Arc, time::Instant};
 

@@ -7,6 +7,7 @@ use canary_ebpf_common::{
     entry::BackendIndex,
 };
 
+use super::tally::ByBackend;
 use crate::{api::model::MapStatus, datapath::Swept, plan::BootMs};
 
 /// For so long after it happened last something is said.
@@ -19,7 +20,7 @@ pub(super) struct Reading {
     pub(super) flows: FlowCounters,
     pub(super) swept: Swept,
     pub(super) maps: Vec<MapStatus>,
-    pub(super) backends: HashMap<BackendIndex, BackendCounters>,
+    pub(super) backends: ByBackend<BackendCounters>,
 }
 
 /// A counter that should stand still: since when it has not, and how far it went.
@@ -102,15 +103,15 @@ impl Pressure {
             ));
         }
         let mut no_port: Vec<_> = Vec::new();
-        for (index, counters) in &reading.backends {
-            let watched = self.no_port.entry(*index).or_default();
+        for (index, counters) in reading.backends.iter() {
+            let watched = self.no_port.entry(index).or_default();
             if let Some(count) = watched.see(counters.no_port, first, now_ms)
-                && let Some((service, addr)) = addr(*index)
+                && let Some((service, addr)) = addr(index)
             {
                 no_port.push((service, addr, count));
             }
         }
-        self.no_port.retain(|index, _| reading.backends.contains_key(index));
+        self.no_port.retain(|index, _| reading.backends.get(*index).is_some());
         no_port.sort_unstable();
         alerts.extend(no_port.into_iter().map(|(service, addr, count)| {
             format!(
@@ -138,7 +139,7 @@ mod tests {
                 used: Some(used),
                 memory_bytes: 0,
             }],
-            backends: HashMap::from([(BackendIndex::new(3), counters)]),
+            backends: [(BackendIndex::new(3), counters)].into_iter().collect(),
             ..Reading::default()
         }
     }

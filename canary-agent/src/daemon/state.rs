@@ -32,6 +32,7 @@ use super::{
     saving::not_stored,
     signals::{Known, WatchedService},
     status,
+    tally::ByBackend,
 };
 use crate::{
     api::model::{InterfaceStatus, MapStatus},
@@ -537,11 +538,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         }
     }
 
-    fn look_for_pressure(
-        &mut self,
-        backends: HashMap<BackendIndex, BackendCounters>,
-        now_ms: BootMs,
-    ) {
+    fn look_for_pressure(&mut self, backends: ByBackend<BackendCounters>, now_ms: BootMs) {
         let (flows, swept) = self.kernel.flows();
         let (reasons, maps) = (self.kernel.reasons(), self.kernel.maps());
         let reading = Reading { reasons, flows, swept, maps, backends };
@@ -603,7 +600,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         if self.samples.due(backends, now_ms) {
             let counters = self.counters();
             self.note_traffic(&counters, now_ms);
-            self.samples.push(now_ms, counters.iter().map(|(index, c)| (*index, *c)));
+            self.samples.push(now_ms, counters.iter().map(|(index, c)| (index, *c)));
             self.look_for_pressure(counters, now_ms);
         }
         self.fix_slow_handshakes(now);

@@ -1,6 +1,6 @@
 //! The answer to `status`, and the measured shares in it.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 
 use canary_ebpf_common::{
     abi::{ABI_VERSION, BackendCounters, FlowCounters, Reason, VersionSignals},
@@ -14,6 +14,7 @@ use super::{
     listing::Listing,
     signals::{Known, ServiceSignals},
     split,
+    tally::ByBackend,
 };
 use crate::{
     api::model::{
@@ -35,7 +36,7 @@ const WINDOW_MS: u64 = 10_000;
 #[derive(Debug)]
 struct Sample {
     at_ms: BootMs,
-    connections: HashMap<BackendIndex, u64>,
+    connections: ByBackend<u64>,
 }
 
 /// What measured shares are computed from.
@@ -77,14 +78,14 @@ impl Samples {
 
     /// New connections of a backend since the window began, given its counter now.
     fn since(&self, index: BackendIndex, now: u64) -> u64 {
-        let then = self.ring.front().and_then(|first| first.connections.get(&index));
+        let then = self.ring.front().and_then(|first| first.connections.get(index));
         now.saturating_sub(then.copied().unwrap_or(if self.ring.is_empty() { now } else { 0 }))
     }
 }
 
 /// What a status is made from besides the plan.
 pub(super) struct Sources<'a> {
-    pub(super) counters: HashMap<BackendIndex, BackendCounters>,
+    pub(super) counters: ByBackend<BackendCounters>,
     pub(super) samples: &'a Samples,
     pub(super) checks: &'a Reports,
     pub(super) flows: (FlowCounters, Swept),
@@ -155,7 +156,7 @@ pub(super) fn status(planner: &Planner, sources: Sources<'_>) -> Status {
 }
 
 fn counter(sources: &Sources<'_>, index: BackendIndex) -> BackendCounters {
-    sources.counters.get(&index).copied().unwrap_or_default()
+    sources.counters.get(index).copied().unwrap_or_default()
 }
 
 fn flow_status((counters, swept): (FlowCounters, Swept)) -> FlowStatus {
@@ -288,7 +289,7 @@ impl<S: StateStore, K: Kernel> State<S, K> {
         Status { rollouts, audiences: self.audience_summaries(), ..status }
     }
 
-    pub(super) fn counters(&self) -> HashMap<BackendIndex, BackendCounters> {
+    pub(super) fn counters(&self) -> ByBackend<BackendCounters> {
         let indices: Vec<_> = self.planner.plane().backends.iter().map(|(i, _)| *i).collect();
         let counters = self.kernel.counters(&indices);
         indices.into_iter().zip(counters).collect()

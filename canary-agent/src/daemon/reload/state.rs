@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use canary_ebpf_common::compile;
+use canary_ebpf_common::{abi::BackendCounters, compile};
 
 use super::report::{self, TrafficByService};
 use crate::{
@@ -21,6 +21,7 @@ use crate::{
         changes::{Terms, Thing},
         interfaces::NO_SUCH_INTERFACE,
         saving::refused,
+        tally::ByBackend,
     },
     health::Target,
     plan::{Baseline, BootMs, ClassChange, Family, Made, PlanError, Prepared, Removal},
@@ -238,16 +239,13 @@ impl<S: StateStore, K: Kernel> State<S, K> {
     /// Keeps in mind which tables have had packets, by the counters of all backends.
     pub(in crate::daemon) fn note_traffic(
         &mut self,
-        counters: &HashMap<
-            canary_ebpf_common::entry::BackendIndex,
-            canary_ebpf_common::abi::BackendCounters,
-        >,
+        counters: &ByBackend<BackendCounters>,
         now_ms: BootMs,
     ) {
         for table in self.planner.services().iter().flat_map(|state| state.tables()) {
             let live = table.backends().iter().map(|b| b.index);
             let indices = live.chain(table.removed().map(|r| r.index));
-            let packets = indices.filter_map(|i| counters.get(&i)).map(|one| one.packets).sum();
+            let packets = indices.filter_map(|i| counters.get(i)).map(|one| one.packets).sum();
             self.last_packets.see(table.id(), packets, now_ms);
         }
     }
