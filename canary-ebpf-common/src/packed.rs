@@ -93,9 +93,12 @@ impl<T> Packed<T> {
     /// place: `None` in plain form.
     pub fn tally(&self) -> Option<impl Iterator<Item = (&T, usize)>> {
         let Form::Packed { values, words, log_bits, len } = &self.0 else { return None };
-        let (log_bits, len) = (*log_bits, *len);
+        let (log_bits, len, mut left) = (*log_bits, *len, *len);
         Some(values.iter().enumerate().map(move |(code, value)| {
-            let count = if words.is_empty() { len } else { times(words, log_bits, len, code) };
+            // The last one has what the others leave.
+            let last = code + 1 == values.len();
+            let count = if last { left } else { times(words, log_bits, len, code) };
+            left -= count;
             (value, count)
         }))
     }
