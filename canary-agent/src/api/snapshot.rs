@@ -5,9 +5,12 @@
 //! costs the loop no more than one, and yet nobody gets a status that is older
 //! than his question: a change that has been answered is always in it.
 
-use std::sync::{
-    Arc, OnceLock,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    ptr,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use bytes::Bytes;
@@ -24,7 +27,9 @@ use crate::{
 pub(super) struct Snapshot {
     /// What the loop said.
     pub(super) status: Arc<Status>,
-    public: OnceLock<Status>,
+    /// Bytes of room for its JSON.
+    room: usize,
+    public: OnceLock<Arc<Status>>,
     json: OnceLock<Bytes>,
     public_json: OnceLock<Bytes>,
     openmetrics: OnceLock<Bytes>,
@@ -32,8 +37,9 @@ pub(super) struct Snapshot {
 }
 
 impl Snapshot {
-    fn new(status: Status) -> Self {
+    fn new(status: Status, room: usize) -> Self {
         Self {
+            room,
             status: Arc::new(status),
             public: OnceLock::new(),
             json: OnceLock::new(),
@@ -43,11 +49,28 @@ impl Snapshot {
         }
     }
 
-    /// As JSON. A status always has a JSON form: its only map-like parts have
-    /// names for keys, and numbers that are none become `null`.
+    /// As JSON.
     pub(super) fn json(&self) -> Bytes {
-        let render = || serde_json::to_vec(&*self.status).unwrap_or_default().into();
-        self.json.get_or_init(render).clone()
+        self.json.get_or_init(|| self.written(&self.status)).clone()
+    }
+
+    /// A status always has a JSON form: its only map-like parts have names for keys, and numbers
+    /// that are none become `null`.
+    fn written(&self, status: &Status) -> Bytes {
+        let mut json = Vec::with_capacity(self.room);
+        match serde_json::to_writer(&mut json, status) {
+            Ok(()) => json.into(),
+            Err(_) => Bytes::new(),
+        }
+    }
+
+    /// How much room the next one should take for its JSON, which is about as long as this one's.
+    fn next_room(&self) -> usize {
+        let written = [&self.json, &self.public_json].map(|json| json.get().map_or(0, Bytes::len));
+        match written[0].max(written[1]) {
+            0 => self.room,
+            length => length + length / 16,
+        }
     }
 
     /// Without what it says of people, for the TCP listener.
@@ -57,7 +80,10 @@ impl Snapshot {
 
     /// The same as JSON.
     pub(super) fn public_json(&self) -> Bytes {
-        let render = || serde_json::to_vec(self.public()).unwrap_or_default().into();
+        let render = || match ptr::eq(self.public(), &*self.status) {
+            true => self.json(),
+            false => self.written(self.public()),
+        };
         self.public_json.get_or_init(render).clone()
     }
 
@@ -94,7 +120,8 @@ impl Snapshots {
             return Ok(Arc::clone(snapshot));
         }
         let asked = self.tickets.fetch_add(1, Ordering::SeqCst);
-        let snapshot = Arc::new(Snapshot::new(handle.status().await?));
+        let room = last.as_ref().map_or(0, |(_, snapshot)| snapshot.next_room());
+        let snapshot = Arc::new(Snapshot::new(handle.status().await?, room));
         *last = Some((asked, Arc::clone(&snapshot)));
         Ok(snapshot)
     }
