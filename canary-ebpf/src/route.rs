@@ -181,11 +181,7 @@ pub(crate) fn followed_v4(
         let hash = hash_v4(previous, src_be, dst_be, src_port_be, dst_port_be, protocol as u8);
         note(arrival, class, previous, hash);
     }
-    let table = table(base, class.current(), arrival);
-    if keeps(base, class, changes) {
-        keep(base, class.current(), table, changes);
-    }
-    Ok(table)
+    Ok(kept_table(base, class, changes, arrival))
 }
 
 /// The same of IPv6.
@@ -224,11 +220,7 @@ pub(crate) fn client_v6(
         let hash = hash_v6(previous, src, dst, src_port_be, dst_port_be, protocol);
         note(arrival, class, previous, hash);
     }
-    let table = table(base, class.current(), arrival);
-    if keeps(base, class, changes) {
-        keep(base, class.current(), table, changes);
-    }
-    Ok(table)
+    Ok(kept_table(base, class, changes, arrival))
 }
 
 /// The class of a client, `changes` being what `CLASS_CHANGES` says, or 0.
@@ -277,6 +269,21 @@ fn class_v6(base: &Service, src: Address, changes: u64, arrival: &mut Arrival) -
         recent.keep(changes, src, class.current());
     }
     class
+}
+
+/// What steers the clients of a class, which is kept where the class is.
+#[inline(always)]
+fn kept_table(
+    base: &'static Service,
+    class: ClassEntry,
+    changes: u64,
+    arrival: &mut Arrival,
+) -> &'static Service {
+    let table = table(base, class.current(), arrival);
+    if keeps(base, class, changes) {
+        keep(base, class.current(), table, changes);
+    }
+    table
 }
 
 /// Keeps what steers the clients of a class.
