@@ -20,6 +20,9 @@ pub(crate) fn profile_folder(args: &[String]) -> &'static str {
     if args.iter().any(|arg| arg == "--release") { "release" } else { "debug" }
 }
 
+/// What the benchmark ends with where its baseline is of another processor.
+const SKIPPED: i32 = 3;
+
 /// Lines of the output of a test that has failed which are said again at the end.
 const LINES_AGAIN: usize = 40;
 
@@ -196,7 +199,9 @@ fn test_all(workspace: &Path, args: &[String], tally: &mut Tally) -> Result<bool
             },
         };
         let examples = run(&["--doc"], tally)?;
-        quick && real && other && examples
+        // Last, when nothing else runs.
+        let speed = chosen(args) || packets_are_as_fast(workspace, args, tally)?;
+        quick && real && other && examples && speed
     };
     let skipped = skip_log.lines();
     // They ended early and well, so cargo test has counted them as passed.
@@ -235,6 +240,27 @@ fn on_other_kernels(workspace: &Path, args: &[String], tally: &mut Tally) -> Res
     }
     println!("the virtual machines took {} s", began.elapsed().as_secs());
     Ok(success)
+}
+
+/// Compares what packets cost with what they did, which counts as one test.
+fn packets_are_as_fast(workspace: &Path, args: &[String], tally: &mut Tally) -> Result<bool> {
+    println!("\nWhat packets cost");
+    let bench = target_folder(workspace).join(profile_folder(args)).join("bench");
+    let status = supervise::run(Command::new(bench).args(["--check", "--short"]))?;
+    match status.code() {
+        Some(0) => tally.passed += 1,
+        Some(SKIPPED) => tally.skipped += 1,
+        _ => {
+            tally.failed += 1;
+            tally.failures.lines.push(
+                "failed: packets cost more than they did (above: GROWN); if that is meant, \
+                 `cargo xtask bench --check --update` and the same of the debug build say so"
+                    .to_owned(),
+            );
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Whether arguments choose what is tested; those after `--` are the test programs'.

@@ -26,6 +26,8 @@ pub(crate) struct Look {
     processors: u32,
     /// Of all processors together: idle, waiting for a disk, or taken away by a hypervisor.
     away: Duration,
+    /// The last of these.
+    stolen: Duration,
     /// Of our processes and the kernel's threads.
     own: Duration,
 }
@@ -36,8 +38,8 @@ impl Look {
         let text = fs::read_to_string("/proc/stat").context("reading /proc/stat")?;
         let at = Instant::now();
         let ticks = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.context("CLK_TCK")?;
-        let (processors, away) = parsed(&text, ticks as f64)?;
-        Ok(Self { at, processors, away, own })
+        let (processors, away, stolen) = parsed(&text, ticks as f64)?;
+        Ok(Self { at, processors, away, stolen, own })
     }
 
     /// Wall time since an earlier look, and time on processors.
@@ -46,7 +48,8 @@ impl Look {
         let all = wall * self.processors;
         let away = self.away.saturating_sub(earlier.away);
         let busy = all.saturating_sub(away);
-        Spent { wall, all, busy, own: self.own.saturating_sub(earlier.own) }
+        let stolen = self.stolen.saturating_sub(earlier.stolen);
+        Spent { wall, all, busy, stolen, own: self.own.saturating_sub(earlier.own) }
     }
 }
 
@@ -57,6 +60,7 @@ pub(crate) struct Spent {
     /// Of all processors together.
     all: Duration,
     pub(crate) busy: Duration,
+    stolen: Duration,
     pub(crate) own: Duration,
 }
 
@@ -70,11 +74,16 @@ impl Spent {
     pub(crate) fn others_percent(&self) -> f64 {
         self.busy.saturating_sub(self.own).as_secs_f64() / self.all.as_secs_f64() * 1e2
     }
+
+    /// Percent of the processors that a hypervisor took away.
+    pub(crate) fn stolen_percent(&self) -> f64 {
+        self.stolen.as_secs_f64() / self.all.as_secs_f64() * 1e2
+    }
 }
 
-/// How many processors there are, and how long they were away.
-fn parsed(text: &str, ticks_per_second: f64) -> Result<(u32, Duration)> {
-    let (mut processors, mut ticks) = (0, 0);
+/// How many processors there are, how long they were away, and how long of that they were stolen.
+fn parsed(text: &str, ticks_per_second: f64) -> Result<(u32, Duration, Duration)> {
+    let (mut processors, mut ticks, mut stolen) = (0, 0, 0);
     for line in text.lines() {
         let mut words = line.split_ascii_whitespace();
         let Some(nth) = words.next().and_then(|word| word.strip_prefix("cpu")) else { continue };
@@ -85,10 +94,13 @@ fn parsed(text: &str, ticks_per_second: f64) -> Result<(u32, Duration)> {
         let fields: Vec<u64> = words.map_while(|word| word.parse().ok()).collect();
         let field = |at: usize| fields.get(at).copied().context("a short line of /proc/stat");
         ticks += field(3)? + field(4)? + field(7)?;
+        stolen += field(7)?;
         processors += 1;
     }
     ensure!(processors > 0, "/proc/stat names no processor");
-    Ok((processors, Duration::from_secs_f64(ticks as f64 / ticks_per_second)))
+    let [away, stolen] =
+        [ticks, stolen].map(|ticks| Duration::from_secs_f64(ticks as f64 / ticks_per_second));
+    Ok((processors, away, stolen))
 }
 
 /// Time on processors of `own`, what it has started, and the kernel's threads.
@@ -143,8 +155,9 @@ intr 81
 
     #[test]
     fn what_is_away_is_summed_over_processors_and_not_over_the_sum() {
-        assert_eq!(parsed(TEXT, 100.0).unwrap(), (2, Duration::from_millis(30_570)));
-        assert_eq!(parsed(TEXT, 1000.0).unwrap(), (2, Duration::from_millis(3_057)));
+        let ms = Duration::from_millis;
+        assert_eq!(parsed(TEXT, 100.0).unwrap(), (2, ms(30_570), ms(70)));
+        assert_eq!(parsed(TEXT, 1000.0).unwrap(), (2, ms(3_057), ms(7)));
         assert!(parsed("cpu 1 2 3 4 5 6 7 8\n", 100.0).is_err(), "no processor by itself");
         assert!(parsed("cpu0 1 2 3 4 5\n", 100.0).is_err(), "a line that is too short");
     }
@@ -156,6 +169,7 @@ intr 81
             at: at + Duration::from_millis(after_ms),
             processors: 2,
             away: Duration::from_millis(away_ms),
+            stolen: Duration::from_millis(away_ms / 10),
             own: Duration::from_millis(after_ms / 2),
         };
         let spent = look(1000, 5_700).since(&look(0, 5_000));
@@ -165,6 +179,7 @@ intr 81
         assert!(
             (spent.busy_percent() - 65.0).abs() < 1e-9
                 && (spent.others_percent() - 40.0).abs() < 1e-9
+                && (spent.stolen_percent() - 3.5).abs() < 1e-9
         );
         // The ticks' resolution: never less than nothing.
         assert_eq!(look(100, 210).since(&look(0, 0)).busy, Duration::ZERO);
