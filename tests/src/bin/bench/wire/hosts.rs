@@ -72,6 +72,8 @@ link set eth0 up",
             balancer.ip(&format!("link set {end} up"));
             offloads_off(near, "eth0");
             offloads_off(&balancer, end);
+            own_queues(near, "eth0", queues);
+            own_queues(&balancer, end, queues);
         }
         let own = |link: u8| {
             let each = BACKENDS.iter().map(move |(_, i, j)| {
@@ -237,6 +239,27 @@ impl Service {
             addrs("v2"),
         )
     }
+}
+
+/// Has each processor send by a queue of its own. Else the answer to a question for a neighbour, which
+/// an agent asks now and then from another processor, may come by the queue of the frames: that
+/// processor polls it then, and goes on for as long as it is never empty.
+///
+/// # Panics
+/// The kernel refuses.
+fn own_queues(namespace: &Namespace, interface: &str, queues: usize) {
+    // The kernel's form of a set of processors: words of 32, the highest first.
+    let set = |cpu: usize| format!("{:x}{}", 1_u32 << (cpu % 32), ",00000000".repeat(cpu / 32));
+    let lines = (0..queues).map(|nth| {
+        format!("echo {} > /sys/class/net/{interface}/queues/tx-{nth}/xps_cpus\n", set(nth))
+    });
+    let mut command = std::process::Command::new("ip");
+    // It has its own interfaces in /sys.
+    command.args(["netns", "exec", namespace.name(), "sh", "-e", "-c"]);
+    command.arg(lines.collect::<String>()).stderr(Stdio::piped());
+    let output = spawn::spawn(command).and_then(std::process::Child::wait_with_output);
+    let output = output.unwrap_or_else(|error| panic!("ip netns exec: {error}"));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 /// The rules of tables that do what the agent's services do.
