@@ -20,7 +20,7 @@ pub(crate) fn profile_folder(args: &[String]) -> &'static str {
     if args.iter().any(|arg| arg == "--release") { "release" } else { "debug" }
 }
 
-/// What the benchmark ends with where its baseline is of another processor.
+/// What the benchmark ends with where it can't compare.
 const SKIPPED: i32 = 3;
 
 /// Lines of the output of a test that has failed which are said again at the end.
@@ -254,7 +254,7 @@ fn packets_are_as_fast(workspace: &Path, args: &[String], tally: &mut Tally) -> 
             tally.failed += 1;
             tally.failures.lines.push(
                 "failed: packets cost more than they did (above: GROWN); if that is meant, \
-                 `cargo xtask bench --check --update` and the same of the debug build say so"
+                 `cargo xtask bench --check --update` and the same of the debug build say so (docs/testing.md)"
                     .to_owned(),
             );
             return Ok(false);
